@@ -1,0 +1,38 @@
+"""The library's own errors: one sentence that names the thing and the remedy."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class WushError(Exception):
+    """Anything wush_compile refuses; the message says what to do about it."""
+
+
+class ConfigError(WushError, ValueError):
+    """A setting that does not exist or does not fit."""
+
+
+class DataError(WushError, ValueError):
+    """Calibration or evaluation data that cannot be used."""
+
+
+class CaptureError(WushError, RuntimeError):
+    """The model could not be traced, or has nothing to quantize."""
+
+
+class NonFiniteError(WushError, ArithmeticError):
+    """NaN or Inf where numbers are needed; the message names the layer."""
+
+
+class CheckpointError(WushError, ValueError):
+    """A directory or file that is not a whole, readable wush checkpoint."""
+
+
+def one_of(kind: str, value: object, allowed: Iterable[str]) -> str:
+    """`value` if it is one of `allowed`; else a `ConfigError` with the nearest match."""
+    allowed = tuple(allowed)
+    if value in allowed:
+        return value
+    near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"unknown {kind} {value!r}{hint} (one of: {', '.join(allowed)})")

@@ -1,0 +1,255 @@
+"""MXFP4, NVFP4 and INT4: groups, scale rules, encode, decode, pack (SPEC §4).
+
+This file is the numeric oracle: every kernel agrees with it bit for bit on codes and scales. All arithmetic is
+fp32 in the order written here, without fused multiply-add, and free of tensor constants, so that a compiler can inline it.
+
+A tensor [.., K] is quantized in groups of G channels of its last dimension:
+
+    codes   uint8 [.., K/2]  two 4-bit codes a byte, the even channel in the low nibble
+    scales  uint8 [.., K/G]  e8m0 (mxfp4) or e4m3 (nvfp4) bytes; bf16 [.., K/G] for int4
+
+`g` is the global scale (fp32, [1] or None for 1): values are multiplied by it before they are encoded.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import one_of
+
+
+class Format(NamedTuple):
+    """What the rest of the library needs to know of a format."""
+
+    name: str
+    group_size: int
+    scale_dtype: torch.dtype
+    scale_rules: tuple[str, ...]
+
+
+FORMATS = {
+    "mxfp4": Format("mxfp4", 32, torch.uint8, ("absmax", "mse", "ocp", "paper")),
+    "nvfp4": Format("nvfp4", 16, torch.uint8, ("absmax", "mse", "paper")),
+    "int4": Format("int4", 32, torch.bfloat16, ("absmax", "mse", "gaussian", "paper")),
+}
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+# The step of a uniform 16-level quantizer of least squared error on a unit normal is 2/15 of this (SPEC §4).
+GAUSSIAN_CLIP = 2.513930578568423
+MX_NAN, NV_NAN = 0xFF, 0x7F
+
+
+def get_format(name: str) -> Format:
+    """The `Format` called `name`; `ConfigError` with the nearest match otherwise."""
+    return FORMATS[one_of("format", name, FORMATS)]
+
+
+# -- e2m1 ------------------------------------------------------------------------------------------------------------
+
+def e2m1_encode(x: Tensor) -> Tensor:
+    """fp32 -> codes `s e e m` (uint8): nearest, ties to the even code, saturating at 6, −0 keeps its sign."""
+    m = x.abs()
+    # Spacing 1/2 below 2, 1 below 4, 2 above; torch.round is half-to-even, and even multiples have even codes.
+    code = torch.where(m < 2, (m * 2).round(), torch.where(m < 4, m.round() + 2, (m * 0.5).round() + 4).clamp(max=7))
+    return code.to(torch.uint8) | (torch.signbit(x).to(torch.uint8) << 3)
+
+
+def e2m1_round(x: Tensor) -> Tensor:
+    """fp32 -> the nearest e2m1 value as fp32; equals `e2m1_decode(e2m1_encode(x))`."""
+    m = x.abs()
+    rounded = torch.where(m < 2, (m * 2).round() * 0.5, torch.where(m < 4, m.round(), ((m * 0.5).round() * 2).clamp(max=6)))
+    return torch.copysign(rounded, x)
+
+
+def e2m1_decode(codes: Tensor) -> Tensor:
+    """Codes (uint8, 0..15) -> fp32 values."""
+    bits = codes.to(torch.int32)
+    magnitude = bits & 7
+    # 2·value of code c is c up to 4, then 6, 8, 12 = (2 + (c & 1)) << ((c >> 1) − 1).
+    double = torch.where(magnitude < 4, magnitude, (2 + (magnitude & 1)) << ((magnitude >> 1) - 1).clamp(min=0))
+    return double.to(torch.float32) * (0.5 - (bits >> 3).to(torch.float32))
+
+
+# -- scale bytes -----------------------------------------------------------------------------------------------------
+
+def _float_from_bits(bits: Tensor) -> Tensor:
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def _exp2(n: Tensor) -> Tensor:
+    """2**n as fp32, exact, for int32 n in [−127, 127] (2^−127 is subnormal)."""
+    return _float_from_bits(torch.where(n > -127, (n + 127) << 23, 0x400000))
+
+
+def e8m0_decode(scales: Tensor) -> Tensor:
+    """e8m0 bytes -> fp32 2^(byte − 127); 255 -> NaN."""
+    byte = scales.to(torch.int32)
+    return torch.where(byte == MX_NAN, float("nan"), _exp2(byte.clamp(max=254) - 127))
+
+
+def e4m3_encode(x: Tensor) -> Tensor:
+    """fp32 in [0, 448] -> e4m3 bytes, round to nearest even."""
+    exponent = ((x.view(torch.int32) >> 23) - 127).clamp(min=-6)
+    # In units of 2^(exponent − 3) a normal value is 8..16 (16 carries into the next exponent), a subnormal one 0..8.
+    mantissa = (x * _exp2(3 - exponent)).round().to(torch.int32)
+    return (mantissa + ((exponent + 6) << 3)).to(torch.uint8)
+
+
+def e4m3_decode(scales: Tensor) -> Tensor:
+    """e4m3 bytes -> fp32; 0x7F -> NaN. Scales carry no sign."""
+    byte = scales.to(torch.int32)
+    exponent = (byte >> 3).clamp(min=1)
+    mantissa = (byte & 7) + torch.where(byte >= 8, 8, 0)
+    value = mantissa.to(torch.float32) * _exp2(exponent - 10)
+    return torch.where(byte == NV_NAN, float("nan"), value)
+
+
+def decode_scales(scales: Tensor, format: str) -> Tensor:
+    """Scales as stored -> fp32 factors, without the global scale; the NaN mark decodes to NaN."""
+    if format == "int4":
+        return scales.to(torch.float32)
+    return e8m0_decode(scales) if format == "mxfp4" else e4m3_decode(scales)
+
+
+# -- scale rules -----------------------------------------------------------------------------------------------------
+
+def _tree_sum(x: Tensor) -> Tensor:
+    """Sum over the last dimension (a power of two), element i with i + n/2 at every step: the order is the contract."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
+
+
+def _squared_error(x: Tensor, inverse: Tensor, unit: Tensor) -> Tensor:
+    """Σ((v − e2m1(v))·unit)² of v = x·inverse; x [.., G], inverse and unit [..] -> [..]."""
+    v = x * inverse[..., None]
+    d = (v - e2m1_round(v)) * unit[..., None]
+    return _tree_sum(d * d)
+
+
+def _scales_mxfp4(x: Tensor, amax: Tensor, rule: str) -> Tensor:
+    bits = amax.view(torch.int32)
+    exponent = bits >> 23                                            # biased, 0..254 for finite amax
+    if rule == "paper":
+        return exponent.clamp(1, 254)
+    if rule == "ocp":
+        return (exponent - 2).clamp(1, 254)
+    byte = exponent - 2 + ((bits & 0x7FFFFF) > 0x400000).to(torch.int32)
+    best = byte.clamp(1, 254)
+    if rule == "absmax":
+        return best
+    base, error = best, None
+    for step in (0, -1, 1):                                          # the first candidate wins ties
+        candidate = (base + step).clamp(1, 254)
+        e = _squared_error(x, _exp2(127 - candidate), _exp2(candidate - base))
+        if error is None:
+            error = e
+        else:
+            better = e < error
+            best, error = torch.where(better, candidate, best), torch.where(better, e, error)
+    return best
+
+
+def _scales_nvfp4(x: Tensor, amax: Tensor, rule: str, g: Tensor) -> Tensor:
+    def byte_for(largest: float) -> Tensor:
+        return e4m3_encode((amax * (g / largest)).clamp(max=E4M3_MAX)).to(torch.int32).clamp(0x01, 0x7E)
+
+    best = byte_for(6.0)
+    if rule != "mse":
+        return best
+    narrow = byte_for(4.0)
+    s0, s1 = e4m3_decode(best), e4m3_decode(narrow)
+    return torch.where(_squared_error(x, g / s1, s1) < _squared_error(x, g / s0, s0), narrow, best)
+
+
+def _scales_int4(x: Tensor, amax: Tensor, rule: str) -> Tensor:
+    absmax = (amax * 0.125).to(torch.bfloat16)
+    if rule == "absmax":
+        return absmax
+    mean_square = _tree_sum(x * x) * (1.0 / x.shape[-1])
+    gaussian = (mean_square.sqrt() * (2 * GAUSSIAN_CLIP / 15)).to(torch.bfloat16)
+    if rule in ("gaussian", "paper"):
+        return gaussian
+
+    def error(scales: Tensor) -> Tensor:
+        d = x - decode(encode(x, scales, "int4", None), scales, "int4", None)
+        return _tree_sum(d * d)
+
+    return torch.where(error(gaussian) < error(absmax), gaussian, absmax)
+
+
+def _global(g: Tensor | None, like: Tensor) -> Tensor:
+    return torch.ones((), dtype=torch.float32, device=like.device) if g is None else g.reshape(())
+
+
+def compute_scales(x: Tensor, format: str, rule: str, g: Tensor | None = None) -> Tensor:
+    """Scales of groups: fp32 [.., G] -> [..] in the format's scale dtype. A group with NaN or Inf gets the NaN mark.
+
+    Rules are SPEC §4's. `paper` for mxfp4 expects g = 3, for nvfp4 g = 10 (the authors' constants). int4 `mse`
+    chooses between `absmax` (amax/8) and `gaussian`.
+    """
+    x = x.to(torch.float32)
+    amax = x.abs().amax(-1)
+    bad = ~torch.isfinite(amax)
+    amax = torch.where(bad, 0.0, amax)
+    if format == "int4":
+        return torch.where(bad, float("nan"), _scales_int4(x, amax, rule).to(torch.float32)).to(torch.bfloat16)
+    if format == "mxfp4":
+        return torch.where(bad, MX_NAN, _scales_mxfp4(x, amax, rule)).to(torch.uint8)
+    return torch.where(bad, NV_NAN, _scales_nvfp4(x, amax, rule, _global(g, x))).to(torch.uint8)
+
+
+# -- encode, decode --------------------------------------------------------------------------------------------------
+
+def encode(x: Tensor, scales: Tensor, format: str, g: Tensor | None = None) -> Tensor:
+    """fp32 [.., n] with one scale each [..] -> codes, one a byte, uint8 [.., n]; codes of a NaN group are 0."""
+    x = x.to(torch.float32)
+    if format == "int4":
+        s = scales.to(torch.float32)[..., None]
+        q = torch.where(s > 0, (x / s).floor().clamp(-8, 7), 0.0)
+        return (torch.nan_to_num(q).to(torch.int32) & 15).to(torch.uint8)
+    if format == "mxfp4":
+        inverse = _exp2(127 - scales.to(torch.int32).clamp(1, 254))
+        if g is not None:
+            inverse = inverse * g.reshape(())
+        nan_mark = MX_NAN
+    else:
+        inverse = _global(g, x) / e4m3_decode(scales.clamp(max=0x7E))
+        nan_mark = NV_NAN
+    return torch.where((scales == nan_mark)[..., None], 0, e2m1_encode(x * inverse[..., None]))
+
+
+def decode(codes: Tensor, scales: Tensor, format: str, g: Tensor | None = None) -> Tensor:
+    """Codes, one a byte [.., n], with one scale each [..] -> fp32 [.., n]. Without g: the operand of the matmul."""
+    s = decode_scales(scales, format)[..., None]
+    if format == "int4":
+        c = codes.to(torch.int32)
+        return ((c - ((c & 8) << 1)).to(torch.float32) + 0.5) * s
+    x = e2m1_decode(codes) * s
+    return x if g is None else x / g.reshape(())
+
+
+def pack(codes: Tensor) -> Tensor:
+    """uint8 [.., K], one code a byte -> [.., K/2], the even channel in the low nibble."""
+    pairs = codes.unflatten(-1, (-1, 2))
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """uint8 [.., K/2] -> one code a byte [.., K]."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def quantize(x: Tensor, format: str, rule: str, g: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """[.., K] -> (codes uint8 [.., K/2], scales [.., K/G]), SPEC §4."""
+    groups = x.to(torch.float32).unflatten(-1, (-1, FORMATS[format].group_size))       # [.., K/G, G]
+    scales = compute_scales(groups, format, rule, g)                                   # [.., K/G]
+    return pack(encode(groups, scales, format, g).flatten(-2)), scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, format: str, g: Tensor | None = None) -> Tensor:
+    """(codes [.., K/2], scales [.., K/G]) -> fp32 [.., K]. With g, in the units of what was quantized."""
+    groups = unpack(codes).unflatten(-1, (-1, FORMATS[format].group_size))             # [.., K/G, G]
+    return decode(groups, scales, format, g).flatten(-2)
