@@ -1,0 +1,173 @@
+"""What a quantized linear is at run time: a `WushGroup` owns the buffers, each `WushLinear` is a row range of one.
+
+A group is a child of its first member; all members reach it through a list, so that it appears once in the module tree,
+and call it as a module, so that hooks (offload among them) fire on it.
+"""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops  # noqa: F401  (registers torch.ops.wush)
+from .config import WushConfig
+from .formats import dequantize, get_format
+
+
+class Member(NamedTuple):
+    """One linear of a group: its module's name and its row range of the group's buffers."""
+
+    name: str
+    start: int
+    stop: int
+    has_bias: bool
+
+
+def has_global_scale(format: str, rule: str) -> bool:
+    """Whether a side quantized by this rule carries a global scale: always in nvfp4, g = 3 in mxfp4 `paper`."""
+    return format == "nvfp4" or (format == "mxfp4" and rule == "paper")
+
+
+def buffer_layout(
+    config: WushConfig, rows: int, width: int, block_size: int, dtype: torch.dtype, has_bias: bool
+) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
+    """Shape and dtype of each buffer of a group of `rows` x `width`; None where the configuration has no such buffer."""
+    fmt = get_format(config.format)
+    blocks = {"identity": None, "hadamard": 1}.get(config.transform, width // block_size)
+    scale = ((1,), torch.float32)
+    return {
+        "weight_packed": ((rows, width // 2), torch.uint8),
+        "weight_scale": ((rows, width // fmt.group_size), fmt.scale_dtype),
+        "weight_global_scale": scale if has_global_scale(config.format, config.weight_scale_rule) else None,
+        "input_transform": None if blocks is None else ((blocks, block_size, block_size), dtype),
+        "input_global_scale": scale if has_global_scale(config.format, config.activation_scale_rule) else None,
+        "bias": ((rows,), dtype) if has_bias else None,
+    }
+
+
+class WushGroup(nn.Module):
+    """Quantized linears that share their input: one transform, one packed weight [N, K/2], N = all stacked rows.
+
+    Buffers as `buffer_layout` says. A member without a bias in a group that has one holds zeros there and passes none.
+    """
+
+    def __init__(self, members: Sequence[Member], config: WushConfig, block_size: int, buffers: dict[str, Tensor | None]):
+        super().__init__()
+        self.members = tuple(members)
+        self.format = config.format
+        self.scale_rule = config.activation_scale_rule
+        self.block_size = block_size
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+        self._shared = None
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [.., K] -> (codes [.., K/2], scales [.., K/G])."""
+        return torch.ops.wush.transform_quantize(
+            x, self.input_transform, self.input_global_scale, self.format, self.scale_rule
+        )
+
+    def _quantize_once(self, x: Tensor, member: int) -> tuple[Tensor, Tensor]:
+        """`quantize_input`, once for all members that get the same tensor in eager mode on a CPU.
+
+        Compiled graphs share by rewriting, and a GPU's CUDA graphs replay without Python. Each member is served at most
+        once from what another computed, so a tensor changed behind autograd's back is never mistaken for the old one.
+        """
+        if torch.compiler.is_compiling() or len(self.members) == 1 or x.device.type != "cpu" or x.is_inference():
+            return self.quantize_input(x)
+        shared = self._shared
+        if shared is not None:
+            source, version, served, result = shared
+            if source() is x and version == x._version and member not in served:
+                served.add(member)
+                if len(served) == len(self.members):
+                    self._shared = None
+                return result
+        result = self.quantize_input(x)
+        self._shared = (weakref.ref(x), x._version, {member}, result)
+        return result
+
+    def forward(self, x: Tensor, start: int, stop: int, has_bias: bool) -> Tensor:
+        """x [.., K] -> [.., stop − start]: the rows of one member."""
+        codes, scales = self._quantize_once(x, start)
+        weight, weight_scale, bias = self.weight_packed, self.weight_scale, self.bias if has_bias else None
+        if len(self.members) > 1:
+            weight, weight_scale = weight[start:stop], weight_scale[start:stop]
+            bias = None if bias is None else bias[start:stop]
+        return torch.ops.wush.fp4_linear(
+            codes, scales, self.input_global_scale, weight, weight_scale, self.weight_global_scale,
+            bias, None, self.format, x.dtype,
+        )
+
+    def _apply(self, fn, recurse=True):
+        # Casting a model (`model.half()`) must not round scales and transforms: as bytes they only change device.
+        return super()._apply(
+            lambda t: fn(t.view(torch.uint8)).view(t.dtype) if t.is_floating_point() else fn(t), recurse
+        )
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_shared": None}          # a weak reference can be neither copied nor pickled
+
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(b.numel() * b.element_size() for b in self.buffers())
+
+    def extra_repr(self) -> str:
+        rows, width = self.weight_packed.shape[0], 2 * self.weight_packed.shape[1]
+        return f"{self.format}, in_features={width}, rows={rows}, members={[m.name for m in self.members]}"
+
+
+class WushLinear(nn.Module):
+    """A quantized linear layer: [.., in_features] -> [.., out_features], a row range of its `WushGroup`."""
+
+    def __init__(self, group: WushGroup, member: Member):
+        super().__init__()
+        self._group = [group]                              # in a list: only the first member registers it
+        if group.members[0] == member:
+            self.group = group
+        self.in_features = 2 * group.weight_packed.shape[1]
+        self.out_features = member.stop - member.start
+        self.start, self.stop, self.has_bias = member.start, member.stop, member.has_bias
+
+    @property
+    def owner(self) -> WushGroup:
+        """The group that holds this linear's buffers."""
+        return self._group[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._group[0](x, self.start, self.stop, self.has_bias)
+
+    def dequantize(self) -> Tensor:
+        """The effective weight in the original basis, fp32 [out_features, in_features]: Q(W T⁻¹) T."""
+        group, rows = self.owner, slice(self.start, self.stop)
+        w = dequantize(group.weight_packed[rows], group.weight_scale[rows], group.format, group.weight_global_scale)
+        if group.input_transform is None:
+            return w
+        blocks = w.unflatten(-1, (-1, group.block_size))                       # [N, K/B, B]
+        t = group.input_transform.to(torch.float32)                            # [K/B or 1, B, B]
+        return torch.einsum("nkb,kbc->nkc", blocks, t.expand(blocks.shape[1], -1, -1)).flatten(-2)
+
+    def extra_repr(self) -> str:
+        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.has_bias}, "
+                f"format={self.owner.format}")
+
+
+def named_groups(model: nn.Module) -> Iterator[tuple[str, WushGroup]]:
+    """(path, group) of every group of a quantized model, in the order of the module tree."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, WushGroup))
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a model has any quantized linear."""
+    return next(named_groups(model), None) is not None
+
+
+def install_group(model: nn.Module, group: WushGroup) -> None:
+    """Puts a group's members into the model, in place of the linears of the same names, which are freed."""
+    for member in group.members:
+        linear = WushLinear(group, member)
+        linear.train(model.get_submodule(member.name).training)
+        parent, _, leaf = member.name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, linear)
