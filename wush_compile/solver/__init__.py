@@ -1,0 +1,214 @@
+"""From a group's weights and second moment to its transform, codes and scales (SPEC §2–4).
+
+    transforms.py   T_b in float64, and its rounding to the model dtype
+    scales.py       the global scales of both sides
+    gptq.py         rounding with error propagation
+    layer_loss.py   the loss of what was solved, on rows of calibration data
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import formats
+from ..config import WushConfig
+from ..errors import ConfigError, DataError, NonFiniteError
+from .gptq import gptq
+from .layer_loss import layer_loss
+from .scales import global_scale
+from .transforms import (
+    apply_blockwise, damped_cholesky, diagonal_blocks, hadamard_matrix, random_orthogonal, round_transform, wush_transform,
+)
+
+__all__ = ["GroupSolution", "block_size", "layer_loss", "moment_shape", "solve"]
+
+DATA_TRANSFORMS = ("wus", "wush")
+
+
+@dataclass
+class GroupSolution:
+    """What a group of linears with one input needs to run in 4 bits; N counts the stacked rows of all members."""
+
+    transform: Tensor | None            # [K/B, B, B], or [1, B, B] for one that all blocks share; model dtype
+    transform_block_size: int           # B
+    weight_packed: Tensor               # uint8 [N, K/2]
+    weight_scale: Tensor                # uint8 [N, K/G]; int4: bf16
+    weight_global_scale: Tensor | None  # fp32 [1]; None for 1
+    input_global_scale: Tensor | None   # fp32 [1]; None for 1
+    report: dict                        # plain numbers
+
+
+def block_size(config: WushConfig, width: int) -> int:
+    """The transform block of a linear with `width` input channels: the configured one where it divides, else the group."""
+    group = config.group_size
+    if width % group:
+        raise ConfigError(f"width {width} is not a multiple of {config.format}'s group of {group}")
+    block = config.transform_block_size or group
+    return block if width % block == 0 else group
+
+
+def moment_shape(config: WushConfig, width: int) -> tuple[int, ...]:
+    """Shape of the second moment to accumulate: [K, K] where channels of different blocks meet, else [K/B, B, B]."""
+    if config.solver == "gptq" or _conditional(config):
+        return (width, width)
+    block = block_size(config, width)
+    return (width // block, block, block)
+
+
+def _conditional(config: WushConfig) -> bool:
+    return config.moments == "conditional" and config.transform in DATA_TRANSFORMS
+
+
+def solve(
+    weight: Tensor, config: WushConfig, *, moment: Tensor | None, count: int, sample: Tensor | None, name: str
+) -> GroupSolution:
+    """Solves one group on the device of `weight`, in float64.
+
+    weight [N, K]: the stacked members, in the model dtype. moment: the fp32 sum XᵀX over `count` rows, [K, K] or
+    [K/B, B, B] (see `moment_shape`); None where nothing depends on data. sample [R, K]: rows of X, zero rows being empty
+    slots; None without data. `name` stands for the group in errors and in the seed of random transforms.
+    Raises NonFiniteError (NaN or Inf in weight or moment), DataError (no data where some is needed), ConfigError (a
+    transform that the model dtype cannot hold).
+    """
+    width = weight.shape[1]
+    block = block_size(config, width)
+    if not torch.isfinite(weight).all():
+        raise NonFiniteError(f"{name}: the weight holds NaN or Inf; repair the model or put the layer in ignore")
+    h = _mean_moment(moment, count, weight.device, name)                    # [K, K], [K/B, B, B] or None
+    if h is None and (config.solver == "gptq" or config.transform in DATA_TRANSFORMS):
+        raise DataError(f"{name}: {config.solver} with transform {config.transform} needs calibration data")
+    w = weight.T.to(torch.float64).contiguous()                             # Wᵀ [K, N]
+    report = {"rows": int(count), "damping_tries": 0}
+    rule = config.weight_scale_rule
+
+    factor = None                                                           # H = L Lᵀ, damped once
+    if config.solver == "gptq" or _conditional(config):
+        factor, report["damping_tries"] = damped_cholesky(h, config.damping)
+    closed_form = _ClosedForm(config, h, block, weight.dtype, name)
+    # GPTQ finds conditional transforms on its way; only the global scale of the weights, if any, needs some before.
+    late = config.solver == "gptq" and _conditional(config)
+    pair = None
+    if not late:
+        pair = _transforms(config, w, block, closed_form, factor if _conditional(config) else None, weight.dtype, name)
+    elif config.format == "nvfp4" and rule != "paper":
+        pair = _transforms(config, w, block, closed_form, None, weight.dtype, name)
+    transform, inverse = pair or (None, None)
+    w_tilde = apply_blockwise(w, None if inverse is None else inverse.mT)   # W̃ᵀ [K, N]
+    g = global_scale(config.format, rule, w_tilde.abs().amax(), _rms(w_tilde), w.device)
+
+    if config.solver == "rtn":
+        values = w_tilde.T.to(torch.float32).contiguous()                   # [N, K]
+        packed, scale = formats.quantize(values, config.format, rule, g)
+        error = w_tilde - formats.dequantize(packed, scale, config.format, g).T
+        if transform is not None:
+            error = apply_blockwise(error, transform.to(torch.float64).mT)
+    else:
+        found = []
+
+        def transform_of(b: int, updated: Tensor | None):
+            if late:
+                found.append(closed_form(factor[b * block:(b + 1) * block, b * block:(b + 1) * block][None],
+                                         updated[None], slice(b, b + 1)))
+                return tuple(t[0].to(torch.float64) for t in found[-1])
+            if transform is None:
+                return None
+            index = b % transform.shape[0]
+            return transform[index].to(torch.float64), inverse[index]
+
+        codes, scale, error = gptq(w, factor, block, transform_of, config.format, rule, g, updated_weights=late)
+        packed = formats.pack(codes)
+        if late:
+            transform = torch.cat([t for t, _ in reversed(found)])
+    report["weight_error"] = float(error.square().sum() / w.square().sum().clamp(min=1e-300))
+    if config.format == "nvfp4":
+        report["weight_scales_saturated"] = int((scale == 0x7E).sum())
+        report["weight_scales_subnormal"] = int((scale < 0x08).sum())
+    g_x = _input_global_scale(config, h, sample, transform, block, weight.device, name, report)
+    report["damping_tries"] = max(report["damping_tries"], closed_form.tries)
+    return GroupSolution(transform, block, packed, scale, g, g_x, report)
+
+
+def _mean_moment(moment: Tensor | None, count: int, device: torch.device, name: str) -> Tensor | None:
+    if moment is None:
+        return None
+    if count <= 0:
+        raise DataError(f"{name}: no calibration token reached this layer")
+    if not torch.isfinite(moment).all():
+        raise NonFiniteError(
+            f"{name}: its calibration inputs hold NaN or Inf, or overflow fp32 when squared; "
+            "repair the data or the model, or put the layer in ignore"
+        )
+    return moment.to(device, torch.float64) / count
+
+
+class _ClosedForm:
+    """`wush` and `wus` transforms of blocks from a root of their moment and their weights, rounded, with their inverse."""
+
+    def __init__(self, config: WushConfig, h: Tensor | None, block: int, dtype: torch.dtype, name: str):
+        self.config, self.dtype, self.name, self.tries = config, dtype, name, 0
+        if config.transform in DATA_TRANSFORMS:
+            self.h = diagonal_blocks(h, block)                              # [K/B, B, B]
+            self.dead = self.h.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
+
+    def __call__(self, root: Tensor, w: Tensor, blocks: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """root [b, B, B]; w [b, B, N], transposed weights -> ([b, B, B], [b, B, B])."""
+        gram = torch.where(self.dead[blocks, None, None], 0.0, w @ w.mT / w.shape[-1])
+        t = wush_transform(root, gram, self.config.damping, hadamard=self.config.transform == "wush")
+        return round_transform(t, self.dtype, self.name)
+
+    def marginal(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        root, self.tries = damped_cholesky(self.h, self.config.damping)
+        return self(root, w)
+
+
+def _transforms(
+    config: WushConfig, w: Tensor, block: int, closed_form: _ClosedForm, factor: Tensor | None, dtype: torch.dtype, name: str
+) -> tuple[Tensor, Tensor] | None:
+    """(T in the model dtype, its float64 inverse), each [K/B, B, B] or [1, B, B]; None for the identity.
+
+    w [K, N]; factor [K, K]: L whose diagonal blocks are the roots of the conditional moments, None for marginal moments.
+    """
+    if config.transform == "identity":
+        return None
+    if config.transform == "hadamard":
+        return round_transform(hadamard_matrix(block)[None].to(w.device), dtype, name)
+    if config.transform == "random":
+        return round_transform(random_orthogonal(w.shape[0] // block, block, config.seed, name).to(w.device), dtype, name)
+    blocks = w.unflatten(0, (-1, block))                                    # [K/B, B, N]
+    return closed_form.marginal(blocks) if factor is None else closed_form(diagonal_blocks(factor, block), blocks)
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
+def _input_global_scale(
+    config: WushConfig, h: Tensor | None, sample: Tensor | None, transform: Tensor | None, block: int,
+    device: torch.device, name: str, report: dict,
+) -> Tensor | None:
+    """g of the activations; for nvfp4 the report counts the sample's groups whose scale leaves e4m3's normal range."""
+    rule, amax, rms = config.activation_scale_rule, None, None
+    x = None
+    if config.format == "nvfp4":
+        t = None if transform is None else transform.to(torch.float64)
+        if h is not None:
+            moment = diagonal_blocks(h, block)                              # [K/B, B, B]
+            moment = moment if t is None else t @ moment @ t.mT
+            rms = moment.diagonal(dim1=-2, dim2=-1).mean().sqrt()
+        if sample is not None:
+            rows = sample.to(device, torch.float32)
+            rows = rows[(rows != 0).any(-1)]                                # zero rows are empty slots
+            if rows.shape[0]:
+                x = apply_blockwise(rows.T, None if t is None else t.to(torch.float32))              # [K, R]
+                amax = x.abs().amax()
+                rms = _rms(x) if rms is None else rms
+        if rule != "paper" and amax is None and rms is None:
+            raise DataError(f"{name}: the global scale of nvfp4 activations needs calibration data")
+    g = global_scale(config.format, rule, amax, rms, device)
+    if x is not None:
+        group = x.abs().unflatten(0, (-1, config.group_size)).amax(1)       # [K/G, R]
+        scale = group * (g / formats.E2M1_MAX)
+        report["input_scales_saturated"] = float((scale > formats.E4M3_MAX).double().mean())
+        report["input_scales_subnormal"] = float(((scale < 2.0**-6) & (group > 0)).double().mean())
+    return g

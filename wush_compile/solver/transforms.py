@@ -1,0 +1,101 @@
+"""The transforms T_b of SPEC §2 in float64, and what their rounding to the model dtype asks of them."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+# Rounding in an fp32 moment can make it indefinite: damping is then added again, at most this often in all.
+MAX_DAMPING_TRIES = 100
+
+
+def hadamard_matrix(size: int) -> Tensor:
+    """Normalized Sylvester–Hadamard matrix, float64 [size, size], symmetric and orthogonal; size a power of two."""
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while h.shape[0] < size:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+    return h / math.sqrt(size)
+
+
+def random_orthogonal(blocks: int, size: int, seed: int, name: str) -> Tensor:
+    """Haar-random orthogonal matrices, float64 [blocks, size, size] on the CPU, a function of the seed and the name."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    q, r = torch.linalg.qr(torch.randn(blocks, size, size, dtype=torch.float64, generator=generator))
+    # With the signs of R's diagonal taken out, Q is uniform over the orthogonal group.
+    return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[:, None, :]
+
+
+def damped_cholesky(h: Tensor, damping: float) -> tuple[Tensor, int]:
+    """Lower L with L Lᵀ = h + t·damping·mean(diag h)·I, float64 [.., K, K] -> ([.., K, K], the largest t needed).
+
+    t is 1 where that is enough, else the least count that is; a zero matrix gets the identity. Without damping the
+    further tries add 0.01.
+    """
+    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)                            # [..]
+    h = torch.where((mean > 0)[..., None, None], h, torch.eye(h.shape[-1], dtype=h.dtype, device=h.device))
+    share = torch.full_like(mean, damping)
+    for tries in range(1, MAX_DAMPING_TRIES + 1):
+        damped = h.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_((share * mean.clamp(min=0))[..., None])
+        factor, info = torch.linalg.cholesky_ex(damped)
+        failed = info != 0
+        if not failed.any():
+            return factor, tries
+        share = torch.where(failed, share + (damping or 0.01), share)
+    raise ConfigError(
+        f"a second moment is not positive definite even with {float(share.max()):.2g} of its mean diagonal added: "
+        "raise damping or calibrate on more data"
+    )
+
+
+def wush_transform(root: Tensor, gram: Tensor, damping: float, hadamard: bool = True) -> Tensor:
+    """T_b of eq. 7, float64 [b, B, B].
+
+    root [b, B, B]: any L with L Lᵀ the (damped) second moment of the block's inputs; gram [b, B, B]: S_b = W_bᵀW_b / N.
+    Lᵀ S_b L = V diag(s²) Vᵀ with s descending, T_b = Had diag(√s) Vᵀ L⁻¹; `hadamard=False` leaves Had out (WUS).
+    The largest entry of every row of Vᵀ L⁻¹ is positive, which makes T the same for every root. A block with gram 0 gets Had
+    (WUS: the identity).
+    """
+    size = root.shape[-1]
+    had = (hadamard_matrix(size) if hadamard else torch.eye(size, dtype=torch.float64)).to(root.device)
+    square, v = torch.linalg.eigh(root.mT @ gram @ root)
+    s = square.flip(-1).clamp(min=0).sqrt()                                 # [b, B]
+    s = s + damping * s.mean(-1, keepdim=True)
+    rows = torch.linalg.solve(root, v.flip(-1).mT, left=False)              # Vᵀ L⁻¹ [b, B, B]
+    magnitude = rows.abs()
+    index = torch.arange(size, device=root.device)
+    first = torch.where(magnitude == magnitude.amax(-1, keepdim=True), index, size - 1).amin(-1, keepdim=True)
+    rows = torch.where(rows.gather(-1, first) < 0, -rows, rows)
+    t = had @ (s.sqrt()[..., None] * rows)
+    dead = gram.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
+    return torch.where(dead[:, None, None], had, t)
+
+
+def diagonal_blocks(h: Tensor, block: int) -> Tensor:
+    """[K, K] -> its diagonal blocks [K/B, B, B]; [K/B, B, B] passes through."""
+    if h.dim() == 3:
+        return h
+    return h.unflatten(1, (-1, block)).unflatten(0, (-1, block)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+
+def apply_blockwise(x: Tensor, t: Tensor | None) -> Tensor:
+    """[K, n] -> [K, n]: block b becomes T_b x_b; t [K/B, B, B], [1, B, B] or None, x's dtype. Rows are channels here."""
+    return x if t is None else (t @ x.unflatten(0, (-1, t.shape[-1]))).flatten(0, 1)
+
+
+def round_transform(t: Tensor, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
+    """T float64 [b, B, B] -> (T as stored, in the model dtype; the float64 inverse of what is stored)."""
+    rounded = t.to(dtype)
+    if not torch.isfinite(rounded).all():
+        raise ConfigError(f"{name}: its transform overflows {str(dtype).removeprefix('torch.')}; convert the model to bfloat16")
+    inverse, info = torch.linalg.inv_ex(rounded.to(torch.float64))
+    if info.any() or not torch.isfinite(inverse).all():
+        raise ConfigError(
+            f"{name}: its transform is singular once rounded to {str(dtype).removeprefix('torch.')}; "
+            "raise damping or convert the model to bfloat16"
+        )
+    return rounded, inverse
