@@ -1,6 +1,5 @@
 """GGUF files as ordinary transformers models: weights dequantized, and the tokenizer as the file's metadata says it is."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -76,11 +75,10 @@ def _correct_pre_tokenizer(tokenizer, metadata: dict) -> None:
     """A digit is a token of its own where the metadata says so, as Digits(individual_digits=True)."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    kind = metadata.get("tokenizer.ggml.pre")
-    backend = tokenizer.backend_tokenizer
-    if kind not in DIGIT_PRE_TOKENIZERS or "Digits" in json.loads(backend.to_str()).get("pre_tokenizer", {}).get("type", ""):
-        return
-    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)])
+    if metadata.get("tokenizer.ggml.pre") in DIGIT_PRE_TOKENIZERS:
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
 
 
 def _correct_special_tokens(model: nn.Module, tokenizer, metadata: dict) -> None:
