@@ -1,0 +1,113 @@
+"""The configuration: what it refuses and with which words, and that it survives a checkpoint."""
+
+import dataclasses
+import json
+
+import pytest
+
+from wush_compile import WushConfig
+from wush_compile.errors import ConfigError, WushError, one_of
+from wush_compile.formats import FORMATS
+
+
+@pytest.mark.parametrize("settings, near", [
+    (dict(format="mxpf4"), "did you mean 'mxfp4'"),
+    (dict(format="NVFP4x"), "one of: mxfp4, nvfp4, int4"),
+    (dict(transform="wuhs"), "did you mean 'wu"),
+    (dict(transform="hadamrad"), "did you mean 'hadamard'"),
+    (dict(solver="gptk"), "did you mean 'gptq'"),
+    (dict(moments="marginals"), "did you mean 'marginal'"),
+    (dict(weight_scale_rule="absmin"), "weight_scale_rule for mxfp4 'absmin'; did you mean 'absmax'"),
+    (dict(activation_scale_rule="gaussian"), "activation_scale_rule for mxfp4"),
+    (dict(format="nvfp4", weight_scale_rule="ocp"), "weight_scale_rule for nvfp4"),
+    (dict(format="int4", activation_scale_rule="ocp"), "activation_scale_rule for int4"),
+    (dict(format=None), "unknown format None"),
+    (dict(solver=["gptq"]), "unknown solver"),
+])
+def test_unknown_names_are_answered_with_the_nearest(settings, near):
+    with pytest.raises(ConfigError) as error:
+        WushConfig(**settings)
+    assert near in str(error.value)
+
+
+def test_unknown_settings_are_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match="unknown setting 'fromat'; did you mean 'format'"):
+        WushConfig.from_dict({"fromat": "mxfp4"})
+    with pytest.raises(ConfigError, match="did you mean 'transform'"):
+        WushConfig.paper("nvfp4", transfrom="wus")
+
+
+def test_nothing_near_gives_no_hint():
+    with pytest.raises(ConfigError) as error:
+        one_of("solver", "qqqqqqqq", ("rtn", "gptq"))
+    assert str(error.value) == "unknown solver 'qqqqqqqq' (one of: rtn, gptq)"
+
+
+@pytest.mark.parametrize("format, block", [("mxfp4", 16), ("mxfp4", 48), ("mxfp4", 0), ("mxfp4", -32), ("mxfp4", 32.0),
+                                           ("mxfp4", "32"), ("mxfp4", True), ("nvfp4", 8), ("int4", 96)])
+def test_bad_transform_block_sizes(format, block):
+    with pytest.raises(ConfigError, match=f"multiple of {FORMATS[format].group_size}, or None"):
+        WushConfig(format=format, weight_scale_rule="mse", transform_block_size=block)
+
+
+@pytest.mark.parametrize("format, block", [("mxfp4", 32), ("mxfp4", 256), ("nvfp4", 16), ("nvfp4", 32), ("int4", 64)])
+def test_good_transform_block_sizes(format, block):
+    assert WushConfig(format=format, transform_block_size=block).transform_block_size == block
+
+
+def test_ignore_is_a_sequence_and_never_a_string():
+    with pytest.raises(ConfigError, match=r"ignore=\('lm_head',\)"):
+        WushConfig(ignore="lm_head")
+    assert WushConfig(ignore=["lm_head", "*.down_proj"]).ignore == ("lm_head", "*.down_proj")
+    assert WushConfig(ignore=()).ignore == ()
+
+
+@pytest.mark.parametrize("damping", [-0.01, 1, 1.5, float("nan")])
+def test_bad_damping(damping):
+    with pytest.raises(ConfigError, match="damping"):
+        WushConfig(damping=damping)
+
+
+def test_errors_are_value_errors_and_ours():
+    assert issubclass(ConfigError, ValueError) and issubclass(ConfigError, WushError)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_paper(format):
+    config = WushConfig.paper(format)
+    assert config == WushConfig(format=format, transform="wush", solver="gptq", moments="conditional",
+                                weight_scale_rule="paper", activation_scale_rule="paper", share_transform=False)
+    assert WushConfig.paper(format, solver="rtn", share_transform=True).solver == "rtn"
+    assert WushConfig.paper(format, moments="marginal").moments == "marginal"
+
+
+@pytest.mark.parametrize("config", [
+    WushConfig(), WushConfig.paper("nvfp4", seed=7), WushConfig(ignore=("a", "b.*"), transform_block_size=64, damping=0.0),
+    WushConfig(format="int4", transform="random", solver="rtn", weight_scale_rule="gaussian", ignore=()),
+])
+def test_round_trip_through_json(config):
+    again = WushConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and hash(again) == hash(config)
+
+
+def test_to_dict_has_every_field():
+    assert list(WushConfig().to_dict()) == [field.name for field in dataclasses.fields(WushConfig)]
+
+
+def test_frozen():
+    config = WushConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.solver = "rtn"
+    settings = config.to_dict()
+    settings["ignore"].append("x")
+    assert config.ignore == ("lm_head",)
+
+
+def test_group_size_and_need_of_data():
+    assert [WushConfig(format=f).group_size for f in ("mxfp4", "nvfp4", "int4")] == [32, 16, 32]
+    plain = dict(solver="rtn", transform="hadamard")
+    assert not WushConfig(**plain).needs_data and not WushConfig(format="int4", **plain).needs_data
+    assert not WushConfig(format="nvfp4", activation_scale_rule="paper", **plain).needs_data
+    for settings in (dict(solver="gptq", transform="identity"), dict(solver="rtn", transform="wus"),
+                     dict(solver="rtn", transform="wush"), dict(format="nvfp4", **plain)):
+        assert WushConfig(**settings).needs_data
