@@ -1,0 +1,134 @@
+"""Replaces a directory as a whole: whoever is killed, and whenever, its path holds the old files or the new ones.
+
+The new directory is written beside the old one as `.NAME.*.partial`, flushed to disk, and exchanged with it in one system
+call (Linux `renameat2`). File systems that cannot exchange need two renames; the old directory waits as `.NAME.*.previous`,
+and `recover` moves it back if the second never came. A writer holds a lock on its partial directory, which dies with it:
+what nobody locks is left over, and the next writer removes it.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+log = logging.getLogger("wush_compile")
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds an advisory lock on a directory; yields whether it was had (not every file system has locks)."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _siblings(target: Path, suffix: str) -> list[Path]:
+    prefix = f".{target.name}."
+    return sorted(p for p in target.parent.iterdir() if p.name.startswith(prefix) and p.name.endswith(suffix))
+
+
+def _move_back(target: Path) -> None:
+    """With the parent locked: undoes the first of two renames, if the second is missing."""
+    previous = _siblings(target, ".previous")
+    if previous and not target.exists():
+        log.warning("an interrupted save had moved %s aside: moved back", target)
+        os.rename(previous[-1], target)
+
+
+def recover(directory: str | os.PathLike) -> Path:
+    """The real path of a directory, moved back first if a killed writer had left it aside."""
+    target = Path(os.path.realpath(directory))
+    if not target.exists() and target.parent.is_dir() and _siblings(target, ".previous"):
+        with _locked(target.parent):
+            _move_back(target)
+    return target
+
+
+def _remove_leftovers(target: Path) -> None:
+    for leftover in _siblings(target, ".partial") + _siblings(target, ".previous"):
+        with contextlib.suppress(OSError), _locked(leftover, wait=False) as unused:
+            if unused:
+                shutil.rmtree(leftover)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_tree(root: Path) -> None:
+    for directory, _, files in os.walk(root):
+        for name in files:
+            _flush(Path(directory, name))
+        _flush(Path(directory))
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two directories in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+def _install(partial: Path, target: Path, token: str) -> None:
+    """Puts a flushed directory at `target`; the old one, if any, ends at `partial`'s path or is gone."""
+    if not target.exists() or not any(target.iterdir()):
+        os.rename(partial, target)                         # replaces an empty directory too
+    elif not _exchange(partial, target):
+        previous = target.parent / f".{target.name}.{token}.previous"
+        os.rename(target, previous)
+        try:
+            os.rename(partial, target)
+        except OSError:
+            os.rename(previous, target)
+            raise
+        _flush(target.parent)
+        shutil.rmtree(previous)
+    _flush(target.parent)
+
+
+@contextlib.contextmanager
+def replaced_directory(directory: str | os.PathLike) -> Iterator[Path]:
+    """Yields an empty directory to write into, which then takes the place of `directory` and all it holds.
+
+    An exception in the body, or a kill at any moment, leaves `directory` as it was.
+    """
+    target = recover(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(4)
+    partial = target.parent / f".{target.name}.{token}.partial"
+    with contextlib.ExitStack() as stack:
+        with _locked(target.parent):                       # so that no other writer sees `partial` before it is locked
+            _remove_leftovers(target)
+            partial.mkdir()
+            if target.exists():
+                shutil.copymode(target, partial)
+            stack.enter_context(_locked(partial))
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
+        yield partial
+        _flush_tree(partial)
+        with _locked(target.parent):
+            _install(partial, target, token)
