@@ -1,0 +1,141 @@
+"""`torch.compile(model, backend="wush")` and `fuse(exported_program)`: our passes, then Inductor.
+
+The backend holds no state and bakes nothing into a graph: weights, scales and transforms are graph inputs, so decoder
+layers that share one compiled graph (regional compilation) each run with their own.
+"""
+
+import functools
+import hashlib
+import warnings
+from pathlib import Path
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from . import fused_ops  # noqa: F401  (registers the ops that passes emit)
+from . import kernels, passes
+from .errors import one_of
+from .trace import Recorder, readable_name
+
+_ROOT = Path(__file__).parent
+SOURCES = (*sorted((_ROOT / "passes").glob("*.py")), *(_ROOT / f for f in ("backend.py", "fused_ops.py", "ops.py", "formats.py")))
+_LINEAR_OPS = ("linear", "mm", "addmm", "matmul", "bmm")
+_state = {"warned": False, "quantized": False}
+
+
+@functools.lru_cache
+def _sources_digest(sources: tuple[Path, ...]) -> str:
+    digest = hashlib.sha256()
+    for path in sources:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _providers() -> tuple:
+    """Who computes each op here: part of a cached graph's identity."""
+    return tuple(getattr(kernels, "signature", tuple)())
+
+
+@functools.cache
+def _pass_class() -> type:
+    # Inductor is imported on first use: it takes seconds, and eager users never need it.
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class ExecutionPasses(CustomGraphPass):
+        """Our passes as Inductor's `post_grad_custom_pre_pass`; `names` and `recorder` only serve tracing."""
+
+        def __init__(self, steps=passes.EXECUTION, first=None, names=None, recorder=None):
+            self.steps, self.first, self.names, self.recorder = steps, first, names, recorder
+
+        def __call__(self, graph: Graph) -> None:
+            if self.first is not None:
+                self.first(graph)
+            after = None
+            if self.recorder:
+                self.recorder.snapshot("incoming", graph, self.names)
+                after = functools.partial(self.recorder.snapshot, names=self.names)
+            passes.run(graph, self.steps, after)
+
+        def uuid(self):
+            if self.first is not None and not hasattr(self.first, "uuid"):
+                return None                                  # somebody's plain function: Inductor must not cache
+            return (
+                _sources_digest(SOURCES), tuple(s.__name__ for s in self.steps), _providers(),
+                None if self.first is None else self.first.uuid(),
+            )
+
+    return ExecutionPasses
+
+
+def _options(mode: str | None, options: dict | None) -> dict:
+    """Inductor's settings for `mode=` and `options=`, as `torch.compile` itself reads them."""
+    from torch._inductor import config, list_mode_options
+
+    patches = dict(list_mode_options(mode)) if mode else {}
+    known = config.get_config_copy()
+    for name, setting in (options or {}).items():
+        patches[one_of("Inductor option", name.replace("-", "_"), known)] = setting
+    return patches
+
+
+def _graphs(gm: GraphModule):
+    return (m.graph for m in gm.modules() if isinstance(m, GraphModule))
+
+
+def has_wush_ops(gm: GraphModule) -> bool:
+    """Whether a graph, or one nested in it, calls a wush op."""
+    return any(str(n.target).startswith("wush.") for g in _graphs(gm) for n in g.nodes if n.op == "call_function")
+
+
+def _has_linear(gm: GraphModule) -> bool:
+    names = (getattr(n.target, "__name__", str(n.target)) for g in _graphs(gm) for n in g.nodes if n.op != "placeholder")
+    return any(name.split(".")[0] in _LINEAR_OPS for name in names)
+
+
+def wush(gm: GraphModule, example_inputs, *, mode: str | None = None, options: dict | None = None):
+    """The `torch.compile` backend: Inductor, with our passes in front of its own.
+
+    mode, options: as `torch.compile`'s. Without a quantized linear this is plain Inductor, and one warning says so.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = _options(mode, options)
+    if not has_wush_ops(gm):
+        # A graph break may leave a quantized model's embedding or head in a graph of its own: that is no mistake.
+        if _has_linear(gm) and not _state["quantized"] and not _state["warned"]:
+            _state["warned"] = True
+            warnings.warn(
+                "backend='wush' found no quantized linear and compiles with plain Inductor: "
+                "call wush_compile.quantize(model) before torch.compile", stacklevel=2,
+            )
+        return compile_fx(gm, example_inputs, config_patches=patches)
+    _state["quantized"] = True
+    from torch._inductor import config
+
+    recorder = Recorder()
+    names = [readable_name(n.target) for n in gm.graph.nodes if n.op == "placeholder"] if recorder else None
+    recorder.snapshot("dynamo", gm.graph)
+    first = patches.get("post_grad_custom_pre_pass", config.post_grad_custom_pre_pass)
+    patches["post_grad_custom_pre_pass"] = _pass_class()(first=first, names=names, recorder=recorder)
+    if recorder and hasattr(config, "_post_fusion_custom_pass"):
+        patches["_post_fusion_custom_pass"] = recorder.scheduled
+    return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def fuse(program: torch.export.ExportedProgram, *, inline: bool = False) -> torch.export.ExportedProgram:
+    """Runs the execution passes on an exported program, in place, and returns it; its signature stays as it is.
+
+    inline: also replace every wush op by the arithmetic that defines it, so that what is packaged from the program
+    (`torch._inductor.aoti_compile_and_package`) runs where wush_compile is not installed, C++ included.
+    """
+    recorder = Recorder()
+    names = None
+    if recorder:
+        targets = program.graph_signature
+        known = {**targets.inputs_to_parameters, **targets.inputs_to_buffers}
+        names = [known.get(n.name, n.name) for n in program.graph.nodes if n.op == "placeholder"]
+    recorder.snapshot("incoming", program.graph, names)
+    steps = passes.PACKAGING if inline else passes.EXECUTION
+    passes.run(program.graph, steps, functools.partial(recorder.snapshot, names=names))
+    program.graph_module.recompile()
+    return program

@@ -1,0 +1,172 @@
+"""Patterns over ATen graphs, small enough to read: `match(pattern, node)` gives the bindings, or None.
+
+A pattern is built of
+
+    Var(name)              any node; the same name twice must be the same node
+    Num(name)              a Python number, or a node that holds a scalar tensor
+    Op(op, *args)          a call of the ATen or prims op of that name, whatever its overload; mul and add commute
+    Cast(p)                p, or one dtype conversion of p (one: of two in a row the first may round)
+    Either(p, q, ..)       the first that matches
+    ANY                    anything
+    anything else          a literal that must be equal
+
+`bind=` on Op and Cast names the node itself. Every step returns a new dict, so that a failed attempt leaves no trace.
+"""
+
+import operator
+from typing import NamedTuple
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+ANY = object()
+CASTS = ("convert_element_type", "to", "_to_copy", "type_as")
+COMMUTE = ("mul", "add")
+
+
+class Var(NamedTuple):
+    name: str
+
+
+class Num(NamedTuple):
+    name: str
+
+
+class Op:
+    def __init__(self, op: str, *args, bind: str | None = None):
+        self.op, self.args, self.bind = op, args, bind
+
+
+class Cast(NamedTuple):
+    pattern: object
+    bind: str | None = None
+
+
+class Either:
+    def __init__(self, *patterns):
+        self.patterns = patterns
+
+
+def op_name(node: object) -> str:
+    """`mul` for a call of aten.mul.Tensor, `getitem` for one of that; "" for whatever is not ATen's or prims'."""
+    target = getattr(node, "target", None)
+    if target is operator.getitem:
+        return "getitem"
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
+        return ""
+    return target._opname
+
+
+def value(node: Node):
+    """What tracing recorded of a node: a fake tensor, a tuple of them, or a number."""
+    return node.meta.get("val")
+
+
+def is_cast(node: object) -> bool:
+    """A conversion of dtype that leaves the device alone."""
+    if op_name(node) not in CASTS or not isinstance(value(node), torch.Tensor):
+        return False
+    source = value(node.args[0])
+    return isinstance(source, torch.Tensor) and source.device == value(node).device
+
+
+def _bind(bound: dict, name: str | None, what: object) -> dict | None:
+    if name is None:
+        return bound
+    if name in bound:
+        return bound if bound[name] is what else None
+    return {**bound, name: what}
+
+
+def match(pattern: object, what: object, bound: dict | None = None) -> dict | None:
+    """`what` (a node or a literal argument) against a pattern: name -> node or number, or None."""
+    bound = {} if bound is None else bound
+    if pattern is ANY:
+        return bound
+    if isinstance(pattern, Var):
+        return _bind(bound, pattern.name, what) if isinstance(what, Node) else None
+    if isinstance(pattern, Num):
+        scalar = isinstance(what, Node) and isinstance(value(what), torch.Tensor) and value(what).dim() == 0
+        return _bind(bound, pattern.name, what) if scalar or isinstance(what, int | float) else None
+    if isinstance(pattern, Either):
+        return next((m for p in pattern.patterns if (m := match(p, what, bound)) is not None), None)
+    if isinstance(pattern, Cast):
+        if is_cast(what) and (found := match(pattern.pattern, what.args[0], bound)) is not None:
+            return _bind(found, pattern.bind, what)
+        found = match(pattern.pattern, what, bound)
+        return None if found is None else _bind(found, pattern.bind, what)
+    if isinstance(pattern, Op):
+        if op_name(what) != pattern.op:
+            return None
+        args = tuple(what.args) + tuple(what.kwargs.values())
+        if len(args) != len(pattern.args):
+            return None
+        bound = _bind(bound, pattern.bind, what)
+        if bound is None:
+            return None
+        found = _match_all(pattern.args, args, bound)
+        if found is None and pattern.op in COMMUTE:
+            found = _match_all(pattern.args, args[::-1], bound)
+        return found
+    if isinstance(what, Node):
+        return None
+    return bound if pattern == what and isinstance(pattern, bool) == isinstance(what, bool) else None
+
+
+def _match_all(patterns: tuple, values: tuple, bound: dict) -> dict | None:
+    for pattern, what in zip(patterns, values):
+        bound = match(pattern, what, bound)
+        if bound is None:
+            return None
+    return bound
+
+
+# -- editing ---------------------------------------------------------------------------------------------------------
+
+def is_wush(node: object, *ops: str) -> bool:
+    """Whether a node calls one of these `wush::` ops (any, if none is named)."""
+    target = getattr(node, "target", None)
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == "wush" and (
+        not ops or target._opname in ops
+    )
+
+
+def arguments(node: Node) -> dict:
+    """The arguments of a node by name, defaults filled in: the order of the op's schema."""
+    schema = node.target._schema
+    named = dict(zip((a.name for a in schema.arguments), node.args))
+    named.update(node.kwargs)
+    return {a.name: named.get(a.name, a.default_value) for a in schema.arguments}
+
+
+def same_layout(a: Node, b: Node) -> bool:
+    """Whether two tensors are known to agree in shape, strides, dtype and device."""
+    x, y = value(a), value(b)
+    if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)) or x.dim() != y.dim():
+        return False
+    return x.dtype == y.dtype and x.device == y.device and all(
+        statically_known_true(i == j) for i, j in zip((*x.shape, *x.stride()), (*y.shape, *y.stride()))
+    )
+
+
+def only_user(node: Node, user: Node) -> bool:
+    """Whether nothing else reads `node`; export's assertions about its dtype do not count."""
+    return all(u is user or op_name(u) == "_assert_tensor_metadata" for u in node.users)
+
+
+def insert(graph: Graph, where: Node, target, args: tuple) -> Node:
+    """A new call before `where`, with `meta["val"]` from the op's fake kernel and `where`'s place in the module tree."""
+    with graph.inserting_before(where):
+        node = graph.call_function(target, args)
+    node.meta = {k: where.meta[k] for k in ("stack_trace", "nn_module_stack", "source_fn_stack") if k in where.meta}
+    fake = torch.fx.map_arg(args, value)
+    with torch.no_grad():
+        node.meta["val"] = target(*fake)
+    return node
+
+
+def replace(node: Node, by: Node) -> None:
+    """Every use of `node` becomes one of `by`; what nothing uses any more is left to dead code elimination."""
+    node.replace_all_uses_with(by, propagate_meta=False)
+    node.graph.erase_node(node)
