@@ -16,7 +16,7 @@ from ..config import WushConfig
 from ..errors import ConfigError, DataError, NonFiniteError
 from .gptq import gptq
 from .layer_loss import layer_loss
-from .scales import global_scale
+from .scales import global_scale, has_free_global_scale
 from .transforms import (
     apply_blockwise, damped_cholesky, diagonal_blocks, hadamard_matrix, random_orthogonal, round_transform, wush_transform,
 )
@@ -91,11 +91,14 @@ def solve(
     pair = None
     if not late:
         pair = _transforms(config, w, block, closed_form, factor if _conditional(config) else None, weight.dtype, name)
-    elif config.format == "nvfp4" and rule != "paper":
+    elif has_free_global_scale(config.format, rule):
         pair = _transforms(config, w, block, closed_form, None, weight.dtype, name)
     transform, inverse = pair or (None, None)
     w_tilde = apply_blockwise(w, None if inverse is None else inverse.mT)   # W̃ᵀ [K, N]
-    g = global_scale(config.format, rule, w_tilde.abs().amax(), _rms(w_tilde), w.device)
+    group_max, rms = None, None
+    if has_free_global_scale(config.format, rule):
+        group_max, rms = _group_max(w_tilde, config), w_tilde.square().mean().sqrt()
+    g = global_scale(config.format, rule, group_max, rms, w.device)
 
     if config.solver == "rtn":
         values = w_tilde.T.to(torch.float32).contiguous()                   # [N, K]
@@ -179,36 +182,33 @@ def _transforms(
     return closed_form.marginal(blocks) if factor is None else closed_form(diagonal_blocks(factor, block), blocks)
 
 
-def _rms(x: Tensor) -> Tensor:
-    return x.square().mean().sqrt()
+def _group_max(x: Tensor, config: WushConfig) -> Tensor:
+    """[K, n], rows being channels -> [K/G, n]."""
+    return x.unflatten(0, (-1, config.group_size)).abs().amax(1)
 
 
 def _input_global_scale(
     config: WushConfig, h: Tensor | None, sample: Tensor | None, transform: Tensor | None, block: int,
     device: torch.device, name: str, report: dict,
 ) -> Tensor | None:
-    """g of the activations; for nvfp4 the report counts the sample's groups whose scale leaves e4m3's normal range."""
-    rule, amax, rms = config.activation_scale_rule, None, None
-    x = None
+    """g of the activations; for nvfp4 the report says which share of the sample's groups has a scale out of e4m3's range."""
+    rule, group_max, rms = config.activation_scale_rule, None, None
     if config.format == "nvfp4":
-        t = None if transform is None else transform.to(torch.float64)
-        if h is not None:
-            moment = diagonal_blocks(h, block)                              # [K/B, B, B]
-            moment = moment if t is None else t @ moment @ t.mT
-            rms = moment.diagonal(dim1=-2, dim2=-1).mean().sqrt()
         if sample is not None:
             rows = sample.to(device, torch.float32)
             rows = rows[(rows != 0).any(-1)]                                # zero rows are empty slots
-            if rows.shape[0]:
-                x = apply_blockwise(rows.T, None if t is None else t.to(torch.float32))              # [K, R]
-                amax = x.abs().amax()
-                rms = _rms(x) if rms is None else rms
-        if rule != "paper" and amax is None and rms is None:
+            t = None if transform is None else transform.to(torch.float32)
+            group_max = _group_max(apply_blockwise(rows.T, t), config)      # [K/G, R]
+        elif h is not None:
+            moment = diagonal_blocks(h, block)                              # [K/B, B, B]
+            if transform is not None:
+                moment = transform.to(torch.float64) @ moment @ transform.to(torch.float64).mT
+            rms = moment.diagonal(dim1=-2, dim2=-1).mean().sqrt()
+        elif has_free_global_scale(config.format, rule):
             raise DataError(f"{name}: the global scale of nvfp4 activations needs calibration data")
-    g = global_scale(config.format, rule, amax, rms, device)
-    if x is not None:
-        group = x.abs().unflatten(0, (-1, config.group_size)).amax(1)       # [K/G, R]
-        scale = group * (g / formats.E2M1_MAX)
+    g = global_scale(config.format, rule, group_max, rms, device)
+    if group_max is not None:
+        scale = group_max * (g / formats.E2M1_MAX)
         report["input_scales_saturated"] = float((scale > formats.E4M3_MAX).double().mean())
-        report["input_scales_subnormal"] = float(((scale < 2.0**-6) & (group > 0)).double().mean())
+        report["input_scales_subnormal"] = float(((scale < 2.0**-6) & (scale > 0)).double().mean())
     return g

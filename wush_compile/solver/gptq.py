@@ -52,6 +52,18 @@ def quantize_block(
     return formats.encode(groups, scale, format, g).flatten(-2), scale, error
 
 
+def round_e2m1(v: Tensor) -> Tensor:
+    """fp32 [..], overwritten -> the nearest e2m1 value; equals `formats.e2m1_round` but for the sign of zero.
+
+    Adding and subtracting 1.5·2^22·p, p the power of two not above max(|v|, 1), rounds to multiples of p/2, half to even:
+    a third of the ops, and none of them threaded by the vector library, which costs more than it gives at one column.
+    """
+    v.clamp_(-formats.E2M1_MAX, formats.E2M1_MAX)
+    power = v.abs().clamp_(min=1).view(torch.int32).bitwise_and_(0x7F800000).view(torch.float32)
+    magic = power.mul_(1.5 * 2**22)
+    return v.add_(magic).sub_(magic)
+
+
 def _rounder(scales: Tensor, format: str, g: Tensor | None) -> Callable[[Tensor], Tensor]:
     """A function fp32 [N] -> the decoded value of its code, float64 [N], for fixed scales [N] of the rows.
 
@@ -66,7 +78,7 @@ def _rounder(scales: Tensor, format: str, g: Tensor | None) -> Callable[[Tensor]
     g = one if g is None else g.reshape(())
     inverse = (1.0 / s) * g if format == "mxfp4" else g / s
     unit = s.to(torch.float64) / g.to(torch.float64)
-    return lambda v: formats.e2m1_round(v.mul_(inverse)).mul(unit)
+    return lambda v: round_e2m1(v.mul_(inverse)).mul(unit)
 
 
 def gptq(
