@@ -1,9 +1,21 @@
-"""wush_compile: accurate 4-bit inference of PyTorch models, as a compiler pass."""
+"""wush_compile: accurate 4-bit inference of PyTorch models, as a compiler pass.
 
-from . import hf  # noqa: F401  (registers the method "wush" with transformers)
+    import wush_compile as wc
+    model = wc.quantize(model, data)          # W4A4, in place
+    wc.save(model, directory); model = wc.load(directory)
+    print(wc.explain(model))
+    torch.compile(model, backend="wush")
+"""
+
+from . import evaluate, hf  # noqa: F401  (hf: Hugging Face loads our checkpoints once this package is imported)
+from .backend import fuse
 from .checkpoint import load, save
 from .config import WushConfig
 from .errors import WushError
+from .explain import explain
 from .quantizer import quantize
+from .trace import trace_graphs
 
-__all__ = ["WushConfig", "WushError", "load", "quantize", "save"]
+__all__ = [
+    "WushConfig", "WushError", "evaluate", "explain", "fuse", "load", "quantize", "save", "trace_graphs",
+]

@@ -1,0 +1,5 @@
+"""`python -m wush_compile` is the command line."""
+
+from .cli import app
+
+app()

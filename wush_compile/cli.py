@@ -1,0 +1,165 @@
+"""The command line: `wush-compile`, also `python -m wush_compile`. Every command's --help is enough to use it."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from . import checkpoint
+from . import evaluate as evaluation
+from .config import WushConfig
+from .data import windows
+from .errors import WushError
+from .explain import explain as explanation
+from .explain import summary
+from .hf import load_model
+from .quantizer import quantize as quantize_model
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Accurate 4-bit inference of PyTorch models: quantize weights and activations to MXFP4, NVFP4 or INT4 with WUSH.",
+)
+console = Console()
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local directory, a hub name, or a GGUF file.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint written by wush-compile.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")]
+
+
+@app.callback()
+def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done, not only warnings.")] = False):
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True))], force=True)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Errors that the user can mend are one line and exit code 1, without a traceback."""
+    try:
+        yield
+    except (WushError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _token_ids(text: Path, tokenizer) -> torch.Tensor:
+    return torch.tensor(tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"])
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the quantized model is saved.")] = Path("out/smollm2-wush"),
+    format: Annotated[str, typer.Option(help="mxfp4, nvfp4 or int4.")] = "mxfp4",
+) -> None:
+    """Quantize SmolLM2-135M-Instruct on this CPU and compare four ways to do it (some minutes, one download)."""
+    from .demo import demo as run
+
+    with _one_line_errors():
+        run(out, format, console)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory of the new checkpoint.")],
+    calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on. Default: the model's own text.")] = None,
+    count: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    window: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
+    format: Annotated[str, typer.Option(help="mxfp4, nvfp4 or int4.")] = "mxfp4",
+    transform: Annotated[str, typer.Option(help="identity, random, hadamard, wus or wush.")] = "wush",
+    solver: Annotated[str, typer.Option(help="rtn or gptq.")] = "gptq",
+    moments: Annotated[str, typer.Option(help="marginal or conditional.")] = WushConfig.moments,
+    weight_scale_rule: Annotated[str, typer.Option(help="absmax, mse, paper; mxfp4: ocp; int4: gaussian.")] =
+    WushConfig.weight_scale_rule,
+    activation_scale_rule: Annotated[str, typer.Option(help="As the weights' rule.")] = WushConfig.activation_scale_rule,
+    transform_block_size: Annotated[int | None, typer.Option(help="Default: the format's group.")] = None,
+    share_transform: Annotated[bool, typer.Option(help="One transform for linears with the same input.")] = True,
+    ignore: Annotated[list[str] | None, typer.Option(help="Module left as it is (name or pattern); repeatable.")] = None,
+    damping: Annotated[float, typer.Option(help="Share of the mean diagonal added to second moments.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Quantize MODEL's linears to 4 bits on both sides and write a checkpoint."""
+    with _one_line_errors():
+        config = WushConfig(
+            format=format, transform=transform, solver=solver, moments=moments, weight_scale_rule=weight_scale_rule,
+            activation_scale_rule=activation_scale_rule, transform_block_size=transform_block_size,
+            share_transform=share_transform, ignore=tuple(ignore or WushConfig.ignore), damping=damping, seed=seed,
+        )
+        net, tokenizer = load_model(model)
+        net.to(_device(device))
+        data = None
+        if calibration is not None:
+            text = calibration.read_text(encoding="utf-8")
+            available = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) // window
+            data = windows(text, tokenizer, window, min(count, max(available, 1)))
+        quantize_model(net, data, config, tokenizer=tokenizer)
+        checkpoint.save(net, out, tokenizer=tokenizer)
+        console.print(summary(net), soft_wrap=True)
+        console.print(f"saved in {out}; wush-compile explain {out} shows the groups and graphs")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="Text file.")],
+    reference: Annotated[str | None, typer.Option(help="Model to measure KL and top-1 agreement against.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    count: Annotated[int | None, typer.Option(help="Only the first windows.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Perplexity of MODEL on a text; with --reference also KL divergence and top-1 agreement."""
+    with _one_line_errors():
+        net, tokenizer = load_model(model)
+        net.to(_device(device))
+        ids = _token_ids(text, tokenizer)
+        ids = ids if count is None else ids[: count * window]
+        table = Table("", "perplexity", *(["KL to reference", "top-1 agreement"] if reference else []))
+        if reference is None:
+            table.add_row(model, f"{evaluation.perplexity(net, ids, window):.3f}")
+        else:
+            other, _ = load_model(reference)
+            measured = evaluation.compare(other.to(_device(device)), net, ids, window)
+            table.add_row(reference, f"{measured.reference_perplexity:.3f}", "", "")
+            table.add_row(model, f"{measured.perplexity:.3f}", f"{measured.kl:.4f}", f"{100 * measured.top1:.1f} %")
+        console.print(table)
+
+
+@app.command()
+def explain(directory: Checkpoint) -> None:
+    """What a checkpoint holds: settings, groups, what was skipped and why, and a layer's graph before and after."""
+    with _one_line_errors():
+        console.print(explanation(checkpoint.load(directory)), soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def generate(
+    directory: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
+    device: Device = "auto",
+) -> None:
+    """Continue a prompt with a quantized model (greedy)."""
+    with _one_line_errors():
+        net, tokenizer = load_model(str(directory))
+        net.to(_device(device))
+        ids = tokenizer(prompt, return_tensors="pt").to(net.device)
+        out = net.generate(**ids, max_new_tokens=tokens, do_sample=False)
+        console.print(tokenizer.decode(out[0], skip_special_tokens=True), soft_wrap=True, markup=False, highlight=False)
