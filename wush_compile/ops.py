@@ -87,7 +87,11 @@ def _observe(x: Tensor, mask: Tensor | None, moment: Tensor, count: Tensor, samp
 
 
 def _observe_fake(x, mask, moment, count, sample, seed=0):
-    torch._check(moment.shape[-1] <= x.shape[-1])
+    for other in (mask, moment, count, sample):
+        if other is not None:
+            torch._check(other.device == x.device, lambda: f"x is on {x.device}, its mask or state on {other.device}")
+    k, covered = x.shape[-1], moment.shape[-1] if moment.dim() == 2 else moment.shape[0] * moment.shape[-1]
+    torch._check(covered == k, lambda: f"the moment covers {covered} channels, x has {k}")
 
 
 # -- transform_quantize ----------------------------------------------------------------------------------------------
@@ -107,9 +111,10 @@ def block_transform(x: Tensor, transform: Tensor | None) -> Tensor:
     size = transform.shape[-1]
     t = transform.to(torch.float32)
     if transform.shape[0] == 1:
-        return (x.reshape(-1, size) @ t[0].T).view(x.shape)
-    blocks = x.reshape(-1, transform.shape[0], size).transpose(0, 1)      # [K/B, M, B]
-    return torch.bmm(blocks, t.transpose(1, 2)).transpose(0, 1).reshape(x.shape)
+        return (x.unflatten(-1, (-1, size)).flatten(0, -2) @ t[0].T).view(x.shape)
+    # unflatten, unlike reshape alone, refuses a transform made for another width.
+    blocks = x.unflatten(-1, (transform.shape[0], size)).reshape(-1, transform.shape[0], size)   # [M, K/B, B]
+    return torch.bmm(blocks.transpose(0, 1), t.transpose(1, 2)).transpose(0, 1).reshape(x.shape)
 
 
 def _transform_quantize(
@@ -152,7 +157,7 @@ def _transform_quantize_fake(x, transform, global_scale, format, scale_rule):
 def _operand(codes: Tensor, scales: Tensor, format: str) -> Tensor:
     """Packed [.., K/2] -> fp32 [.., K] without the global scale, by a table of the 256 bytes: fast in eager mode."""
     byte = torch.arange(256, device=codes.device, dtype=torch.uint8)
-    group = formats.FORMATS[format].group_size
+    group = get_format(format).group_size
     if format == "int4":
         return formats.dequantize(codes, scales, format)
     table = formats.e2m1_decode(formats.unpack(byte[:, None]))            # [256, 2]
@@ -178,7 +183,7 @@ def _fp4_linear(
     if bias is not None:
         y = y + bias.to(torch.float32)
     y = y.to(out_dtype)
-    return y if residual is None else y + residual
+    return y if residual is None else y + residual.to(out_dtype)
 
 
 def _fp4_linear_fake(
