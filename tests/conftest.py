@@ -6,7 +6,7 @@ import torch
 
 torch.set_num_threads(2)
 # Derandomized: a red test is red for everyone. The exhaustive tables carry the load, so few examples will do.
-hypothesis.settings.register_profile("wush", derandomize=True, deadline=None, max_examples=25, database=None)
+hypothesis.settings.register_profile("wush", derandomize=True, deadline=None, max_examples=50, database=None)
 hypothesis.settings.load_profile("wush")
 
 

@@ -1,8 +1,8 @@
-"""The formats once more, from SPEC §4 alone: tables and float64, in numpy. The library is compared with this bit for bit.
+"""The formats once more, from SPEC §4 alone: tables and float64, in numpy; the library must agree bit for bit.
 
 Values are found by searching a table of what the format can hold; exponents come from `frexp`. Only what the
-specification defines as an fp32 operation is one here: `a·fp32(g/6)`, `fp32(g/scale)`, `x·inv`, the decode products, and
-the sums of the `mse` rule (element i plus element i + n/2, until one is left). Codes here are one a byte.
+specification defines as an fp32 operation is one here: `a·fp32(g/6)`, `fp32(g/scale)`, `x·inv`, the products of
+decoding, and the sums of the `mse` rule (element i plus element i + n/2, until one is left). Codes are one a byte.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import numpy as np
 F32 = np.float32
 GROUP = {"mxfp4": 32, "nvfp4": 16, "int4": 32}
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-E4M3 = np.array([m * 2.0**-9 for m in range(8)] + [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8)])[:127]
+E4M3 = np.array([(8 * (e > 0) + m) * 2.0 ** (max(e, 1) - 10) for e in range(16) for m in range(8)])[:127]
 
 
 def nearest_even(table: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
@@ -55,7 +55,7 @@ def first_least(candidates: list[np.ndarray], errors: list[np.ndarray]) -> np.nd
 
 
 def squared_error(x: np.ndarray, inverse: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """Of v = x·inverse and its e2m1 value, the fp32 sum of ((v − e2m1(v))·unit)², in `formats._squared_error`'s order."""
+    """Of v = x·inverse, the fp32 sum of ((v − e2m1(v))·unit)², in the order of `formats._squared_error`."""
     v = x * inverse[..., None]
     d = (v - e2m1_decode(e2m1_encode(v))) * unit[..., None]
     return tree_sum(d * d)

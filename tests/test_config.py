@@ -82,7 +82,8 @@ def test_paper(format):
 
 
 @pytest.mark.parametrize("config", [
-    WushConfig(), WushConfig.paper("nvfp4", seed=7), WushConfig(ignore=("a", "b.*"), transform_block_size=64, damping=0.0),
+    WushConfig(), WushConfig.paper("nvfp4", seed=7),
+    WushConfig(ignore=("a", "b.*"), transform_block_size=64, damping=0.0),
     WushConfig(format="int4", transform="random", solver="rtn", weight_scale_rule="gaussian", ignore=()),
 ])
 def test_round_trip_through_json(config):
