@@ -193,9 +193,7 @@ class Recorder:
     """Writes one graph's steps to all open logs; does nothing when none is open."""
 
     def __init__(self):
-        self.traces = [GraphTrace() for _ in _LOGS]
-        for log, trace in zip(_LOGS, self.traces):
-            log.graphs.append(trace)
+        self.logs, self.traces = list(_LOGS), [GraphTrace() for _ in _LOGS]
 
     def __bool__(self) -> bool:
         return bool(self.traces)
@@ -205,28 +203,37 @@ class Recorder:
             copy = Graph()
             copy.output(copy.graph_copy(graph, {}))
             shot = Snapshot(step, copy, names, count_ops(graph))
-            for trace in self.traces:
+            for log, trace in zip(self.logs, self.traces):
                 trace.snapshots.append(shot)
+                if step == "incoming":                       # earlier, Dynamo may still start over
+                    log.graphs.append(trace)
 
     def scheduled(self, nodes: list) -> list:
         """Inductor's hook behind fusion: a line for each kernel, with the ops it came from."""
-        lines = [_kernel(i, node) for i, node in enumerate(nodes)]
+        lines = [f"{i:<4}{line}" for i, line in enumerate(filter(None, map(_kernel, nodes)))]
         for trace in self.traces:
             trace.kernels = lines
         return nodes
 
 
-def _kernel(index: int, scheduled) -> str:
-    """`3  fused   add, rsqrt, mul` of one of Inductor's scheduler nodes."""
-    origins = []
-    for part in scheduled.get_nodes():
-        for origin in sorted(getattr(part.node, "origins", None) or (), key=lambda n: n.name):
-            if origin.op == "call_function" and origin.target is not operator.getitem:
-                name = origin.target._opname if isinstance(origin.target, torch._ops.OpOverload) else origin.name
-                if name not in origins:
-                    origins.append(name)
-    kind = type(scheduled).__name__.removesuffix("SchedulerNode").lower() or "single"
-    return f"{index:<4}{kind:<13}{', '.join(origins)}"
+def _op_names(node) -> list[str]:
+    """The ops a buffer of Inductor's came from."""
+    origins = (o for o in getattr(node, "origins", None) or () if isinstance(o.target, torch._ops.OpOverload))
+    return sorted({f"{o.target.namespace}.{o.target._opname}" for o in origins})
+
+
+def _kernel(scheduled) -> str | None:
+    """`fused   aten.add, aten.mul` or `extern  wush.fp4_linear` of one of Inductor's scheduler nodes; None if it runs nothing."""
+    kind = type(scheduled).__name__
+    node = scheduled.node
+    if kind.startswith("Nop") or type(node).__name__ == "MultiOutput":
+        return None
+    if kind.startswith("Extern"):
+        op = getattr(node, "op_overload", None)
+        name = f"{op.namespace}.{op._opname}" if isinstance(op, torch._ops.OpOverload) else node.python_kernel_name
+        return f"extern  {name}"
+    names = sorted({name for part in scheduled.get_nodes() for name in _op_names(part.node)})
+    return f"fused   {', '.join(names)}"
 
 
 @contextlib.contextmanager

@@ -19,13 +19,17 @@ def cleanup(graph: Graph) -> int:
     """Drops no-op views around wush ops, dtype assertions, and dead code; does nothing to a graph without wush ops."""
     if not any(is_wush(node) for node in graph.nodes):
         return 0
-    before = len(graph.nodes)
+    before, changed = len(graph.nodes), True
+    while changed:                                           # what a removed view read may now be one of ours
+        changed = False
+        for node in list(graph.nodes):
+            if op_name(node) in _VIEWS + _COPIES and same_layout(node, node.args[0]):
+                read_by_us = all(is_wush(user) for user in node.users)
+                if read_by_us or op_name(node) in _VIEWS and _ours(node.args[0]):
+                    replace(node, node.args[0])
+                    changed = True
     for node in list(graph.nodes):
         if op_name(node) == "_assert_tensor_metadata":
             graph.erase_node(node)
-        elif op_name(node) in _VIEWS + _COPIES and same_layout(node, node.args[0]):
-            read_by_us = all(is_wush(user) for user in node.users)
-            if read_by_us or op_name(node) in _VIEWS and _ours(node.args[0]):
-                replace(node, node.args[0])
     graph.eliminate_dead_code()
     return before - len(graph.nodes)

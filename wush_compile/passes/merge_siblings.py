@@ -8,7 +8,7 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
-from .pattern import arguments, insert, is_wush, op_name, replace, value
+from .pattern import arguments, insert, is_wush, op_name, refresh, replace, value
 
 ROWS = ("weight_codes", "weight_scales", "bias")
 
@@ -52,7 +52,7 @@ def merge_siblings(graph: Graph) -> int:
         if is_wush(node, "fp4_linear") and (found := _member(node)):
             common, (start, stop) = found
             siblings.setdefault(common, []).append((start, stop, node))
-    removed = 0
+    removed, parted = 0, set()
     for common, members in siblings.items():
         first = members[0][2]                                # in graph order: every argument exists here
         members = sorted(members, key=lambda m: m[0])
@@ -68,7 +68,9 @@ def merge_siblings(graph: Graph) -> int:
         for (_, _, node), part in zip(members, parts):
             part.meta.update({k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")})
             replace(node, part)
+        parted.update(parts)
         removed += len(members) - 1
-    if siblings:
+    if parted:
         graph.eliminate_dead_code()
+        refresh(graph, parted)                               # a part is a strided view where its own matmul was dense
     return removed

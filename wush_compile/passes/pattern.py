@@ -142,7 +142,12 @@ def arguments(node: Node) -> dict:
 
 def same_layout(a: Node, b: Node) -> bool:
     """Whether two tensors are known to agree in shape, strides, dtype and device."""
-    x, y = value(a), value(b)
+    return _same(value(a), value(b))
+
+
+def _same(x: object, y: object) -> bool:
+    if isinstance(x, list | tuple) and isinstance(y, list | tuple):
+        return len(x) == len(y) and all(map(_same, x, y))
     if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)) or x.dim() != y.dim():
         return False
     return x.dtype == y.dtype and x.device == y.device and all(
@@ -164,6 +169,26 @@ def insert(graph: Graph, where: Node, target, args: tuple) -> Node:
     with torch.no_grad():
         node.meta["val"] = target(*fake)
     return node
+
+
+def refresh(graph: Graph, changed: set[Node]) -> None:
+    """Brings `meta["val"]` up to date behind nodes whose strides changed; a view that no longer is one reshapes."""
+    aten = torch.ops.aten
+    for node in graph.nodes:
+        if changed.isdisjoint(node.all_input_nodes) or not (op_name(node) or is_wush(node)):
+            continue
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
+        with torch.no_grad():
+            try:
+                fake = node.target(*args, **kwargs)
+            except (RuntimeError, ValueError):
+                if node.target is not aten.view.default:
+                    raise
+                node.target = aten.reshape.default
+                fake = node.target(*args, **kwargs)
+        if not _same(fake, value(node)):
+            changed.add(node)
+        node.meta["val"] = fake
 
 
 def replace(node: Node, by: Node) -> None:

@@ -1,0 +1,53 @@
+"""Tiny random language models, quantized; each kind is made once a process and handed out as a copy."""
+
+import copy
+import functools
+
+import torch
+from helpers import quantize
+from torch import nn
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+KINDS = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+}
+VOCABULARY = 97
+
+
+def plain(kind: str, dtype: torch.dtype = torch.bfloat16, layers: int = 2) -> nn.Module:
+    """A random model in full precision; built in its dtype, since `.to` would round RoPE's frequencies too."""
+    torch.manual_seed(0)
+    config_class, model_class = KINDS[kind]
+    config = config_class(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, pad_token_id=0, bos_token_id=1,
+        eos_token_id=None, tie_word_embeddings=False,
+    )
+    return model_class._from_config(config, dtype=dtype).eval()
+
+
+@functools.cache
+def _quantized(kind: str, format: str, dtype: torch.dtype, layers: int) -> nn.Module:
+    data = [tokens(2, 16, seed=1)]
+    return quantize(plain(kind, dtype, layers), *data, format=format, transform="hadamard", weight_scale_rule="absmax")
+
+
+def quantized(
+    kind: str = "llama", format: str = "mxfp4", dtype: torch.dtype = torch.bfloat16, layers: int = 2
+) -> nn.Module:
+    """A quantized model of its own: tests may change it."""
+    return copy.deepcopy(_quantized(kind, format, dtype, layers))
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids [batch, length], none of them special."""
+    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
