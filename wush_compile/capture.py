@@ -5,6 +5,7 @@ with the model, `nn_module_stack` on every node.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,7 +65,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _constants(model: nn.Module) -> dict[str, object]:
     """Inputs that keep a Hugging Face decoder from building a cache it would only throw away."""
     config = getattr(model, "config", None)
-    return {"use_cache": False} if getattr(config, "use_cache", None) is not None else {}
+    named = "use_cache" in inspect.signature(model.forward).parameters    # export refuses what only **kwargs takes
+    return {"use_cache": False} if named and getattr(config, "use_cache", None) is not None else {}
 
 
 def _example(batch: Batch) -> Batch:
