@@ -278,12 +278,12 @@ def test_same_seed_same_bytes(format, solver, moments):
 
 def test_damping_is_repeated_until_cholesky_succeeds():
     h = torch.diag(torch.tensor([4.0, 4.0, 4.0, -0.1], dtype=torch.float64))       # mean diagonal 2.975
-    factor, tries = damped_cholesky(h, 0.01)
+    factor, tries = damped_cholesky(h, 0.01, "a")
     assert tries == 4                                                               # 0.1 / 2.975 lies above 3 %
     torch.testing.assert_close(factor @ factor.T, h + 0.04 * 2.975 * torch.eye(4, dtype=torch.float64))
-    assert damped_cholesky(torch.stack((h, h.abs())), 0.01)[1] == 4
-    with pytest.raises(ConfigError, match="damping"):
-        damped_cholesky(torch.diag(torch.tensor([4.0, -3.0], dtype=torch.float64)), 0.001)
+    assert damped_cholesky(torch.stack((h, h.abs())), 0.01, "a")[1] == 4
+    with pytest.raises(ConfigError, match="layers.3.*damping"):
+        damped_cholesky(torch.diag(torch.tensor([4.0, -3.0], dtype=torch.float64)), 0.001, "layers.3")
 
 
 def test_damping_of_an_indefinite_moment_is_reported():
@@ -419,8 +419,8 @@ def test_paper_settings():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
 @pytest.mark.parametrize("format,solver", list(itertools.product(formats.FORMATS, SOLVERS)))
 def test_devices_agree(format, solver):
-    """Same random transforms; losses within 1 % (closed-form T goes through another eigensolver)."""
-    x, w = problem(dtype=torch.bfloat16)
+    """Same random transforms and codes; with the closed form, whose eigensolver is another one, about the same loss."""
+    x, w = problem(n=80, dtype=torch.bfloat16)
     config = WushConfig(format=format, solver=solver, transform="random")
     there, here = run(x.cuda(), w.cuda(), config), run(x, w, config)
     assert there.weight_packed.is_cuda
@@ -428,4 +428,4 @@ def test_devices_agree(format, solver):
     assert (formats.unpack(there.weight_packed.cpu()) == formats.unpack(here.weight_packed)).float().mean() > 0.999
     config = WushConfig(format=format, solver=solver)
     there, here = run(x.cuda(), w.cuda(), config), run(x, w, config)
-    assert layer_loss(x.cuda(), w.cuda(), there, config)[1] == pytest.approx(layer_loss(x, w, here, config)[1], rel=0.01)
+    assert layer_loss(x.cuda(), w.cuda(), there, config)[1] == pytest.approx(layer_loss(x, w, here, config)[1], rel=0.03)

@@ -1,6 +1,7 @@
 """From a group's weights and second moment to its transform, codes and scales (SPEC §2–4).
 
     transforms.py   T_b in float64, and its rounding to the model dtype
+    choose.py       which T_b each block gets, and from which moments
     scales.py       the global scales of both sides
     gptq.py         rounding with error propagation
     layer_loss.py   the loss of what was solved, on rows of calibration data
@@ -14,16 +15,13 @@ from torch import Tensor
 from .. import formats
 from ..config import WushConfig
 from ..errors import ConfigError, DataError, NonFiniteError
+from .choose import CLOSED_FORM, Transforms, uses_conditional_moments
 from .gptq import gptq
 from .layer_loss import layer_loss
 from .scales import global_scale, has_free_global_scale
-from .transforms import (
-    apply_blockwise, damped_cholesky, diagonal_blocks, hadamard_matrix, random_orthogonal, round_transform, wush_transform,
-)
+from .transforms import apply_blockwise, damped_cholesky, diagonal_blocks
 
 __all__ = ["GroupSolution", "block_size", "layer_loss", "moment_shape", "solve"]
-
-DATA_TRANSFORMS = ("wus", "wush")
 
 
 @dataclass
@@ -50,14 +48,10 @@ def block_size(config: WushConfig, width: int) -> int:
 
 def moment_shape(config: WushConfig, width: int) -> tuple[int, ...]:
     """Shape of the second moment to accumulate: [K, K] where channels of different blocks meet, else [K/B, B, B]."""
-    if config.solver == "gptq" or _conditional(config):
+    if config.solver == "gptq" or uses_conditional_moments(config):
         return (width, width)
     block = block_size(config, width)
     return (width // block, block, block)
-
-
-def _conditional(config: WushConfig) -> bool:
-    return config.moments == "conditional" and config.transform in DATA_TRANSFORMS
 
 
 def solve(
@@ -71,65 +65,56 @@ def solve(
     Raises NonFiniteError (NaN or Inf in weight or moment), DataError (no data where some is needed), ConfigError (a
     transform that the model dtype cannot hold).
     """
-    width = weight.shape[1]
-    block = block_size(config, width)
+    block = block_size(config, weight.shape[1])
     if not torch.isfinite(weight).all():
         raise NonFiniteError(f"{name}: the weight holds NaN or Inf; repair the model or put the layer in ignore")
-    h = _mean_moment(moment, count, weight.device, name)                    # [K, K], [K/B, B, B] or None
-    if h is None and (config.solver == "gptq" or config.transform in DATA_TRANSFORMS):
+    if moment is None and (config.solver == "gptq" or config.transform in CLOSED_FORM):
         raise DataError(f"{name}: {config.solver} with transform {config.transform} needs calibration data")
+    h = _mean_moment(moment, count, weight.device, name)                    # [K, K], [K/B, B, B] or None
     w = weight.T.to(torch.float64).contiguous()                             # Wᵀ [K, N]
     report = {"rows": int(count), "damping_tries": 0}
-    rule = config.weight_scale_rule
+    rule, conditional = config.weight_scale_rule, uses_conditional_moments(config)
 
     factor = None                                                           # H = L Lᵀ, damped once
-    if config.solver == "gptq" or _conditional(config):
-        factor, report["damping_tries"] = damped_cholesky(h, config.damping)
-    closed_form = _ClosedForm(config, h, block, weight.dtype, name)
-    # GPTQ finds conditional transforms on its way; only the global scale of the weights, if any, needs some before.
-    late = config.solver == "gptq" and _conditional(config)
-    pair = None
-    if not late:
-        pair = _transforms(config, w, block, closed_form, factor if _conditional(config) else None, weight.dtype, name)
-    elif has_free_global_scale(config.format, rule):
-        pair = _transforms(config, w, block, closed_form, None, weight.dtype, name)
-    transform, inverse = pair or (None, None)
+    if config.solver == "gptq" or conditional:
+        factor, report["damping_tries"] = damped_cholesky(h, config.damping, name)
+    transforms = Transforms(config, h, block, weight.dtype, name)
+    # GPTQ finds conditional transforms on its way; the weights' global scale is fixed before, from marginal ones.
+    on_the_way = config.solver == "gptq" and conditional
+    t = inverse = None
+    if not on_the_way or has_free_global_scale(config.format, rule):
+        t, inverse = transforms.all(w, factor if conditional and not on_the_way else None)
     w_tilde = apply_blockwise(w, None if inverse is None else inverse.mT)   # W̃ᵀ [K, N]
-    group_max, rms = None, None
+    group_max = rms = None
     if has_free_global_scale(config.format, rule):
         group_max, rms = _group_max(w_tilde, config), w_tilde.square().mean().sqrt()
     g = global_scale(config.format, rule, group_max, rms, w.device)
 
     if config.solver == "rtn":
-        values = w_tilde.T.to(torch.float32).contiguous()                   # [N, K]
-        packed, scale = formats.quantize(values, config.format, rule, g)
+        packed, scale = formats.quantize(w_tilde.T.to(torch.float32).contiguous(), config.format, rule, g)
         error = w_tilde - formats.dequantize(packed, scale, config.format, g).T
-        if transform is not None:
-            error = apply_blockwise(error, transform.to(torch.float64).mT)
+        error = apply_blockwise(error, None if t is None else t.to(torch.float64).mT)
     else:
-        found = []
+        found = {}
 
-        def transform_of(b: int, updated: Tensor | None):
-            if late:
-                found.append(closed_form(factor[b * block:(b + 1) * block, b * block:(b + 1) * block][None],
-                                         updated[None], slice(b, b + 1)))
-                return tuple(t[0].to(torch.float64) for t in found[-1])
-            if transform is None:
-                return None
-            index = b % transform.shape[0]
-            return transform[index].to(torch.float64), inverse[index]
+        def transform_of(b: int, updated: Tensor | None) -> tuple[Tensor, Tensor] | None:
+            if on_the_way:
+                found[b], own = transforms.one(b, factor, updated)
+                return found[b][0].to(torch.float64), own[0]
+            own = b % t.shape[0] if t is not None else 0                    # one transform may serve all blocks
+            return None if t is None else (t[own].to(torch.float64), inverse[own])
 
-        codes, scale, error = gptq(w, factor, block, transform_of, config.format, rule, g, updated_weights=late)
+        codes, scale, error = gptq(w, factor, block, transform_of, config.format, rule, g, updated_weights=on_the_way)
         packed = formats.pack(codes)
-        if late:
-            transform = torch.cat([t for t, _ in reversed(found)])
+        if on_the_way:
+            t = torch.cat([found[b] for b in sorted(found)])
+    report["damping_tries"] = max(report["damping_tries"], transforms.damping_tries)
     report["weight_error"] = float(error.square().sum() / w.square().sum().clamp(min=1e-300))
     if config.format == "nvfp4":
         report["weight_scales_saturated"] = int((scale == 0x7E).sum())
         report["weight_scales_subnormal"] = int((scale < 0x08).sum())
-    g_x = _input_global_scale(config, h, sample, transform, block, weight.device, name, report)
-    report["damping_tries"] = max(report["damping_tries"], closed_form.tries)
-    return GroupSolution(transform, block, packed, scale, g, g_x, report)
+    g_x = _input_global_scale(config, h, sample, t, block, weight.device, name, report)
+    return GroupSolution(t, block, packed, scale, g, g_x, report)
 
 
 def _mean_moment(moment: Tensor | None, count: int, device: torch.device, name: str) -> Tensor | None:
@@ -143,43 +128,6 @@ def _mean_moment(moment: Tensor | None, count: int, device: torch.device, name: 
             "repair the data or the model, or put the layer in ignore"
         )
     return moment.to(device, torch.float64) / count
-
-
-class _ClosedForm:
-    """`wush` and `wus` transforms of blocks from a root of their moment and their weights, rounded, with their inverse."""
-
-    def __init__(self, config: WushConfig, h: Tensor | None, block: int, dtype: torch.dtype, name: str):
-        self.config, self.dtype, self.name, self.tries = config, dtype, name, 0
-        if config.transform in DATA_TRANSFORMS:
-            self.h = diagonal_blocks(h, block)                              # [K/B, B, B]
-            self.dead = self.h.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
-
-    def __call__(self, root: Tensor, w: Tensor, blocks: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """root [b, B, B]; w [b, B, N], transposed weights -> ([b, B, B], [b, B, B])."""
-        gram = torch.where(self.dead[blocks, None, None], 0.0, w @ w.mT / w.shape[-1])
-        t = wush_transform(root, gram, self.config.damping, hadamard=self.config.transform == "wush")
-        return round_transform(t, self.dtype, self.name)
-
-    def marginal(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        root, self.tries = damped_cholesky(self.h, self.config.damping)
-        return self(root, w)
-
-
-def _transforms(
-    config: WushConfig, w: Tensor, block: int, closed_form: _ClosedForm, factor: Tensor | None, dtype: torch.dtype, name: str
-) -> tuple[Tensor, Tensor] | None:
-    """(T in the model dtype, its float64 inverse), each [K/B, B, B] or [1, B, B]; None for the identity.
-
-    w [K, N]; factor [K, K]: L whose diagonal blocks are the roots of the conditional moments, None for marginal moments.
-    """
-    if config.transform == "identity":
-        return None
-    if config.transform == "hadamard":
-        return round_transform(hadamard_matrix(block)[None].to(w.device), dtype, name)
-    if config.transform == "random":
-        return round_transform(random_orthogonal(w.shape[0] // block, block, config.seed, name).to(w.device), dtype, name)
-    blocks = w.unflatten(0, (-1, block))                                    # [K/B, B, N]
-    return closed_form.marginal(blocks) if factor is None else closed_form(diagonal_blocks(factor, block), blocks)
 
 
 def _group_max(x: Tensor, config: WushConfig) -> Tensor:
@@ -199,6 +147,8 @@ def _input_global_scale(
             rows = rows[(rows != 0).any(-1)]                                # zero rows are empty slots
             t = None if transform is None else transform.to(torch.float32)
             group_max = _group_max(apply_blockwise(rows.T, t), config)      # [K/G, R]
+            if not torch.isfinite(group_max).all():
+                raise NonFiniteError(f"{name}: its calibration inputs hold NaN or Inf; repair the data or the model")
         elif h is not None:
             moment = diagonal_blocks(h, block)                              # [K/B, B, B]
             if transform is not None:

@@ -29,25 +29,25 @@ def random_orthogonal(blocks: int, size: int, seed: int, name: str) -> Tensor:
     return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[:, None, :]
 
 
-def damped_cholesky(h: Tensor, damping: float) -> tuple[Tensor, int]:
+def damped_cholesky(h: Tensor, damping: float, name: str) -> tuple[Tensor, int]:
     """Lower L with L Lᵀ = h + t·damping·mean(diag h)·I, float64 [.., K, K] -> ([.., K, K], the largest t needed).
 
     t is 1 where that is enough, else the least count that is; a zero matrix gets the identity. Without damping the
     further tries add 0.01.
     """
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)                            # [..]
-    h = torch.where((mean > 0)[..., None, None], h, torch.eye(h.shape[-1], dtype=h.dtype, device=h.device))
+    zero = mean == 0
     share = torch.full_like(mean, damping)
     for tries in range(1, MAX_DAMPING_TRIES + 1):
         damped = h.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_((share * mean.clamp(min=0))[..., None])
+        damped.diagonal(dim1=-2, dim2=-1).add_(torch.where(zero, 1.0, share * mean)[..., None])
         factor, info = torch.linalg.cholesky_ex(damped)
         failed = info != 0
         if not failed.any():
             return factor, tries
         share = torch.where(failed, share + (damping or 0.01), share)
     raise ConfigError(
-        f"a second moment is not positive definite even with {float(share.max()):.2g} of its mean diagonal added: "
+        f"{name}: the second moment of its inputs is not positive definite even with {float(share.max()):.2g} of its mean diagonal added: "
         "raise damping or calibrate on more data"
     )
 
