@@ -1,0 +1,319 @@
+"""Times the Triton kernels against copies and cuBLAS in the same run: CUDA-graph replays, weights rotated out of L2.
+
+    python benchmarks/kernels.py quantize linear moment --out results       the tables, as Markdown and JSON
+    python benchmarks/kernels.py tune --out results                         every candidate tile: what `choose` is made from
+
+Speed-ups are over bf16 `F.linear` on the same shapes; the 4-bit side includes the transform and the quantization of its
+input. Shapes are the linear groups of one Llama-3.1-8B decoder layer.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+import pathlib
+import statistics
+import subprocess
+import time
+
+import torch
+import triton
+
+from wush_compile.formats import FORMATS
+from wush_compile.kernels import triton_linear, triton_quantize
+from wush_compile.kernels.triton_linear import Fused, Gemv
+from wush_compile.kernels.triton_quantize import Tile
+
+GROUPS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}     # name: (N, K)
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+COLD_BYTES = 2.5e8                      # more than any L2: one replay touches this much before it comes back to a weight
+
+
+def time_us(calls: list, replays: int = 7, least: int = 10) -> float:
+    """Median time of one call in microseconds: all of `calls` in one CUDA graph, replayed."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    calls = (calls * (least // len(calls) + 1))[: max(least, len(calls))]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(replays):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / len(calls))
+    del graph
+    return statistics.median(times)
+
+
+def copies(nbytes: float, limit: int = 64) -> int:
+    return max(2, min(limit, int(COLD_BYTES / nbytes) + 1))
+
+
+def environment() -> dict:
+    query = "clocks.sm,clocks.mem,power.draw,driver_version"
+    smi = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
+    return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+            "cuda": torch.version.cuda, query: smi.stdout.strip().splitlines()[:1]}
+
+
+def random_weight(n: int, k: int, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+    low, high = (115, 122) if format == "mxfp4" else (40, 60)
+    return codes, torch.randint(low, high, (n, k // FORMATS[format].group_size), dtype=torch.uint8, device="cuda")
+
+
+def random_transform(k: int, block: int) -> torch.Tensor:
+    return (torch.randn(k // block, block, block, device="cuda") / block**0.5).bfloat16()
+
+
+# -- quantize --------------------------------------------------------------------------------------------------------
+
+def quantize_time(m: int, k: int, format: str, rule: str, kind: str, tile: Tile | None = None) -> float:
+    """kind: "blocks" (a matrix each), "shared" or "none"."""
+    block = FORMATS[format].group_size
+    t = None if kind == "none" else random_transform(k if kind == "blocks" else block, block)
+    g = torch.ones(1, device="cuda") if format == "nvfp4" else None
+    xs = [torch.randn(m, k, device="cuda").bfloat16() for _ in range(copies(2 * m * k))]
+    return time_us([lambda x=x: triton_quantize.transform_quantize(x, t, g, format, rule, tile) for x in xs])
+
+
+def copy_time(m: int, k: int) -> float:
+    pairs = [(torch.empty(m, k, dtype=torch.bfloat16, device="cuda"), torch.randn(m, k, device="cuda").bfloat16())
+             for _ in range(copies(4 * m * k))]
+    return time_us([lambda a=a, b=b: a.copy_(b) for a, b in pairs])
+
+
+def bench_quantize() -> list[dict]:
+    """Share of the time that a copy of the same bytes takes at that shape's measured rate."""
+    rows = []
+    for m, k in ((1, 4096), (16, 4096), (64, 4096), (1024, 4096), (4096, 4096), (8192, 4096), (8192, 14336)):
+        copy = copy_time(m, k)
+        for format in ("mxfp4", "nvfp4"):
+            ideal = copy * (2.5 + 1 / FORMATS[format].group_size) / 4
+            row = {"M": m, "K": k, "format": format, "copy us": copy, "copy TB/s": 4e-6 * m * k / copy, "ideal us": ideal}
+            for kind, rule in (("none", "absmax"), ("shared", "absmax"), ("blocks", "absmax"), ("blocks", "mse")):
+                us = quantize_time(m, k, format, rule, kind)
+                row[f"{kind} {rule} us"], row[f"{kind} {rule} share"] = us, ideal / us
+            rows.append(row)
+    return rows
+
+
+# -- linear ----------------------------------------------------------------------------------------------------------
+
+def weight_sets(format: str, n: int, k: int) -> list[tuple]:
+    return [(*random_weight(n, k, format), random_transform(k, FORMATS[format].group_size))
+            for _ in range(copies(n * k * 0.55))]
+
+
+def linear_time(format: str, m: int, n: int, k: int, kernel=None, quantize: bool = True, sets=None) -> float:
+    """One group: transform, quantization (unless left out), product."""
+    g = torch.ones(1, device="cuda") if format == "nvfp4" else None
+    sets = sets or weight_sets(format, n, k)
+    x = torch.randn(m, k, device="cuda").bfloat16()
+    ready = triton_quantize.transform_quantize(x, sets[0][2], g, format, "absmax")
+
+    def call(w, s, t):
+        q = triton_quantize.transform_quantize(x, t, g, format, "absmax") if quantize else ready
+        return triton_linear.fp4_linear(*q, g, w, s, g, None, None, format, torch.bfloat16, kernel)
+
+    return time_us([lambda a=a: call(*a) for a in sets], least=10 if m <= 1024 else 4)
+
+
+def bf16_time(m: int, n: int, k: int) -> float:
+    ws = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(copies(2 * n * k))]
+    x = torch.randn(m, k, device="cuda").bfloat16()
+    return time_us([lambda w=w: torch.nn.functional.linear(x, w) for w in ws], least=10 if m <= 1024 else 4)
+
+
+def fp8_time(m: int, n: int, k: int) -> float:
+    """cuBLASLt fp8 with operands that are fp8 already: the ceiling of what is computed in fp8."""
+    ws = [torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn) for _ in range(copies(n * k))]
+    x = torch.randn(m, k, device="cuda").to(torch.float8_e5m2)
+    a, b = torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")
+    return time_us([lambda w=w: torch._scaled_mm(x, w.t(), a, b, out_dtype=torch.bfloat16, use_fast_accum=True) for w in ws],
+                   least=10 if m <= 1024 else 4)
+
+
+def bench_linear(rows=ROWS) -> list[dict]:
+    out = []
+    for m in rows:
+        total = {"M": m, "group": "layer"}
+        for group, (n, k) in GROUPS.items():
+            row = {"M": m, "group": group, "N": n, "K": k, "bf16 us": bf16_time(m, n, k), "fp8 ceiling us": fp8_time(m, n, k),
+                   "mxfp4 us": linear_time("mxfp4", m, n, k), "nvfp4 us": linear_time("nvfp4", m, n, k)}
+            for key, value in row.items():
+                if key.endswith("us"):
+                    total[key] = total.get(key, 0) + value
+            out.append(row)
+        out.append(total)
+        for row in out[-5:]:
+            for format in ("mxfp4", "nvfp4"):
+                row[f"{format} speed-up"] = row["bf16 us"] / row[f"{format} us"]
+    return out
+
+
+# -- tune ------------------------------------------------------------------------------------------------------------
+
+def candidates(format: str, m: int) -> list:
+    """Kernels worth timing at m rows."""
+    if m in (1, 2, 4):
+        gemv = [Gemv(*c) for c in ((16, 2048, 4), (16, 2048, 8), (8, 2048, 4), (8, 1024, 4), (4, 2048, 2), (16, 1024, 4))]
+        if m == 1:
+            return gemv + [Gemv(16, 4096, 8), Gemv(8, 4096, 4)]
+        small = [Fused(64, 16, 256, 4, 4, 4, True)] if format == "mxfp4" else [Fused(64, 16, 128, 4, 4, 4, True)]
+        return gemv + small
+    if format == "nvfp4":
+        if m <= 16:
+            tiles = [(64, 16, 128, s, 4, 4, True) for s in (1, 2, 4, 8)] + [(128, 16, 128, 4, 4, 4, True)]
+        elif m <= 32:
+            tiles = [(64, 32, 128, s, 4, 4, True) for s in (1, 2, 4)]
+        elif m <= 64:
+            tiles = [(64, 64, 128, s, 4, 3, True) for s in (1, 2, 4)] + [(128, 64, 128, s, 8, 3, True) for s in (1, 2)]
+        else:
+            tiles = [(128, 128, 128, s, 8, 3, True) for s in (1, 2)]
+        return [Fused(*t) for t in tiles] + (["bf16"] if m > 32 else [])
+    if m <= 16:
+        tiles = [(64, 16, 256, s, 4, st, True) for s in (1, 2, 4, 8) for st in (3, 4)] + [(64, 16, 128, 4, 4, 6, True)]
+        tiles += [(64, 16, 256, s, 4, 4, False) for s in (2, 4)]
+    elif m <= 32:
+        tiles = [(64, 32, 256, s, 4, 4, p) for s in (1, 2, 4) for p in (True, False)]
+    elif m <= 64:
+        tiles = [(64, 64, 256, s, 4, 3, p) for s in (1, 2, 4) for p in (True, False)] + [(128, 64, 256, 2, 8, 3, False)]
+    elif m <= 256:
+        tiles = [(64, 128, 256, s, 4, 3, False) for s in (1, 2)] + [(128, 128, 128, s, 8, 4, False) for s in (1, 2)]
+        tiles += [(128, 128, 256, s, 8, 2, False) for s in (1, 2)] + [(128, 64, 256, 1, 8, 3, False)]
+        tiles += [(128, 256, 128, s, 8, 3, False) for s in (1, 2)] if m > 128 else []
+    else:
+        tiles = [(128, 256, 128, 1, 8, 3, False), (128, 128, 128, 1, 8, 4, False), (128, 128, 128, 1, 4, 3, False)]
+    return [Fused(*t) for t in tiles] + (["library"] if m >= 256 else [])
+
+
+TUNED_ROWS = (1, 2, 4, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def _fits(kernel, k: int) -> bool:
+    return not isinstance(kernel, Fused) or (k % kernel.bk == 0 and k // kernel.bk % kernel.split == 0)
+
+
+def _compile(job) -> str | None:
+    """Runs a candidate once in a process of its own, so that its kernel is in Triton's cache."""
+    try:
+        if job[0] == "linear":
+            _, format, m, n, k, kernel = job
+            g = torch.ones(1, device="cuda") if format == "nvfp4" else None
+            q = (torch.zeros(m, k // 2, dtype=torch.uint8, device="cuda"),
+                 torch.ones(m, k // FORMATS[format].group_size, dtype=torch.uint8, device="cuda"))
+            triton_linear.fp4_linear(*q, g, *random_weight(n, k, format), g, None, None, format, torch.bfloat16, kernel)
+        else:
+            _, format, rule, kind, m, k, tile = job
+            block = FORMATS[format].group_size
+            t = None if kind == "none" else random_transform(k if kind == "blocks" else block, block)
+            g = torch.ones(1, device="cuda") if format == "nvfp4" else None
+            triton_quantize.transform_quantize(torch.zeros(m, k, device="cuda").bfloat16(), t, g, format, rule, tile)
+        torch.cuda.synchronize()
+    except Exception as error:                                       # a candidate that does not compile is a result
+        return f"{job}: {type(error).__name__} {str(error)[:200]}"
+
+
+def compile_all(jobs: list) -> list[str]:
+    jobs = list(dict.fromkeys(jobs))
+    start = time.time()
+    with concurrent.futures.ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
+        failed = [f for f in pool.map(_compile, jobs) if f]
+    print(f"compiled {len(jobs)} in {time.time() - start:.0f} s, failed {len(failed)}", *failed[:8], sep="\n", flush=True)
+    return failed
+
+
+def quantize_tiles(m: int, kind: str) -> list[Tile]:
+    if kind == "none":
+        shapes = [(1, 512, 1, 1, 1), (1, 1024, 1, 1, 4), (1, 256, 1, 1, 1)] if m <= 4 else [
+            (16, 256, 1, 1, 4), (8, 512, 1, 1, 4), (32, 256, 1, 1, 8), (32, 128, 1, 1, 4), (16, 128, 1, 1, 2), (4, 512, 1, 1, 2)]
+    elif m <= 64:
+        shapes = [(16, 64, 1, 1, 1), (16, 64, 1, 1, 2), (16, 64, 1, 1, 4), (16, 128, 1, 1, 4)]
+    else:
+        shapes = [(64, 64, 1, 1, 4), (128, 64, 1, 1, 4), (32, 64, 1, 1, 2), (64, 64, 4, 3, 4), (64, 64, 8, 3, 4), (64, 64, 8, 4, 4),
+                  (64, 64, 4, 2, 4), (64, 128, 1, 1, 4), (128, 64, 1, 1, 8)]
+    return [Tile(*s) for s in shapes]
+
+
+def tune_linear() -> list[dict]:
+    cases = [(f, m, *GROUPS[g], c) for f in ("mxfp4", "nvfp4") for m in TUNED_ROWS if f == "mxfp4" or m in (1, 4, 16, 64, 128)
+             for g in GROUPS for c in candidates(f, m) if _fits(c, GROUPS[g][1])]
+    cases.sort(key=lambda c: (c[0], c[2:4], c[1]))
+    failed = compile_all([("linear", f, m if m <= 4 else 16 * -(-m // 16), n, k, c) for f, m, n, k, c in cases])
+    rows, held, sets = [], None, []
+    for (f, m, n, k), group in itertools.groupby(cases, key=lambda c: c[:4]):
+        if held != (f, n, k):
+            held, sets = (f, n, k), []
+            sets = weight_sets(f, n, k)
+        timed = [(linear_time(f, m, n, k, c, quantize=False, sets=sets), repr(c)) for *_, c in group
+                 if not any(repr(c) in line for line in failed)]
+        timed.sort()
+        bf16 = bf16_time(m, n, k)
+        rows.append({"format": f, "M": m, "N": n, "K": k, "bf16 us": bf16, "all": timed})
+        best = "  ".join(f"{us:.1f} {c}" for us, c in timed[:3])
+        print(f"{f} M={m} {n}x{k} bf16 {bf16:.1f} | {bf16 / timed[0][0]:.2f}x | {best}", flush=True)
+    return rows
+
+
+def tune_quantize() -> list[dict]:
+    shapes = ((1, 4096), (1, 14336), (16, 4096), (64, 4096), (1024, 4096), (4096, 4096), (8192, 4096), (8192, 14336))
+    kinds = (("mxfp4", "absmax", "blocks"), ("nvfp4", "absmax", "blocks"), ("mxfp4", "absmax", "none"), ("mxfp4", "mse", "blocks"))
+    cases = [(f, r, kind, m, k, t) for f, r, kind in kinds for m, k in shapes for t in quantize_tiles(m, kind)]
+    compile_all([("quantize", f, r, kind, min(m, 1024), k, t) for f, r, kind, m, k, t in cases])
+    rows = []
+    for (f, r, kind, m, k), group in itertools.groupby(cases, key=lambda c: c[:5]):
+        ideal = copy_time(m, k) * (2.5 + 1 / FORMATS[f].group_size) / 4
+        timed = []
+        for *_, t in group:
+            try:
+                timed.append((quantize_time(m, k, f, r, kind, t), repr(tuple(t))))
+            except Exception as error:
+                print("failed", f, r, kind, t, str(error)[:200])
+        timed.sort()
+        rows.append({"format": f, "rule": r, "kind": kind, "M": m, "K": k, "ideal us": ideal, "all": timed})
+        best = "  ".join(f"{us:.1f} {c}" for us, c in timed[:4])
+        print(f"{f} {r} {kind} M={m} K={k} ideal {ideal:.1f} | {ideal / timed[0][0]:.0%} | {best}", flush=True)
+    return rows
+
+
+# -- output ----------------------------------------------------------------------------------------------------------
+
+def markdown(rows: list[dict]) -> str:
+    keys = list(dict.fromkeys(key for row in rows for key in row if key != "all"))
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    for row in rows:
+        cells = (row.get(key, "") for key in keys)
+        lines.append("| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |")
+    return "\n".join(lines)
+
+
+BENCHMARKS = {"quantize": bench_quantize, "linear": bench_linear, "tune-quantize": tune_quantize, "tune-linear": tune_linear}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=BENCHMARKS)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    for name in args.what:
+        rows = BENCHMARKS[name]()
+        (args.out / f"{name}.json").write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
+        (args.out / f"{name}.md").write_text(f"{environment()}\n\n{markdown(rows)}\n")
+        if not name.startswith("tune"):
+            print(markdown(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""Triton kernels against the reference, bit for bit where no order of summation shows: on a GPU, and interpreted on a CPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from wush_compile import formats, ops
+from wush_compile.formats import FORMATS
+
+pytest.importorskip("triton")
+from wush_compile.kernels import triton_linear, triton_quantize  # noqa: E402
+
+gpu = pytest.mark.gpu
+DEVICE = "cuda"
+RULES = [("mxfp4", rule, 3.0 if rule == "paper" else None) for rule in FORMATS["mxfp4"].scale_rules]
+RULES += [("nvfp4", rule, g) for rule in FORMATS["nvfp4"].scale_rules for g in (None, 0.37, 512.0)]
+rules = pytest.mark.parametrize("format, rule, g", RULES)
+both = pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+
+
+def scalar(g, device=DEVICE):
+    return None if g is None else torch.tensor([g], device=device)
+
+
+def assert_same(got, want):
+    for name, a, b in zip(("codes", "scales"), got, want, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        wrong = (a != b).sum().item()
+        assert wrong == 0, f"{wrong} of {a.numel()} {name} differ, first at {(a != b).nonzero()[0].tolist()}"
+
+
+def spread(m, k, dtype, seed=0, device=DEVICE):
+    """Values over many octaves, with zeros, subnormals and rows of one value."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=generator) * torch.exp2(torch.randint(-9, 9, (m, k // 16), generator=generator).float()
+                                                            ).repeat_interleave(16, 1)
+    x[torch.rand(m, k, generator=generator) < 0.05] = 0
+    if m > 3:
+        x[1] = 0
+        x[2] *= 2.0**-100 if dtype != torch.float16 else 2.0**-12
+        x[3] = x[3].sign() * 3
+    return x.to(dtype).to(device)
+
+
+def whole(m, k, blocks, block, dtype, device=DEVICE, seed=0):
+    """x and T of small integers: every order of summation gives the same fp32 sums."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-24, 25, (m, k), generator=generator).to(dtype)
+    t = torch.randint(-3, 4, (blocks, block, block), generator=generator).to(dtype)
+    return x.to(device), t.to(device)
+
+
+# -- quantize --------------------------------------------------------------------------------------------------------
+
+@gpu
+@rules
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("m, k", [(1, 32), (3, 96), (37, 576), (130, 1536), (257, 4096)])
+def test_quantize_is_the_reference(format, rule, g, dtype, m, k):
+    x = spread(m, k, dtype)
+    g = scalar(g)
+    assert_same(triton_quantize.transform_quantize(x, None, g, format, rule), ops._transform_quantize(x, None, g, format, rule))
+
+
+@gpu
+@both
+@pytest.mark.parametrize("rule", ["absmax", "mse"])
+@pytest.mark.parametrize("multiple, shared", [(1, False), (2, False), (1, True), (8, False)])
+@pytest.mark.parametrize("m, k", [(1, 256), (33, 768), (64, 1536), (300, 4096), (4100, 4096)])
+def test_transform_quantize_is_the_reference(format, rule, multiple, shared, m, k):
+    block = FORMATS[format].group_size * multiple
+    for dtype in (torch.bfloat16, torch.float16):
+        x, t = whole(m, k, 1 if shared else k // block, block, dtype)
+        got = triton_quantize.transform_quantize(x, t, None, format, rule)
+        assert_same(got, ops._transform_quantize(x, t, None, format, rule))
+
+
+@gpu
+@both
+def test_transform_of_real_numbers_differs_at_ties_only(format):
+    """The order of an fp32 sum shows where a value lies within its error of a tie: a few codes in a million."""
+    block, m, k = FORMATS[format].group_size, 2048, 4096
+    x = torch.randn(m, k, device=DEVICE).bfloat16()
+    t = torch.linalg.qr(torch.randn(k // block, block, block, device=DEVICE))[0].bfloat16()
+    got = triton_quantize.transform_quantize(x, t, None, format, "absmax")
+    want = ops._transform_quantize(x, t, None, format, "absmax")
+    share = (got[0] != want[0]).float().mean().item()
+    assert share < 2e-5 and (got[1] != want[1]).float().mean().item() < 2e-5
+
+
+@gpu
+@both
+@pytest.mark.parametrize("tile", [(64, 64, 1, 1, 4), (128, 64, 1, 1, 4), (64, 64, 4, 3, 4), (64, 64, 8, 3, 4), (32, 64, 1, 1, 2),
+                                  (16, 64, 1, 1, 1), (16, 128, 1, 1, 4)])
+def test_every_tile(format, tile):
+    """Compilers have got scale rounding wrong for some tiles and not for others."""
+    block = FORMATS[format].group_size
+    x, t = whole(515, 1536, 1536 // block, block, torch.bfloat16)
+    g = scalar(0.37) if format == "nvfp4" else None
+    want = ops._transform_quantize(x, t, g, format, "absmax")
+    assert_same(triton_quantize.transform_quantize(x, t, g, format, "absmax", triton_quantize.Tile(*tile)), want)
+
+
+@gpu
+@both
+@pytest.mark.parametrize("tile", [(16, 256, 1, 1, 4), (8, 512, 1, 1, 4), (1, 512, 1, 1, 2), (4, 1024, 1, 1, 4), (32, 128, 1, 1, 4)])
+def test_every_tile_without_transform(format, tile):
+    x = spread(515, 1536, torch.bfloat16)
+    g = scalar(0.37) if format == "nvfp4" else None
+    want = ops._transform_quantize(x, None, g, format, "absmax")
+    assert_same(triton_quantize.transform_quantize(x, None, g, format, "absmax", triton_quantize.Tile(*tile)), want)
+
+
+@gpu
+@both
+def test_strided_rows_and_leading_dimensions(format):
+    wide = spread(40, 2048, torch.bfloat16)
+    x = wide[:, 512:1536].view(5, 8, 1024)
+    got = triton_quantize.transform_quantize(x, None, None, format, "absmax")
+    assert_same(got, ops._transform_quantize(x.contiguous(), None, None, format, "absmax"))
+    x = spread(1024, 40, torch.bfloat16).T
+    if format == "nvfp4":
+        assert_same(triton_quantize.transform_quantize(x[:, :1008], None, None, format, "absmax"),
+                    ops._transform_quantize(x[:, :1008].contiguous(), None, None, format, "absmax"))
+    empty = triton_quantize.transform_quantize(wide[:0], None, None, format, "absmax")
+    assert empty[0].shape == (0, 1024)
+
+
+@gpu
+@both
+@pytest.mark.parametrize("transform", [False, True])
+def test_not_finite_values_stay_in_their_groups(format, transform):
+    group = FORMATS[format].group_size
+    x, t = whole(70, 512, 512 // group, group, torch.bfloat16)
+    x[5, 3], x[6, 100], x[7, 511], x[66, 40] = float("nan"), float("inf"), -float("inf"), float("nan")
+    t = t if transform else None
+    got = triton_quantize.transform_quantize(x, t, None, format, "absmax")
+    assert_same(got, ops._transform_quantize(x, t, None, format, "absmax"))
+    assert (got[1] == (0xFF if format == "mxfp4" else 0x7F)).sum() == 4
+
+
+@gpu
+def test_all_e4m3_scales_round_as_the_reference():
+    """Every rounding and every tie of the scale, one thread making several: what ptxas 12.8 gets wrong with casts."""
+    steps = torch.arange(0, 2**15, dtype=torch.int32)
+    amax = (steps.to(torch.float32) / 2**15 * 3000).to(DEVICE)
+    x = torch.zeros(2**15, 16, device=DEVICE)
+    x[:, 3], x[:, 9] = amax, -amax / 3
+    for width in (16, 256, 1024):
+        rows = x.reshape(-1, width)
+        for rule in ("absmax", "mse"):
+            assert_same(triton_quantize.transform_quantize(rows, None, None, "nvfp4", rule),
+                        ops._transform_quantize(rows, None, None, "nvfp4", rule))
+
+
+INTERPRETED = """
+import torch
+from wush_compile import ops
+from wush_compile.kernels import triton_quantize as tq
+generator = torch.Generator().manual_seed(0)
+cases = [("mxfp4", r, 3.0 if r == "paper" else None) for r in ("absmax", "mse", "ocp", "paper")]
+cases += [("nvfp4", "absmax", 0.37), ("nvfp4", "mse", None)]
+for format, rule, g in cases:
+    g = None if g is None else torch.tensor([g])
+    x = torch.randn(3, 96, generator=generator).bfloat16()
+    x[1, 40] = float("nan")
+    t = torch.randint(-3, 4, (96 // 32, 32, 32), generator=generator).bfloat16()
+    whole = torch.randint(-24, 25, (3, 96), generator=generator).bfloat16()
+    whole[2, 70] = float("inf")
+    for a, m, tile in ((x, None, tq.Tile(2, 64, 1, 1, 4)), (whole, t, tq.Tile(16, 64, 1, 1, 4))):
+        got, want = tq.transform_quantize(a, m, g, format, rule, tile), ops._transform_quantize(a, m, g, format, rule)
+        assert all(torch.equal(p, q) for p, q in zip(got, want)), (format, rule)
+print("same")
+"""
+
+
+def test_quantize_interpreted():
+    """Triton's interpreter runs the same kernel without a GPU; in its own process, since the choice is made at import."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=env)
+    assert run.stdout.strip().endswith("same"), run.stderr[-2000:]
+
+
+# -- linear ----------------------------------------------------------------------------------------------------------
+
+def operands(format, m, n, k, seed=0, octaves=4):
+    """x with channels of very different size, w: codes and scales of both."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    x = torch.randn(m, k, device=DEVICE, generator=generator)
+    x *= torch.exp(1.5 * torch.randn(k, device=DEVICE, generator=generator))
+    w = 0.02 * torch.randn(n, k, device=DEVICE, generator=generator)
+    w *= torch.exp2(octaves * torch.rand(n, k // 32, device=DEVICE, generator=generator)).repeat_interleave(32, 1)
+    return *formats.quantize(x, format, "absmax"), *formats.quantize(w, format, "absmax")
+
+
+def exact(codes, scales, w_codes, w_scales, format):
+    x = formats.dequantize(codes, scales, format).double()
+    return x @ formats.dequantize(w_codes, w_scales, format).double().T
+
+
+def error(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+KERNELS = {
+    "mxfp4": [None, triton_linear.Fused(64, 16, 256, 1, 4, 4, True), triton_linear.Fused(64, 16, 128, 4, 4, 6, True),
+              triton_linear.Fused(64, 32, 256, 2, 4, 4, False), triton_linear.Fused(64, 64, 256, 2, 4, 3, True),
+              triton_linear.Fused(128, 128, 128, 1, 8, 4, False), triton_linear.Fused(128, 256, 128, 1, 8, 3, False),
+              "library", "bf16"],
+    "nvfp4": [None, triton_linear.Fused(64, 16, 128, 4, 4, 4, True), triton_linear.Fused(64, 64, 128, 1, 4, 3, True),
+              triton_linear.Fused(128, 128, 128, 2, 8, 3, True), "bf16"],
+}
+CASES = [(format, kernel) for format in KERNELS for kernel in KERNELS[format]]
+
+
+@gpu
+@pytest.mark.parametrize("format, kernel", CASES)
+@pytest.mark.parametrize("m, n, k", [(1, 200, 1024), (2, 128, 512), (4, 1000, 1024), (3, 72, 512), (17, 264, 1024), (70, 512, 2048),
+                                     (300, 1040, 1024)])
+def test_linear_is_the_exact_product(format, kernel, m, n, k):
+    """fp32 output within the accumulator's error of the float64 product of the same operands, with every extra operand."""
+    c, s, wc, ws = operands(format, m, n, k)
+    want = exact(c, s, wc, ws, format)
+    if kernel != "library":
+        got = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.float32, kernel)
+        assert error(got, want) < (5e-4 if format == "mxfp4" else 1e-5)
+    rounding = error(want.bfloat16(), want)
+    got = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.bfloat16, kernel)
+    assert error(got, want) < 1.05 * rounding + 1e-4
+    gx, gw = scalar(0.37), scalar(3.0)
+    bias, residual = torch.randn(n, device=DEVICE).bfloat16(), torch.randn(m, n, device=DEVICE).bfloat16()
+    got = triton_linear.fp4_linear(c, s, gx, wc, ws, gw, bias, residual, format, torch.bfloat16, kernel)
+    want = want / (0.37 * 3.0) + bias.double() + residual.double()
+    assert error(got, want) < 4e-3
+
+
+@gpu
+@both
+@pytest.mark.parametrize("m", [1, 2, 4, 5])
+@pytest.mark.parametrize("n, k", [(64, 32), (33, 576), (100, 1536), (16, 48)])
+def test_linear_of_any_width(format, m, n, k):
+    if k % FORMATS[format].group_size:
+        return
+    c, s = formats.quantize(torch.randn(m, k, device=DEVICE), format, "absmax")
+    wc, ws = formats.quantize(torch.randn(n, k, device=DEVICE), format, "absmax")
+    got = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.float32)
+    assert error(got, exact(c, s, wc, ws, format)) < 1e-5
+
+
+@gpu
+@pytest.mark.parametrize("m", [1, 16, 64, 200])
+def test_every_code_and_sign(m):
+    """Products of single codes are exact: column k of x meets column k of w alone."""
+    k = 512
+    codes = torch.arange(16, dtype=torch.uint8, device=DEVICE).repeat(k // 16)
+    x = torch.zeros(m, k, dtype=torch.uint8, device=DEVICE)
+    x[:, 7] = torch.arange(m, device=DEVICE) % 16
+    x[:, 300] = (torch.arange(m, device=DEVICE) // 16) % 16
+    w = torch.stack([codes.roll(i) for i in range(64)])
+    s = torch.full((m, k // 32), 127, dtype=torch.uint8, device=DEVICE)
+    ws = torch.full((64, k // 32), 120, dtype=torch.uint8, device=DEVICE)
+    x, w = formats.pack(x), formats.pack(w)
+    got = triton_linear.fp4_linear(x, s, None, w, ws, None, None, None, "mxfp4", torch.float32)
+    assert torch.equal(got.double(), exact(x, s, w, ws, "mxfp4"))
+
+
+@gpu
+@pytest.mark.parametrize("m", [1, 16, 64, 200, 1100])
+def test_far_apart_scales(m):
+    """Bytes 1 and 254 in one row, a row 2^20 above the others, weights 20 octaves apart: no inf, no NaN, and every row
+    within 2^-20 of what its largest products are worth."""
+    c, s, wc, ws = operands("mxfp4", m, 256, 1024)
+    s = s.clone()
+    s[0] += 20
+    if m > 1:
+        s[1, 5], s[1, 6] = 1, 160
+    ws = ws.clone()
+    ws[3, 7] -= 20
+    ws[4, 0] = 1
+    want = exact(c, s, wc, ws, "mxfp4")
+    got = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, "mxfp4", torch.float32)
+    assert torch.isfinite(got).all()
+    x, w = formats.dequantize(c, s, "mxfp4").double().abs(), formats.dequantize(wc, ws, "mxfp4").double().abs()
+    assert ((got.double() - want).abs() <= (x @ w.T) * 2.0**-11 + x.amax(1)[:, None] * w.sum(1) * 2.0**-20).all()
+
+
+@gpu
+@both
+@pytest.mark.parametrize("m", [1, 5, 64, 200, 1100])
+def test_not_finite_rows_stay_in_their_rows(format, m):
+    c, s, wc, ws = operands(format, m, 128, 1024)
+    mark = 0xFF if format == "mxfp4" else 0x7F
+    s, ws = s.clone(), ws.clone()
+    s[m - 1, 3], ws[100, 9] = mark, mark
+    got = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.bfloat16)
+    bad = torch.zeros(m, 128, dtype=torch.bool, device=DEVICE)
+    bad[m - 1], bad[:, 100] = True, True
+    assert torch.equal(got.isnan(), bad)
+
+
+@gpu
+def test_weights_outside_e4m3_take_another_kernel():
+    """Large batches compute in e4m3, which holds 15 octaves; a weight with more is exact all the same."""
+    c, s, wc, ws = operands("mxfp4", 1100, 256, 1024, octaves=0)
+    ws = ws.clone()
+    ws[:, ::2] -= 18
+    s[:, 1::2] -= 18
+    assert not triton_linear.row_facts(ws).fits_e4m3
+    got = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, "mxfp4", torch.bfloat16)
+    want = exact(c, s, wc, ws, "mxfp4")
+    assert error(got, want) < 1.05 * error(want.bfloat16(), want) + 1e-4
+
+
+@gpu
+def test_row_facts_follow_the_weight():
+    _, _, _, ws = operands("mxfp4", 1, 64, 512, octaves=0)
+    first = triton_linear.row_facts(ws)
+    assert triton_linear.row_facts(ws) is first and triton_linear.row_facts(ws[32:]) is not first
+    ws[3, 4] += 9
+    assert torch.equal(triton_linear.row_facts(ws).top, ws.amax(-1))
+
+
+@gpu
+def test_split_sums_are_reproducible():
+    c, s, wc, ws = operands("mxfp4", 16, 512, 4096)
+    kernel = triton_linear.Fused(64, 16, 256, 4, 4, 4, True)
+    runs = [triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, "mxfp4", torch.float32, kernel) for _ in range(20)]
+    assert all(torch.equal(r, runs[0]) for r in runs)
+
+
+@gpu
+@both
+@pytest.mark.parametrize("m", [1, 16, 128, 1100])
+def test_linear_in_a_cuda_graph(format, m):
+    c, s, wc, ws = operands(format, m, 256, 1024)
+    call = lambda: triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.bfloat16)  # noqa: E731
+    want = call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call()
+    got.zero_()
+    graph.replay()
+    assert torch.equal(got, want)

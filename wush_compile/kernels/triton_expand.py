@@ -1,0 +1,148 @@
+"""Packed rows -> rows of fp8 (MXFP4) or bf16 (NVFP4, and any scale), exact: operands of the library's matrix products.
+
+In fp8 the group scales are folded into exponents relative to the row's largest byte. e5m2 holds 29 octaves of e2m1 values,
+e4m3 15 (SPEC §8): groups further below the row's maximum than that become zeros.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_formats import e4m3_factor, e8m0_factor
+
+# A group's exponent field for its value ½, when its byte is the row's largest: 6 = 1.5·2^2 still fits.
+E5M2_TOP, E4M3_TOP = tl.constexpr(27), tl.constexpr(12)
+# 2^-13 and 2^-6: what a code of value 1 is worth in the row's own unit at that exponent.
+E5M2_UNIT, E4M3_UNIT = tl.constexpr(2.0**-13), tl.constexpr(2.0**-6)
+
+
+@triton.jit
+def _tables(e, E4: tl.constexpr):
+    """Exponent fields -> (low, high): the fp8 bytes of the eight magnitudes. Subnormal down to where ½ is the last bit."""
+    if E4:
+        step = tl.maximum(e, 0) << 3
+        low = step * 0x01010100 + 0x0C080000
+        high = step * 0x01010101 + 0x1C181410
+        low = tl.where(e == 0, 0x0C080400, low)
+        low = tl.where(e == -1, 0x06040200, low)
+        high = tl.where(e == -1, 0x14100C08, high)
+        low = tl.where(e == -2, 0x03020100, low)
+        high = tl.where(e == -2, 0x0C080604, high)
+        smallest: tl.constexpr = -2
+    else:
+        step = tl.maximum(e, 0) << 2
+        low = step * 0x01010100 + 0x06040000
+        high = step * 0x01010101 + 0x0E0C0A08
+        low = tl.where(e == 0, 0x06040200, low)
+        low = tl.where(e == -1, 0x03020100, low)
+        high = tl.where(e == -1, 0x0A080604, high)
+        smallest: tl.constexpr = -1
+    return tl.where(e < smallest, 0, low), tl.where(e < smallest, 0, high)
+
+
+@triton.jit
+def _look_up(w, low, high):
+    """8 codes -> the fp8 bytes of codes 0..3 and of codes 4..7."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 m, h, a, t;
+        mov.b32 t, 0x80808080;
+        and.b32 m, $2, 0x77777777;
+        shr.u32 h, m, 16;
+        prmt.b32 m, $3, $4, m;
+        prmt.b32 h, $3, $4, h;
+        prmt.b32 a, t, t, $2;
+        shl.b32 a, a, 7;
+        lop3.b32 $0, a, t, m, 0xEA;
+        shr.u32 a, $2, 16;
+        prmt.b32 a, t, t, a;
+        shl.b32 a, a, 7;
+        lop3.b32 $1, a, t, h, 0xEA; }""",
+        "=r,=r,r,r,r", [w, low, high], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+    )
+
+
+@triton.jit
+def _spread(x, R: tl.constexpr, N: tl.constexpr, TIMES: tl.constexpr):
+    return tl.reshape(tl.broadcast_to(x[:, :, None], (R, N, TIMES)), (R, N * TIMES))
+
+
+@triton.jit
+def expand_fp8_kernel(
+    codes, scales, gx, gw, unit, out, rows, K: tl.constexpr, KG: tl.constexpr, E4: tl.constexpr, PANELS: tl.constexpr,
+    SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):
+    """codes int32 [rows, K/8], scales uint8 [rows, K/32] -> out int32 (fp8 bytes) [rows, K/4] and unit fp32 [rows], by
+    which a row's bytes are multiplied (and, where given, by 1/(gx*gw)). KG = K/32 rounded up to a power of two.
+
+    PANELS: every 128 channels are stored as two halves, the channels 0..3 of every 8 and the channels 4..7: the order in
+    which the fused product's decoder gives its weights. Grid (rows/R)."""
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    inside = (r < rows)[:, None]
+    row = tl.minimum(r, rows - 1).to(tl.int64)[:, None]
+    g = tl.arange(0, KG)
+    byte = tl.load(scales + row * (K // 32) + g[None, :], mask=(g < K // 32)[None, :], other=0).to(tl.int32)
+    top = tl.max(byte, axis=1)
+    factor = e8m0_factor(top) * (E4M3_UNIT if E4 else E5M2_UNIT)
+    if SCALED_X and SCALED_W:
+        factor = factor * tl.div_rn(1.0, tl.load(gx) * tl.load(gw))
+    elif SCALED_X:
+        factor = factor * tl.div_rn(1.0, tl.load(gx))
+    elif SCALED_W:
+        factor = factor * tl.div_rn(1.0, tl.load(gw))
+    tl.store(unit + r, factor, mask=r < rows)
+    for i in tl.range(0, tl.cdiv(K // 8, C)):
+        word = i * C + tl.arange(0, C)
+        group = i * (C // 4) + tl.arange(0, C // 4)
+        w = tl.load(codes + row * (K // 8) + word[None, :], mask=(word < K // 8)[None, :], other=0)
+        b = tl.load(scales + row * (K // 32) + group[None, :], mask=(group < K // 32)[None, :], other=0).to(tl.int32)
+        low, high = _tables(b - top[:, None] + (E4M3_TOP if E4 else E5M2_TOP), E4)
+        first, second = _look_up(w, _spread(low, R, C // 4, 4), _spread(high, R, C // 4, 4))
+        mask = inside & (word < K // 8)[None, :]
+        if PANELS:
+            place = word // 16 * 32 + word % 16
+            tl.store(out + row * (K // 4) + place[None, :], first, mask=mask)
+            tl.store(out + row * (K // 4) + place[None, :] + 16, second, mask=mask)
+        else:
+            place = i * (2 * C) + tl.arange(0, 2 * C)
+            both = tl.reshape(tl.join(first, second), (R, 2 * C))
+            tl.store(out + row * (K // 4) + place[None, :], both, mask=inside & (place < K // 4)[None, :])
+
+
+@triton.jit
+def decode_bf16(w):
+    """uint8, two codes -> bf16 values of the low and of the high one, times 2^-126. Byte by byte: right in any layout."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 p, q, t, u;
+        prmt.b32 p, $4, 0, 0x4140;
+        prmt.b32 q, $4, 0, 0x4342;
+        shl.b32 t, p, 12; and.b32 t, t, 0x80008000; shl.b32 u, p, 6; lop3.b32 $0, u, 0x01C001C0, t, 0xEA;
+        shl.b32 t, q, 12; and.b32 t, t, 0x80008000; shl.b32 u, q, 6; lop3.b32 $1, u, 0x01C001C0, t, 0xEA;
+        shl.b32 t, p, 8; and.b32 t, t, 0x80008000; shl.b32 u, p, 2; lop3.b32 $2, u, 0x01C001C0, t, 0xEA;
+        shl.b32 t, q, 8; and.b32 t, t, 0x80008000; shl.b32 u, q, 2; lop3.b32 $3, u, 0x01C001C0, t, 0xEA;
+        }""",
+        "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+    )
+
+
+@triton.jit
+def expand_bf16_kernel(
+    codes, scales, out, rows, K: tl.constexpr, MX: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):
+    """codes uint8 [rows, K/2], scales uint8 [rows, K/G] -> out bf16 [rows, K], exact; grid (rows/R, K/(2*C))."""
+    G: tl.constexpr = 32 if MX else 16
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    inside = (r < rows)[:, None]
+    row = tl.minimum(r, rows - 1).to(tl.int64)[:, None]
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    group = tl.program_id(1) * (2 * C // G) + tl.arange(0, 2 * C // G)
+    w = tl.load(codes + row * (K // 2) + c[None, :], mask=(c < K // 2)[None, :], other=0)
+    byte = tl.load(scales + row * (K // G) + group[None, :], mask=(group < K // G)[None, :], other=1).to(tl.int32)
+    factor = e8m0_factor(byte) if MX else e4m3_factor(byte)
+    factor = _spread(factor, R, 2 * C // G, G // 2)
+    low, high = decode_bf16(w)
+    # The bit pattern is the value times 2^-126; the two halves of 2^126 keep every factor in fp32's range.
+    low = low.to(tl.float32) * 9.223372036854775808e18 * 9.223372036854775808e18 * factor
+    high = high.to(tl.float32) * 9.223372036854775808e18 * 9.223372036854775808e18 * factor
+    k = tl.program_id(1) * (2 * C) + tl.arange(0, 2 * C)
+    both = tl.reshape(tl.join(low, high), (R, 2 * C))
+    tl.store(out + row * K + k[None, :], both.to(tl.bfloat16), mask=inside & (k < K)[None, :])

@@ -1,0 +1,221 @@
+"""MXFP4 and NVFP4 inside a Triton kernel: scale rules, rounding, packing, decoding; `formats.py`, bit for bit.
+
+Nothing here uses a tensor cast to or from fp8: ptxas 12.8 and 12.9 read an undefined register when one thread converts
+several fp32 values to e4m3 and back on sm_90. Scales are rounded and decoded in integer and fp32 arithmetic, which is also
+what lets these functions run on any GPU and under Triton's interpreter.
+
+Kernels that call these are compiled with `enable_fp_fusion=False`: `mse` is defined without fused multiply-add.
+"""
+
+import triton
+import triton.language as tl
+
+INF_BITS = tl.constexpr(0x7F800000)
+ABS_BITS = tl.constexpr(0x7FFFFFFF)
+MX_NAN = tl.constexpr(0xFF)
+NV_NAN = tl.constexpr(0x7F)
+
+
+@triton.jit
+def float_bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def bits_float(x):
+    return x.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp2(n):
+    """2**n as fp32, exact, for int32 n in [-127, 127]; 2**-127 is subnormal."""
+    return bits_float(tl.where(n > -127, (n + 127) << 23, 0x400000))
+
+
+@triton.jit
+def _step_sum(a):
+    """(c, a + c) for a in [0, 8]: c = 2^(e + 22), e = the exponent of max(a, 1), so that the sum is rounded, half to even,
+    to a multiple of 2^(e - 1), which is e2m1's spacing there."""
+    c = bits_float((float_bits(tl.maximum(a, 1.0)) & INF_BITS) + (22 << 23))
+    return c, a + c
+
+
+@triton.jit
+def e2m1_code(v):
+    """fp32 -> code `s e e m` as int32: nearest, ties to the even code, saturating at 6, -0 keeps its sign."""
+    _, total = _step_sum(tl.minimum(tl.abs(v), 6.0))
+    bits = float_bits(total)                      # (149 + e) << 23 | the number of steps, 0..4
+    return ((bits & 7) + (bits >> 22) - 298) | ((float_bits(v) >> 28) & 8)
+
+
+@triton.jit
+def e4m3_encode(x):
+    """fp32 in [0, 448] -> e4m3 byte as int32, half to even."""
+    exponent = tl.maximum((float_bits(x) >> 23) - 127, -6)
+    return float_bits(x * exp2(3 - exponent) + 8388608.0) - 0x4B000000 + ((exponent + 6) << 3)
+
+
+@triton.jit
+def e4m3_decode(byte):
+    """e4m3 byte as int32, not NaN -> fp32: shifted into fp32's fields it is the value times 2^-120, subnormals too."""
+    return bits_float(byte << 20) * 1.329227995784916e36
+
+
+@triton.jit
+def e4m3_factor(byte):
+    """e4m3 byte as int32 -> fp32, 0x7F -> NaN."""
+    return tl.where(byte == NV_NAN, float("nan"), e4m3_decode(byte))
+
+
+@triton.jit
+def e8m0_factor(byte):
+    """e8m0 byte as int32, not 0 -> fp32 2^(byte - 127), 255 -> NaN."""
+    return tl.where(byte == MX_NAN, float("nan"), bits_float(byte << 23))
+
+
+@triton.jit
+def _halve(x, R: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr):
+    """[R, N, 2*HALF] -> [R, N, HALF], element i plus element i + HALF. A sum of two has no order, whatever the layout."""
+    return tl.sum(tl.reshape(x, (R, N, 2, HALF)), axis=2)
+
+
+@triton.jit
+def tree_sum(x, R: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
+    """[R, N, G] -> [R, N], in the order of `formats._tree_sum`."""
+    if G == 32:
+        x = _halve(x, R, N, 16)
+    x = _halve(x, R, N, 8)
+    x = _halve(x, R, N, 4)
+    x = _halve(x, R, N, 2)
+    return tl.sum(x, axis=2)
+
+
+@triton.jit
+def squared_error(y, inverse, unit, R: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
+    """`formats._squared_error` of [R, N, G] with factors [R, N]."""
+    a = tl.abs(y * inverse[:, :, None])
+    c, total = _step_sum(tl.minimum(a, 8.0))
+    d = (a - tl.minimum(total - c, 6.0)) * unit[:, :, None]
+    return tree_sum(d * d, R, N, G)
+
+
+@triton.jit
+def _mx_candidate(y, base, best, error, STEP: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    """The better of `best` (of that error) and base + STEP; the first one wins ties."""
+    byte = tl.minimum(tl.maximum(base + STEP, 1), 254)
+    e = squared_error(y, exp2(127 - byte), exp2(byte - base), R, N, 32)
+    better = e < error
+    return tl.where(better, byte, best), tl.where(better, e, error)
+
+
+@triton.jit
+def mx_scale(y, amax, RULE: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    """e8m0 bytes (int32 [R, N]) of groups y [R, N, 32]; amax: bits of the absolute maximum, finite."""
+    if RULE == "paper":
+        byte = amax >> 23
+    elif RULE == "ocp":
+        byte = (amax >> 23) - 2
+    else:
+        byte = ((amax + 0x3FFFFF) >> 23) - 2                # carries into the exponent from mantissas above 1.5
+    byte = tl.maximum(byte, 1)                              # at most 254: amax is finite
+    if RULE == "mse":
+        base = byte
+        error = squared_error(y, exp2(127 - base), exp2(base - base), R, N, 32)
+        byte, error = _mx_candidate(y, base, byte, error, -1, R, N)
+        byte, error = _mx_candidate(y, base, byte, error, 1, R, N)
+    return byte
+
+
+@triton.jit
+def _nv_byte(amax, g, LARGEST: tl.constexpr):
+    byte = e4m3_encode(tl.minimum(bits_float(amax) * tl.div_rn(g, LARGEST), 448.0))
+    return tl.minimum(tl.maximum(byte, 0x01), 0x7E)
+
+
+@triton.jit
+def nv_scale(y, amax, g, RULE: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    """e4m3 bytes (int32 [R, N]) of groups y [R, N, 16]; g: the global scale, fp32."""
+    byte = _nv_byte(amax, g, 6.0)
+    if RULE == "mse":
+        narrow = _nv_byte(amax, g, 4.0)
+        s0 = e4m3_decode(byte)
+        s1 = e4m3_decode(narrow)
+        better = squared_error(y, tl.div_rn(g, s1), s1, R, N, 16) < squared_error(y, tl.div_rn(g, s0), s0, R, N, 16)
+        byte = tl.where(better, narrow, byte)
+    return byte
+
+
+@triton.jit
+def group_amax(y, R: tl.constexpr, W: tl.constexpr, G: tl.constexpr):
+    """Bits of the absolute maximum of every group of y [R, W]: int32 [R, W/G]; as integers NaN > Inf > any number."""
+    return tl.max(tl.reshape(float_bits(y) & ABS_BITS, (R, W // G, G)), axis=2)
+
+
+@triton.constexpr_function
+def _pack_ptx(native):
+    """PTX of 8 floats -> 8 codes in a register: operands 1..4 are the low nibbles of its bytes, 5..8 the high ones.
+
+    Without Blackwell's instruction, as `e2m1_code`: the rounded sum of element i holds code + 298 in two bit fields, which
+    are added up at the nibble's place (the 298s leave with the start value); the signs are gathered a byte each.
+    """
+    if native:
+        pairs = "".join(f"cvt.rn.satfinite.e2m1x2.f32 t{j}, ${j + 5}, ${j + 1}; " for j in range(4))
+        return "{ .reg .b8 t0, t1, t2, t3; " + pairs + "mov.b32 $0, {t0, t1, t2, t3}; }"
+    lines = ["{ .reg .f32 a, p; .reg .b32 b, m, e, n, s, h, l;", f"mov.b32 n, {-298 * 0x11111111 % 2**32};"]
+    for j in range(4):
+        for operand, shift in ((j + 1, 8 * j), (j + 5, 8 * j + 4)):
+            lines.append(
+                f"abs.f32 a, ${operand}; min.f32 a, a, 0f40C00000; max.f32 p, a, 0f3F800000; mov.b32 b, p; "
+                "and.b32 b, b, 0x7F800000; mov.b32 p, b; fma.rn.f32 a, p, 0f4A800000, a; mov.b32 b, a; "
+                f"and.b32 m, b, 7; shr.u32 e, b, 22; add.u32 m, m, e; shl.b32 m, m, {shift}; add.u32 n, n, m;"
+            )
+    for target, first in (("l", 1), ("h", 5)):
+        lines.append(f"mov.b32 b, ${first}; mov.b32 e, ${first + 1}; prmt.b32 m, b, e, 0x73; "
+                     f"mov.b32 b, ${first + 2}; mov.b32 e, ${first + 3}; prmt.b32 s, b, e, 0x73; "
+                     f"prmt.b32 {target}, m, s, 0x5410; and.b32 {target}, {target}, 0x80808080;")
+    lines.append("shr.u32 l, l, 4; or.b32 n, n, l; or.b32 $0, n, h; }")
+    return " ".join(lines)
+
+
+@triton.jit
+def pack_codes(v, PTX: tl.constexpr, NATIVE: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+    """fp32 [R, W] -> two codes a byte, uint8 [R, W/2]. PTX: by assembly (not in the interpreter), NATIVE: Blackwell's."""
+    low, high = tl.split(tl.reshape(v, (R, W // 2, 2)))
+    if PTX:
+        return tl.inline_asm_elementwise(
+            _pack_ptx(NATIVE), "=r,f,f,f,f,f,f,f,f", [low, high], dtype=tl.uint8, is_pure=True, pack=4
+        )
+    return (e2m1_code(low) | (e2m1_code(high) << 4)).to(tl.uint8)
+
+
+@triton.jit
+def drop_bad(y, amax, R: tl.constexpr, W: tl.constexpr, G: tl.constexpr):
+    """y [R, W] with zeros for the groups whose `group_amax` is not finite: their codes are 0."""
+    bad = tl.reshape(tl.broadcast_to((amax >= INF_BITS)[:, :, None], (R, W // G, G)), (R, W))
+    return tl.where(bad, 0.0, y)
+
+
+@triton.jit
+def quantize_tile(
+    y, amax, g, FORMAT: tl.constexpr, RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr,
+):
+    """y fp32 [R, W] after `drop_bad`, amax of before -> (codes uint8 [R, W/2], scales uint8 [R, W/G]); a group that had
+    NaN or Inf gets the NaN mark. SCALED says whether g is anything but 1."""
+    G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
+    N: tl.constexpr = W // G
+    bad = amax >= INF_BITS
+    amax = tl.where(bad, 0, amax)
+    groups = tl.reshape(y, (R, N, G))
+    if FORMAT == "mxfp4":
+        byte = mx_scale(groups, amax, RULE, R, N)
+        inverse = exp2(127 - byte)
+        if SCALED:
+            inverse = inverse * g
+        mark: tl.constexpr = MX_NAN
+    else:
+        byte = nv_scale(groups, amax, g, RULE, R, N)
+        inverse = tl.div_rn(g, e4m3_decode(byte))
+        mark: tl.constexpr = NV_NAN
+    codes = pack_codes(tl.reshape(groups * inverse[:, :, None], (R, W)), PTX, NATIVE, R, W)
+    return codes, tl.where(bad, mark, byte).to(tl.uint8)

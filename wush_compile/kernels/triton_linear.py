@@ -1,0 +1,310 @@
+"""`wush::fp4_linear` in Triton: which kernel takes which shape, and what they share.
+
+    gemv     1, 2 or 4 rows: exact integer products of groups                              triton_gemv.py
+    fused    weights decoded in registers in front of the tensor core                      triton_gemm.py
+    library  both operands expanded to fp8 in memory that is reused, then cuBLASLt         triton_expand.py
+    bf16     both operands expanded to bf16, cuBLAS: any width, any scale, the last resort triton_expand.py
+
+All take the canonical layout: codes [.., K/2] and scales [.., K/G], row-major. A weight needs nothing prepared but, for
+MXFP4, the largest scale byte of every row (N bytes), which is found once and remembered with the tensor's memory.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..formats import FORMATS
+from .triton_expand import expand_bf16_kernel, expand_fp8_kernel
+from .triton_gemm import fused_gemm_kernel
+from .triton_gemv import gemv_kernel
+
+
+class Fused(NamedTuple):
+    """Tile of the fused product: weight rows, activation rows, channels, parts of K; whether it decodes x itself."""
+
+    bn: int
+    bm: int
+    bk: int
+    split: int
+    warps: int
+    stages: int
+    packed: bool
+
+
+class Gemv(NamedTuple):
+    """Weight rows of a program, channels of a step, warps."""
+
+    bn: int
+    bk: int
+    warps: int
+
+
+# Memory that one call may take for expanded weights; larger weights are decoded in registers at every batch size.
+SCRATCH_BYTES = 2**28
+# Octaves below a row's largest scale byte that e4m3 still holds exactly.
+E4M3_WINDOW = 14
+
+
+# -- what is remembered ----------------------------------------------------------------------------------------------
+
+class RowFacts(NamedTuple):
+    """Of a weight's e8m0 scales: the largest byte of every row (uint8 [N]), whether e4m3 holds every row exactly."""
+
+    top: Tensor
+    fits_e4m3: bool
+
+
+def _row_facts(scales: Tensor, known: bool) -> RowFacts:
+    top = scales.amax(-1)
+    if not known:
+        return RowFacts(top, False)
+    # Byte 1 is what groups of zeros have; where the row is not itself that small it is worth nothing.
+    low = torch.where((scales > 1) | (top[:, None] < 32), scales, 255).amin(-1)
+    return RowFacts(top, bool((top.to(torch.int16) - low.to(torch.int16) <= E4M3_WINDOW).all()))
+
+
+def row_facts(scales: Tensor) -> RowFacts:
+    """`RowFacts` of weight scales uint8 [N, K/32], remembered with their memory until they are written again.
+
+    The first call reads one number back from the device; inside a CUDA graph's capture, where that is impossible, nothing
+    is remembered and the row is taken not to fit.
+    """
+    if scales.is_cuda and torch.cuda.is_current_stream_capturing():
+        found = _known(scales)
+        return found or _row_facts(scales, known=False)
+    found = _known(scales)
+    if found is None:
+        found = _row_facts(scales, known=True)
+        storage = scales.untyped_storage()
+        if not hasattr(storage, "_wush_rows"):
+            storage._wush_rows = {}
+        storage._wush_rows[_place(scales)] = (_version(scales), found)
+    return found
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
+
+
+def _place(t: Tensor) -> tuple:
+    return t.storage_offset(), t.shape
+
+
+def _known(scales: Tensor) -> RowFacts | None:
+    version, found = getattr(scales.untyped_storage(), "_wush_rows", {}).get(_place(scales), (None, None))
+    return found if version == _version(scales) else None
+
+
+class Workspace:
+    """Constants and arrival counters of a device.
+
+    The counters of a call are the next slice of a ring and are zero again when it ends, so a slice is free long before its
+    next turn, whatever streams the calls run on.
+    """
+
+    RING = 2**20
+
+    def __init__(self, device: torch.device):
+        self.shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=device)
+        self._ring = torch.zeros(self.RING, dtype=torch.int32, device=device)
+        self._next = 0
+
+    def counters(self, n: int) -> Tensor:
+        """int32 [n], all zeros."""
+        if self._next + n > self.RING:
+            self._next = 0
+        start, self._next = self._next, self._next + n
+        return self._ring[start:self._next]
+
+
+_workspaces: dict[int, Workspace] = {}
+
+
+def workspace(device: torch.device) -> Workspace:
+    found = _workspaces.get(device.index)
+    if found is None:
+        found = Workspace(device)
+        if not torch.cuda.is_current_stream_capturing():     # a graph's own memory must not outlive it here
+            _workspaces[device.index] = found
+    return found
+
+
+# -- which kernel ----------------------------------------------------------------------------------------------------
+
+def _power_of_two_divisor(n: int, limit: int) -> int:
+    return min(n & -n, limit)
+
+
+@functools.lru_cache(1024)
+def choose(format: str, rows: int, n: int, k: int, capability: tuple[int, int]) -> Gemv | Fused | str:
+    """The kernel for [rows, k] times [n, k]: a `Gemv` or `Fused` tile, "library" or "bf16"."""
+    if rows in (1, 2, 4):
+        return Gemv(16 if rows == 1 and n >= 2048 else 8, 2048 if rows == 1 else 1024, 4)
+    if k % 128:
+        return "bf16"
+    parts = k // 256 if k % 256 == 0 and format == "mxfp4" else k // 128
+
+    def fused(bn, bm, bk, split, warps, stages, packed):
+        bk = bk if k % bk == 0 else 128
+        return Fused(bn, bm, bk, _power_of_two_divisor(k // bk, split), warps, stages, packed)
+
+    few = -(-n // 64) * -(-rows // 64) < 264                  # fewer tiles than two for every multiprocessor
+    if format == "nvfp4":
+        if rows <= 16:
+            return fused(64, 16, 128, 4 if few else 1, 4, 4, True)
+        if rows <= 64:
+            return fused(64, 64, 128, 4 if few else 1, 4, 3, True)
+        return "bf16"
+    if rows <= 16:
+        return fused(64, 16, 256, 4 if few else 1, 4, 4, True)
+    if rows <= 32:
+        return fused(64, 32, 256, 4 if few else 1, 4, 4, True)
+    if rows <= 64:
+        return fused(64, 64, 256, 4 if few else 1, 4, 3, False)
+    if rows <= 512 or parts == 0:
+        return fused(128, 128, 128, 2 if few else 1, 8, 4, False)
+    return "library" if n * k <= SCRATCH_BYTES else fused(128, 256, 128, 1, 8, 3, False)
+
+
+# -- launches --------------------------------------------------------------------------------------------------------
+
+class Operands(NamedTuple):
+    """Arguments of `wush::fp4_linear` with the leading dimensions of x and the residual as one."""
+
+    codes: Tensor                # uint8 [M, K/2]
+    scales: Tensor               # uint8 [M, K/G]
+    gx: Tensor | None
+    w_codes: Tensor              # uint8 [N, K/2]
+    w_scales: Tensor             # uint8 [N, K/G]
+    gw: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    mx: bool
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.codes.shape[0], self.w_codes.shape[0], 2 * self.codes.shape[1]
+
+    @property
+    def flags(self) -> tuple[bool, bool, bool, bool]:
+        return self.gx is not None, self.gw is not None, self.bias is not None, self.residual is not None
+
+
+def run_gemv(o: Operands, tile: Gemv, out: Tensor) -> None:
+    m, n, k = o.sizes
+    bk = min(tile.bk, max(triton.next_power_of_2(k), 128))
+    gemv_kernel[(triton.cdiv(n, tile.bn),)](
+        o.codes.view(torch.int32), o.scales, o.gx, o.w_codes.view(torch.int32), o.w_scales, o.gw, o.bias, o.residual, out,
+        n, k, m, o.mx, *o.flags, tile.bn, bk, num_warps=tile.warps,
+    )
+
+
+def expand_fp8(codes: Tensor, scales: Tensor, g: Tensor | None, e4m3: bool, panels: bool) -> tuple[Tensor, Tensor]:
+    """MXFP4 rows -> (fp8 bytes [rows, K], unit fp32 [rows], which holds 1/g)."""
+    rows, k = codes.shape[0], 2 * codes.shape[1]
+    out = torch.empty((rows, k), dtype=torch.float8_e4m3fn if e4m3 else torch.float8_e5m2, device=codes.device)
+    unit = torch.empty(rows, dtype=torch.float32, device=codes.device)
+    block = 1 if rows <= 1024 else 4
+    expand_fp8_kernel[(triton.cdiv(rows, block),)](
+        codes.view(torch.int32), scales, g, None, unit, out.view(torch.int32), rows, k, triton.next_power_of_2(k // 32),
+        e4m3, panels, g is not None, False, block, 512, num_warps=4,
+    )
+    return out, unit
+
+
+def run_fused(o: Operands, tile: Fused, out: Tensor) -> None:
+    m, n, k = o.sizes
+    space = workspace(out.device)
+    unit = None
+    if tile.packed:
+        x, gx = o.codes, o.gx
+    else:
+        x, unit = expand_fp8(o.codes, o.scales, o.gx, e4m3=False, panels=True)
+        x, gx = x.view(torch.uint8), None
+    tiles = triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm)
+    split = tile.split > 1
+    parts = torch.empty((tile.split, m, n), dtype=torch.float32, device=out.device) if split else None
+    fused_gemm_kernel[(tiles, tile.split)](
+        x, o.scales.view(torch.int32) if tile.packed else None, unit, gx, o.w_codes, o.w_scales.view(torch.int32),
+        row_facts(o.w_scales).top if o.mx else None, o.gw, o.bias, o.residual, space.shifts, out, parts,
+        space.counters(tiles) if split else None, m, n, k, o.mx, tile.packed, gx is not None, *o.flags[1:],
+        tile.bn, tile.bm, tile.bk, tile.split, tile.stages, 8, num_warps=tile.warps, num_stages=tile.stages,
+    )
+
+
+def run_library(o: Operands) -> Tensor:
+    """bf16 [M, N]; without a bias, since the library rounds before it could be added."""
+    x, x_unit = expand_fp8(o.codes, o.scales, o.gx, e4m3=False, panels=False)
+    w, w_unit = expand_fp8(o.w_codes, o.w_scales, o.gw, e4m3=True, panels=False)
+    y = torch._scaled_mm(x, w.t(), x_unit[:, None], w_unit[None, :], out_dtype=torch.bfloat16, use_fast_accum=True)
+    return y if o.residual is None else y.add_(o.residual)
+
+
+def expand_bf16(codes: Tensor, scales: Tensor, mx: bool) -> Tensor:
+    """Packed rows -> bf16 [rows, K], exact, without the global scale."""
+    rows, k = codes.shape[0], 2 * codes.shape[1]
+    out = torch.empty((rows, k), dtype=torch.bfloat16, device=codes.device)
+    block = 1 if rows <= 64 else 8
+    expand_bf16_kernel[(triton.cdiv(rows, block), triton.cdiv(k, 1024))](
+        codes, scales, out, rows, k, mx, block, 512, num_warps=4
+    )
+    return out
+
+
+def run_bf16(o: Operands, out_dtype: torch.dtype) -> Tensor:
+    x, w = expand_bf16(o.codes, o.scales, o.mx), expand_bf16(o.w_codes, o.w_scales, o.mx)
+    y = torch.mm(x, w.t(), out_dtype=torch.float32)
+    g = o.gx if o.gw is None else o.gw if o.gx is None else o.gx * o.gw
+    if g is not None:
+        y = y * (1.0 / g)
+    if o.bias is not None:
+        y = y + o.bias.to(torch.float32)
+    y = y.to(out_dtype)
+    return y if o.residual is None else y + o.residual
+
+
+def fp4_linear(
+    codes: Tensor, scales: Tensor, global_scale: Tensor | None,
+    weight_codes: Tensor, weight_scales: Tensor, weight_global_scale: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None, format: str, out_dtype: torch.dtype,
+    kernel: Gemv | Fused | str | None = None,
+) -> Tensor:
+    """`wush::fp4_linear` for mxfp4 and nvfp4 (SPEC §6); `kernel` overrides `choose`."""
+    n, k = weight_codes.shape[0], 2 * weight_codes.shape[1]
+    shape = (*codes.shape[:-1], n)
+    flat = codes.reshape(-1, k // 2)
+    if flat.shape[0] == 0 or n == 0:
+        return torch.empty(shape, dtype=out_dtype, device=codes.device)
+    if residual is not None and residual.dtype != out_dtype:
+        y = fp4_linear(codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, None, format,
+                       out_dtype, kernel)
+        return y + residual
+    o = Operands(
+        _dense(flat), _dense(scales.reshape(flat.shape[0], -1)), global_scale, _dense(weight_codes), _dense(weight_scales),
+        weight_global_scale, bias, None if residual is None else residual.reshape(-1, n).contiguous(), format == "mxfp4",
+    )
+    kernel = kernel or choose(format, flat.shape[0], n, k, (0, 0))
+    if kernel == "library" and (out_dtype != torch.bfloat16 or bias is not None or n % 16
+                                or not row_facts(o.w_scales).fits_e4m3):
+        kernel = Fused(128, 128, 128, 1, 8, 4, False)
+    if isinstance(kernel, str):
+        y = run_library(o) if kernel == "library" else run_bf16(o, out_dtype)
+        return y.view(shape)
+    out = torch.empty((flat.shape[0], n), dtype=out_dtype, device=codes.device)
+    (run_gemv if isinstance(kernel, Gemv) else run_fused)(o, kernel, out)
+    return out.view(shape)
+
+
+def _dense(t: Tensor) -> Tensor:
+    """`t` contiguous and aligned for 16-byte loads."""
+    return t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
+
+
+def supports(format: str, k: int) -> str | None:
+    """Why these kernels do not take a product of width k; None if they do."""
+    if format not in ("mxfp4", "nvfp4"):
+        return f"{format} has no Triton kernel"
+    return None if k % FORMATS[format].group_size == 0 else f"width {k} is not a multiple of the group"

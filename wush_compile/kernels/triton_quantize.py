@@ -1,0 +1,177 @@
+"""Block transform, quantization and packing in one Triton kernel (SPEC §2, §4, §6).
+
+A program owns W columns and walks row tiles. The matrices of its W/B blocks form one block-diagonal [W, W] operand of a
+single matrix product: the arithmetic on the zeros is free (the kernel is bound by memory), the loads stay wide, and the
+operand stays on the chip from tile to tile.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..formats import FORMATS
+from .triton_formats import ABS_BITS, INF_BITS, drop_bad, float_bits, group_amax, quantize_tile
+
+
+@triton.jit
+def _load_operand(t, first, SHARED: tl.constexpr, B: tl.constexpr, W: tl.constexpr, K: tl.constexpr):
+    """[W, W]: entry (k, n) is T_b[n, k] where column k and output n are of one block b, else 0."""
+    w = tl.arange(0, W)
+    block = w // B
+    inside = block[:, None] == block[None, :]
+    if K % W != 0:
+        inside = inside & (first + w < K)[None, :]
+    offset = (w % B)[None, :] * B + (w % B)[:, None]
+    if not SHARED:
+        offset += ((first // B + block) * (B * B))[None, :]
+    return tl.load(t + offset, mask=inside, other=0.0)
+
+
+@triton.jit
+def _dot(x, operand, WIDE: tl.constexpr):
+    """fp32 x @ operand. WIDE: in fp32 throughout, for fp32 inputs and for the interpreter, whose bf16 dot is wrong."""
+    if WIDE:
+        return tl.dot(x.to(tl.float32), operand.to(tl.float32), input_precision="ieee")
+    return tl.dot(x, operand)
+
+
+@triton.jit
+def _not_finite(amax, R: tl.constexpr, N: tl.constexpr):
+    """Whether any group of a tile is: rare, so that what it takes is worth a branch."""
+    return tl.max(tl.reshape(amax, (R * N,)), axis=0) >= INF_BITS
+
+
+@triton.jit
+def _clean(y, x, operand, WIDE: tl.constexpr, G: tl.constexpr, B: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+    """(y, group_amax of it before), y with zeros in groups that are not finite. In the shared product a NaN or Inf would
+    reach the other blocks of its row (0 * NaN): the product is computed again from the finite values, and the blocks that
+    had others are marked."""
+    if B > 0 and W > B:
+        finite = (float_bits(x.to(tl.float32)) & ABS_BITS) < INF_BITS
+        y = _dot(tl.where(finite, x, 0.0).to(x.dtype), operand, WIDE)
+        bad = tl.max(tl.reshape(tl.where(finite, 0, 1), (R, W // B, B)), axis=2)             # [R, W/B]
+        bad = tl.reshape(tl.broadcast_to(bad[:, :, None], (R, W // B, B)), (R, W))
+        y = tl.where(bad != 0, float("inf"), y)
+    amax = group_amax(y, R, W, G)
+    return drop_bad(y, amax, R, W, G), amax
+
+
+@triton.jit
+def _tile(
+    x, operand, g, codes, scales, rows, M, first, K: tl.constexpr, B: tl.constexpr, FORMAT: tl.constexpr,
+    RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr,
+):
+    """Transform (B > 0), quantize and store one tile x [R, W]."""
+    G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
+    y = x.to(tl.float32)
+    if B > 0:
+        y = _dot(x, operand, WIDE)
+    amax = group_amax(y, R, W, G)
+    if _not_finite(amax, R, W // G):
+        y, amax = _clean(y, x, operand, WIDE, G, B, R, W)
+    packed, bytes = quantize_tile(y, amax, g, FORMAT, RULE, SCALED, PTX, NATIVE, R, W)
+    row = rows.to(tl.int64)[:, None]
+    columns = first // 2 + tl.arange(0, W // 2)
+    groups = first // G + tl.arange(0, W // G)
+    inside = (rows < M)[:, None]
+    if K % W == 0:
+        tl.store(codes + row * (K // 2) + columns[None, :], packed, mask=inside)
+        tl.store(scales + row * (K // G) + groups[None, :], bytes, mask=inside)
+    else:
+        tl.store(codes + row * (K // 2) + columns[None, :], packed, mask=inside & (columns < K // 2)[None, :])
+        tl.store(scales + row * (K // G) + groups[None, :], bytes, mask=inside & (groups < K // G)[None, :])
+
+
+@triton.jit
+def _load_rows(x, rows, M, stride, first, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+    columns = first + tl.arange(0, W)
+    inside = (rows < M)[:, None]
+    if K % W != 0:
+        inside = inside & (columns < K)[None, :]
+    return tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=["M"])
+def transform_quantize_kernel(
+    x, t, global_scale, codes, scales, M, stride, K: tl.constexpr, B: tl.constexpr, SHARED: tl.constexpr,
+    FORMAT: tl.constexpr, RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+):
+    """x [M, K] (rows `stride` apart), t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G]; grid (columns/W,
+    rows/(R*TILES)). B = 0: no transform."""
+    first = tl.program_id(0) * W
+    g = 1.0
+    if SCALED:
+        g = tl.load(global_scale)
+    operand = 0.0
+    if B > 0:
+        operand = _load_operand(t, first, SHARED, B, W, K)
+    start = tl.program_id(1) * (R * TILES)
+    if TILES == 1:
+        rows = start + tl.arange(0, R)
+        _tile(_load_rows(x, rows, M, stride, first, K, R, W), operand, g, codes, scales, rows, M, first,
+              K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE, R, W)
+    else:
+        for i in tl.range(0, TILES, num_stages=STAGES):
+            rows = start + i * R + tl.arange(0, R)
+            _tile(_load_rows(x, rows, M, stride, first, K, R, W), operand, g, codes, scales, rows, M, first,
+                  K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE, R, W)
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a tile, row tiles a program walks, depth of its load pipeline, warps."""
+
+    rows: int
+    columns: int
+    tiles: int
+    stages: int
+    warps: int
+
+
+def choose_tile(rows: int, width: int, block: int) -> Tile:
+    """The tile for x [rows, width] with transform blocks of `block` (0: none)."""
+    if block == 0:
+        return Tile(1, 512, 1, 1, 2) if rows <= 4 else Tile(16, 256, 1, 1, 4)
+    columns = max(64, block)
+    if rows <= 32:
+        return Tile(16, columns, 1, 1, 4)
+    if rows * width <= 2**24:
+        return Tile(64, columns, 1, 1, 4)
+    return Tile(64, columns, 8, 3, 4)
+
+
+@functools.cache
+def native_conversion(device: int) -> bool:
+    """Whether the device has the e2m1 conversion instruction (sm_100 and later, compiled for that very architecture)."""
+    return torch.cuda.get_device_capability(device) >= (10, 0)
+
+
+def transform_quantize(
+    x: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str, scale_rule: str, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
+    """`wush::transform_quantize` for mxfp4 and nvfp4 (SPEC §6); x bf16, fp16 or fp32, its last dimension dense."""
+    width = x.shape[-1]
+    group = FORMATS[format].group_size
+    codes = torch.empty((*x.shape[:-1], width // 2), dtype=torch.uint8, device=x.device)
+    scales = torch.empty((*x.shape[:-1], width // group), dtype=torch.uint8, device=x.device)
+    rows = x.reshape(-1, width)
+    if rows.numel() == 0:
+        return codes, scales
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    block = 0 if transform is None else transform.shape[-1]
+    wide = not x.is_cuda or x.dtype == torch.float32 or (transform is not None and transform.dtype != x.dtype)
+    tile = tile or choose_tile(rows.shape[0], width, block)
+    grid = (triton.cdiv(width, tile.columns), triton.cdiv(rows.shape[0], tile.rows * tile.tiles))
+    transform_quantize_kernel[grid](
+        rows, transform if transform is None else transform.contiguous(), global_scale, codes, scales,
+        rows.shape[0], rows.stride(0), width, block, block > 0 and transform.shape[0] == 1 and width > block,
+        format, scale_rule, global_scale is not None, x.is_cuda, x.is_cuda and native_conversion(x.device.index), wide,
+        tile.rows, tile.columns, tile.tiles, tile.stages, num_warps=tile.warps, enable_fp_fusion=False,
+    )
+    return codes, scales
