@@ -9,6 +9,7 @@ windows of test; the decoder's linears are quantized on both sides, the rest sta
 import argparse
 import copy
 import gc
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -60,7 +61,7 @@ def measure(reference: torch.nn.Module, calibration: list, test: torch.Tensor, s
     """One row: quantizes a copy of the reference and compares it to the reference."""
     model = copy.deepcopy(reference)
     start = time.perf_counter()
-    wc.quantize(model, calibration, wc.WushConfig.from_dict(settings))
+    wc.quantize(model, calibration, wc.WushConfig.from_dict(settings), progress=sys.stderr.isatty())
     middle = time.perf_counter()
     result = compare(reference, model, test, TEST_WINDOW)
     end = time.perf_counter()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wush_compile import smollm2
 from wush_compile.errors import CheckpointError
-from wush_compile.gguf import load_gguf, read_metadata
+from wush_compile.gguf import _correct_special_tokens, load_gguf, read_metadata
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HIDDEN, HEADS, KV_HEADS, MIDDLE = 64, 4, 2, 96
@@ -97,6 +97,14 @@ def test_special_tokens_are_the_metadatas(loaded):
         "<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")
     for settings in (model.config, model.generation_config, tokenizer):
         assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (1, 2, 2)
+
+
+def test_special_tokens_are_put_right(file):
+    model, tokenizer = load_gguf(file)
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|endoftext|>"
+    model.config.eos_token_id, model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, None, 0
+    _correct_special_tokens(model, tokenizer, read_metadata(file))
+    test_special_tokens_are_the_metadatas((model, tokenizer))
 
 
 def test_weights_are_dequantized_to_the_dtype(file, loaded):

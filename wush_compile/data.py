@@ -259,7 +259,7 @@ def sample_calibration_text(
     generation, mode = model.generation_config, model.training
     bos = generation.bos_token_id if generation.bos_token_id is not None else getattr(model.config, "bos_token_id", None)
     starts = _starts(model, tokenizer, bos, count, seed)                   # [count, 1]
-    bar = tqdm(total=length * -(-count // SAMPLE_BATCH), desc="sample text", unit="token", disable=not progress)
+    bar = tqdm(total=length * -(-count // SAMPLE_BATCH), desc="sample text", unit="token", disable=not progress or None)
     # Without an end-of-sequence token nothing stops early; the pad token only has to exist.
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=bos)
     sampled = []
