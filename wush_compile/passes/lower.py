@@ -66,9 +66,8 @@ INLINE: dict[str, Callable] = {
 }
 
 
-def _paste(graph: Graph, node: Node, body: Callable) -> None:
-    """Replaces a call by the ATen graph of `body` on the same arguments."""
-    args = tuple(arguments(node).values())
+def _trace(body: Callable, args: tuple) -> Graph:
+    """The ATen graph of `body`; its placeholders are the tensors among the arguments, in order."""
     tensors = [a for a in args if isinstance(a, Node)]
 
     def on_tensors(*values):
@@ -76,7 +75,23 @@ def _paste(graph: Graph, node: Node, body: Callable) -> None:
         return body(*(next(given) if isinstance(a, Node) else a for a in args))
 
     with torch.no_grad():
-        traced = make_fx(on_tensors)(*map(value, tensors)).graph
+        return make_fx(on_tensors)(*map(value, tensors)).graph
+
+
+def _signature(node: Node) -> tuple:
+    """What the traced graph depends on: the op, its literals, and the layout of its tensors."""
+    def of(argument):
+        if not isinstance(argument, Node):
+            return argument
+        fake = value(argument)
+        return str(fake.shape), str(fake.stride()), fake.dtype, fake.device
+
+    return node.target, *map(of, arguments(node).values())
+
+
+def _paste(graph: Graph, node: Node, traced: Graph) -> None:
+    """Replaces a call by a traced graph on the same tensors."""
+    tensors = [a for a in arguments(node).values() if isinstance(a, Node)]
     copied: dict[Node, Node] = {}
     given = iter(tensors)
     with graph.inserting_before(node):
@@ -100,8 +115,12 @@ def _paste(graph: Graph, node: Node, body: Callable) -> None:
 def inline(graph: Graph) -> int:
     """Replaces every wush op by the arithmetic that defines it; the number replaced."""
     nodes = [node for node in graph.nodes if is_wush(node) and node.target._opname in INLINE]
+    traced: dict[tuple, Graph] = {}                                        # decoder layers are alike: trace one
     for node in nodes:
-        _paste(graph, node, INLINE[node.target._opname])
+        key = _signature(node)
+        if key not in traced:
+            traced[key] = _trace(INLINE[node.target._opname], tuple(arguments(node).values()))
+        _paste(graph, node, traced[key])
     if nodes:
         graph.eliminate_dead_code()
     return len(nodes)
