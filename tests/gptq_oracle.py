@@ -6,11 +6,11 @@ from wush_compile import formats
 
 
 def obq(w, h, format, rule, g):
-    """w [N, K], h [K, K] (damped) -> (codes uint8 [N, K], one a byte; scales [N, K/G]), from the last channel to the first.
+    """w [N, K], h [K, K] (damped) -> (codes uint8 [N, K], one a byte; scales [N, K/G]), last channel first.
 
-    Optimal brain quantization in a fixed order: the error of channel j, over (H⁻¹)_jj, times row j of H⁻¹ is taken off the
-    channels that remain; then channel j is eliminated from H⁻¹. Scales of a group follow from its weights as they are when
-    its first channel comes up.
+    Optimal brain quantization in a fixed order: the error of channel j, over (H⁻¹)_jj, times row j of H⁻¹ is taken off
+    the channels that remain; then channel j is eliminated from H⁻¹. Scales of a group follow from its weights as they
+    are when its first channel comes up.
     """
     w = w.to(torch.float64).clone()
     inverse = torch.linalg.inv(h.to(torch.float64))

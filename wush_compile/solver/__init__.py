@@ -38,7 +38,7 @@ class GroupSolution:
 
 
 def block_size(config: WushConfig, width: int) -> int:
-    """The transform block of a linear with `width` input channels: the configured one where it divides, else the group."""
+    """The transform block for `width` input channels: the configured one where it divides, else the group."""
     group = config.group_size
     if width % group:
         raise ConfigError(f"width {width} is not a multiple of {config.format}'s group of {group}")
@@ -60,8 +60,8 @@ def solve(
     """Solves one group on the device of `weight`, in float64.
 
     weight [N, K]: the stacked members, in the model dtype. moment: the fp32 sum XᵀX over `count` rows, [K, K] or
-    [K/B, B, B] (see `moment_shape`); None where nothing depends on data. sample [R, K]: rows of X, zero rows being empty
-    slots; None without data. `name` stands for the group in errors and in the seed of random transforms.
+    [K/B, B, B] (see `moment_shape`); None where nothing depends on data. sample [R, K]: rows of X, zero rows being
+    empty slots; None without data. `name` stands for the group in errors and in the seed of random transforms.
     Raises NonFiniteError (NaN or Inf in weight or moment), DataError (no data where some is needed), ConfigError (a
     transform that the model dtype cannot hold).
     """
@@ -139,7 +139,7 @@ def _input_global_scale(
     config: WushConfig, h: Tensor | None, sample: Tensor | None, transform: Tensor | None, block: int,
     device: torch.device, name: str, report: dict,
 ) -> Tensor | None:
-    """g of the activations; for nvfp4 the report says which share of the sample's groups has a scale out of e4m3's range."""
+    """g of the activations; for nvfp4, reports which share of the sample's groups has a scale out of e4m3's range."""
     rule, group_max, rms = config.activation_scale_rule, None, None
     if config.format == "nvfp4":
         if sample is not None:

@@ -20,7 +20,7 @@ class Transforms:
     """The transforms of one group, each rounded to the model dtype and with the float64 inverse of what is stored."""
 
     def __init__(self, config: WushConfig, h: Tensor | None, block: int, dtype: torch.dtype, name: str):
-        """h: the undamped second moment, float64 [K, K] or [K/B, B, B]; may be None unless the transform is closed-form."""
+        """h: the undamped second moment, float64 [K, K] or [K/B, B, B]; None will do unless T has a closed form."""
         self.config, self.block, self.dtype, self.name = config, block, dtype, name
         self.damping_tries = 0
         if config.transform in CLOSED_FORM:
@@ -28,7 +28,7 @@ class Transforms:
             self.dead = self.h.diagonal(dim1=-2, dim2=-1).sum(-1) == 0      # [K/B]
 
     def all(self, w: Tensor, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Every block's from the original weights, w = Wᵀ float64 [K, N] -> (T, T⁻¹), [K/B, B, B] or [1, B, B]; or Nones.
+        """Every block's from the original weights: Wᵀ float64 [K, N] -> (T, T⁻¹), [K/B, B, B] or [1, B, B]; or Nones.
 
         factor [K, K]: L of the damped H, whose diagonal blocks are roots of the conditional moments; None: each block's
         own moment, damped by itself.

@@ -6,7 +6,7 @@ w_j + A_j / L_jj with A_j = Σ_{i>j} d_i L_ij; it is rounded, and its own error 
 
 In the transformed basis W̃ = W T⁻¹, D = D̃ T. T L is block lower triangular, and T_b L_bb = L̃_b Qᵀ with L̃_b lower and
 Q orthogonal; so ‖D L‖ of block b is ‖D̃_b L̃_b + A_b Q‖: within a block everything happens in these rotated
-coordinates, between blocks the errors are kept in the original ones. Everything is float64, transposed to [channels, rows].
+coordinates, between blocks the errors are kept in the original ones. All is float64, transposed to [channels, rows].
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def quantize_block(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One transform block.
 
-    w [B, N]: W̃_bᵀ; a [B, N]: (A_b Q)ᵀ, the residual that the later blocks left; factor [B, B]: L̃_b, lower. All float64.
+    w [B, N]: W̃_bᵀ; a [B, N]: (A_b Q)ᵀ, the residual that the later blocks left; factor [B, B]: L̃_b; all float64.
     Returns codes uint8 [N, B], one a byte; scales [N, B/G]; the error W̃ᵀ − Q(W̃)ᵀ, float64 [B, N].
     """
     size, group = w.shape[0], formats.FORMATS[format].group_size
@@ -37,7 +37,8 @@ def quantize_block(
         members = slice(start, start + group)
         u = unit_factor[members, members]
         # The weights of this group at the optimum given all that is already quantized: w + A_g L̃_gg⁻¹.
-        updated = w[members] + torch.linalg.solve_triangular(u.mT, z[members] - w[members], upper=True, unitriangular=True)
+        shift = torch.linalg.solve_triangular(u.mT, z[members] - w[members], upper=True, unitriangular=True)
+        updated = w[members] + shift
         s = formats.compute_scales(updated.T.to(torch.float32).contiguous(), format, rule, g)       # [N]
         scales[start // group] = s
         round_column = _rounder(s, format, g)
@@ -55,8 +56,8 @@ def quantize_block(
 def round_e2m1(v: Tensor) -> Tensor:
     """fp32 [..], overwritten -> the nearest e2m1 value; equals `formats.e2m1_round` but for the sign of zero.
 
-    Adding and subtracting 1.5·2^22·p, p the power of two not above max(|v|, 1), rounds to multiples of p/2, half to even:
-    a third of the ops, and none of them threaded by the vector library, which costs more than it gives at one column.
+    Adding and subtracting 1.5·2^22·p, p the power of two not above max(|v|, 1), rounds to multiples of p/2, half to
+    even: a third of the ops, and none that the vector library threads, which costs more than it gives at one column.
     """
     v.clamp_(-formats.E2M1_MAX, formats.E2M1_MAX)
     power = v.abs().clamp_(min=1).view(torch.int32).bitwise_and_(0x7F800000).view(torch.float32)

@@ -16,9 +16,9 @@ HEADROOM = 2.0
 # at 2^-7, 2^-8, 2^-10, but to .024, .17, .44 at 2^9, 2^10, 2^11: saturating is by far the worse end.
 MEDIAN_SCALE = 0.5
 
-# How a free g is chosen; `global_scale` explains. On synthetic inputs with tokens 10 to 10^5 times the others, "median" was
-# never worse than the other two; "amax" lost a factor 7 to 18 on such tokens where they exceed calibration threefold, and
-# "rms" all of them from 10^3 on without a transform.
+# How a free g is chosen; `global_scale` explains. On synthetic inputs where one token in 500 is 100 to 10^4 times the
+# others, and at test time three times that again, "median" lost least (within 7 % on those tokens); "amax" lost 7 to 18
+# times as much of the tokens of 100, "rms" half to all of those of 10^3 or 10^4 unless a transform evened them out.
 METHOD = "median"
 
 
@@ -28,7 +28,8 @@ def has_free_global_scale(format: str, rule: str) -> bool:
 
 
 def global_scale(
-    format: str, rule: str, group_max: Tensor | None, rms: Tensor | None, device: torch.device, method: str | None = None
+    format: str, rule: str, group_max: Tensor | None, rms: Tensor | None, device: torch.device,
+    method: str | None = None,
 ) -> Tensor | None:
     """g of one side, fp32 [1], or None where the format has none.
 

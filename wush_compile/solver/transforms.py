@@ -47,8 +47,8 @@ def damped_cholesky(h: Tensor, damping: float, name: str) -> tuple[Tensor, int]:
             return factor, tries
         share = torch.where(failed, share + (damping or 0.01), share)
     raise ConfigError(
-        f"{name}: the second moment of its inputs is not positive definite even with {float(share.max()):.2g} of its mean diagonal added: "
-        "raise damping or calibrate on more data"
+        f"{name}: the second moment of its inputs is not positive definite even with {float(share.max()):.2g} "
+        "of its mean diagonal added: raise damping or calibrate on more data"
     )
 
 
@@ -57,8 +57,8 @@ def wush_transform(root: Tensor, gram: Tensor, damping: float, hadamard: bool = 
 
     root [b, B, B]: any L with L Lᵀ the (damped) second moment of the block's inputs; gram [b, B, B]: S_b = W_bᵀW_b / N.
     Lᵀ S_b L = V diag(s²) Vᵀ with s descending, T_b = Had diag(√s) Vᵀ L⁻¹; `hadamard=False` leaves Had out (WUS).
-    The largest entry of every row of Vᵀ L⁻¹ is positive, which makes T the same for every root. A block with gram 0 gets Had
-    (WUS: the identity).
+    The largest entry of every row of Vᵀ L⁻¹ is positive, which makes T the same for every root. A block with gram 0
+    gets Had (WUS: the identity).
     """
     size = root.shape[-1]
     had = (hadamard_matrix(size) if hadamard else torch.eye(size, dtype=torch.float64)).to(root.device)
@@ -83,19 +83,23 @@ def diagonal_blocks(h: Tensor, block: int) -> Tensor:
 
 
 def apply_blockwise(x: Tensor, t: Tensor | None) -> Tensor:
-    """[K, n] -> [K, n]: block b becomes T_b x_b; t [K/B, B, B], [1, B, B] or None, x's dtype. Rows are channels here."""
+    """[K, n] -> [K, n]: block b becomes T_b x_b; rows are channels. t: [K/B, B, B], [1, B, B] or None, x's dtype."""
     return x if t is None else (t @ x.unflatten(0, (-1, t.shape[-1]))).flatten(0, 1)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def round_transform(t: Tensor, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
     """T float64 [b, B, B] -> (T as stored, in the model dtype; the float64 inverse of what is stored)."""
     rounded = t.to(dtype)
     if not torch.isfinite(rounded).all():
-        raise ConfigError(f"{name}: its transform overflows {str(dtype).removeprefix('torch.')}; convert the model to bfloat16")
+        raise ConfigError(f"{name}: its transform overflows {_short(dtype)}; convert the model to bfloat16")
     inverse, info = torch.linalg.inv_ex(rounded.to(torch.float64))
     if info.any() or not torch.isfinite(inverse).all():
         raise ConfigError(
-            f"{name}: its transform is singular once rounded to {str(dtype).removeprefix('torch.')}; "
+            f"{name}: its transform is singular once rounded to {_short(dtype)}; "
             "raise damping or convert the model to bfloat16"
         )
     return rounded, inverse
