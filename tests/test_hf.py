@@ -22,12 +22,11 @@ from wush_compile.quantization import ATTRIBUTE
 IDS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-def llama(tied: bool = True, **settings):
-    config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=97, tie_word_embeddings=tied, **settings,
-    )
-    return transformers.LlamaForCausalLM(config)
+def llama(layers: int = 2):
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=97, tie_word_embeddings=True,
+    ))
 
 
 def qwen2():                                               # q, k, v have biases, o has none
@@ -38,7 +37,7 @@ def qwen2():                                               # q, k, v have biases
 
 
 def gpt2():                                                # Conv1D: weights are [K, N]
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=97,
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=97,
                                                                 bos_token_id=1, eos_token_id=2))
 
 
@@ -51,7 +50,7 @@ def classifier():
 
 
 def _bert():
-    return transformers.BertConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+    return transformers.BertConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
                                    vocab_size=97)
 
 
@@ -95,7 +94,7 @@ def outputs(model, ids: torch.Tensor = IDS) -> torch.Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_reload_is_exact_and_saves_the_same_bytes(models, tmp_path, name):
     model, auto = models(name), MODELS[name][1]
-    assert sum(isinstance(m, WushLinear) for m in model.modules()) >= 7
+    assert sum(isinstance(m, WushLinear) for m in model.modules()) >= 4
     wc.save(model, tmp_path / "a")
     model.save_pretrained(tmp_path / "b")
     one, two = wc.load(tmp_path / "a"), auto.from_pretrained(tmp_path / "a")
@@ -156,7 +155,7 @@ def test_generate(saved):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_dtype_of_the_model_is_kept(tmp_path, dtype):
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(llama().config, dtype=dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_config(llama(1).config, dtype=dtype).eval()
     quantize(model, IDS)
     wc.save(model, tmp_path / "a")
     for loaded in (wc.load(tmp_path / "a"), AutoModelForCausalLM.from_pretrained(tmp_path / "a")):
