@@ -1,0 +1,326 @@
+"""`torch.compile(backend="wush")`: by name, whole, by region, through generate; recompiles, caches and faults."""
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from helpers import quantize
+from models import plain, quantized, tokens
+from torch import nn
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+import wush_compile as wc
+from wush_compile import backend
+from wush_compile.errors import ConfigError
+
+EXACT = {"emulate_precision_casts": True}
+
+
+class Mlp(nn.Module):
+    """Norm, gate, up, down, residual: what fuses into four ops, so that compiling it takes no C++ compiler."""
+
+    def __init__(self, dtype=torch.bfloat16):
+        super().__init__()
+        self.norm = nn.RMSNorm(64, eps=1e-6, dtype=dtype)
+        self.gate = nn.Linear(64, 96, bias=False, dtype=dtype)
+        self.up = nn.Linear(64, 96, bias=False, dtype=dtype)
+        self.down = nn.Linear(96, 64, dtype=dtype)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+
+
+def mlp(layers: int = 1, **settings) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Mlp() for _ in range(layers)))
+    return quantize(model, rows(2, 5), **{"transform": "hadamard", **settings})
+
+
+def rows(*lead: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*lead, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    """Compiled code of this file is kept in a folder of its own, and shared between its tests."""
+    folder = str(tmp_path_factory.mktemp("inductor"))
+    old = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    yield folder
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR") if old is None else os.environ.update(TORCHINDUCTOR_CACHE_DIR=old)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.no_grad():
+        yield
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="wush", fullgraph=True, options=EXACT, **options)
+
+
+# -- by name, mode, options ------------------------------------------------------------------------------------------
+
+BY_NAME = """
+import sys, warnings, torch
+assert not any(name.startswith("wush") for name in sys.modules)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    model = torch.nn.Linear(4, 4)
+    with torch.no_grad():
+        for rows in (2, 3, 4):
+            x = torch.randn(rows, 4)
+            torch._dynamo.reset()
+            assert torch.allclose(torch.compile(model, backend="wush")(x), model(x), atol=1e-6)
+ours = [str(w.message) for w in caught if "wush" in str(w.message)]
+assert len(ours) == 1 and "quantize(model)" in ours[0], ours
+"""
+
+
+def test_the_backend_is_found_by_name_and_warns_once_about_unquantized_models(tmp_path):
+    done = subprocess.run([sys.executable, "-c", BY_NAME], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_mode_and_options_reach_inductor(monkeypatch):
+    from torch._inductor import config
+
+    seen = []
+    monkeypatch.setattr(backend.passes, "EXECUTION", (*backend.passes.EXECUTION, lambda graph: 0))
+    original = backend.passes.run
+
+    def run(graph, steps, after=None):
+        seen.append((config.max_autotune, config.emulate_precision_casts))
+        return original(graph, steps, after)
+
+    monkeypatch.setattr(backend.passes, "run", run)
+    model, x = mlp(), rows(2, 5)
+    with config.patch(force_disable_caches=True):
+        torch.compile(model, backend="wush", mode="max-autotune-no-cudagraphs")(x)
+        torch._dynamo.reset()
+        torch.compile(model, backend="wush", options={"emulate-precision-casts": True})(x)
+    assert seen == [(True, False), (False, True)]
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="did you mean 'max_autotune'") as caught:
+        torch.compile(model, backend="wush", options={"max_autotunes": True})(x)
+    assert isinstance(caught.value, ConfigError) or "ConfigError" in str(caught.value)
+
+
+# -- numerics --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int4"])
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_a_compiled_block_gives_the_bits_of_eager(format, dynamic):
+    model = mlp(format=format)
+    run = compiled(model, dynamic=dynamic)
+    for lead in ((2, 5), (3, 7), (1, 1), (0, 4)):
+        assert torch.equal(run(rows(*lead)), model(rows(*lead))), lead
+
+
+@pytest.mark.parametrize("kind, dynamic", [("llama", None), ("qwen3", True), ("gemma3", False)])
+def test_whole_models_give_the_logits_of_eager(kind, dynamic):
+    model = quantized(kind, "nvfp4")
+    run = compiled(model, dynamic=dynamic)
+    for shape in ((2, 9), (1, 12)):
+        ids = tokens(*shape)
+        assert torch.equal(run(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+def test_regions_share_one_graph_and_keep_their_own_weights():
+    model = mlp(layers=3)
+    x = rows(2, 5)
+    expected = model(x)
+    for layer in model:
+        layer.compile(backend="wush", fullgraph=True, options=EXACT)
+    assert torch.equal(model(x), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    model[1].gate.group.weight_packed.bitwise_xor_(8 << 4)   # flips signs: a graph that had baked it in would not notice
+    changed = model(x)
+    assert not torch.equal(changed, expected)
+    assert torch.equal(changed, copy.deepcopy(model)(x))
+
+
+def test_compiling_without_no_grad_works():
+    model, x = mlp(), rows(2, 5)
+    with torch.enable_grad():
+        assert torch.equal(compiled(model)(x), model(x))
+
+
+# -- generate, recompiles --------------------------------------------------------------------------------------------
+
+def test_generate_with_static_and_dynamic_caches():
+    model = quantized("llama")
+    ids = tokens(2, 6)
+    settings = dict(max_new_tokens=20, do_sample=False)
+    expected = model.generate(ids, **settings)
+    static = dict(cache_implementation="static", compile_config=CompileConfig(backend="wush", mode=None, fullgraph=True))
+    assert torch.equal(model.generate(ids, **settings, **static), expected)
+    assert counters["stats"]["unique_graphs"] <= 2
+    torch._dynamo.reset()
+    counters.clear()
+    model.forward = torch.compile(model.forward, backend="wush", options=EXACT)
+    assert torch.equal(model.generate(ids, **settings), expected)
+
+
+def test_a_static_decode_loop_of_64_tokens_compiles_two_graphs():
+    from transformers import StaticCache
+
+    model = quantized("llama")
+    run = torch.compile(model, backend="wush", fullgraph=True, options=EXACT, dynamic=False)
+
+    def decode(forward):
+        cache = StaticCache(config=model.config, max_cache_len=80)
+        ids, position, out = tokens(1, 6), torch.arange(6), []
+        for _ in range(64):
+            logits = forward(ids, past_key_values=cache, cache_position=position, position_ids=position[None]).logits
+            ids = logits[:, -1:].argmax(-1)
+            position = position[-1:] + 1
+            out.append(ids)
+        return torch.cat(out, 1)
+
+    expected = decode(model)
+    assert torch.equal(decode(run), expected)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+# -- caches ----------------------------------------------------------------------------------------------------------
+
+def cache_counts(model, x) -> tuple[int, int]:
+    """(hits, misses) of compiling anew."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiled(model)(x)
+    inductor = counters["inductor"]
+    return inductor["fxgraph_cache_hit"], inductor["fxgraph_cache_miss"]
+
+
+def test_caches_are_keyed_on_passes_configuration_and_providers(monkeypatch, tmp_path):
+    from torch._functorch import config as functorch
+
+    with functorch.patch(enable_autograd_cache=False):       # its hits would hide Inductor's counters
+        model, x = mlp(), rows(4, 11)
+        assert cache_counts(model, x) == (0, 1)
+        assert cache_counts(model, x) == (1, 0)
+        source = tmp_path / "cse.py"
+        source.write_text("# another cse\n")
+        for name, value in (("SOURCES", (*backend.SOURCES, source)), ("_providers", lambda: ("other",)),
+                            ("EXACT", None)):
+            with monkeypatch.context() as patch:
+                if name == "EXACT":
+                    patch.setitem(EXACT, "max_autotune", True)
+                else:
+                    patch.setattr(backend, name, value)
+                assert cache_counts(model, x) == (0, 1), name
+        assert cache_counts(model, x) == (1, 0)
+
+
+WARM = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_backend import cache_counts, mlp, rows
+from torch._dynamo.utils import counters
+model, x = mlp(), rows(2, 5)
+with torch.no_grad():
+    cache_counts(model, x)
+    print(counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+def test_a_second_process_compiles_from_the_cache(tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    hits = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", WARM, os.path.dirname(__file__)], env=environment,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        hits.append(int(done.stdout.split()[-1]))
+    assert hits[0] == 0 and hits[1] >= 1
+
+
+# -- faults ----------------------------------------------------------------------------------------------------------
+
+def test_hooks_fire_and_change_what_is_compiled():
+    model, x = mlp(), rows(2, 5)
+    plain_output = model(x)
+    model[0].up.register_forward_hook(lambda module, args, output: output * 2)
+    model[0].down.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    expected = model(x)
+    assert not torch.equal(expected, plain_output)
+    assert torch.equal(compiled(model)(x), expected)
+
+
+def test_copies_compile_like_the_original():
+    model, x = mlp(), rows(2, 5)
+    twin = copy.deepcopy(model)
+    twin[0].gate.group.weight_packed.zero_()
+    assert torch.equal(compiled(model)(x), model(x))
+    assert torch.equal(compiled(twin)(x), twin(x))
+    assert not torch.equal(model(x), twin(x))
+
+
+def _in_worker(connection):
+    torch.set_num_threads(1)
+    model, x, expected = connection.recv()
+    with torch.no_grad():
+        connection.send((torch.equal(model(x), expected), torch.equal(compiled(model)(x), expected)))
+
+
+def test_a_model_sent_to_a_worker_process_gives_the_same_bits():
+    context = torch.multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=_in_worker, args=(theirs,))
+    worker.start()
+    model, x = mlp(), rows(2, 5)
+    ours.send((model, x, model(x)))
+    assert ours.recv() == (True, True)
+    worker.join(60)
+    assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize("where", ["cpu_offload", "disk_offload", "device_map"])
+def test_offloaded_models_give_the_same_logits(where, tmp_path):
+    import accelerate
+
+    model, ids = quantized("llama"), tokens(2, 9)
+    expected = model(ids, use_cache=False).logits
+    if where == "cpu_offload":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    elif where == "disk_offload":
+        accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
+    else:
+        device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
+                      "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+        accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    assert any(p.is_meta for p in (*model.parameters(), *model.buffers()))
+    assert torch.equal(model(ids, use_cache=False).logits, expected)
+
+
+def test_offloaded_models_compile():
+    import accelerate
+
+    model, x = mlp(), rows(2, 5)
+    expected = model(x)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert torch.equal(torch.compile(model, backend="wush", options=EXACT)(x), expected)
+
+
+def test_partly_quantized_models_compile():
+    model = quantize(plain("llama", layers=1), tokens(2, 9), format="mxfp4", transform="hadamard",
+                     ignore=("*.o_proj", "*.up_proj", "lm_head"))
+    ids = tokens(2, 9)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no quantized linear.*")
+        assert torch.equal(compiled(model)(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+def test_the_public_names_are_there():
+    assert wc.fuse is backend.fuse and callable(wc.trace_graphs)
