@@ -152,6 +152,19 @@ def test_ties_at_every_scale(format, rule, g):
         check(np.concatenate((pattern[:-1], [largest])) * exponents / (g or 1), format, rule, g)
 
 
+@pytest.mark.parametrize("g", [None, 0.37, 10.0, 17.3, 1234.5, 3e-3])
+def test_nvfp4_maxima_whose_scale_lies_between_two_bytes(g):
+    """fp32 maxima within 4 ulps of where a·fp32(g/6) is halfway: a·g/6 or a/6·g would round to another byte."""
+    middle = (oracle.E4M3[1:] + oracle.E4M3[:-1]) / 2
+    for largest in (6, 4):
+        amax = (middle * largest / (g or 1)).astype(np.float32)
+        x = np.zeros((9, len(amax), 16), np.float32)
+        x[:, :, 0] = (amax.view(np.int32) + np.arange(-4, 5, dtype=np.int32)[:, None]).view(np.float32)
+        x[:, :, 1:9] = x[:, :, :1] * np.linspace(0.1, 0.9, 8, dtype=np.float32)
+        for rule in ("absmax", "mse"):
+            check(x.reshape(-1, 16), "nvfp4", rule, g)
+
+
 @pytest.mark.parametrize("mantissa", [0x000000, 0x3FFFFF, 0x400000, 0x400001, 0x7FFFFF])
 @all_cases
 def test_every_exponent_of_the_maximum(mantissa, format, rule, g):
