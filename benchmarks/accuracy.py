@@ -35,7 +35,10 @@ def rows() -> list[tuple[str, dict]]:
         name = format.upper()
         for transform in ("identity", "hadamard", "wus", "wush"):
             table.append((f"{name} RTN {transform}", {**absmax, "solver": "rtn", "transform": transform}))
+        paper = {**absmax, "weight_scale_rule": "paper", "activation_scale_rule": "paper", "solver": "rtn"}
         table += [
+            (f"{name} RTN identity, paper's rules", {**paper, "transform": "identity"}),
+            (f"{name} RTN hadamard, paper's rules", {**paper, "transform": "hadamard"}),
             (f"{name} RTN wush, mse weights", {**weights, "solver": "rtn"}),
             (f"{name} RTN wush, mse both", {**both, "solver": "rtn"}),
             (f"{name} RTN wush, conditional", {**absmax, "solver": "rtn", "moments": "conditional"}),

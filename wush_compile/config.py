@@ -48,7 +48,7 @@ class WushConfig:
     solver: str = "gptq"
     moments: str = "marginal"
     weight_scale_rule: str = "mse"
-    activation_scale_rule: str = "absmax"
+    activation_scale_rule: str = "mse"
     transform_block_size: int | None = None
     share_transform: bool = True
     ignore: tuple[str, ...] = ("lm_head",)
