@@ -1,10 +1,15 @@
 """What every test file shares: threads, the hypothesis profile, and the skip of tests that need a GPU."""
 
+import logging
+
 import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(2)
+# pytest 9.2 hangs its handler on loggers that do not propagate, and PyTorch's trace log is on as soon as it has a handler:
+# every trace would be written out, and take ten times as long.
+logging.getLogger("torch.__trace").propagate = True
 # Derandomized: a red test is red for everyone. The exhaustive tables carry the load, so few examples will do.
 hypothesis.settings.register_profile("wush", derandomize=True, deadline=None, max_examples=50, database=None)
 hypothesis.settings.load_profile("wush")

@@ -167,7 +167,11 @@ def is_quantized(model: nn.Module) -> bool:
 def install_group(model: nn.Module, group: WushGroup) -> None:
     """Puts a group's members into the model, in place of the linears of the same names, which are freed."""
     for member in group.members:
-        linear = WushLinear(group, member)
-        linear.train(model.get_submodule(member.name).training)
+        old, linear = model.get_submodule(member.name), WushLinear(group, member)
+        linear.train(old.training)
+        linear._forward_hooks, linear._forward_pre_hooks = old._forward_hooks, old._forward_pre_hooks
+        linear._forward_hooks_with_kwargs = old._forward_hooks_with_kwargs
+        linear._forward_hooks_always_called = old._forward_hooks_always_called
+        linear._forward_pre_hooks_with_kwargs = old._forward_pre_hooks_with_kwargs
         parent, _, leaf = member.name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear)

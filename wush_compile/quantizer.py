@@ -18,6 +18,8 @@ from .passes.group import LinearGroup, find_groups
 from .quantization import ATTRIBUTE, Quantization
 
 log = logging.getLogger("wush_compile")
+# (windows, tokens in each) that a language model samples for itself where it gets no data.
+SELF_WINDOWS = (64, 512)
 
 
 def _resolve(config: WushConfig | str | None, settings: dict) -> WushConfig:
@@ -47,7 +49,8 @@ def _without_data(model: nn.Module, config: WushConfig, tokenizer, progress: boo
         raise DataError(
             f"{type(model).__name__} cannot sample its own calibration text: pass data, an iterable of its inputs"
         )
-    texts = calibration_data.sample_calibration_text(model, tokenizer, seed=config.seed, progress=progress)
+    texts = calibration_data.sample_calibration_text(
+        model, tokenizer, *SELF_WINDOWS, seed=config.seed, progress=progress)
     return calibration_data.normalize(texts, model=model), True
 
 
