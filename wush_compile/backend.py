@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule
 from . import fused_ops  # noqa: F401  (registers the ops that passes emit)
 from . import kernels, passes
 from .errors import one_of
-from .trace import Recorder, readable_name
+from .trace import GraphTrace, Recorder, readable_name, trace_graphs
 
 _ROOT = Path(__file__).parent
 SOURCES = (*sorted((_ROOT / "passes").glob("*.py")), *(_ROOT / f for f in ("backend.py", "fused_ops.py", "ops.py", "formats.py")))
@@ -120,6 +120,32 @@ def wush(gm: GraphModule, example_inputs, *, mode: str | None = None, options: d
     if recorder and hasattr(config, "_post_fusion_custom_pass"):
         patches["_post_fusion_custom_pass"] = recorder.scheduled
     return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def preview(model: torch.nn.Module, *args, **kwargs) -> GraphTrace:
+    """The graph that the backend hands to Inductor for a model on these inputs, step by step, without generating code.
+
+    The model runs once, on ATen's kernels. Raises Dynamo's error if the model does not trace as one graph.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor.decomposition import select_decomp_table
+
+    def backend(gm: GraphModule, example_inputs):
+        names = [readable_name(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+        recorder = Recorder()
+
+        def compiler(gm: GraphModule, _):
+            recorder.snapshot("incoming", gm.graph, names)
+            passes.run(gm.graph, after=functools.partial(recorder.snapshot, names=names))
+            gm.recompile()
+            return make_boxed_func(gm.forward)
+
+        return aot_autograd(fw_compiler=compiler, decompositions=select_decomp_table())(gm, example_inputs)
+
+    with trace_graphs() as log, torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(*args, **kwargs)
+    return log.graphs[0]
 
 
 def fuse(program: torch.export.ExportedProgram, *, inline: bool = False) -> torch.export.ExportedProgram:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,9 @@ from . import checkpoint
 from . import evaluate as evaluation
 from .config import WushConfig
 from .data import windows
-from .errors import WushError
+from .errors import ConfigError, WushError
+from .explain import compiled_graph, summary
 from .explain import explain as explanation
-from .explain import summary
 from .hf import load_model
 from .quantizer import quantize as quantize_model
 
@@ -143,10 +144,22 @@ def evaluate(
 
 
 @app.command()
-def explain(directory: Checkpoint) -> None:
+def explain(
+    directory: Checkpoint,
+    graph: Annotated[str | None, typer.Option(help="Only the graph of this layer in the compile backend: layer.0")] = None,
+    after: Annotated[str | None, typer.Option(help="With --graph: as it stands after this pass: fuse_norm")] = None,
+) -> None:
     """What a checkpoint holds: settings, groups, what was skipped and why, and a layer's graph before and after."""
     with _one_line_errors():
-        console.print(explanation(checkpoint.load(directory)), soft_wrap=True, markup=False, highlight=False)
+        model = checkpoint.load(directory)
+        if graph is None and after is None:
+            text = explanation(model)
+        else:
+            layer = re.fullmatch(r"layer\.(\d+)", graph or "layer.0")
+            if layer is None:
+                raise ConfigError(f"--graph is layer.0, layer.1 and so on, not {graph!r}")
+            text = compiled_graph(model, int(layer[1]), after)
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()

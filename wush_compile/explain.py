@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from .backend import preview
 from .capture import capture
 from .data import Batch
-from .errors import WushError
+from .errors import WushError, one_of
 from .modules import WushGroup, WushLinear, named_groups
 from .passes.partition import Stage, partition
 from .quantization import quantization_of
@@ -120,10 +121,27 @@ def summary(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def explain(model: nn.Module) -> str:
+def compiled_graph(model: nn.Module, layer: int = 0, after: str | None = None) -> str:
+    """A decoder layer's graph inside the compile backend: after one pass, or without `after` before and after all."""
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=next(model.parameters()).device)
+
+    example = _example(model)
+    named = {"use_cache": False} | {k: real(v) for k, v in example.items()} if isinstance(example, dict) else {}
+    positional = () if named else tuple(map(real, example))
+    trace = preview(model, *positional, **named)
+    if after is not None:
+        one_of("pass", after, [snapshot.step for snapshot in trace.snapshots])
+    return trace.text(after, layer)
+
+
+def explain(model: nn.Module, view: str = "captured") -> str:
     """What `quantize` did: configuration, memory, what was skipped and why, a table of groups (worst first), and the graph
-    of the first layer before and after. Raises `WushError` for a model that is not quantized."""
+    of the first layer before and after: as captured, or (`view="compiled"`) as `torch.compile(backend="wush")` rewrites it.
+    Raises `WushError` for a model that is not quantized."""
     text = [summary(model), group_table(model)]
+    if one_of("view", view, ("captured", "compiled")) == "compiled":
+        return "\n\n".join([*text, compiled_graph(model)])
     try:
         before, after = (_layer(stages) for stages in layer_stages(model))
     except WushError as error:
