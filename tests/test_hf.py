@@ -123,8 +123,8 @@ def test_names_on_disk(models, tmp_path):
     assert names == {
         *(f"{m}.{t}" for m in linears for t in ("weight_packed", "weight_scale")),
         *(f"{attention}.{n}_proj.bias" for n in "qkv"),
-        *(f"{m}.input_transform" for m in (linears[0], linears[3], linears[4])),    # 96 is no multiple of 64: blocks of 32
-        f"{mlp}.down_proj.input_transform",
+        *(f"{m}.input_transform" for m in (linears[0], linears[3], linears[4])),
+        f"{mlp}.down_proj.input_transform",                # 96 is no multiple of 64: blocks of 32
         f"{layer}.input_layernorm.weight", f"{layer}.post_attention_layernorm.weight",
         "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight",
     }
@@ -153,7 +153,7 @@ def test_generate(saved):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_dtype_of_the_model_is_kept(tmp_path, dtype):
+def test_dtype_of_the_model_is_kept(tmp_path, monkeypatch, dtype):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(llama(1).config, dtype=dtype).eval()
     quantize(model, IDS)
@@ -161,6 +161,10 @@ def test_dtype_of_the_model_is_kept(tmp_path, dtype):
     for loaded in (wc.load(tmp_path / "a"), AutoModelForCausalLM.from_pretrained(tmp_path / "a")):
         assert loaded.dtype == dtype and same_tensors(model, loaded)
         assert torch.equal(outputs(model), outputs(loaded))
+    # Modules that transformers keeps in fp32 are quantized too: their buffers stay what they are.
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"o_proj"})
+    assert same_tensors(model, wc.load(tmp_path / "a"))
+    assert same_tensors(model, AutoModelForCausalLM.from_pretrained(tmp_path / "a"))
 
 
 def test_another_dtype_leaves_groups_as_they_are(saved):

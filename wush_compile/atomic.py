@@ -1,9 +1,9 @@
 """Replaces a directory as a whole: whoever is killed, and whenever, its path holds the old files or the new ones.
 
-The new directory is written beside the old one as `.NAME.*.partial`, flushed to disk, and exchanged with it in one system
-call (Linux `renameat2`). File systems that cannot exchange need two renames; the old directory waits as `.NAME.*.previous`,
-and `recover` moves it back if the second never came. A writer holds a lock on its partial directory, which dies with it:
-what nobody locks is left over, and the next writer removes it.
+The new directory is written beside the old one as `.NAME.*.partial`, flushed to disk, and exchanged with it in one
+system call (Linux `renameat2`). File systems that cannot exchange need two renames; the old directory waits as
+`.NAME.*.previous`, and `recover` moves it back if the second never came. A writer locks its partial directory, and the
+lock dies with it: what nobody locks is left over, and the next writer removes it.
 """
 
 import contextlib

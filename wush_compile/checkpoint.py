@@ -26,6 +26,7 @@ from .quantization import Quantization, quantization_of
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DIGEST = "wush_sha256"
+OTHER_MODEL = "load it into the kind of model it was made from"
 BY_ROWS = ("weight_packed", "weight_scale", "bias")        # a member has its rows; weight_global_scale: a copy
 
 
@@ -86,7 +87,7 @@ def _linear(model: nn.Module, name: str) -> tuple[int, int, nn.Module]:
         module = model.get_submodule(name)
     except AttributeError:
         raise CheckpointError(f"the checkpoint quantizes {name!r}, which this {type(model).__name__} does not have: "
-                              "load it into the kind of model it was made from") from None
+                              f"{OTHER_MODEL}") from None
     if isinstance(module, WushLinear):
         raise CheckpointError(f"{name!r} is already quantized in this {type(model).__name__}: load into a fresh model")
     if isinstance(module, nn.Linear):
@@ -94,7 +95,7 @@ def _linear(model: nn.Module, name: str) -> tuple[int, int, nn.Module]:
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):        # of GPT-2: the weight is [K, N]
         return module.nf, module.weight.shape[0], module
     raise CheckpointError(f"the checkpoint quantizes {name!r}, which is a {type(module).__name__} in this "
-                          f"{type(model).__name__}, not a linear: load it into the kind of model it was made from")
+                          f"{type(model).__name__}, not a linear: {OTHER_MODEL}")
 
 
 def build_groups(model: nn.Module, record: Quantization, specs: Mapping[str, Spec] | None = None,
@@ -115,8 +116,9 @@ def build_groups(model: nn.Module, record: Quantization, specs: Mapping[str, Spe
         widths = {width for _, width, _ in linears}
         width = widths.pop()
         if widths or block % get_format(record.config.format).group_size or width % block:
-            raise CheckpointError(f"{', '.join(names)}: widths {sorted({w for _, w, _ in linears})} do not fit one group "
-                                  f"with transform blocks of {block}: load it into the kind of model it was made from")
+            widths = sorted({w for _, w, _ in linears})
+            raise CheckpointError(f"{', '.join(names)}: widths {widths} do not fit one group "
+                                  f"with transform blocks of {block}: {OTHER_MODEL}")
         members, start = [], 0
         for name, (rows, _, module) in zip(names, linears, strict=True):
             members.append(Member(name, start, start + rows, module.bias is not None))
@@ -168,8 +170,8 @@ def read_config(directory: Path) -> dict:
     except ValueError as error:
         raise CheckpointError(f"{directory / CONFIG} is not JSON ({error}): save the model again") from None
     if method != "wush":
-        raise CheckpointError(f"{directory} is no wush checkpoint: its {CONFIG} has no quantization_config of quant_method "
-                              "'wush'; quantize the model first")
+        raise CheckpointError(f"{directory} is no wush checkpoint: its {CONFIG} has no quantization_config of "
+                              "quant_method 'wush'; quantize the model first")
     return config
 
 
@@ -220,7 +222,7 @@ class Weights:
                     tensor = file.get_tensor(name)         # mapped, not read
                     self.specs[name] = Spec(tuple(tensor.shape), tensor.dtype)
             except FileNotFoundError:
-                raise CheckpointError(f"{path} is missing: copy the checkpoint again, or save the model again") from None
+                raise CheckpointError(f"{path} is missing: copy or save the checkpoint again") from None
             except (OSError, safetensors.SafetensorError) as error:
                 raise CheckpointError(f"{path} is truncated or damaged ({error}): copy or save it again") from error
 
@@ -248,16 +250,16 @@ def check_specs(found: Mapping[str, Spec], groups: list[WushGroup], rest: Mappin
         if name not in found:
             raise CheckpointError(f"the checkpoint lacks {name}: copy or save it again")
         if found[name] != spec:
-            raise CheckpointError(f"{name} is {found[name].dtype} {list(found[name].shape)}, the model needs {spec.dtype} "
-                                  f"{list(spec.shape)}: load it into the kind of model it was made from")
+            raise CheckpointError(f"{name} is {found[name].dtype} {list(found[name].shape)}, the model needs "
+                                  f"{spec.dtype} {list(spec.shape)}: {OTHER_MODEL}")
     for name, shape in rest.items():
         if name in found and found[name].shape != tuple(shape):
-            raise CheckpointError(f"{name} has shape {list(found[name].shape)}, the model needs {list(shape)}: load it into "
-                                  "the kind of model it was made from")
+            raise CheckpointError(f"{name} has shape {list(found[name].shape)}, the model needs {list(shape)}: "
+                                  f"{OTHER_MODEL}")
     if missing := sorted(set(rest) - set(found) - set(optional)):
-        raise CheckpointError(f"the checkpoint lacks {_some(missing)}: load it into the kind of model it was made from")
+        raise CheckpointError(f"the checkpoint lacks {_some(missing)}: {OTHER_MODEL}")
     if unknown := sorted(set(found) - set(expected) - set(rest)):
-        raise CheckpointError(f"the model has no {_some(unknown)}: load it into the kind of model it was made from")
+        raise CheckpointError(f"the model has no {_some(unknown)}: {OTHER_MODEL}")
 
 
 def _some(names: list[str]) -> str:
@@ -283,7 +285,7 @@ def _save_module(model: nn.Module, record: Quantization, directory: Path) -> Non
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.is_meta:
             what = "has no values (meta device)" if isinstance(tensor, Tensor) else "is not a tensor"
-            raise CheckpointError(f"{name} {what}, so it cannot be saved: move the model to one device, without such state")
+            raise CheckpointError(f"{name} {what} and cannot be saved: move the model to one device")
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         state[name] = tensor.clone() if storage in storages else tensor
@@ -317,8 +319,8 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> None
     """Writes the checkpoint of a quantized model (and its tokenizer's files), all of it or nothing.
 
     A checkpoint that is there already is replaced in one step, so that a process killed at any moment leaves one or the
-    other; files in it that are no part of a checkpoint are kept. Equal models give equal bytes. Raises `WushError` for a
-    model that is not quantized, `CheckpointError` for a directory with anything else in it.
+    other; files in it that are no part of a checkpoint are kept. Equal models give equal bytes. Raises `WushError` for
+    a model that is not quantized, `CheckpointError` for a directory with anything else in it.
     """
     record = quantization_of(model)
     target = recover(directory)
@@ -329,8 +331,8 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> None
         try:
             read_config(target)
         except CheckpointError:
-            raise CheckpointError(f"{directory} is not empty and holds no wush checkpoint, so nothing is written there: "
-                                  "give a new directory, or empty it first") from None
+            raise CheckpointError(f"{directory} is not empty and holds no wush checkpoint: give a new directory, or "
+                                  "empty it first") from None
     with replaced_directory(target) as new:
         if getattr(model, "hf_quantizer", None) is not None:
             model.save_pretrained(new)
@@ -346,8 +348,8 @@ def load(directory: str | os.PathLike, model: nn.Module | None = None) -> nn.Mod
     """The model of a checkpoint: a Hugging Face one by its class, any other put into `model`, which is returned.
 
     `model` is an unquantized model of the same kind, of any dtype, on any device (the meta device too). It gets exactly
-    what was saved, dtypes included; the devices of its tensors stay (meta: the CPU). A truncated, tampered, incomplete or
-    newer checkpoint, or one that does not fit the model, is a `CheckpointError`, and the model stays as it was.
+    what was saved, dtypes included; the devices of its tensors stay (meta: the CPU). A truncated, tampered, incomplete
+    or newer checkpoint, or one that does not fit the model, is a `CheckpointError`, and the model stays as it was.
     """
     path = recover(directory)
     config = read_config(path)
@@ -369,8 +371,8 @@ def load(directory: str | os.PathLike, model: nn.Module | None = None) -> nn.Mod
     check_specs(weights.specs, groups, {name: tuple(tensor.shape) for name, tensor in state.items()}, tied)
     for name, tensor in model.named_buffers():
         if tensor.is_meta and name not in state:
-            raise CheckpointError(f"the buffer {name} is on the meta device and no checkpoint holds it (it is not persistent): "
-                                  "build the model on a real device")
+            raise CheckpointError(f"the buffer {name} is on the meta device, and no checkpoint holds it as it is not "
+                                  "persistent: build the model on a real device")
     weights.verify(settings, config.get(DIGEST))
     _fill(model, groups, state, weights, aliases)
 

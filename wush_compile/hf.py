@@ -1,7 +1,7 @@
 """Hugging Face transformers: `from_pretrained` and `save_pretrained` of quantized models.
 
-Importing this file registers the quantization method "wush". Loading puts empty groups into the skeleton and joins the rows
-of their linears while transformers reads them; saving splits them again (SPEC §7).
+Importing this file registers the quantization method "wush". Loading puts empty groups into the skeleton and joins the
+rows of their linears while transformers reads them; saving splits them again (SPEC §7).
 """
 
 import json
@@ -120,7 +120,8 @@ class WushHfQuantizer(HfQuantizer):
     def _check(self, model: PreTrainedModel, groups: list[WushGroup], weights: Weights) -> None:
         # transformers itself knows which other tensors may be missing or left over; shapes are ours to name.
         members = tuple(f"{m.name}." for group in groups for m in group.members)
-        rest = {n: tuple(t.shape) for n, t in model.state_dict().items() if n in weights.specs and not n.startswith(members)}
+        rest = {n: tuple(t.shape) for n, t in model.state_dict().items()
+                if n in weights.specs and not n.startswith(members)}
         needed = group_specs(groups)
         found = {n: s for n, s in weights.specs.items() if n in rest or n in needed or n.startswith(members)}
         check_specs(found, groups, rest)
@@ -148,7 +149,7 @@ class WushHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes, tied weights once; the digest of it goes into the model's config.
 
-        (Not into the files' metadata: safetensors writes its entries in random order, and equal models give equal bytes.)
+        (Not into the files' metadata: safetensors writes its entries in random order; equal models give equal bytes.)
         """
         state = dict(model.state_dict())
         for name in model._keys_to_ignore_on_save or ():
@@ -185,7 +186,7 @@ def _adopt(model: PreTrainedModel, record: Quantization) -> None:
 
 
 def attach(model: nn.Module, record: Quantization) -> None:
-    """Makes a quantized Hugging Face model know its record, so that `save_pretrained` writes it; others only keep it."""
+    """Gives a quantized Hugging Face model its record, for `save_pretrained` to write; others only keep it."""
     setattr(model, ATTRIBUTE, record)
     if not isinstance(model, PreTrainedModel):
         return
@@ -205,8 +206,8 @@ def load(directory: Path, config: Mapping, weights: Weights) -> PreTrainedModel:
     name = config["architectures"][0]
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        raise CheckpointError(f"{directory} is of a {name}, which transformers does not have: load it with that class's "
-                              "from_pretrained, or as wush_compile.load(directory, model=...)")
+        raise CheckpointError(f"{directory} is of a {name}, which transformers does not have: load it with that "
+                              "class's from_pretrained, or as wush_compile.load(directory, model=...)")
     model, info = kind.from_pretrained(directory, dtype="auto", use_safetensors=True, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{directory} lacks {', '.join(missing[:3])} of a {name}: copy or save it again")
