@@ -161,6 +161,30 @@ def bench_linear(rows=ROWS) -> list[dict]:
     return out
 
 
+def bench_parts() -> list[dict]:
+    """What the library path spends: expansion of x and of w, and the product for either fp8 type of x."""
+    rows = []
+    for m, (n, k) in itertools.product((256, 1024, 4096), GROUPS.values()):
+        sets = [random_weight(n, k, "mxfp4") for _ in range(copies(n * k * 0.53))]
+        xs = [random_weight(m, k, "mxfp4") for _ in range(copies(m * k * 0.53))]
+        row = {"M": m, "N": n, "K": k}
+        row["expand x us"] = time_us([lambda a=a: triton_linear.expand_fp8(*a, None, False) for a in xs])
+        row["expand w us"] = time_us([lambda a=a: triton_linear.expand_fp8(*a, None, True) for a in sets])
+        a, b = torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")
+        ws = [torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn) for _ in range(copies(n * k))]
+        for dtype in (torch.float8_e5m2, torch.float8_e4m3fn):
+            x = torch.randn(m, k, device="cuda").to(dtype)
+            for fast in (True, False):
+                row[f"{dtype} fast={fast} us"] = time_us([lambda w=w: torch._scaled_mm(
+                    x, w.t(), a, b, out_dtype=torch.bfloat16, use_fast_accum=fast) for w in ws])
+            one = torch.ones((), device="cuda")
+            row[f"{dtype} one scale us"] = time_us([lambda w=w: torch._scaled_mm(
+                x, w.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True) for w in ws])
+        row["bf16 us"] = bf16_time(m, n, k)
+        rows.append(row)
+    return rows
+
+
 # -- tune ------------------------------------------------------------------------------------------------------------
 
 def candidates(format: str, m: int) -> list:
@@ -183,14 +207,16 @@ def candidates(format: str, m: int) -> list:
         return [Fused(*t) for t in tiles] + (["bf16"] if m > 32 else [])
     if m <= 16:
         tiles = [(64, 16, 256, s, 4, st, True) for s in (1, 2, 4, 8) for st in (3, 4)] + [(64, 16, 128, 4, 4, 6, True)]
-        tiles += [(64, 16, 256, s, 4, 4, False) for s in (2, 4)]
+        tiles += [(128, 16, 256, s, w, 3, True) for s in (4, 8) for w in (4, 8)] + [(64, 16, 256, 4, 4, 4, False)]
     elif m <= 32:
         tiles = [(64, 32, 256, s, 4, 4, p) for s in (1, 2, 4) for p in (True, False)]
     elif m <= 64:
         tiles = [(64, 64, 256, s, 4, 3, p) for s in (1, 2, 4) for p in (True, False)] + [(128, 64, 256, 2, 8, 3, False)]
+        tiles += [(128, 64, 128, s, w, 4, p) for s in (1, 2) for w in (4, 8) for p in (True, False)]
     elif m <= 256:
         tiles = [(64, 128, 256, s, 4, 3, False) for s in (1, 2)] + [(128, 128, 128, s, 8, 4, False) for s in (1, 2)]
         tiles += [(128, 128, 256, s, 8, 2, False) for s in (1, 2)] + [(128, 64, 256, 1, 8, 3, False)]
+        tiles += [(64, 128, 128, s, 4, 5, False) for s in (1, 2, 4)] + [(128, 128, 128, s, 4, 4, False) for s in (1, 2)]
         tiles += [(128, 256, 128, s, 8, 3, False) for s in (1, 2)] if m > 128 else []
     else:
         tiles = [(128, 256, 128, 1, 8, 3, False), (128, 128, 128, 1, 8, 4, False), (128, 128, 128, 1, 4, 3, False)]
@@ -297,7 +323,7 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-BENCHMARKS = {"quantize": bench_quantize, "linear": bench_linear, "tune-quantize": tune_quantize, "tune-linear": tune_linear}
+BENCHMARKS = {"quantize": bench_quantize, "linear": bench_linear, "parts": bench_parts, "tune-quantize": tune_quantize, "tune-linear": tune_linear}
 
 
 def main() -> None:

@@ -121,7 +121,7 @@ def test_strided_rows_and_leading_dimensions(format):
     x = wide[:, 512:1536].view(5, 8, 1024)
     got = triton_quantize.transform_quantize(x, None, None, format, "absmax")
     assert_same(got, ops._transform_quantize(x.contiguous(), None, None, format, "absmax"))
-    x = spread(1024, 40, torch.bfloat16).T
+    x = spread(1024, 48, torch.bfloat16)[:, :40].T
     if format == "nvfp4":
         assert_same(triton_quantize.transform_quantize(x[:, :1008], None, None, format, "absmax"),
                     ops._transform_quantize(x[:, :1008].contiguous(), None, None, format, "absmax"))

@@ -61,50 +61,40 @@ def _look_up(w, low, high):
 
 
 @triton.jit
-def _spread(x, R: tl.constexpr, N: tl.constexpr, TIMES: tl.constexpr):
-    return tl.reshape(tl.broadcast_to(x[:, :, None], (R, N, TIMES)), (R, N * TIMES))
-
-
-@triton.jit
 def expand_fp8_kernel(
-    codes, scales, gx, gw, unit, out, rows, K: tl.constexpr, KG: tl.constexpr, E4: tl.constexpr, PANELS: tl.constexpr,
-    SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    codes, scales, g, unit, out, rows, K: tl.constexpr, KG: tl.constexpr, E4: tl.constexpr, SCALED: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
 ):
     """codes int32 [rows, K/8], scales uint8 [rows, K/32] -> out int32 (fp8 bytes) [rows, K/4] and unit fp32 [rows], by
-    which a row's bytes are multiplied (and, where given, by 1/(gx*gw)). KG = K/32 rounded up to a power of two.
+    which a row's bytes are multiplied (1/g in it where SCALED). KG = K/32 rounded up to a power of two; C groups a step.
 
-    PANELS: every 128 channels are stored as two halves, the channels 0..3 of every 8 and the channels 4..7: the order in
-    which the fused product's decoder gives its weights. Grid (rows/R)."""
+    Every 128 channels are stored as two halves, the channels 0..3 of every 8 and the channels 4..7: the order in which a
+    look-up gives them, here and in the fused product. Both operands of a product have it, so that it cancels. Where K is
+    not a multiple of 128, the halves are those of its last, shorter part. Grid (rows/R)."""
     r = tl.program_id(0) * R + tl.arange(0, R)
-    inside = (r < rows)[:, None]
-    row = tl.minimum(r, rows - 1).to(tl.int64)[:, None]
-    g = tl.arange(0, KG)
-    byte = tl.load(scales + row * (K // 32) + g[None, :], mask=(g < K // 32)[None, :], other=0).to(tl.int32)
-    top = tl.max(byte, axis=1)
+    row = tl.minimum(r, rows - 1).to(tl.int64)
+    every = tl.arange(0, KG)
+    byte = tl.load(scales + row[:, None] * (K // 32) + every[None, :], mask=(every < K // 32)[None, :], other=0)
+    top = tl.max(byte.to(tl.int32), axis=1)
     factor = e8m0_factor(top) * (E4M3_UNIT if E4 else E5M2_UNIT)
-    if SCALED_X and SCALED_W:
-        factor = factor * tl.div_rn(1.0, tl.load(gx) * tl.load(gw))
-    elif SCALED_X:
-        factor = factor * tl.div_rn(1.0, tl.load(gx))
-    elif SCALED_W:
-        factor = factor * tl.div_rn(1.0, tl.load(gw))
+    if SCALED:
+        factor = factor * tl.div_rn(1.0, tl.load(g))
     tl.store(unit + r, factor, mask=r < rows)
-    for i in tl.range(0, tl.cdiv(K // 8, C)):
-        word = i * C + tl.arange(0, C)
-        group = i * (C // 4) + tl.arange(0, C // 4)
-        w = tl.load(codes + row * (K // 8) + word[None, :], mask=(word < K // 8)[None, :], other=0)
-        b = tl.load(scales + row * (K // 32) + group[None, :], mask=(group < K // 32)[None, :], other=0).to(tl.int32)
+    word = tl.arange(0, 4)[None, None, :]
+    for i in tl.range(0, tl.cdiv(K // 32, C)):
+        group = i * C + tl.arange(0, C)
+        inside = (r < rows)[:, None] & (group < K // 32)[None, :]                              # [R, C]
+        b = tl.load(scales + row[:, None] * (K // 32) + group[None, :], mask=inside, other=0).to(tl.int32)
         low, high = _tables(b - top[:, None] + (E4M3_TOP if E4 else E5M2_TOP), E4)
-        first, second = _look_up(w, _spread(low, R, C // 4, 4), _spread(high, R, C // 4, 4))
-        mask = inside & (word < K // 8)[None, :]
-        if PANELS:
-            place = word // 16 * 32 + word % 16
-            tl.store(out + row * (K // 4) + place[None, :], first, mask=mask)
-            tl.store(out + row * (K // 4) + place[None, :] + 16, second, mask=mask)
-        else:
-            place = i * (2 * C) + tl.arange(0, 2 * C)
-            both = tl.reshape(tl.join(first, second), (R, 2 * C))
-            tl.store(out + row * (K // 4) + place[None, :], both, mask=inside & (place < K // 4)[None, :])
+        at = codes + row[:, None] * (K // 8) + (group * 4)[None, :]
+        w = tl.load(at[:, :, None] + word, mask=inside[:, :, None], other=0)                   # [R, C, 4]
+        low = tl.broadcast_to(low[:, :, None], (R, C, 4))
+        high = tl.broadcast_to(high[:, :, None], (R, C, 4))
+        first, second = _look_up(w, low, high)
+        half = tl.where(group >= K // 128 * 4, K % 128 // 32 * 4, 16)                          # words of a half
+        at = out + row[:, None] * (K // 4) + (group // 4 * 32 + group % 4 * 4)[None, :]
+        tl.store(at[:, :, None] + word, first, mask=inside[:, :, None])
+        tl.store((at + half[None, :])[:, :, None] + word, second, mask=inside[:, :, None])
 
 
 @triton.jit
@@ -138,7 +128,7 @@ def expand_bf16_kernel(
     w = tl.load(codes + row * (K // 2) + c[None, :], mask=(c < K // 2)[None, :], other=0)
     byte = tl.load(scales + row * (K // G) + group[None, :], mask=(group < K // G)[None, :], other=1).to(tl.int32)
     factor = e8m0_factor(byte) if MX else e4m3_factor(byte)
-    factor = _spread(factor, R, 2 * C // G, G // 2)
+    factor = tl.reshape(tl.broadcast_to(factor[:, :, None], (R, 2 * C // G, G // 2)), (R, C))
     low, high = decode_bf16(w)
     # The bit pattern is the value times 2^-126; the two halves of 2^126 keep every factor in fp32's range.
     low = low.to(tl.float32) * 9.223372036854775808e18 * 9.223372036854775808e18 * factor

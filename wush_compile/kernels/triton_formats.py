@@ -146,34 +146,42 @@ def nv_scale(y, amax, g, RULE: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _nan_max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def group_amax(y, R: tl.constexpr, W: tl.constexpr, G: tl.constexpr):
     """Bits of the absolute maximum of every group of y [R, W]: int32 [R, W/G]; as integers NaN > Inf > any number."""
-    return tl.max(tl.reshape(float_bits(y) & ABS_BITS, (R, W // G, G)), axis=2)
+    return float_bits(tl.reduce(tl.reshape(tl.abs(y), (R, W // G, G)), 2, _nan_max))
 
 
 @triton.constexpr_function
 def _pack_ptx(native):
     """PTX of 8 floats -> 8 codes in a register: operands 1..4 are the low nibbles of its bytes, 5..8 the high ones.
 
-    Without Blackwell's instruction, as `e2m1_code`: the rounded sum of element i holds code + 298 in two bit fields, which
-    are added up at the nibble's place (the 298s leave with the start value); the signs are gathered a byte each.
+    Without Blackwell's instruction, as `e2m1_code`: the rounded sum holds code + 298 in two bit fields, which are added; the
+    low bytes (code + 0x2A) and the signs are gathered four at a time.
     """
     if native:
         pairs = "".join(f"cvt.rn.satfinite.e2m1x2.f32 t{j}, ${j + 5}, ${j + 1}; " for j in range(4))
         return "{ .reg .b8 t0, t1, t2, t3; " + pairs + "mov.b32 $0, {t0, t1, t2, t3}; }"
-    lines = ["{ .reg .f32 a, p; .reg .b32 b, m, e, n, s, h, l;", f"mov.b32 n, {-298 * 0x11111111 % 2**32};"]
-    for j in range(4):
-        for operand, shift in ((j + 1, 8 * j), (j + 5, 8 * j + 4)):
-            lines.append(
-                f"abs.f32 a, ${operand}; min.f32 a, a, 0f40C00000; max.f32 p, a, 0f3F800000; mov.b32 b, p; "
-                "and.b32 b, b, 0x7F800000; mov.b32 p, b; fma.rn.f32 a, p, 0f4A800000, a; mov.b32 b, a; "
-                f"and.b32 m, b, 7; shr.u32 e, b, 22; add.u32 m, m, e; shl.b32 m, m, {shift}; add.u32 n, n, m;"
-            )
+    lines = ["{ .reg .f32 a, p; .reg .b32 b, e, f, l, h, n;"]
+    for operand in range(1, 9):
+        lines.append(
+            f".reg .b32 s{operand}; abs.f32 a, ${operand}; min.f32 a, a, 0f40C00000; max.f32 p, a, 0f3F800000; "
+            "mov.b32 b, p; and.b32 b, b, 0x7F800000; mov.b32 p, b; fma.rn.f32 a, p, 0f4A800000, a; mov.b32 b, a; "
+            f"shr.u32 e, b, 22; add.u32 s{operand}, b, e;"
+        )
     for target, first in (("l", 1), ("h", 5)):
-        lines.append(f"mov.b32 b, ${first}; mov.b32 e, ${first + 1}; prmt.b32 m, b, e, 0x73; "
-                     f"mov.b32 b, ${first + 2}; mov.b32 e, ${first + 3}; prmt.b32 s, b, e, 0x73; "
-                     f"prmt.b32 {target}, m, s, 0x5410; and.b32 {target}, {target}, 0x80808080;")
-    lines.append("shr.u32 l, l, 4; or.b32 n, n, l; or.b32 $0, n, h; }")
+        lines.append(f"prmt.b32 e, s{first}, s{first + 1}, 0x40; prmt.b32 f, s{first + 2}, s{first + 3}, 0x40; "
+                     f"prmt.b32 {target}, e, f, 0x5410;")
+    lines.append(f"shl.b32 h, h, 4; add.u32 n, l, h; add.u32 n, n, {-17 * 0x2A2A2A2A % 2**32};")
+    for target, first in (("l", 1), ("h", 5)):
+        lines.append(f"mov.b32 b, ${first}; mov.b32 e, ${first + 1}; prmt.b32 s1, b, e, 0x73; "
+                     f"mov.b32 b, ${first + 2}; mov.b32 e, ${first + 3}; prmt.b32 s2, b, e, 0x73; "
+                     f"prmt.b32 {target}, s1, s2, 0x5410;")
+    lines.append("shr.u32 l, l, 4; lop3.b32 n, l, 0x08080808, n, 0xEA; lop3.b32 $0, h, 0x80808080, n, 0xEA; }")
     return " ".join(lines)
 
 

@@ -17,30 +17,30 @@ from .triton_gemv import finish
 
 
 @triton.jit
-def _decode_fp8(w, e):
-    """uint8 tiles: packed codes, exponent fields (times 4) -> e5m2 bytes of the channels 0..3 of every 8, and of 4..7.
+def _decode_fp8(w, e, signs):
+    """Packed codes uint8, the groups' exponent fields int32, `SIGNS` -> e5m2 bytes of the channels 0..3 of every 8, and of
+    4..7.
 
     Right where four consecutive bytes of a row share a register, as in the operand layout of 8-bit products. The table of
-    the eight magnitudes, raised by the group's exponent, sits in two registers; `prmt` looks four codes up at once.
+    the eight magnitudes, raised by the group's exponent, sits in two registers; `prmt` looks four codes up at once. Its own
+    sign mode, on a table of 0x80, gives 0xFF for negative codes.
     """
     a, b = tl.inline_asm_elementwise(
-        """{ .reg .b32 l, h, m, n, s, t;
-        mov.b32 t, 0x80808080;
-        and.b32 l, $3, 0xFFFFFF00;
-        add.u32 l, l, 0x06040000;
-        add.u32 h, $3, 0x0E0C0A08;
+        """{ .reg .b32 l, h, m, n, s;
+        mad.lo.u32 l, $3, 0x04040400, 0x06040000;
+        mad.lo.u32 h, $3, 0x04040404, 0x0E0C0A08;
         and.b32 m, $2, 0x77777777;
         shr.u32 n, m, 16;
         prmt.b32 m, l, h, m;
         prmt.b32 n, l, h, n;
-        prmt.b32 s, t, t, $2;
+        prmt.b32 s, $7, $7, $2;
         shl.b32 s, s, 7;
-        lop3.b32 $0, s, t, m, 0xEA;
+        lop3.b32 $0, s, 0x80808080, m, 0xEA;
         shr.u32 s, $2, 16;
-        prmt.b32 s, t, t, s;
+        prmt.b32 s, $7, $7, s;
         shl.b32 s, s, 7;
-        lop3.b32 $1, s, t, n, 0xEA; }""",
-        "=r,=r,r,r", [w, e], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4,
+        lop3.b32 $1, s, 0x80808080, n, 0xEA; }""",
+        "=r,=r,r,r,r,r,r,r,r,r,r", [w, e, signs], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4,
     )
     return a.to(tl.float8e5, bitcast=True), b.to(tl.float8e5, bitcast=True)
 
@@ -59,13 +59,13 @@ def _scale_bytes(scales, row, word, shifts, WORDS: tl.constexpr, R: tl.constexpr
 
 
 @triton.jit
-def _decode(w, byte, top, MX: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
+def _decode(w, byte, top, signs, MX: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
     """Packed tile [R, BK/2], its scale bytes [R, BK/G] -> two operand tiles [R, BK/2], the same channels for x and w."""
     G: tl.constexpr = 32 if MX else 16
     N: tl.constexpr = BK // G
     if MX:
-        e = (tl.maximum(byte - top[:, None] + E5M2_TOP, 1) << 2).to(tl.uint8)
-        return _decode_fp8(w, tl.reshape(tl.broadcast_to(e[:, :, None], (R, N, G // 2)), (R, BK // 2)))
+        e = tl.maximum(byte - top[:, None] + E5M2_TOP, 1)
+        return _decode_fp8(w, tl.reshape(tl.broadcast_to(e[:, :, None], (R, N, G // 2)), (R, BK // 2)), signs)
     else:
         # 2^119 of the pattern's 2^-126: the product is the value times 2^-7, with at most six significant bits.
         factor = (e4m3_factor(byte) * 6.646139978924579e35).to(tl.bfloat16)
@@ -121,6 +121,7 @@ def fused_gemm_kernel(
         top_n = tl.load(w_top + row_n).to(tl.int32)
         if PACKED:
             top_m = _row_maximum(xs, row_m * ROW_WORDS, start // (4 * G), PART // (4 * G), BM)
+    signs = tl.load(shifts + 4)
     half = tl.arange(0, HALF)
     panel = half // 64 * 128 + half % 64
     w_row = w + row_n.to(tl.int64)[:, None] * (K // 2)
@@ -132,14 +133,14 @@ def fused_gemm_kernel(
         if PACKED:
             x_codes = tl.load(x + row_m.to(tl.int64)[:, None] * (K // 2) + (k // 2 + half)[None, :])
             x_byte = _scale_bytes(xs, row_m * ROW_WORDS, k // (4 * G), shifts, WORDS, BM)
-            x0, x1 = _decode(x_codes, x_byte, top_m, MX, BM, BK)
+            x0, x1 = _decode(x_codes, x_byte, top_m, signs, MX, BM, BK)
             x0 = tl.trans(x0)
             x1 = tl.trans(x1)
         else:
             at = x + row_m.to(tl.int64)[None, :] * K + (k + panel)[:, None]
             x0 = tl.load(at).to(tl.float8e5, bitcast=True)
             x1 = tl.load(at + 64).to(tl.float8e5, bitcast=True)
-        w0, w1 = _decode(codes, byte, top_n, MX, BN, BK)
+        w0, w1 = _decode(codes, byte, top_n, signs, MX, BN, BK)
         acc = tl.dot(w0, x0, acc)
         acc = tl.dot(w1, x1, acc)
     if MX:

@@ -11,26 +11,26 @@ from .triton_formats import e4m3_factor, e8m0_factor
 
 
 @triton.jit
-def _weight_bytes(w):
+def _weight_bytes(w, signs):
     """8 codes -> (b, n of codes 0..3, b, n of codes 4..7), four int8 each: the integer is b - 127*n, n its sign.
 
-    `prmt` looks four codes up at once; its own sign mode, on a table of 0x80, gives 0xFF for negative codes.
+    `prmt` looks four codes up at once; its own sign mode, on a table of 0x80 (`signs`, in a register of its own because it
+    comes from memory), gives 0xFF for negative codes.
     """
     return tl.inline_asm_elementwise(
-        """{ .reg .b32 m, h, a, t;
-        mov.b32 t, 0x80808080;
+        """{ .reg .b32 m, h, a;
         and.b32 m, $4, 0x77777777;
         shr.u32 h, m, 16;
         prmt.b32 m, 0x03020100, 0x0C080604, m;
         prmt.b32 h, 0x03020100, 0x0C080604, h;
-        prmt.b32 a, t, t, $4;
-        lop3.b32 $0, m, a, t, 0x96;
+        prmt.b32 a, $5, $5, $4;
+        lop3.b32 $0, m, a, 0x80808080, 0x96;
         and.b32 $1, a, 0x01010101;
         shr.u32 a, $4, 16;
-        prmt.b32 a, t, t, a;
-        lop3.b32 $2, h, a, t, 0x96;
+        prmt.b32 a, $5, $5, a;
+        lop3.b32 $2, h, a, 0x80808080, 0x96;
         and.b32 $3, a, 0x01010101; }""",
-        "=r,=r,=r,=r,r", [w], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        "=r,=r,=r,=r,r,r", [w, signs], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
     )
 
 
@@ -114,7 +114,7 @@ def finish(y, n, m, N, gx, gw, bias, residual, out, SCALED_X: tl.constexpr, SCAL
 
 @triton.jit
 def gemv_kernel(
-    x, xs, gx, w, ws, gw, bias, residual, out, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, MX: tl.constexpr,
+    x, xs, gx, w, ws, gw, bias, residual, shifts, out, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, MX: tl.constexpr,
     SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):
@@ -122,6 +122,7 @@ def gemv_kernel(
     G: tl.constexpr = 32 if MX else 16
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
+    signs = tl.load(shifts + 4)
     acc0 = tl.zeros((BN, BK // G), tl.float32)
     acc1 = acc0
     acc2 = acc0
@@ -137,7 +138,7 @@ def gemv_kernel(
             code = tl.load(w + row * (K // 8) + words[None, :], mask=(words < K // 8)[None, :], other=0)
             byte = tl.load(ws + row * (K // G) + groups[None, :], mask=(groups < K // G)[None, :], other=1).to(tl.int32)
         factor = e8m0_factor(byte) if MX else e4m3_factor(byte)
-        parts = _weight_bytes(code)
+        parts = _weight_bytes(code, signs)
         acc0 += _row(parts, x, xs, 0, first, K, G, BN, BK, MX) * factor
         if M > 1:
             acc1 += _row(parts, x, xs, 1, first, K, G, BN, BK, MX) * factor

@@ -108,7 +108,8 @@ class Workspace:
     RING = 2**20
 
     def __init__(self, device: torch.device):
-        self.shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=device)
+        self.shifts = torch.arange(0, 40, 8, dtype=torch.int32, device=device)
+        self.shifts[4:].fill_(-0x7F7F7F80)                   # 0x80808080: see `triton_gemm._decode_fp8`
         self._ring = torch.zeros(self.RING, dtype=torch.int32, device=device)
         self._next = 0
 
@@ -197,20 +198,20 @@ def run_gemv(o: Operands, tile: Gemv, out: Tensor) -> None:
     m, n, k = o.sizes
     bk = min(tile.bk, max(triton.next_power_of_2(k), 128))
     gemv_kernel[(triton.cdiv(n, tile.bn),)](
-        o.codes.view(torch.int32), o.scales, o.gx, o.w_codes.view(torch.int32), o.w_scales, o.gw, o.bias, o.residual, out,
-        n, k, m, o.mx, *o.flags, tile.bn, bk, num_warps=tile.warps,
+        o.codes.view(torch.int32), o.scales, o.gx, o.w_codes.view(torch.int32), o.w_scales, o.gw, o.bias, o.residual,
+        workspace(out.device).shifts, out, n, k, m, o.mx, *o.flags, tile.bn, bk, num_warps=tile.warps,
     )
 
 
-def expand_fp8(codes: Tensor, scales: Tensor, g: Tensor | None, e4m3: bool, panels: bool) -> tuple[Tensor, Tensor]:
-    """MXFP4 rows -> (fp8 bytes [rows, K], unit fp32 [rows], which holds 1/g)."""
+def expand_fp8(codes: Tensor, scales: Tensor, g: Tensor | None, e4m3: bool) -> tuple[Tensor, Tensor]:
+    """MXFP4 rows -> (fp8 bytes [rows, K], channels in the kernel's own order, unit fp32 [rows], which holds 1/g)."""
     rows, k = codes.shape[0], 2 * codes.shape[1]
     out = torch.empty((rows, k), dtype=torch.float8_e4m3fn if e4m3 else torch.float8_e5m2, device=codes.device)
     unit = torch.empty(rows, dtype=torch.float32, device=codes.device)
-    block = 1 if rows <= 1024 else 4
-    expand_fp8_kernel[(triton.cdiv(rows, block),)](
-        codes.view(torch.int32), scales, g, None, unit, out.view(torch.int32), rows, k, triton.next_power_of_2(k // 32),
-        e4m3, panels, g is not None, False, block, 512, num_warps=4,
+    groups = triton.next_power_of_2(k // 32)
+    expand_fp8_kernel[(rows,)](
+        codes.view(torch.int32), scales, g, unit, out.view(torch.int32), rows, k, groups, e4m3, g is not None,
+        1, min(groups, 128), num_warps=4,
     )
     return out, unit
 
@@ -222,7 +223,7 @@ def run_fused(o: Operands, tile: Fused, out: Tensor) -> None:
     if tile.packed:
         x, gx = o.codes, o.gx
     else:
-        x, unit = expand_fp8(o.codes, o.scales, o.gx, e4m3=False, panels=True)
+        x, unit = expand_fp8(o.codes, o.scales, o.gx, e4m3=False)
         x, gx = x.view(torch.uint8), None
     tiles = triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm)
     split = tile.split > 1
@@ -237,8 +238,8 @@ def run_fused(o: Operands, tile: Fused, out: Tensor) -> None:
 
 def run_library(o: Operands) -> Tensor:
     """bf16 [M, N]; without a bias, since the library rounds before it could be added."""
-    x, x_unit = expand_fp8(o.codes, o.scales, o.gx, e4m3=False, panels=False)
-    w, w_unit = expand_fp8(o.w_codes, o.w_scales, o.gw, e4m3=True, panels=False)
+    x, x_unit = expand_fp8(o.codes, o.scales, o.gx, e4m3=False)
+    w, w_unit = expand_fp8(o.w_codes, o.w_scales, o.gw, e4m3=True)
     y = torch._scaled_mm(x, w.t(), x_unit[:, None], w_unit[None, :], out_dtype=torch.bfloat16, use_fast_accum=True)
     return y if o.residual is None else y.add_(o.residual)
 

@@ -40,12 +40,6 @@ def _dot(x, operand, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _not_finite(amax, R: tl.constexpr, N: tl.constexpr):
-    """Whether any group of a tile is: rare, so that what it takes is worth a branch."""
-    return tl.max(tl.reshape(amax, (R * N,)), axis=0) >= INF_BITS
-
-
-@triton.jit
 def _clean(y, x, operand, WIDE: tl.constexpr, G: tl.constexpr, B: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
     """(y, group_amax of it before), y with zeros in groups that are not finite. In the shared product a NaN or Inf would
     reach the other blocks of its row (0 * NaN): the product is computed again from the finite values, and the blocks that
@@ -61,19 +55,30 @@ def _clean(y, x, operand, WIDE: tl.constexpr, G: tl.constexpr, B: tl.constexpr, 
 
 
 @triton.jit
+def _load_rows(x, rows, M, stride, first, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+    columns = first + tl.arange(0, W)
+    inside = (rows < M)[:, None]
+    if K % W != 0:
+        inside = inside & (columns < K)[None, :]
+    return tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def _tile(
     x, operand, g, codes, scales, rows, M, first, K: tl.constexpr, B: tl.constexpr, FORMAT: tl.constexpr,
     RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, CLEAN: tl.constexpr,
 ):
-    """Transform (B > 0), quantize and store one tile x [R, W]."""
+    """Transform (B > 0), quantize and store one tile x [R, W]; returns the bits of the groups' absolute maxima. Right for
+    finite results; CLEAN: for any."""
     G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
     y = x.to(tl.float32)
     if B > 0:
         y = _dot(x, operand, WIDE)
-    amax = group_amax(y, R, W, G)
-    if _not_finite(amax, R, W // G):
+    if CLEAN:
         y, amax = _clean(y, x, operand, WIDE, G, B, R, W)
+    else:
+        amax = group_amax(y, R, W, G)
     packed, bytes = quantize_tile(y, amax, g, FORMAT, RULE, SCALED, PTX, NATIVE, R, W)
     row = rows.to(tl.int64)[:, None]
     columns = first // 2 + tl.arange(0, W // 2)
@@ -85,15 +90,7 @@ def _tile(
     else:
         tl.store(codes + row * (K // 2) + columns[None, :], packed, mask=inside & (columns < K // 2)[None, :])
         tl.store(scales + row * (K // G) + groups[None, :], bytes, mask=inside & (groups < K // G)[None, :])
-
-
-@triton.jit
-def _load_rows(x, rows, M, stride, first, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    columns = first + tl.arange(0, W)
-    inside = (rows < M)[:, None]
-    if K % W != 0:
-        inside = inside & (columns < K)[None, :]
-    return tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    return amax
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -112,15 +109,26 @@ def transform_quantize_kernel(
     if B > 0:
         operand = _load_operand(t, first, SHARED, B, W, K)
     start = tl.program_id(1) * (R * TILES)
+    largest = tl.zeros((R, W // (32 if FORMAT == "mxfp4" else 16)), tl.int32)
     if TILES == 1:
         rows = start + tl.arange(0, R)
-        _tile(_load_rows(x, rows, M, stride, first, K, R, W), operand, g, codes, scales, rows, M, first,
-              K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE, R, W)
+        tile = _load_rows(x, rows, M, stride, first, K, R, W)
+        largest = _tile(tile, operand, g, codes, scales, rows, M, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
+                        R, W, False)
     else:
         for i in tl.range(0, TILES, num_stages=STAGES):
             rows = start + i * R + tl.arange(0, R)
-            _tile(_load_rows(x, rows, M, stride, first, K, R, W), operand, g, codes, scales, rows, M, first,
-                  K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE, R, W)
+            tile = _load_rows(x, rows, M, stride, first, K, R, W)
+            amax = _tile(tile, operand, g, codes, scales, rows, M, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
+                         R, W, False)
+            largest = tl.maximum(largest, amax)
+    # NaN and Inf are rare: what they take is done in a second pass over the program's rows, which overwrites the first.
+    if tl.max(tl.reshape(largest, (R * W // (32 if FORMAT == "mxfp4" else 16),)), axis=0) >= INF_BITS:
+        for i in tl.range(0, TILES, num_stages=1):
+            rows = start + i * R + tl.arange(0, R)
+            tile = _load_rows(x, rows, M, stride, first, K, R, W)
+            _tile(tile, operand, g, codes, scales, rows, M, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
+                  R, W, True)
 
 
 class Tile(NamedTuple):
@@ -138,11 +146,11 @@ def choose_tile(rows: int, width: int, block: int) -> Tile:
     if block == 0:
         return Tile(1, 512, 1, 1, 2) if rows <= 4 else Tile(16, 256, 1, 1, 4)
     columns = max(64, block)
-    if rows <= 32:
-        return Tile(16, columns, 1, 1, 4)
-    if rows * width <= 2**24:
-        return Tile(64, columns, 1, 1, 4)
-    return Tile(64, columns, 8, 3, 4)
+    if rows <= 64:
+        return Tile(16, columns, 1, 1, 4 if block > 32 else 2)
+    if columns > 64:
+        return Tile(64, columns, 1, 1, 4 if columns == 128 else 8)
+    return Tile(64, 64, 4, 3, 4) if rows * width <= 2**24 else Tile(64, 64, 8, 3, 4)
 
 
 @functools.cache
