@@ -44,8 +44,8 @@ def _pass_class() -> type:
     class ExecutionPasses(CustomGraphPass):
         """Our passes as Inductor's `post_grad_custom_pre_pass`; `names` and `recorder` only serve tracing."""
 
-        def __init__(self, steps=passes.EXECUTION, first=None, names=None, recorder=None):
-            self.steps, self.first, self.names, self.recorder = steps, first, names, recorder
+        def __init__(self, first=None, names=None, recorder=None):
+            self.steps, self.first, self.names, self.recorder = passes.EXECUTION, first, names, recorder
 
         def __call__(self, graph: Graph) -> None:
             if self.first is not None:
