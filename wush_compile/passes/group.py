@@ -103,7 +103,6 @@ def find_groups(
         names_of.setdefault(id(parameter), []).append(name)
     attributes = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n.target in parameters]
     uses = Counter(id(parameters[n.target]) for n in attributes for _ in n.users)
-    called = {id(parameters[n.target]) for n in attributes}
 
     skipped: dict[str, str] = {}
     by_source: dict[object, list[Linear]] = {}
@@ -150,7 +149,7 @@ def find_groups(
             continue
         owner_name, _, leaf = parameter_name.rpartition(".")
         owner = type(model.get_submodule(owner_name)).__name__
-        if id(parameter) not in called:
+        if not uses[id(parameter)]:
             reason = "not reached by the traced forward"
         elif parameter.dim() == 3:
             reason = f"3-D weight of {owner}: MoE experts are not supported"

@@ -1,0 +1,419 @@
+"""quantize: exact invariants of the pipeline, the models it takes, and what it says to bad input."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from models import VOCABULARY, plain, tokens
+from torch import nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import wush_compile as wc
+from wush_compile.calibrate import calibrate
+from wush_compile.capture import capture
+from wush_compile.data import normalize
+from wush_compile.errors import CaptureError, ConfigError, DataError, NonFiniteError
+from wush_compile.modules import WushLinear, named_groups
+from wush_compile.passes.group import find_groups
+from wush_compile.passes.observe import allocate, insert_observers, observed, remove_observers
+from wush_compile.passes.partition import partition
+from wush_compile.quantization import quantization_of
+
+DATA = [tokens(2, 24, seed=s) for s in range(1, 7)]
+
+
+class MLP(nn.Module):
+    def __init__(self, widths=(64, 96, 40), bias=True):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in zip(widths, widths[1:]))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x
+
+
+def mlp(**kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return MLP(**kwargs)
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64,
+                                      bos_token_id=1, eos_token_id=None)).eval()
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                                vocab_size=VOCABULARY)).eval()
+
+
+def quantize(model, data=DATA, **settings):
+    return wc.quantize(model, data, progress=False, **settings)
+
+
+def run(stages, captured, inputs):
+    """All stages one after the other; the first of the model's outputs."""
+    output = next(n for n in captured.graph_module.graph.nodes if n.op == "output")
+    values = dict(inputs)
+    for stage in stages:
+        outputs = stage.graph_module(*(values[name] for name in stage.inputs))
+        values.update(zip(stage.outputs, outputs, strict=True))
+    return values[output.args[0][0].name]
+
+
+def state_bytes(model):
+    return {name: t.reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in model.state_dict().items()}
+
+
+# -- the graph pass --------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "llama": lambda: plain("llama"), "qwen3": lambda: plain("qwen3"), "gemma3": lambda: plain("gemma3"),
+    "gpt2": gpt2, "bert": bert,
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_stages_chained_are_the_model(kind):
+    """Exact: the split graph equals the model; the rewritten stages equal the installed model."""
+    model = MODELS[kind]()
+    batches = normalize(DATA[:2], model=model)
+    captured = capture(model, batches)
+    ids = tokens(3, 11, seed=9)
+    inputs = captured.flatten(0, {"input_ids": ids})
+    expected = model(ids)
+    assert torch.equal(run(partition(captured.graph_module), captured, inputs), expected[0])
+
+    config = wc.WushConfig(solver="rtn")
+    captured = capture(model, batches)
+    groups, _ = find_groups(captured.graph_module, model, config)
+    _, stages = calibrate(model, captured, groups, batches, config, progress=False)
+    rewritten = run(stages, captured, captured.flatten(0, {"input_ids": ids}))
+    quantize(model, DATA[:2], solver="rtn")
+    assert torch.equal(rewritten, model(ids)[0])
+    assert not torch.equal(rewritten, expected[0])
+
+
+def test_siblings_are_one_group():
+    model = quantize(plain("llama"), solver="rtn")
+    members = [[m.name.removeprefix("model.layers.0.") for m in g.members] for _, g in named_groups(model)][:4]
+    assert members == [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
+                       ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+    own = quantize(plain("llama"), solver="rtn", share_transform=False)
+    assert all(len(g.members) == 1 for _, g in named_groups(own)) and len(list(named_groups(own))) == 14
+
+
+def test_observers_come_and_go():
+    model = plain("llama")
+    captured = capture(model, normalize(DATA[:1], model=model))
+    before = [str(n) for n in captured.graph_module.graph.nodes]
+    config = wc.WushConfig()
+    groups, _ = find_groups(captured.graph_module, model, config)
+    insert_observers(captured.graph_module, groups, config)
+    assert observed(captured.graph_module) == list(range(8))
+    observation = allocate(captured.graph_module, 3, torch.device("cpu"))
+    assert observation.moment.shape == (128, 128) and observation.sample.dtype == torch.bfloat16
+    remove_observers(captured.graph_module)
+    assert [str(n) for n in captured.graph_module.graph.nodes] == before
+    assert not [name for name, _ in captured.graph_module.named_buffers() if "observer" in name]
+
+
+def test_every_matrix_is_quantized_or_has_a_reason():
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        decoder_sparse_step=1, mlp_only_layers=[], bos_token_id=1, eos_token_id=None)).eval()
+    model.model.layers[0].self_attn.extra = nn.Linear(8, 8)
+    quantize(model, solver="rtn", ignore=("lm_head", "*.o_proj"))
+    assert_expected_inline("\n".join(f"{k}: {v}" for k, v in quantization_of(model).ignored.items()), """\
+model.layers.0.self_attn.o_proj: ignored by the configuration ('*.o_proj')
+model.layers.0.mlp.gate: belongs to Qwen3MoeTopKRouter, not to a linear layer
+lm_head: ignored by the configuration ('lm_head')
+model.embed_tokens: belongs to Embedding, not to a linear layer
+model.layers.0.self_attn.extra: not reached by the traced forward
+model.layers.0.mlp.experts.gate_up_proj: 3-D weight of Qwen3MoeExperts: MoE experts are not supported
+model.layers.0.mlp.experts.down_proj: 3-D weight of Qwen3MoeExperts: MoE experts are not supported""")
+
+
+class Odd(nn.Module):
+    """Linears that must stay: too narrow, used twice, tied, used behind their forward's back."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 64)
+        self.good, self.twice, self.behind = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.narrow, self.head = nn.Linear(40, 64), nn.Linear(64, VOCABULARY, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.good(self.embed(ids))
+        x = self.twice(self.twice(x).relu())
+        x = torch.nn.functional.linear(x, self.behind.weight)
+        return self.head(self.narrow(x[..., :40]))
+
+
+def test_reasons_for_odd_linears():
+    model = Odd()
+    quantize(model, [(tokens(2, 5),)], solver="rtn", ignore=())
+    assert isinstance(model.good, WushLinear)
+    assert_expected_inline("\n".join(f"{k}: {v}" for k, v in sorted(quantization_of(model).ignored.items())), """\
+behind: used by Odd directly, not through its own forward
+head: weight is tied to embed
+narrow: width 40 is not a multiple of mxfp4's group of 32
+twice: applied 2 times in one forward""")
+
+
+# -- results ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int4"])
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_models_and_formats(kind, format):
+    model = MODELS[kind]()
+    reference = copy.deepcopy(model)
+    assert quantize(model, format=format, solver="rtn") is model
+    ids = tokens(2, 9, seed=11)
+    a, b = reference(ids)[0].float(), model(ids)[0].float()
+    error = ((a - b).norm() / a.norm()).item()
+    # Largest seen: .29 (gemma3, int4); a wrong transform or row range gives > 1.
+    assert 0 < error < 0.5
+    for _, group in named_groups(model):
+        rows, width = group.weight_packed.shape[0], 2 * group.weight_packed.shape[1]
+        scales = rows * width // wc.WushConfig(format=format).group_size * group.weight_scale.element_size()
+        transform = group.input_transform.numel() * group.input_transform.element_size()
+        others = sum(b.numel() * b.element_size() for n, b in group.named_buffers() if n == "bias" or "global" in n)
+        assert group.nbytes() == rows * width // 2 + scales + transform + others
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_plain_modules(bias):
+    model, x = mlp(bias=bias), torch.randn(50, 64)
+    expected = model(x)
+    quantize(model, [x, torch.randn(17, 64)])
+    assert all(isinstance(layer, WushLinear) for layer in model.layers)
+    assert ((model(x) - expected).norm() / expected.norm()).item() < 0.3
+    assert model(x[:0]).shape == (0, 40) and model(x[0]).shape == (40,)
+
+
+@pytest.mark.parametrize("transform", ["identity", "random", "hadamard", "wus", "wush"])
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+@pytest.mark.parametrize("moments", ["marginal", "conditional"])
+@torch.no_grad()
+def test_every_solver_through_the_pipeline(transform, solver, moments):
+    model, x = mlp(), torch.randn(300, 64)
+    expected = model(x)
+    quantize(model, [x], transform=transform, solver=solver, moments=moments)
+    assert ((model(x) - expected).norm() / expected.norm()).item() < 0.3
+
+
+def test_transform_block_size_falls_back_where_it_does_not_divide(caplog):
+    model = mlp(widths=(64, 96, 40))
+    with caplog.at_level(logging.WARNING, "wush_compile"):
+        quantize(model, [torch.randn(200, 64)], transform_block_size=64)
+    assert [g.block_size for _, g in named_groups(model)] == [64, 32]
+    assert "layers.1: width 96 is not a multiple of transform_block_size 64" in caplog.text
+
+
+def test_same_seed_same_bytes():
+    one, two = (quantize(plain("llama"), transform="random") for _ in range(2))
+    assert state_bytes(one) == state_bytes(two)
+    other = quantize(plain("llama"), transform="random", seed=1)
+    assert state_bytes(one) != state_bytes(other)
+
+
+def test_padded_input_gives_the_moments_of_unpadded_input():
+    lengths = (24, 17, 9, 24)
+    rows = [tokens(1, n, seed=i) for i, n in enumerate(lengths)]
+    padded = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+    mask = torch.zeros_like(padded)
+    for i, row in enumerate(rows):
+        start = 0 if i % 2 else max(lengths) - row.shape[1]                # left and right padding
+        padded[i, start:start + row.shape[1]], mask[i, start:start + row.shape[1]] = row[0], 1
+    a = quantize(plain("llama"), rows)
+    b = quantize(plain("llama"), [{"input_ids": padded, "attention_mask": mask}])
+    assert state_bytes(a) == state_bytes(b)
+    assert quantization_of(a).report == quantization_of(b).report
+    assert next(iter(quantization_of(b).report.values()))["tokens"] == sum(lengths)
+
+
+def test_masked_positions_in_the_middle_enter_no_moment():
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.int64)
+    mask[0, 4:7] = 0
+    model = quantize(bert(), [{"input_ids": ids, "attention_mask": mask}], solver="rtn", transform="wush")
+    tokens_seen = {name: r["tokens"] for name, r in quantization_of(model).report.items()}
+    assert tokens_seen.pop("pooler.dense") == 2                            # one row a sequence: the mask does not apply
+    assert set(tokens_seen.values()) == {21}
+
+
+def test_two_forwards_a_stage():
+    """Observing and propagating run every layer twice a batch, the last one once and no head."""
+    calls = []
+    model = plain("llama")
+    captured = capture(model, normalize(DATA, model=model))
+    config = wc.WushConfig(solver="rtn")
+    groups, _ = find_groups(captured.graph_module, model, config)
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "scaled_dot_product" in str(func):
+                calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        calibrate(model, captured, groups, normalize(DATA, model=model), config, progress=False)
+    assert original is torch.nn.functional.scaled_dot_product_attention
+    assert len(calls) == (2 + 1) * len(DATA)
+
+
+def test_hooks_and_training_mode_survive():
+    model, seen = mlp(), []
+    model.train()
+    model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    quantize(model, [torch.randn(100, 64)])
+    model(torch.randn(2, 64))
+    assert seen == [1] and model.training and model.layers[0].training
+
+
+# -- without data ----------------------------------------------------------------------------------------------------
+
+def test_no_data_samples_text_or_asks(caplog, monkeypatch):
+    monkeypatch.setattr("wush_compile.quantizer.SELF_WINDOWS", (4, 16))
+    with caplog.at_level(logging.WARNING, "wush_compile"):
+        one = wc.quantize(plain("llama"), progress=False)
+    assert "samples its own" in caplog.text
+    assert state_bytes(one) == state_bytes(wc.quantize(plain("llama"), progress=False))
+    with pytest.raises(DataError, match="pass data"):
+        wc.quantize(mlp(), progress=False)
+    free = wc.quantize(plain("llama"), progress=False, solver="rtn", transform="hadamard")
+    assert "tokens" in next(iter(quantization_of(free).report.values()))
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(32, 32), Branching())
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def poison(model, value):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    return model
+
+
+class Overflowing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.second(self.first(x) / 0.0)
+
+
+BAD = {
+    "format": (lambda: plain("llama"), DATA, dict(format="mxpf4"), ConfigError, "did you mean 'mxfp4'"),
+    "transform": (lambda: plain("llama"), DATA, dict(transform="hadamar"), ConfigError, "did you mean 'hadamard'"),
+    "solver": (lambda: plain("llama"), DATA, dict(solver="gtpq"), ConfigError, "did you mean 'gptq'"),
+    "setting": (lambda: plain("llama"), DATA, dict(formt="mxfp4"), ConfigError, "did you mean 'format'"),
+    "ignore": (lambda: plain("llama"), DATA, dict(ignore=("model.layers.0.mlp.down_prj",)), ConfigError, "down_proj"),
+    "empty data": (lambda: plain("llama"), [], {}, DataError, "empty"),
+    "token ids": (lambda: plain("llama"), [torch.tensor([[VOCABULARY + 3]])], {}, DataError, f"vocabulary has {VOCABULARY}"),
+    "strings": (lambda: plain("llama"), ["hello"], {}, DataError, "tokenizer="),
+    "nan weight": (lambda: poison(plain("llama"), float("nan")), DATA, {}, NonFiniteError, "layers.1.mlp.up_proj"),
+    "inf weight": (lambda: poison(plain("llama"), float("inf")), DATA, {}, NonFiniteError, "layers.1.mlp.up_proj"),
+    "nan activation": (Overflowing, [torch.randn(64, 32)], {}, NonFiniteError, "second"),
+    "untraceable": (Untraceable, [torch.randn(4, 32)], {}, CaptureError, "inner.1"),
+    "nothing": (lambda: nn.Sequential(nn.Linear(10, 10), nn.ReLU()), [torch.randn(4, 10)], {}, CaptureError,
+                "nothing to quantize.*width 10"),
+    "no linear": (lambda: nn.Conv1d(4, 4, 1), [torch.randn(2, 4, 8)], {}, CaptureError, "nothing to quantize"),
+    "mixed batches": (lambda: plain("llama"), [DATA[0], {"input_ids": DATA[0], "position_ids": DATA[0]}], {}, DataError,
+                      "different inputs"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_and_changes_nothing(case):
+    make, data, settings, error, message = BAD[case]
+    model = make()
+    before, modules = state_bytes(model), [type(m) for m in model.modules()]
+    with pytest.raises(error, match=message) as caught:
+        quantize(model, data, **settings)
+    assert isinstance(caught.value, wc.WushError)
+    assert state_bytes(model) == before and [type(m) for m in model.modules()] == modules
+
+
+def test_used_up_generator():
+    model, generator = plain("llama"), (b for b in DATA)
+    list(generator)
+    with pytest.raises(DataError, match="only once"):
+        quantize(model, generator)
+
+
+def test_already_quantized():
+    model = quantize(mlp(), [torch.randn(100, 64)])
+    before = state_bytes(model)
+    with pytest.raises(wc.WushError, match="already quantized"):
+        quantize(model, [torch.randn(100, 64)])
+    assert state_bytes(model) == before
+
+
+def test_interrupt_leaves_the_model_as_it_was(monkeypatch):
+    from wush_compile import calibrate as module
+
+    model, calls = plain("llama"), []
+    before = state_bytes(model)
+    solve = module.solve
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(module, "solve", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model)
+    assert state_bytes(model) == before and not hasattr(model, "wush_quantization")
+
+
+def test_fewer_tokens_than_channels_is_a_warning(caplog):
+    with caplog.at_level(logging.WARNING, "wush_compile"):
+        quantize(mlp(), [torch.randn(20, 64)])
+    assert "20 calibration tokens are fewer than the 96 channels of layers.1" in caplog.text
+
+
+# -- explain ---------------------------------------------------------------------------------------------------------
+
+def test_explain_is_stable_and_whole():
+    model = quantize(plain("llama"))
+    text = wc.explain(model)
+    assert text == wc.explain(model)
+    for part in ("format=mxfp4", "14 linears in 8 groups", "not quantized: lm_head", "before: model.layers.0",
+                 "after: model.layers.0", "aten.linear", "wush.transform_quantize", "wush.fp4_linear"):
+        assert part in text, part
+    after = text[text.index("after:"):]
+    assert "aten.linear" not in after and after.count("wush.fp4_linear(") == 7
+    with pytest.raises(wc.WushError, match="not quantized"):
+        wc.explain(mlp())
+
+
+def test_explain_any_module():
+    text = wc.explain(quantize(mlp(), [torch.randn(100, 64)]))
+    assert "after: layers.0" in text and "wush.fp4_linear" in text
