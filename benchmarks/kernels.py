@@ -143,13 +143,32 @@ def fp8_time(m: int, n: int, k: int) -> float:
                    least=10 if m <= 1024 else 4)
 
 
+TUNED: dict = {}                        # (format, N, K) -> {rows: kernel}, from an earlier `tune-linear` in the same directory
+
+
+def read_tuned(path: pathlib.Path) -> None:
+    for row in json.loads(path.read_text())["rows"]:
+        best = eval(row["all"][0][1], {"Fused": Fused, "Gemv": Gemv})           # our own repr of a kernel's tile
+        TUNED.setdefault((row["format"], row["N"], row["K"]), {})[row["M"]] = best
+
+
+def tuned(format: str, m: int, n: int, k: int):
+    known = TUNED.get((format, n, k))
+    if not known:
+        return None
+    above = [r for r in sorted(known) if r >= m]
+    kernel = known[above[0]] if above else "library" if format == "mxfp4" else "bf16"
+    return kernel if not isinstance(kernel, Gemv) or m in (1, 2, 4) else known[above[1]]
+
+
 def bench_linear(rows=ROWS) -> list[dict]:
     out = []
     for m in rows:
         total = {"M": m, "group": "layer"}
         for group, (n, k) in GROUPS.items():
             row = {"M": m, "group": group, "N": n, "K": k, "bf16 us": bf16_time(m, n, k), "fp8 ceiling us": fp8_time(m, n, k),
-                   "mxfp4 us": linear_time("mxfp4", m, n, k), "nvfp4 us": linear_time("nvfp4", m, n, k)}
+                   "mxfp4 us": linear_time("mxfp4", m, n, k, tuned("mxfp4", m, n, k)),
+                   "nvfp4 us": linear_time("nvfp4", m, n, k, tuned("nvfp4", m, n, k))}
             for key, value in row.items():
                 if key.endswith("us"):
                     total[key] = total.get(key, 0) + value
@@ -330,9 +349,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=BENCHMARKS)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
+    parser.add_argument("--tuned", type=pathlib.Path, help="tune-linear.json, whose best kernels `linear` then takes")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
+    if args.tuned:
+        read_tuned(args.tuned)
     for name in args.what:
         rows = BENCHMARKS[name]()
         (args.out / f"{name}.json").write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))

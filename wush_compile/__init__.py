@@ -13,6 +13,7 @@ from .checkpoint import load, save
 from .config import WushConfig
 from .errors import WushError
 from .explain import explain
+from .kernels import register as _providers  # noqa: F401  (puts the GPU kernels behind the ops)
 from .quantizer import quantize
 from .trace import trace_graphs
 

@@ -1,5 +1,94 @@
-"""Providers: who computes an op. One table, resolved once a process and device; the reference is always there.
+"""Providers: who computes an op on a GPU. One table, resolved once a process and device; the reference is always there.
 
-A provider is registered for an op's name and a device type with a predicate that says, from capability and arguments
-alone, whether it takes a call. `WUSH_PROVIDER=reference` (or another provider's name) forces one.
+A provider has for each op a function and a predicate that says, from the arguments alone, why it does not take a call.
+`dispatch` asks the providers in order. One that fails at run time is left out from then on, with one warning that names it.
+`WUSH_PROVIDER=reference` (or `triton`) forces one: then nothing else is asked first, and its errors are raised.
 """
+
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..errors import one_of
+
+logger = logging.getLogger("wush_compile")
+
+
+class Implementation(NamedTuple):
+    """An op of a provider; `refuses(*args)` is a sentence, or None if it takes the call."""
+
+    run: Callable
+    refuses: Callable[..., str | None]
+
+
+class Provider(NamedTuple):
+    """Kernels of one kind; `unavailable(capability)` is a sentence, or None if they run on such a device."""
+
+    name: str
+    unavailable: Callable[[tuple[int, int]], str | None]
+    load: Callable[[], dict[str, Implementation]]
+
+
+def _triton_unavailable(capability: tuple[int, int]) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+def _load_triton() -> dict[str, Implementation]:
+    from . import triton_provider
+    return triton_provider.IMPLEMENTATIONS
+
+
+PROVIDERS = (Provider("triton", _triton_unavailable, _load_triton),)
+NAMES = (*(p.name for p in PROVIDERS), "reference")
+
+
+def forced() -> str | None:
+    """The provider that `WUSH_PROVIDER` names, None if it is not set; another name is a `ConfigError`."""
+    name = os.environ.get("WUSH_PROVIDER")
+    return one_of("WUSH_PROVIDER", name, NAMES) if name else None
+
+
+@functools.cache
+def resolve(device: int) -> dict[str, list[tuple[str, Implementation]]]:
+    """Op -> (provider's name, implementation) in the order in which they are asked, for a CUDA device; logged once."""
+    capability = torch.cuda.get_device_capability(device)
+    name = forced()
+    table, lines = {}, []
+    for provider in PROVIDERS:
+        reason = provider.unavailable(capability)
+        if reason is None and name not in (None, provider.name):
+            reason = f"WUSH_PROVIDER is {name}"
+        lines.append(f"{provider.name}: {reason or 'used'}")
+        if reason is None:
+            for op, implementation in provider.load().items():
+                table.setdefault(op, []).append((provider.name, implementation))
+    logger.info("providers on %s: %s", torch.cuda.get_device_name(device), "; ".join(lines))
+    return table
+
+
+def dispatch(op: str, reference: Callable, *args):
+    """`op` by the first provider of the first argument's device that takes the call, else by `reference`."""
+    for entry in resolve(args[0].device.index).get(op, ()):
+        name, implementation = entry
+        if implementation.refuses(*args) is not None:
+            continue
+        try:
+            return implementation.run(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if forced() is not None:
+                raise
+            resolve(args[0].device.index)[op].remove(entry)
+            logger.warning("%s failed in %s and is left out of it from now on: %s: %s", name, op, type(error).__name__,
+                           str(error).split("\n")[0])
+    return reference(*args)
