@@ -38,7 +38,8 @@ def plain(kind: str, dtype: torch.dtype = torch.bfloat16, layers: int = 2) -> nn
 @functools.cache
 def _quantized(kind: str, format: str, dtype: torch.dtype, layers: int) -> nn.Module:
     data = [tokens(2, 16, seed=1)]
-    return quantize(plain(kind, dtype, layers), *data, format=format, transform="hadamard", weight_scale_rule="absmax")
+    rules = {"weight_scale_rule": "absmax", "activation_scale_rule": "absmax"}
+    return quantize(plain(kind, dtype, layers), *data, format=format, transform="hadamard", **rules)
 
 
 def quantized(

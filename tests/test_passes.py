@@ -253,16 +253,21 @@ def test_passes_do_nothing_to_foreign_graphs():
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
 def test_a_decoder_ends_with_four_quantizers_and_four_matmuls_a_layer(kind, dynamic):
-    seen = run(quantized(kind), tokens(2, 9), use_cache=False, dynamic=dynamic)
-    assert seen.counts_before == {"transform_quantize": 14, "fp4_linear": 14}
+    layers = 2 if kind == "llama" and not dynamic else 1
+    seen = run(quantized(kind, layers=layers), tokens(2, 9), use_cache=False, dynamic=dynamic)
+    assert seen.counts_before == {"transform_quantize": 7 * layers, "fp4_linear": 7 * layers}
     activation = "gelu_mul_transform_quantize" if kind == "gemma3" else "silu_mul_transform_quantize"
     assert seen.counts_after == {
-        "rms_norm_transform_quantize": 4, activation: 2, "transform_quantize": 2, "fp4_linear": 8,
+        "rms_norm_transform_quantize": 2 * layers, activation: layers, "transform_quantize": layers, "fp4_linear": 4 * layers,
     }
 
 
 class DecoderLayer(ExpectTest):
+    maxDiff = None
+
     def test_llama(self):
+        if not torch.__version__.startswith("2.13"):
+            self.skipTest("what AOTAutograd makes of attention differs from release to release")
         backend = PassBackend()
         torch._dynamo.reset()
         with torch.no_grad():

@@ -32,8 +32,12 @@ def _sources_digest(sources: tuple[Path, ...]) -> str:
 
 
 def _providers() -> tuple:
-    """Who computes each op here: part of a cached graph's identity."""
-    return tuple(getattr(kernels, "signature", tuple)())
+    """Who computes each op on the devices here: part of a cached graph's identity."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    tables = (kernels.resolve(device) for device in devices)
+    return kernels.forced(), *(
+        tuple((op, tuple(name for name, _ in entries)) for op, entries in sorted(table.items())) for table in tables
+    )
 
 
 @functools.cache

@@ -50,7 +50,8 @@ def buffer_layout(
 class WushGroup(nn.Module):
     """Quantized linears that share their input: one transform, one packed weight [N, K/2], N = all stacked rows.
 
-    Buffers as `buffer_layout` says. A member without a bias in a group that has one holds zeros there and passes none.
+    Buffers as `buffer_layout` says. A member without a bias in a group that has one holds zeros there, so that siblings stay
+    one matmul.
     """
 
     def __init__(self, members: Sequence[Member], config: WushConfig, block_size: int, buffers: dict[str, Tensor | None]):
@@ -89,10 +90,10 @@ class WushGroup(nn.Module):
         self._shared = (weakref.ref(x), x._version, {member}, result)
         return result
 
-    def forward(self, x: Tensor, start: int, stop: int, has_bias: bool) -> Tensor:
+    def forward(self, x: Tensor, start: int, stop: int) -> Tensor:
         """x [.., K] -> [.., stop − start]: the rows of one member."""
         codes, scales = self._quantize_once(x, start)
-        weight, weight_scale, bias = self.weight_packed, self.weight_scale, self.bias if has_bias else None
+        weight, weight_scale, bias = self.weight_packed, self.weight_scale, self.bias
         if len(self.members) > 1:
             weight, weight_scale = weight[start:stop], weight_scale[start:stop]
             bias = None if bias is None else bias[start:stop]
@@ -137,7 +138,7 @@ class WushLinear(nn.Module):
         return self._group[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._group[0](x, self.start, self.stop, self.has_bias)
+        return self._group[0](x, self.start, self.stop)
 
     def dequantize(self) -> Tensor:
         """The effective weight in the original basis, fp32 [out_features, in_features]: Q(W T⁻¹) T."""

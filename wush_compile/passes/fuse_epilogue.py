@@ -37,9 +37,7 @@ def fuse_epilogue(graph: Graph) -> int:
             taken = _as_argument(linear, other, node)
             if taken is not None:
                 args = tuple((arguments(linear) | taken).values())
-                replace(node, insert(graph, node, torch.ops.wush.fp4_linear.default, args))
+                replace(node, insert(graph, node, torch.ops.wush.fp4_linear.default, args, like=node))
                 fused += 1
                 break
-    if fused:
-        graph.eliminate_dead_code()
     return fused

@@ -90,8 +90,6 @@ def fuse_norm(graph: Graph) -> int:
         found = _rms_norm(x) or _layer_norm(x)
         if found is not None:
             target, prologue = found
-            replace(node, insert(graph, node, target, (*prologue, *quantizer)))
+            replace(node, insert(graph, node, target, (*prologue, *quantizer), like=node))
             fused += 1
-    if fused:
-        graph.eliminate_dead_code()
     return fused

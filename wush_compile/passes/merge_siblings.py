@@ -71,6 +71,5 @@ def merge_siblings(graph: Graph) -> int:
         parted.update(parts)
         removed += len(members) - 1
     if parted:
-        graph.eliminate_dead_code()
         refresh(graph, parted)                               # a part is a strided view where its own matmul was dense
     return removed

@@ -160,14 +160,17 @@ def only_user(node: Node, user: Node) -> bool:
     return all(u is user or op_name(u) == "_assert_tensor_metadata" for u in node.users)
 
 
-def insert(graph: Graph, where: Node, target, args: tuple) -> Node:
-    """A new call before `where`, with `meta["val"]` from the op's fake kernel and `where`'s place in the module tree."""
+def insert(graph: Graph, where: Node, target, args: tuple, like: Node | None = None) -> Node:
+    """A new call before `where`, with `where`'s place in the module tree and a recorded value: that of `like`, if what the
+    call returns is known to have its layout, else what the op's fake kernel says."""
     with graph.inserting_before(where):
         node = graph.call_function(target, args)
     node.meta = {k: where.meta[k] for k in ("stack_trace", "nn_module_stack", "source_fn_stack") if k in where.meta}
-    fake = torch.fx.map_arg(args, value)
-    with torch.no_grad():
-        node.meta["val"] = target(*fake)
+    if like is not None:
+        node.meta["val"] = value(like)
+    else:
+        with torch.no_grad():
+            node.meta["val"] = target(*torch.fx.map_arg(args, value))
     return node
 
 
@@ -192,6 +195,12 @@ def refresh(graph: Graph, changed: set[Node]) -> None:
 
 
 def replace(node: Node, by: Node) -> None:
-    """Every use of `node` becomes one of `by`; what nothing uses any more is left to dead code elimination."""
+    """Every use of `node` becomes one of `by`; what only `node` read goes with it."""
     node.replace_all_uses_with(by, propagate_meta=False)
-    node.graph.erase_node(node)
+    dead = [node]
+    while dead:
+        node = dead.pop()
+        if not node.users and node.op == "call_function" and not node.is_impure():
+            inputs = node.all_input_nodes
+            node.graph.erase_node(node)
+            dead += inputs
