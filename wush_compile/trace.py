@@ -42,9 +42,9 @@ def layer_of(node: Node) -> int | None:
 
 
 class _Printer:
-    """Names nodes by their op, and symbols by their order of appearance."""
+    """Names nodes by their op, and symbols by their order of appearance; within a layer, tensors by their path in it."""
 
-    def __init__(self, graph: Graph, names: list[str] | None):
+    def __init__(self, graph: Graph, names: list[str] | None, layer: int | None):
         self.names: dict[Node, str] = {}
         self.symbols: dict[str, str] = {}
         counts: Counter = Counter()
@@ -52,6 +52,8 @@ class _Printer:
         given = names if names is not None and len(names) == len(inputs) else [readable_name(n.target) for n in inputs]
         for node, name in zip(inputs, given):
             symbolic = isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat)
+            if layer is not None:
+                name = re.sub(rf"^(.*?\.)?{layer}\.", "", name)
             self.names[node] = self._value(node.meta["val"]) if symbolic else name
         for node in graph.nodes:
             if node in self.names or node.op == "output":
@@ -108,9 +110,9 @@ class _Printer:
 def print_graph(graph: Graph, names: list[str] | None = None, layer: int | None = None) -> str:
     """A graph as text, one call a line with dtype and shape; the same graph gives the same text in every process.
 
-    names: of the placeholders, in order. layer: only the nodes of this decoder layer.
+    names: of the placeholders, in order. layer: only the nodes of this decoder layer, with names relative to it.
     """
-    printer = _Printer(graph, names)
+    printer = _Printer(graph, names, layer)
     shown = (n for n in graph.nodes if n.op != "placeholder" and n.target is not operator.getitem)
     return "\n".join(printer.line(n) for n in shown if layer is None or n.op != "output" and layer_of(n) == layer)
 
