@@ -165,6 +165,17 @@ def test_nvfp4_maxima_whose_scale_lies_between_two_bytes(g):
             check(x.reshape(-1, 16), "nvfp4", rule, g)
 
 
+@pytest.mark.parametrize("g", [None, 0.37, 10.0, 17.3, 1234.5, 3e-3])
+def test_nvfp4_elements_within_ulps_of_a_tie(g):
+    """Under every scale byte that its maximum fixes: x·fp32(g/scale) has two roundings, x·g·(1/scale) another three."""
+    scales = oracle.E4M3[4:, None]
+    ties = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5.0, 0.0])
+    largest = np.broadcast_to(6 * scales / (g or 1), (9, 123, 1))
+    at = (ties * scales / (g or 1)).astype(np.float32).view(np.uint32)
+    near = (at + np.arange(-4, 5)[:, None, None] * (at & 0x7FFFFFFF > 0)).astype(np.uint32).view(np.float32)
+    check(np.concatenate((largest, near), axis=-1).reshape(-1, 16), "nvfp4", "absmax", g)
+
+
 @pytest.mark.parametrize("mantissa", [0x000000, 0x3FFFFF, 0x400000, 0x400001, 0x7FFFFF])
 @all_cases
 def test_every_exponent_of_the_maximum(mantissa, format, rule, g):

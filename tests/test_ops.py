@@ -295,6 +295,16 @@ def test_observe_moment_and_count(block, dtype):
 
 
 @pytest.mark.parametrize("block", [None, 16])
+def test_observe_accumulates_in_fp32(block):
+    """Of fp32 values: |error| ≤ (n + 1)·2⁻²⁴ · Σ|x||x| for n rows, whatever the order of the sums."""
+    x = torch.randn(300, 48) * torch.rand(300, 1).mul(16).exp2()
+    moment = observed(*x.split(70), block=block)[0].double()
+    blocks = x.double().unflatten(1, (-1, block or 48)).transpose(0, 1)   # [K/B, n, B]
+    want, size = (a.transpose(1, 2) @ a for a in (blocks, blocks.abs()))
+    assert ((moment.view_as(want) - want).abs() <= 301 * 2.0**-24 * size).all()
+
+
+@pytest.mark.parametrize("block", [None, 16])
 def test_masked_rows_are_as_if_removed(block):
     x, mask = torch.randn(6, 11, 48), torch.rand(6, 11) < 0.6
     x[~mask] = float("nan")
