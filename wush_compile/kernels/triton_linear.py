@@ -4,12 +4,14 @@
     fused    weights decoded in registers in front of the tensor core                      triton_gemm.py
     library  both operands expanded to fp8 in memory that is reused, then cuBLASLt         triton_expand.py
     bf16     both operands expanded to bf16, cuBLAS: any width, any scale, the last resort triton_expand.py
+    scaled   Blackwell's own FP4 instruction                                               triton_scaled.py
 
 All take the canonical layout: codes [.., K/2] and scales [.., K/G], row-major. A weight needs nothing prepared but, for
 MXFP4, the largest scale byte of every row (N bytes), which is found once and remembered with the tensor's memory.
 """
 
 import functools
+import logging
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,10 @@ from ..formats import FORMATS
 from .triton_expand import expand_bf16_kernel, expand_fp8_kernel
 from .triton_gemm import fused_gemm_kernel
 from .triton_gemv import gemv_kernel
+from .triton_scaled import scaled_gemm_kernel
+
+
+logger = logging.getLogger("wush_compile")
 
 
 class Fused(NamedTuple):
@@ -42,6 +48,18 @@ class Gemv(NamedTuple):
     warps: int
 
 
+class Scaled(NamedTuple):
+    """Tile of Blackwell's product: activation rows, weight rows, channels; warps, depth of the load pipeline."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+
+
+# The fused kernel for many rows, where the library cannot be used.
+WIDE = Fused(128, 128, 128, 1, 8, 4, False)
 # Memory that one call may take for expanded weights; larger weights are decoded in registers at every batch size.
 SCRATCH_BYTES = 2**28
 # Octaves below a row's largest scale byte that e4m3 still holds exactly.
@@ -74,6 +92,8 @@ def row_facts(scales: Tensor) -> RowFacts:
     """
     if scales.is_cuda and torch.cuda.is_current_stream_capturing():
         found = _known(scales)
+        if found is None:
+            _warn_capturing()
         return found or _row_facts(scales, known=False)
     found = _known(scales)
     if found is None:
@@ -83,6 +103,12 @@ def row_facts(scales: Tensor) -> RowFacts:
             storage._wush_rows = {}
         storage._wush_rows[_place(scales)] = (_version(scales), found)
     return found
+
+
+@functools.cache
+def _warn_capturing() -> None:
+    logger.warning("a weight is used for the first time while a CUDA graph is captured: it runs on a slower kernel in that "
+                   "graph; run the model once before capturing")
 
 
 def _version(t: Tensor) -> int:
@@ -140,34 +166,59 @@ def _power_of_two_divisor(n: int, limit: int) -> int:
 
 
 @functools.lru_cache(1024)
-def choose(format: str, rows: int, n: int, k: int, capability: tuple[int, int]) -> Gemv | Fused | str:
-    """The kernel for [rows, k] times [n, k]: a `Gemv` or `Fused` tile, "library" or "bf16"."""
+def choose(format: str, rows: int, n: int, k: int, capability: tuple[int, int] = (9, 0)) -> "Gemv | Fused | Scaled | str":
+    """The kernel for [rows, k] times [n, k] on a device of that compute capability: a tile, "library" or "bf16".
+
+    Measured on an H200 over the linear groups of Llama-3.1-8B (docs/kernels.md); the order of candidates, not their
+    share of a ceiling, is what it rests on. Ampere and Ada take what needs no layout of theirs to have been tested.
+    """
     if rows in (1, 2, 4):
-        return Gemv(16 if rows == 1 and n >= 2048 else 8, 2048 if rows == 1 else 1024, 4)
-    if k % 128:
+        return _choose_gemv(rows, n, k, format)
+    if capability >= (10, 0):
+        if capability == (12, 1) and triton_version() < (3, 9):         # Triton 3.6 emulates there
+            return "bf16"
+        return Scaled(128, 64 if rows <= 128 else 128, 256 if k % 256 == 0 else 128, 4, 3)
+    if k % 128 or (capability < (9, 0) and format == "mxfp4"):
         return "bf16"
-    parts = k // 256 if k % 256 == 0 and format == "mxfp4" else k // 128
 
     def fused(bn, bm, bk, split, warps, stages, packed):
         bk = bk if k % bk == 0 else 128
         return Fused(bn, bm, bk, _power_of_two_divisor(k // bk, split), warps, stages, packed)
 
-    few = -(-n // 64) * -(-rows // 64) < 264                  # fewer tiles than two for every multiprocessor
+    few = n <= 8192                                                     # weight rows that leave multiprocessors idle
     if format == "nvfp4":
         if rows <= 16:
-            return fused(64, 16, 128, 4 if few else 1, 4, 4, True)
+            return fused(64, 16, 128, 4 if few else 2, 4, 4, True)
         if rows <= 64:
-            return fused(64, 64, 128, 4 if few else 1, 4, 3, True)
+            return fused(64, 64, 128, 4 if few else 2, 4, 3, True)
+        if rows <= 128:
+            return fused(128, 128, 128, 2 if few else 1, 8, 3, True) if k < 8192 or not few else "bf16"
         return "bf16"
     if rows <= 16:
-        return fused(64, 16, 256, 4 if few else 1, 4, 4, True)
+        return fused(64, 16, 256, 4 if few else 2, 4, 3, True)
     if rows <= 32:
         return fused(64, 32, 256, 4 if few else 1, 4, 4, True)
     if rows <= 64:
-        return fused(64, 64, 256, 4 if few else 1, 4, 3, False)
-    if rows <= 512 or parts == 0:
-        return fused(128, 128, 128, 2 if few else 1, 8, 4, False)
-    return "library" if n * k <= SCRATCH_BYTES else fused(128, 256, 128, 1, 8, 3, False)
+        return fused(64, 64, 256, 4 if few else 1, 4, 3, True)
+    if rows <= 128:
+        return fused(64, 128, 128, 4, 4, 5, False) if few else fused(128, 128, 128, 1, 8, 4, False)
+    return "library" if n * k <= SCRATCH_BYTES else WIDE
+
+
+def _choose_gemv(rows: int, n: int, k: int, format: str) -> Gemv:
+    if rows == 1:
+        if k % 4096 == 0:
+            return Gemv(16, 4096, 8) if format == "mxfp4" else Gemv(8, 4096, 4)
+        return Gemv(8, 2048, 4)
+    if rows == 2:
+        return Gemv(16, 1024, 4) if n > 4096 else Gemv(8, 2048, 4)
+    return Gemv(16, 1024, 4) if n > 4096 else Gemv(16, 2048, 4)
+
+
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 # -- launches --------------------------------------------------------------------------------------------------------
@@ -236,6 +287,15 @@ def run_fused(o: Operands, tile: Fused, out: Tensor) -> None:
     )
 
 
+def run_scaled(o: Operands, tile: Scaled, out: Tensor) -> None:
+    m, n, k = o.sizes
+    kind = torch.uint8 if o.mx else torch.float8_e4m3fn
+    scaled_gemm_kernel[(triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn),)](
+        o.codes, o.scales.view(kind), o.gx, o.w_codes, o.w_scales.view(kind), o.gw, o.bias, o.residual, out, m, n, k,
+        32 if o.mx else 16, *o.flags, tile.bm, tile.bn, tile.bk, tile.stages, num_warps=tile.warps,
+    )
+
+
 def run_library(o: Operands) -> Tensor:
     """bf16 [M, N]; without a bias, since the library rounds before it could be added."""
     x, x_unit = expand_fp8(o.codes, o.scales, o.gx, e4m3=False)
@@ -271,7 +331,7 @@ def fp4_linear(
     codes: Tensor, scales: Tensor, global_scale: Tensor | None,
     weight_codes: Tensor, weight_scales: Tensor, weight_global_scale: Tensor | None,
     bias: Tensor | None, residual: Tensor | None, format: str, out_dtype: torch.dtype,
-    kernel: Gemv | Fused | str | None = None,
+    kernel: Gemv | Fused | Scaled | str | None = None,
 ) -> Tensor:
     """`wush::fp4_linear` for mxfp4 and nvfp4 (SPEC §6); `kernel` overrides `choose`."""
     n, k = weight_codes.shape[0], 2 * weight_codes.shape[1]
@@ -287,16 +347,25 @@ def fp4_linear(
         _dense(flat), _dense(scales.reshape(flat.shape[0], -1)), global_scale, _dense(weight_codes), _dense(weight_scales),
         weight_global_scale, bias, None if residual is None else residual.reshape(-1, n).contiguous(), format == "mxfp4",
     )
-    kernel = kernel or choose(format, flat.shape[0], n, k, (0, 0))
+    kernel = kernel or choose(format, flat.shape[0], n, k, capability(codes.device.index))
     if kernel == "library" and (out_dtype != torch.bfloat16 or bias is not None or n % 16
                                 or not row_facts(o.w_scales).fits_e4m3):
-        kernel = Fused(128, 128, 128, 1, 8, 4, False)
+        kernel = WIDE
     if isinstance(kernel, str):
         y = run_library(o) if kernel == "library" else run_bf16(o, out_dtype)
         return y.view(shape)
     out = torch.empty((flat.shape[0], n), dtype=out_dtype, device=codes.device)
-    (run_gemv if isinstance(kernel, Gemv) else run_fused)(o, kernel, out)
+    RUN[type(kernel)](o, kernel, out)
     return out.view(shape)
+
+
+RUN = {Gemv: run_gemv, Fused: run_fused, Scaled: run_scaled}
+
+
+@functools.cache
+def capability(device: int) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
 
 
 def _dense(t: Tensor) -> Tensor:
