@@ -12,7 +12,7 @@ demo: $(VENV)/ready
 	$(BIN)/wush-compile demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/compile_overhead.py

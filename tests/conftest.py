@@ -6,7 +6,8 @@ import hypothesis
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# The tensors are tiny: one thread computes them faster than two that wait for each other, and the files run side by side.
+torch.set_num_threads(1)
 # pytest 9.2 hangs its handler on loggers that do not propagate, and PyTorch's trace log is on as soon as it has a handler:
 # every trace would be written out, and take ten times as long.
 logging.getLogger("torch.__trace").propagate = True

@@ -140,16 +140,11 @@ def _scales_mxfp4(x: Tensor, amax: Tensor, rule: str) -> Tensor:
     best = byte.clamp(1, 254)
     if rule == "absmax":
         return best
-    base, error = best, None
-    for step in (0, -1, 1):                                          # the first candidate wins ties
-        candidate = (base + step).clamp(1, 254)
-        e = _squared_error(x, _exp2(127 - candidate), _exp2(candidate - base))
-        if error is None:
-            error = e
-        else:
-            better = e < error
-            best, error = torch.where(better, candidate, best), torch.where(better, e, error)
-    return best
+    # SPEC's third candidate, one above, cannot win: up to the group's maximum its values are a subset of these.
+    lower = (best - 1).clamp(1, 254)
+    e0 = _squared_error(x, _exp2(127 - best), torch.ones_like(amax))
+    e1 = _squared_error(x, _exp2(127 - lower), _exp2(lower - best))
+    return torch.where(e1 < e0, lower, best)                         # the first candidate wins ties
 
 
 def _scales_nvfp4(x: Tensor, amax: Tensor, rule: str, g: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Inserts and removes the calibration observers: one `wush::observe` node for each group of linears."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..config import WushConfig
 from ..solver import moment_shape
@@ -26,10 +26,17 @@ def _buffers(index: int) -> dict[str, str]:
     return {field: f"wush_observer_{index}_{field}" for field in ("moment", "count", "sample")}
 
 
+def _traced_size(sizes: torch.Size) -> int:
+    """Product of sizes, symbols standing for what they were in the example the graph was traced on."""
+    return math.prod(s if isinstance(s, int) else s.node.hint for s in sizes)
+
+
 def _covers(mask: fx.Node, source: fx.Node) -> bool:
-    """Whether the mask has one entry for each row of the observed tensor (a pooler's input has fewer rows)."""
-    rows, entries = source.meta["val"].shape[:-1].numel(), mask.meta["val"].numel()
-    return statically_known_true(rows == entries)
+    """Whether the mask has one entry for each row of the observed tensor (a pooler's input has fewer rows).
+
+    Symbols cannot tell: those of a mask and of the tokens differ, since a mask may be broadcast.
+    """
+    return _traced_size(source.meta["val"].shape[:-1]) == _traced_size(mask.meta["val"].shape)
 
 
 def insert_observers(

@@ -42,7 +42,7 @@ def rewrite(graph_module: fx.GraphModule, group: LinearGroup, solved: WushGroup,
         with graph.inserting_before(node):
             new = call(
                 wush.fp4_linear.default, codes, scales, input_global, rows(weight), rows(weight_scale), weight_global,
-                rows(bias) if member.has_bias else None, None, solved.format, node.meta["val"].dtype,
+                None if bias is None else rows(bias), None, solved.format, node.meta["val"].dtype,
             )
         new.meta = {k: node.meta[k] for k in ("val", "nn_module_stack") if k in node.meta}
         node.replace_all_uses_with(new)
