@@ -60,8 +60,8 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _token_ids(text: Path, tokenizer) -> torch.Tensor:
-    return torch.tensor(tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"])
+def _token_ids(text: str, tokenizer) -> torch.Tensor:
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 @app.command()
@@ -104,17 +104,17 @@ def quantize(
             activation_scale_rule=activation_scale_rule, transform_block_size=transform_block_size,
             share_transform=share_transform, ignore=tuple(ignore or WushConfig.ignore), damping=damping, seed=seed,
         )
+        text = None if calibration is None else calibration.read_text(encoding="utf-8")
         net, tokenizer = load_model(model)
         net.to(_device(device))
         data = None
-        if calibration is not None:
-            text = calibration.read_text(encoding="utf-8")
-            available = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) // window
+        if text is not None:
+            available = len(_token_ids(text, tokenizer)) // window
             data = windows(text, tokenizer, window, min(count, max(available, 1)))
         quantize_model(net, data, config, tokenizer=tokenizer)
         checkpoint.save(net, out, tokenizer=tokenizer)
         console.print(summary(net), soft_wrap=True)
-        console.print(f"saved in {out}; wush-compile explain {out} shows the groups and graphs")
+        console.print(f"saved in {out}; wush-compile explain {out} shows the groups and graphs", soft_wrap=True)
 
 
 @app.command()
@@ -128,9 +128,10 @@ def evaluate(
 ) -> None:
     """Perplexity of MODEL on a text; with --reference also KL divergence and top-1 agreement."""
     with _one_line_errors():
+        contents = text.read_text(encoding="utf-8")
         net, tokenizer = load_model(model)
         net.to(_device(device))
-        ids = _token_ids(text, tokenizer)
+        ids = _token_ids(contents, tokenizer)
         ids = ids if count is None else ids[: count * window]
         table = Table("", "perplexity", *(["KL to reference", "top-1 agreement"] if reference else []))
         if reference is None:

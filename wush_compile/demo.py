@@ -56,9 +56,9 @@ def demo(out: Path, format: str = "mxfp4", console: Console | None = None) -> nn
     calibration = list(torch.cat(pieces[:CALIBRATION_WINDOWS]).split(4))
     text = torch.cat(pieces[CALIBRATION_WINDOWS:]).flatten()
 
-    table = Table(title=f"{format}, W4A4, all decoder linears; {text.numel()} tokens in windows of {WINDOW}")
-    for heading in ("", "perplexity", "KL to bf16", "top-1 agreement", "linear weights", "seconds"):
-        table.add_column(heading, justify="right" if heading else "left")
+    table = Table(title=f"{format} weights and activations in all decoder linears, {text.numel()} tokens")
+    for heading in ("", "perplexity", "KL to bf16", "top-1", "weights", "seconds"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, measured, seconds, quantized in _rows(model, calibration, text, format):
         if not table.rows:
             names = [n for n, m in quantized.named_modules() if isinstance(m, WushLinear)]

@@ -1,0 +1,104 @@
+"""The command line and the demonstration, on a tiny random model with a byte tokenizer."""
+
+import re
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import wush_compile as wc
+from wush_compile.cli import app
+
+TEXT = "It is a truth universally acknowledged, that a test in possession of a model, must be in want of a text. " * 12
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(directory of a model and its tokenizer, text file)."""
+    directory = tmp_path_factory.mktemp("tiny")
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, bos_token_id=1,
+                         num_attention_heads=4, num_key_value_heads=2, eos_token_id=None, pad_token_id=0)
+    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+    text = directory / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    return directory, text
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.stdout if code == 0 else result.stderr
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny, tmp_path_factory):
+    model, text = tiny
+    out = tmp_path_factory.mktemp("out") / "checkpoint"
+    output = run("quantize", model, "--calibration", text, "--out", out, "--window", 64, "--format", "nvfp4",
+                 "--solver", "rtn", "--ignore", "lm_head", "--ignore", "*.o_proj", "--device", "cpu")
+    return out, output
+
+
+def test_quantize(quantized):
+    out, output = quantized
+    assert "12 linears in 6 groups" in output and "o_proj: ignored" in output
+    record = wc.load(out).wush_quantization
+    assert record.config == wc.WushConfig(format="nvfp4", solver="rtn", ignore=("lm_head", "*.o_proj"))
+
+
+def test_evaluate(tiny, quantized):
+    model, text = tiny
+    output = run("evaluate", quantized[0], "--text", text, "--reference", model, "--window", 64, "--device", "cpu")
+    kl = float(re.search(r"(\d\.\d{4})", output).group(1))
+    assert 0 < kl < 0.1 and "top-1" in output                              # measured: .0018
+    assert float(re.search(r"(\d+\.\d{3})", run("evaluate", model, "--text", text, "--window", 64)).group(1)) > 100
+
+
+def test_explain_and_generate(quantized):
+    assert "wush.fp4_linear" in run("explain", quantized[0])
+    output = run("generate", quantized[0], "--prompt", "It is", "--tokens", 4, "--device", "cpu")
+    assert output.startswith("It is")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("explain", "{empty}"), "config.json"),
+    (("generate", "{model}/text.txt", "--prompt", "a"), "GGUF"),
+    (("explain", "{model}"), "wush"),
+    (("quantize", "{model}", "--out", "{empty}/x", "--format", "mxpf4"), "did you mean 'mxfp4'"),
+    (("quantize", "{model}", "--calibration", "{model}/none.txt", "--out", "{empty}/x"), "none.txt"),
+    (("evaluate", "{empty}", "--text", "{model}/text.txt"), "no config.json"),
+])
+def test_errors_are_one_line(tiny, tmp_path, arguments, message):
+    error = run(*(a.format(model=tiny[0], empty=tmp_path) for a in arguments), code=1)
+    assert message in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["demo", "quantize", "evaluate", "explain", "generate"])
+def test_help(command):
+    assert "--help" in run(command, "--help")
+
+
+def test_demo(tiny, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from wush_compile import demo, smollm2
+
+    model, _ = tiny
+    monkeypatch.setattr(smollm2, "load", lambda: (AutoModelForCausalLM.from_pretrained(model, dtype="auto"),
+                                                  AutoTokenizer.from_pretrained(model)))
+    monkeypatch.setattr(demo, "WINDOW", 32)
+    monkeypatch.setattr(demo, "CALIBRATION_WINDOWS", 4)
+    monkeypatch.setattr(demo, "EVALUATION_WINDOWS", 2)
+    output = run("demo", "--out", tmp_path / "model")
+    for part in ("bf16", "RTN identity", "RTN Hadamard", "GPTQ WUSH", "KL to bf16", "MiB", "wc.load"):
+        assert part in output, part
+    assert wc.load(tmp_path / "model").wush_quantization.config == wc.WushConfig()
