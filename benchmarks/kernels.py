@@ -1,7 +1,8 @@
 """Times the Triton kernels against copies and cuBLAS in the same run: CUDA-graph replays, weights rotated out of L2.
 
-    python benchmarks/kernels.py quantize linear moment --out results       the tables, as Markdown and JSON
-    python benchmarks/kernels.py tune --out results                         every candidate tile: what `choose` is made from
+    python benchmarks/kernels.py quantize linear parts --out results        the tables, as Markdown and JSON python
+    benchmarks/kernels.py tune-quantize tune-linear --out results    every candidate tile: what `choose` is made from
+    python benchmarks/kernels.py linear --tuned results/tune-linear.json    the table with each shape's best candidate
 
 Speed-ups are over bf16 `F.linear` on the same shapes; the 4-bit side includes the transform and the quantization of its
 input. Shapes are the linear groups of one Llama-3.1-8B decoder layer.
@@ -27,7 +28,7 @@ from wush_compile.kernels.triton_quantize import Tile
 
 GROUPS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}     # name: (N, K)
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
-COLD_BYTES = 2.5e8                      # more than any L2: one replay touches this much before it comes back to a weight
+COLD_BYTES = 2.5e8                      # more than any L2: a replay touches this much before it comes back to a weight
 
 
 def time_us(calls: list, replays: int = 7, least: int = 10) -> float:
@@ -60,7 +61,8 @@ def copies(nbytes: float, limit: int = 64) -> int:
 
 def environment() -> dict:
     query = "clocks.sm,clocks.mem,power.draw,driver_version"
-    smi = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    smi = subprocess.run(command, capture_output=True, text=True)
     return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
             "cuda": torch.version.cuda, query: smi.stdout.strip().splitlines()[:1]}
 
@@ -99,7 +101,8 @@ def bench_quantize() -> list[dict]:
         copy = copy_time(m, k)
         for format in ("mxfp4", "nvfp4"):
             ideal = copy * (2.5 + 1 / FORMATS[format].group_size) / 4
-            row = {"M": m, "K": k, "format": format, "copy us": copy, "copy TB/s": 4e-6 * m * k / copy, "ideal us": ideal}
+            row = {"M": m, "K": k, "format": format, "copy us": copy, "copy TB/s": 4e-6 * m * k / copy,
+                   "ideal us": ideal}
             for kind, rule in (("none", "absmax"), ("shared", "absmax"), ("blocks", "absmax"), ("blocks", "mse")):
                 us = quantize_time(m, k, format, rule, kind)
                 row[f"{kind} {rule} us"], row[f"{kind} {rule} share"] = us, ideal / us
@@ -139,11 +142,11 @@ def fp8_time(m: int, n: int, k: int) -> float:
     ws = [torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn) for _ in range(copies(n * k))]
     x = torch.randn(m, k, device="cuda").to(torch.float8_e5m2)
     a, b = torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")
-    return time_us([lambda w=w: torch._scaled_mm(x, w.t(), a, b, out_dtype=torch.bfloat16, use_fast_accum=True) for w in ws],
-                   least=10 if m <= 1024 else 4)
+    calls = [lambda w=w: torch._scaled_mm(x, w.t(), a, b, out_dtype=torch.bfloat16, use_fast_accum=True) for w in ws]
+    return time_us(calls, least=10 if m <= 1024 else 4)
 
 
-TUNED: dict = {}                        # (format, N, K) -> {rows: kernel}, from an earlier `tune-linear` in the same directory
+TUNED: dict = {}                        # (format, N, K) -> {rows: kernel}, from an earlier `tune-linear`
 
 
 def read_tuned(path: pathlib.Path) -> None:
@@ -166,7 +169,8 @@ def bench_linear(rows=ROWS) -> list[dict]:
     for m in rows:
         total = {"M": m, "group": "layer"}
         for group, (n, k) in GROUPS.items():
-            row = {"M": m, "group": group, "N": n, "K": k, "bf16 us": bf16_time(m, n, k), "fp8 ceiling us": fp8_time(m, n, k),
+            row = {"M": m, "group": group, "N": n, "K": k,
+                   "bf16 us": bf16_time(m, n, k), "fp8 ceiling us": fp8_time(m, n, k),
                    "mxfp4 us": linear_time("mxfp4", m, n, k, tuned("mxfp4", m, n, k)),
                    "nvfp4 us": linear_time("nvfp4", m, n, k, tuned("nvfp4", m, n, k))}
             for key, value in row.items():
@@ -209,7 +213,8 @@ def bench_parts() -> list[dict]:
 def candidates(format: str, m: int) -> list:
     """Kernels worth timing at m rows."""
     if m in (1, 2, 4):
-        gemv = [Gemv(*c) for c in ((16, 2048, 4), (16, 2048, 8), (8, 2048, 4), (8, 1024, 4), (4, 2048, 2), (16, 1024, 4))]
+        gemv = [Gemv(*c) for c in ((16, 2048, 4), (16, 2048, 8), (8, 2048, 4), (8, 1024, 4), (4, 2048, 2),
+                                   (16, 1024, 4))]
         if m == 1:
             return gemv + [Gemv(16, 4096, 8), Gemv(8, 4096, 4)]
         small = [Fused(64, 16, 256, 4, 4, 4, True)] if format == "mxfp4" else [Fused(64, 16, 128, 4, 4, 4, True)]
@@ -242,7 +247,6 @@ def candidates(format: str, m: int) -> list:
     return [Fused(*t) for t in tiles] + (["library"] if m >= 256 else [])
 
 
-PRECOMPILED = False
 TUNED_ROWS = (1, 2, 4, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -275,27 +279,29 @@ def compile_all(jobs: list) -> list[str]:
     start = time.time()
     with concurrent.futures.ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
         failed = [f for f in pool.map(_compile, jobs) if f]
-    print(f"compiled {len(jobs)} in {time.time() - start:.0f} s, failed {len(failed)}", *failed[:8], sep="\n", flush=True)
+    print(f"compiled {len(jobs)} in {time.time() - start:.0f} s, failed {len(failed)}", *failed[:8], sep="\n",
+          flush=True)
     return failed
 
 
 def quantize_tiles(m: int, kind: str) -> list[Tile]:
     if kind == "none":
         shapes = [(1, 512, 1, 1, 1), (1, 1024, 1, 1, 4), (1, 256, 1, 1, 1)] if m <= 4 else [
-            (16, 256, 1, 1, 4), (8, 512, 1, 1, 4), (32, 256, 1, 1, 8), (32, 128, 1, 1, 4), (16, 128, 1, 1, 2), (4, 512, 1, 1, 2)]
+            (16, 256, 1, 1, 4), (8, 512, 1, 1, 4), (32, 256, 1, 1, 8), (32, 128, 1, 1, 4), (16, 128, 1, 1, 2),
+            (4, 512, 1, 1, 2)]
     elif m <= 64:
         shapes = [(16, 64, 1, 1, 1), (16, 64, 1, 1, 2), (16, 64, 1, 1, 4), (16, 128, 1, 1, 4)]
     else:
-        shapes = [(64, 64, 1, 1, 4), (128, 64, 1, 1, 4), (32, 64, 1, 1, 2), (64, 64, 4, 3, 4), (64, 64, 8, 3, 4), (64, 64, 8, 4, 4),
-                  (64, 64, 4, 2, 4), (64, 128, 1, 1, 4), (128, 64, 1, 1, 8)]
+        shapes = [(64, 64, 1, 1, 4), (128, 64, 1, 1, 4), (32, 64, 1, 1, 2), (64, 64, 4, 3, 4), (64, 64, 8, 3, 4),
+                  (64, 64, 8, 4, 4), (64, 64, 4, 2, 4), (64, 128, 1, 1, 4), (128, 64, 1, 1, 8)]
     return [Tile(*s) for s in shapes]
 
 
 def tune_linear() -> list[dict]:
-    cases = [(f, m, *GROUPS[g], c) for f in ("mxfp4", "nvfp4") for m in TUNED_ROWS if f == "mxfp4" or m in (1, 4, 16, 64, 128)
+    cases = [(f, m, *GROUPS[g], c) for f in ("mxfp4", "nvfp4") for m in TUNED_ROWS if f == "mxfp4" or m <= 128
              for g in GROUPS for c in candidates(f, m) if _fits(c, GROUPS[g][1])]
     cases.sort(key=lambda c: (c[0], c[2:4], c[1]))
-    failed = [] if PRECOMPILED else compile_all([("linear", f, m if m <= 4 else 16 * -(-m // 16), n, k, c) for f, m, n, k, c in cases])
+    failed = compile_all([("linear", f, m if m <= 4 else 16 * -(-m // 16), n, k, c) for f, m, n, k, c in cases])
     rows, held, sets = [], None, []
     for (f, m, n, k), group in itertools.groupby(cases, key=lambda c: c[:4]):
         if held != (f, n, k):
@@ -313,7 +319,8 @@ def tune_linear() -> list[dict]:
 
 def tune_quantize() -> list[dict]:
     shapes = ((1, 4096), (1, 14336), (16, 4096), (64, 4096), (1024, 4096), (4096, 4096), (8192, 4096), (8192, 14336))
-    kinds = (("mxfp4", "absmax", "blocks"), ("nvfp4", "absmax", "blocks"), ("mxfp4", "absmax", "none"), ("mxfp4", "mse", "blocks"))
+    kinds = (("mxfp4", "absmax", "blocks"), ("nvfp4", "absmax", "blocks"), ("mxfp4", "absmax", "none"),
+             ("mxfp4", "mse", "blocks"))
     cases = [(f, r, kind, m, k, t) for f, r, kind in kinds for m, k in shapes for t in quantize_tiles(m, kind)]
     compile_all([("quantize", f, r, kind, min(m, 1024), k, t) for f, r, kind, m, k, t in cases])
     rows = []
@@ -343,7 +350,8 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-BENCHMARKS = {"quantize": bench_quantize, "linear": bench_linear, "parts": bench_parts, "tune-quantize": tune_quantize, "tune-linear": tune_linear}
+BENCHMARKS = {"quantize": bench_quantize, "linear": bench_linear, "parts": bench_parts,
+              "tune-quantize": tune_quantize, "tune-linear": tune_linear}
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""Triton kernels against the reference, bit for bit where no order of summation shows: on a GPU, and interpreted on a CPU."""
+"""Triton kernels against the reference, bit for bit where no order of summation shows: on a GPU, and interpreted on a
+CPU."""
 
 import os
 import subprocess
@@ -35,8 +36,8 @@ def assert_same(got, want):
 def spread(m, k, dtype, seed=0, device=DEVICE):
     """Values over many octaves, with zeros, subnormals and rows of one value."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(m, k, generator=generator) * torch.exp2(torch.randint(-9, 9, (m, k // 16), generator=generator).float()
-                                                            ).repeat_interleave(16, 1)
+    octaves = torch.randint(-9, 9, (m, k // 16), generator=generator).float().repeat_interleave(16, 1)
+    x = torch.randn(m, k, generator=generator) * torch.exp2(octaves)
     x[torch.rand(m, k, generator=generator) < 0.05] = 0
     if m > 3:
         x[1] = 0
@@ -62,7 +63,8 @@ def whole(m, k, blocks, block, dtype, device=DEVICE, seed=0):
 def test_quantize_is_the_reference(format, rule, g, dtype, m, k):
     x = spread(m, k, dtype)
     g = scalar(g)
-    assert_same(triton_quantize.transform_quantize(x, None, g, format, rule), ops._transform_quantize(x, None, g, format, rule))
+    assert_same(triton_quantize.transform_quantize(x, None, g, format, rule),
+                ops._transform_quantize(x, None, g, format, rule))
 
 
 @gpu
@@ -93,8 +95,8 @@ def test_transform_of_real_numbers_differs_at_ties_only(format):
 
 @gpu
 @both
-@pytest.mark.parametrize("tile", [(64, 64, 1, 1, 4), (128, 64, 1, 1, 4), (64, 64, 4, 3, 4), (64, 64, 8, 3, 4), (32, 64, 1, 1, 2),
-                                  (16, 64, 1, 1, 1), (16, 128, 1, 1, 4)])
+@pytest.mark.parametrize("tile", [(64, 64, 1, 1, 4), (128, 64, 1, 1, 4), (64, 64, 4, 3, 4), (64, 64, 8, 3, 4),
+                                  (32, 64, 1, 1, 2), (16, 64, 1, 1, 1), (16, 128, 1, 1, 4)])
 def test_every_tile(format, tile):
     """Compilers have got scale rounding wrong for some tiles and not for others."""
     block = FORMATS[format].group_size
@@ -106,7 +108,8 @@ def test_every_tile(format, tile):
 
 @gpu
 @both
-@pytest.mark.parametrize("tile", [(16, 256, 1, 1, 4), (8, 512, 1, 1, 4), (1, 512, 1, 1, 2), (4, 1024, 1, 1, 4), (32, 128, 1, 1, 4)])
+@pytest.mark.parametrize("tile", [(16, 256, 1, 1, 4), (8, 512, 1, 1, 4), (1, 512, 1, 1, 2), (4, 1024, 1, 1, 4),
+                                  (32, 128, 1, 1, 4)])
 def test_every_tile_without_transform(format, tile):
     x = spread(515, 1536, torch.bfloat16)
     g = scalar(0.37) if format == "nvfp4" else None
@@ -178,7 +181,8 @@ print("same")
 
 
 def test_quantize_interpreted():
-    """Triton's interpreter runs the same kernel without a GPU; in its own process, since the choice is made at import."""
+    """Triton's interpreter runs the same kernel without a GPU; in its own process, since the choice is made at
+    import."""
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=env)
     assert run.stdout.strip().endswith("same"), run.stderr[-2000:]
@@ -218,10 +222,11 @@ CASES = [(format, kernel) for format in KERNELS for kernel in KERNELS[format]]
 
 @gpu
 @pytest.mark.parametrize("format, kernel", CASES)
-@pytest.mark.parametrize("m, n, k", [(1, 200, 1024), (2, 128, 512), (4, 1000, 1024), (3, 72, 512), (17, 264, 1024), (70, 512, 2048),
-                                     (300, 1040, 1024)])
+@pytest.mark.parametrize("m, n, k", [(1, 200, 1024), (2, 128, 512), (4, 1000, 1024), (3, 72, 512), (17, 264, 1024),
+                                     (70, 512, 2048), (300, 1040, 1024)])
 def test_linear_is_the_exact_product(format, kernel, m, n, k):
-    """fp32 output within the accumulator's error of the float64 product of the same operands, with every extra operand."""
+    """fp32 output within the accumulator's error of the float64 product of the same operands, with every extra
+    operand."""
     c, s, wc, ws = operands(format, m, n, k)
     want = exact(c, s, wc, ws, format)
     if kernel != "library":
@@ -327,7 +332,8 @@ def test_row_facts_follow_the_weight():
 def test_split_sums_are_reproducible():
     c, s, wc, ws = operands("mxfp4", 16, 512, 4096)
     kernel = triton_linear.Fused(64, 16, 256, 4, 4, 4, True)
-    runs = [triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, "mxfp4", torch.float32, kernel) for _ in range(20)]
+    runs = [triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, "mxfp4", torch.float32, kernel)
+            for _ in range(20)]
     assert all(torch.equal(r, runs[0]) for r in runs)
 
 
@@ -345,3 +351,17 @@ def test_linear_in_a_cuda_graph(format, m):
     got.zero_()
     graph.replay()
     assert torch.equal(got, want)
+
+
+@gpu
+@both
+def test_ops_run_by_triton_on_a_gpu(format):
+    from wush_compile import kernels
+    from wush_compile.kernels import doctor
+    report = doctor.examine("cuda")
+    assert report["providers"]["triton"] == "used" and report["ops"]["transform_quantize"] == ["triton", "reference"]
+    assert [e for e in report["self_test"] if not e["ok"]] == []
+    x = spread(5, 512, torch.bfloat16)
+    assert_same(torch.ops.wush.transform_quantize(x, None, None, format, "absmax"),
+                ops._transform_quantize(x, None, None, format, "absmax"))
+    assert [name for name, _ in kernels.resolve(0)["fp4_linear"]] == ["triton"]           # nothing failed so far

@@ -63,15 +63,17 @@ def compile_linear(format, n, k, kernel, cc):
     pointers = dict(x="*u8", w="*u8", ws="*i32", shifts="*i32", out="*bf16", M="i32")
     pointers |= dict(xs="*i32") if kernel.packed else dict(x_unit="*fp32")
     pointers |= (dict(w_top="*u8") if mx else {}) | (dict(parts="*fp32", count="*i32") if kernel.split > 1 else {})
-    constants = dict(PLAIN, xs=None, x_unit=None, w_top=None, parts=None, count=None, N=n, K=k, MX=mx, PACKED=kernel.packed,
-                     BN=kernel.bn, BM=kernel.bm, BK=kernel.bk, SPLIT=kernel.split, STAGES=kernel.stages, GROUP=8)
+    constants = dict(PLAIN, xs=None, x_unit=None, w_top=None, parts=None, count=None, N=n, K=k, MX=mx,
+                     PACKED=kernel.packed, BN=kernel.bn, BM=kernel.bm, BK=kernel.bk, SPLIT=kernel.split,
+                     STAGES=kernel.stages, GROUP=8)
     return compile_kernel(fused_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
 
 
 def compile_quantize(format, cc, block, native, tile, rule="absmax"):
     pointers = dict(x="*bf16", codes="*u8", scales="*u8", M="i32", stride="i32") | ({"t": "*bf16"} if block else {})
-    constants = dict(t=None, global_scale=None, K=4096, B=block, SHARED=False, FORMAT=format, RULE=rule, SCALED=False, PTX=True,
-                     NATIVE=native, WIDE=False, R=tile.rows, W=tile.columns, TILES=tile.tiles, STAGES=tile.stages)
+    constants = dict(t=None, global_scale=None, K=4096, B=block, SHARED=False, FORMAT=format, RULE=rule, SCALED=False,
+                     PTX=True, NATIVE=native, WIDE=False, R=tile.rows, W=tile.columns, TILES=tile.tiles,
+                     STAGES=tile.stages)
     return compile_kernel(triton_quantize.transform_quantize_kernel, pointers, constants, cc, tile.warps, fusion=False)
 
 

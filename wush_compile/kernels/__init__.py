@@ -1,7 +1,8 @@
 """Providers: who computes an op on a GPU. One table, resolved once a process and device; the reference is always there.
 
 A provider has for each op a function and a predicate that says, from the arguments alone, why it does not take a call.
-`dispatch` asks the providers in order. One that fails at run time is left out from then on, with one warning that names it.
+`dispatch` asks the providers in order. One that fails at run time is left out from then on, with one warning that names
+it.
 `WUSH_PROVIDER=reference` (or `triton`) forces one: then nothing else is asked first, and its errors are raised.
 """
 
@@ -88,7 +89,9 @@ def dispatch(op: str, reference: Callable, *args):
         except Exception as error:
             if forced() is not None:
                 raise
+            result = reference(*args)              # raises if the caller's arguments are at fault; then no provider is
             resolve(args[0].device.index)[op].remove(entry)
             logger.warning("%s failed in %s and is left out of it from now on: %s: %s", name, op, type(error).__name__,
                            str(error).split("\n")[0])
+            return result
     return reference(*args)

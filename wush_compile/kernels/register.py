@@ -1,4 +1,4 @@
-"""Puts the providers behind the ops on CUDA devices; everywhere else, and for what no provider takes, the reference stays."""
+"""Puts the providers behind the ops on CUDA devices; elsewhere, and for what no provider takes, the reference stays."""
 
 import functools
 

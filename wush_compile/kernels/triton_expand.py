@@ -1,8 +1,7 @@
 """Packed rows -> rows of fp8 (MXFP4) or bf16 (NVFP4, and any scale), exact: operands of the library's matrix products.
 
-In fp8 the group scales are folded into exponents relative to the row's largest byte. e5m2 holds 29 octaves of e2m1 values,
-e4m3 15 (SPEC §8): groups further below the row's maximum than that become zeros.
-"""
+In fp8 the group scales are folded into exponents relative to the row's largest byte. e5m2 holds 29 octaves of e2m1
+values, e4m3 15 (SPEC §8): groups further below the row's maximum than that become zeros. """
 
 import triton
 import triton.language as tl
@@ -17,7 +16,8 @@ E5M2_UNIT, E4M3_UNIT = tl.constexpr(2.0**-13), tl.constexpr(2.0**-6)
 
 @triton.jit
 def _tables(e, E4: tl.constexpr):
-    """Exponent fields -> (low, high): the fp8 bytes of the eight magnitudes. Subnormal down to where ½ is the last bit."""
+    """Exponent fields -> (low, high): the fp8 bytes of the eight magnitudes. Subnormal down to where ½ is the last
+    bit."""
     if E4:
         step = tl.maximum(e, 0) << 3
         low = step * 0x01010100 + 0x0C080000
@@ -66,11 +66,12 @@ def expand_fp8_kernel(
     R: tl.constexpr, C: tl.constexpr,
 ):
     """codes int32 [rows, K/8], scales uint8 [rows, K/32] -> out int32 (fp8 bytes) [rows, K/4] and unit fp32 [rows], by
-    which a row's bytes are multiplied (1/g in it where SCALED). KG = K/32 rounded up to a power of two; C groups a step.
+    which a row's bytes are multiplied (1/g in it where SCALED). KG = K/32 rounded up to a power of two; C groups a
+    step.
 
-    Every 128 channels are stored as two halves, the channels 0..3 of every 8 and the channels 4..7: the order in which a
-    look-up gives them, here and in the fused product. Both operands of a product have it, so that it cancels. Where K is
-    not a multiple of 128, the halves are those of its last, shorter part. Grid (rows/R)."""
+    Every 128 channels are stored as two halves, the channels 0..3 of every 8 and the channels 4..7: the order in which
+    a look-up gives them, here and in the fused product. Both operands of a product have it, so that it cancels. Where
+    K is not a multiple of 128, the halves are those of its last, shorter part. Grid (rows/R)."""
     r = tl.program_id(0) * R + tl.arange(0, R)
     row = tl.minimum(r, rows - 1).to(tl.int64)
     every = tl.arange(0, KG)
@@ -99,7 +100,8 @@ def expand_fp8_kernel(
 
 @triton.jit
 def decode_bf16(w):
-    """uint8, two codes -> bf16 values of the low and of the high one, times 2^-126. Byte by byte: right in any layout."""
+    """uint8, two codes -> bf16 values of the low and of the high one, times 2^-126. Byte by byte: right in any
+    layout."""
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 p, q, t, u;

@@ -1,8 +1,8 @@
 """MXFP4 and NVFP4 inside a Triton kernel: scale rules, rounding, packing, decoding; `formats.py`, bit for bit.
 
 Nothing here uses a tensor cast to or from fp8: ptxas 12.8 and 12.9 read an undefined register when one thread converts
-several fp32 values to e4m3 and back on sm_90. Scales are rounded and decoded in integer and fp32 arithmetic, which is also
-what lets these functions run on any GPU and under Triton's interpreter.
+several fp32 values to e4m3 and back on sm_90. Scales are rounded and decoded in integer and fp32 arithmetic, which is
+also what lets these functions run on any GPU and under Triton's interpreter.
 
 Kernels that call these are compiled with `enable_fp_fusion=False`: `mse` is defined without fused multiply-add.
 """
@@ -34,8 +34,8 @@ def exp2(n):
 
 @triton.jit
 def _step_sum(a):
-    """(c, a + c) for a in [0, 8]: c = 2^(e + 22), e = the exponent of max(a, 1), so that the sum is rounded, half to even,
-    to a multiple of 2^(e - 1), which is e2m1's spacing there."""
+    """(c, a + c) for a in [0, 8]: c = 2^(e + 22), e = the exponent of max(a, 1), so that the sum is rounded, half to
+    even, to a multiple of 2^(e - 1), which is e2m1's spacing there."""
     c = bits_float((float_bits(tl.maximum(a, 1.0)) & INF_BITS) + (22 << 23))
     return c, a + c
 
@@ -75,7 +75,8 @@ def e8m0_factor(byte):
 
 @triton.jit
 def _halve(x, R: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr):
-    """[R, N, 2*HALF] -> [R, N, HALF], element i plus element i + HALF. A sum of two has no order, whatever the layout."""
+    """[R, N, 2*HALF] -> [R, N, HALF], element i plus element i + HALF. A sum of two has no order, whatever the
+    layout."""
     return tl.sum(tl.reshape(x, (R, N, 2, HALF)), axis=2)
 
 
@@ -160,9 +161,8 @@ def group_amax(y, R: tl.constexpr, W: tl.constexpr, G: tl.constexpr):
 def _pack_ptx(native):
     """PTX of 8 floats -> 8 codes in a register: operands 1..4 are the low nibbles of its bytes, 5..8 the high ones.
 
-    Without Blackwell's instruction, as `e2m1_code`: the rounded sum holds code + 298 in two bit fields, which are added; the
-    low bytes (code + 0x2A) and the signs are gathered four at a time.
-    """
+    Without Blackwell's instruction, as `e2m1_code`: the rounded sum holds code + 298 in two bit fields, which are
+    added; the low bytes (code + 0x2A) and the signs are gathered four at a time. """
     if native:
         pairs = "".join(f"cvt.rn.satfinite.e2m1x2.f32 t{j}, ${j + 5}, ${j + 1}; " for j in range(4))
         return "{ .reg .b8 t0, t1, t2, t3; " + pairs + "mov.b32 $0, {t0, t1, t2, t3}; }"
@@ -187,7 +187,8 @@ def _pack_ptx(native):
 
 @triton.jit
 def pack_codes(v, PTX: tl.constexpr, NATIVE: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """fp32 [R, W] -> two codes a byte, uint8 [R, W/2]. PTX: by assembly (not in the interpreter), NATIVE: Blackwell's."""
+    """fp32 [R, W] -> two codes a byte, uint8 [R, W/2]. PTX: by assembly (not in the interpreter), NATIVE:
+    Blackwell's."""
     low, high = tl.split(tl.reshape(v, (R, W // 2, 2)))
     if PTX:
         return tl.inline_asm_elementwise(

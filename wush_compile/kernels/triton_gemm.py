@@ -18,13 +18,12 @@ from .triton_gemv import finish
 
 @triton.jit
 def _decode_fp8(w, e, signs):
-    """Packed codes uint8, the groups' exponent fields int32, `SIGNS` -> e5m2 bytes of the channels 0..3 of every 8, and of
-    4..7.
+    """Packed codes uint8, the groups' exponent fields int32, `SIGNS` -> e5m2 bytes of the channels 0..3 of every 8,
+    and of 4..7.
 
-    Right where four consecutive bytes of a row share a register, as in the operand layout of 8-bit products. The table of
-    the eight magnitudes, raised by the group's exponent, sits in two registers; `prmt` looks four codes up at once. Its own
-    sign mode, on a table of 0x80, gives 0xFF for negative codes.
-    """
+    Right where four consecutive bytes of a row share a register, as in the operand layout of 8-bit products. The table
+    of the eight magnitudes, raised by the group's exponent, sits in two registers; `prmt` looks four codes up at once.
+    Its own sign mode, on a table of 0x80, gives 0xFF for negative codes. """
     a, b = tl.inline_asm_elementwise(
         """{ .reg .b32 l, h, m, n, s;
         mad.lo.u32 l, $3, 0x04040400, 0x06040000;
@@ -47,8 +46,8 @@ def _decode_fp8(w, e, signs):
 
 @triton.jit
 def _scale_bytes(scales, row, word, shifts, WORDS: tl.constexpr, R: tl.constexpr):
-    """[R, 4*WORDS] scale bytes as int32, four a word. The shifts come from memory: the pass that moves the decoding into
-    the operand's layout looks through arithmetic down to loads, and no further."""
+    """[R, 4*WORDS] scale bytes as int32, four a word. The shifts come from memory: the pass that moves the decoding
+    into the operand's layout looks through arithmetic down to loads, and no further."""
     if WORDS == 1:
         v = tl.load(scales + row + word)
         return (v[:, None] >> tl.load(shifts + tl.arange(0, 4))[None, :]) & 0xFF
@@ -60,7 +59,8 @@ def _scale_bytes(scales, row, word, shifts, WORDS: tl.constexpr, R: tl.constexpr
 
 @triton.jit
 def _decode(w, byte, top, signs, MX: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
-    """Packed tile [R, BK/2], its scale bytes [R, BK/G] -> two operand tiles [R, BK/2], the same channels for x and w."""
+    """Packed tile [R, BK/2], its scale bytes [R, BK/G] -> two operand tiles [R, BK/2], the same channels for x and
+    w."""
     G: tl.constexpr = 32 if MX else 16
     N: tl.constexpr = BK // G
     if MX:
@@ -93,9 +93,9 @@ def fused_gemm_kernel(
     RESIDUAL: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, GROUP: tl.constexpr,
 ):
-    """out [M, N] from w uint8 [N, K/2], ws int32 [N, K/(4G)] (four scale bytes a word), w_top uint8 [N] (MXFP4: the largest
-    byte of each row). x: uint8 [M, K/2] with xs int32 [M, K/(4G)] if PACKED, else e5m2 bytes [M, K] in panels (see
-    `expand_fp8_kernel`) with x_unit fp32 [M]. parts fp32 [SPLIT, M, N], count int32, all zeros before and after.
+    """out [M, N] from w uint8 [N, K/2], ws int32 [N, K/(4G)] (four scale bytes a word), w_top uint8 [N] (MXFP4: the
+    largest byte of each row). x: uint8 [M, K/2] with xs int32 [M, K/(4G)] if PACKED, else e5m2 bytes [M, K] in panels
+    (see `expand_fp8_kernel`) with x_unit fp32 [M]. parts fp32 [SPLIT, M, N], count int32, all zeros before and after.
     Grid (tiles of N times tiles of M, SPLIT)."""
     G: tl.constexpr = 32 if MX else 16
     HALF: tl.constexpr = BK // 2
@@ -164,5 +164,6 @@ def fused_gemm_kernel(
             total = tl.zeros((BN, BM), tl.float32)
             for s in tl.static_range(SPLIT):
                 total += tl.load(part + s * stride, mask=mask, other=0.0, cache_modifier=".cg")
-            finish(total, n[:, None], m[None, :], N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL, mask)
+            finish(total, n[:, None], m[None, :], N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL,
+                   mask)
             tl.store(count + tile_m * tiles_n + tile_n, 0)

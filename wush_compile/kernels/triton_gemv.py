@@ -1,8 +1,8 @@
 """Few rows times packed weights: exact integer products of whole groups, one fp32 multiply-add a group.
 
-A code is an integer, twice its e2m1 value. Four weights times four activations are one `dp4a`; a group's sum is exact in
-int32 and meets its two scales in fp32. Nothing is folded into a format of fewer bits, so every scale byte is allowed.
-"""
+A code is an integer, twice its e2m1 value. Four weights times four activations are one `dp4a`; a group's sum is exact
+in int32 and meets its two scales in fp32. Nothing is folded into a format of fewer bits, so every scale byte is
+allowed. """
 
 import triton
 import triton.language as tl
@@ -14,9 +14,8 @@ from .triton_formats import e4m3_factor, e8m0_factor
 def _weight_bytes(w, signs):
     """8 codes -> (b, n of codes 0..3, b, n of codes 4..7), four int8 each: the integer is b - 127*n, n its sign.
 
-    `prmt` looks four codes up at once; its own sign mode, on a table of 0x80 (`signs`, in a register of its own because it
-    comes from memory), gives 0xFF for negative codes.
-    """
+    `prmt` looks four codes up at once; its own sign mode, on a table of 0x80 (`signs`, in a register of its own
+    because it comes from memory), gives 0xFF for negative codes. """
     return tl.inline_asm_elementwise(
         """{ .reg .b32 m, h, a;
         and.b32 m, $4, 0x77777777;
@@ -108,17 +107,19 @@ def finish(y, n, m, N, gx, gw, bias, residual, out, SCALED_X: tl.constexpr, SCAL
     offset = m.to(tl.int64) * N + n
     r = y.to(out.dtype.element_ty)
     if RESIDUAL:
-        r = (r.to(tl.float32) + tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)).to(out.dtype.element_ty)
+        added = tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
+        r = (r.to(tl.float32) + added).to(out.dtype.element_ty)
     tl.store(out + offset, r, mask=mask)
 
 
 @triton.jit
 def gemv_kernel(
-    x, xs, gx, w, ws, gw, bias, residual, shifts, out, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, MX: tl.constexpr,
-    SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    x, xs, gx, w, ws, gw, bias, residual, shifts, out, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
+    MX: tl.constexpr, SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):
-    """x int32 [M, K/8], xs uint8 [M, K/G], w int32 [N, K/8], ws uint8 [N, K/G] -> out [M, N], M = 1, 2 or 4; grid (N/BN)."""
+    """x int32 [M, K/8], xs uint8 [M, K/G], w int32 [N, K/8], ws uint8 [N, K/G] -> out [M, N], M = 1, 2 or 4; grid
+    (N/BN)."""
     G: tl.constexpr = 32 if MX else 16
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None]

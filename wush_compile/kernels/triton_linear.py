@@ -87,9 +87,8 @@ def _row_facts(scales: Tensor, known: bool) -> RowFacts:
 def row_facts(scales: Tensor) -> RowFacts:
     """`RowFacts` of weight scales uint8 [N, K/32], remembered with their memory until they are written again.
 
-    The first call reads one number back from the device; inside a CUDA graph's capture, where that is impossible, nothing
-    is remembered and the row is taken not to fit.
-    """
+    The first call reads one number back from the device; inside a CUDA graph's capture, where that is impossible,
+    nothing is remembered and the row is taken not to fit. """
     if scales.is_cuda and torch.cuda.is_current_stream_capturing():
         found = _known(scales)
         if found is None:
@@ -107,8 +106,8 @@ def row_facts(scales: Tensor) -> RowFacts:
 
 @functools.cache
 def _warn_capturing() -> None:
-    logger.warning("a weight is used for the first time while a CUDA graph is captured: it runs on a slower kernel in that "
-                   "graph; run the model once before capturing")
+    logger.warning("a weight is used for the first time while a CUDA graph is captured: it runs on a slower kernel in "
+                   "that graph; run the model once before capturing")
 
 
 def _version(t: Tensor) -> int:
@@ -127,9 +126,8 @@ def _known(scales: Tensor) -> RowFacts | None:
 class Workspace:
     """Constants and arrival counters of a device.
 
-    The counters of a call are the next slice of a ring and are zero again when it ends, so a slice is free long before its
-    next turn, whatever streams the calls run on.
-    """
+    The counters of a call are the next slice of a ring and are zero again when it ends, so a slice is free long before
+    its next turn, whatever streams the calls run on. """
 
     RING = 2**20
 
@@ -166,7 +164,9 @@ def _power_of_two_divisor(n: int, limit: int) -> int:
 
 
 @functools.lru_cache(1024)
-def choose(format: str, rows: int, n: int, k: int, capability: tuple[int, int] = (9, 0)) -> "Gemv | Fused | Scaled | str":
+def choose(
+    format: str, rows: int, n: int, k: int, capability: tuple[int, int] = (9, 0)
+) -> "Gemv | Fused | Scaled | str":
     """The kernel for [rows, k] times [n, k] on a device of that compute capability: a tile, "library" or "bf16".
 
     Measured on an H200 over the linear groups of Llama-3.1-8B (docs/kernels.md); the order of candidates, not their
@@ -340,12 +340,13 @@ def fp4_linear(
     if flat.shape[0] == 0 or n == 0:
         return torch.empty(shape, dtype=out_dtype, device=codes.device)
     if residual is not None and residual.dtype != out_dtype:
-        y = fp4_linear(codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, None, format,
-                       out_dtype, kernel)
+        y = fp4_linear(codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, None,
+                       format, out_dtype, kernel)
         return y + residual
     o = Operands(
-        _dense(flat), _dense(scales.reshape(flat.shape[0], -1)), global_scale, _dense(weight_codes), _dense(weight_scales),
-        weight_global_scale, bias, None if residual is None else residual.reshape(-1, n).contiguous(), format == "mxfp4",
+        _dense(flat), _dense(scales.reshape(flat.shape[0], -1)), global_scale,
+        _dense(weight_codes), _dense(weight_scales), weight_global_scale,
+        bias, None if residual is None else residual.reshape(-1, n).contiguous(), format == "mxfp4",
     )
     kernel = kernel or choose(format, flat.shape[0], n, k, capability(codes.device.index))
     if kernel == "library" and (out_dtype != torch.bfloat16 or bias is not None or n % 16

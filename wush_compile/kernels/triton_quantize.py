@@ -41,9 +41,9 @@ def _dot(x, operand, WIDE: tl.constexpr):
 
 @triton.jit
 def _clean(y, x, operand, WIDE: tl.constexpr, G: tl.constexpr, B: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """(y, group_amax of it before), y with zeros in groups that are not finite. In the shared product a NaN or Inf would
-    reach the other blocks of its row (0 * NaN): the product is computed again from the finite values, and the blocks that
-    had others are marked."""
+    """(y, group_amax of it before), y with zeros in groups that are not finite. In the shared product a NaN or Inf
+    would reach the other blocks of its row (0 * NaN): the product is computed again from the finite values, and the
+    blocks that had others are marked."""
     if B > 0 and W > B:
         finite = (float_bits(x.to(tl.float32)) & ABS_BITS) < INF_BITS
         y = _dot(tl.where(finite, x, 0.0).to(x.dtype), operand, WIDE)
@@ -69,8 +69,8 @@ def _tile(
     RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, CLEAN: tl.constexpr,
 ):
-    """Transform (B > 0), quantize and store one tile x [R, W]; returns the bits of the groups' absolute maxima. Right for
-    finite results; CLEAN: for any."""
+    """Transform (B > 0), quantize and store one tile x [R, W]; returns the bits of the groups' absolute maxima. Right
+    for finite results; CLEAN: for any."""
     G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
     y = x.to(tl.float32)
     if B > 0:
@@ -96,11 +96,11 @@ def _tile(
 @triton.jit(do_not_specialize=["M"])
 def transform_quantize_kernel(
     x, t, global_scale, codes, scales, M, stride, K: tl.constexpr, B: tl.constexpr, SHARED: tl.constexpr,
-    FORMAT: tl.constexpr, RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    FORMAT: tl.constexpr, RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr,
+    WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """x [M, K] (rows `stride` apart), t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G]; grid (columns/W,
-    rows/(R*TILES)). B = 0: no transform."""
+    """x [M, K] (rows `stride` apart), t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G]; grid
+    (columns/W, rows/(R*TILES)). B = 0: no transform."""
     first = tl.program_id(0) * W
     g = 1.0
     if SCALED:
@@ -155,12 +155,14 @@ def choose_tile(rows: int, width: int, block: int) -> Tile:
 
 @functools.cache
 def native_conversion(device: int) -> bool:
-    """Whether the device has the e2m1 conversion instruction (sm_100 and later, compiled for that very architecture)."""
+    """Whether the device has the e2m1 conversion instruction (sm_100 and later, compiled for that very
+    architecture)."""
     return torch.cuda.get_device_capability(device) >= (10, 0)
 
 
 def transform_quantize(
-    x: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str, scale_rule: str, tile: Tile | None = None
+    x: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str, scale_rule: str,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`wush::transform_quantize` for mxfp4 and nvfp4 (SPEC §6); x bf16, fp16 or fp32, its last dimension dense."""
     width = x.shape[-1]

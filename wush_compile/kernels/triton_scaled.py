@@ -16,7 +16,8 @@ def scaled_gemm_kernel(
     SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """x uint8 [M, K/2], xs [M, K/G], w uint8 [N, K/2], ws [N, K/G] -> out [M, N]; grid (tiles of M times tiles of N)."""
+    """x uint8 [M, K/2], xs [M, K/G], w uint8 [N, K/2], ws [N, K/G] -> out [M, N]; grid (tiles of M times tiles of
+    N)."""
     tiles_m = tl.cdiv(M, BM)
     m = (tl.program_id(0) % tiles_m) * BM + tl.arange(0, BM)
     n = (tl.program_id(0) // tiles_m) * BN + tl.arange(0, BN)

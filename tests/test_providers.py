@@ -1,0 +1,70 @@
+"""Who computes an op: the table, forcing, falling back; no GPU and no Triton needed."""
+
+import pytest
+import torch
+
+from wush_compile import kernels
+from wush_compile.errors import ConfigError
+from wush_compile.kernels import doctor
+
+
+def test_the_report_on_a_cpu():
+    report = doctor.examine("cpu")
+    assert report["ops"]["fp4_linear"] == ["reference"] and report["capability"] is None
+    assert all(entry["ok"] for entry in report["self_test"])
+
+
+def test_a_forced_provider_must_exist(monkeypatch):
+    monkeypatch.setenv("WUSH_PROVIDER", "tritn")
+    with pytest.raises(ConfigError, match="did you mean 'triton'"):
+        kernels.forced()
+
+
+class Fake:
+    """Stands for a tensor on a device: all that `dispatch` looks at."""
+
+    device = torch.device("cuda", 0)
+
+
+def test_a_failing_provider_is_left_out_with_one_warning(monkeypatch, caplog):
+    calls = []
+
+    def broken(*args):
+        calls.append("triton")
+        raise RuntimeError("no kernel image\nmore")
+
+    table = {"fp4_linear": [("triton", kernels.Implementation(broken, lambda *args: None))]}
+    monkeypatch.setattr(kernels, "resolve", lambda device: table)
+    monkeypatch.delenv("WUSH_PROVIDER", raising=False)
+    with caplog.at_level("WARNING", logger="wush_compile"):
+        assert kernels.dispatch("fp4_linear", lambda *args: "reference", Fake()) == "reference"
+        assert kernels.dispatch("fp4_linear", lambda *args: "reference", Fake()) == "reference"
+    assert calls == ["triton"] and len(caplog.records) == 1
+    assert "triton failed in fp4_linear" in caplog.text and "no kernel image" in caplog.text
+    table["fp4_linear"] = [("triton", kernels.Implementation(broken, lambda *args: None))]
+    monkeypatch.setenv("WUSH_PROVIDER", "triton")
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        kernels.dispatch("fp4_linear", lambda *args: "reference", Fake())
+
+
+def test_a_provider_that_refuses_is_passed_by(monkeypatch):
+    table = {"fp4_linear": [("triton", kernels.Implementation(lambda *a: "triton", lambda *a: "too wide"))]}
+    monkeypatch.setattr(kernels, "resolve", lambda device: table)
+    assert kernels.dispatch("fp4_linear", lambda *args: "reference", Fake()) == "reference"
+
+
+def test_a_callers_mistake_costs_no_provider(monkeypatch):
+    def fails(*args):
+        raise ValueError("shapes do not fit")
+
+    table = {"fp4_linear": [("triton", kernels.Implementation(fails, lambda *args: None))]}
+    monkeypatch.setattr(kernels, "resolve", lambda device: table)
+    monkeypatch.delenv("WUSH_PROVIDER", raising=False)
+    with pytest.raises(ValueError):
+        kernels.dispatch("fp4_linear", fails, Fake())
+    assert len(table["fp4_linear"]) == 1
+
+
+def test_capability_decides():
+    assert kernels._triton_unavailable((7, 5)) is not None
+    assert doctor.arithmetic("mxfp4", (9, 0)).startswith("emulated") and "native" in doctor.arithmetic("nvfp4", (12, 0))
