@@ -187,13 +187,24 @@ def test_gated_activations_fuse(name, act, dtype, gate_first):
     assert seen.counts_after == {"transform_quantize" if spelled_out else f"{name}_mul_transform_quantize": 1}
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_activations_spelled_out_in_low_precision_stay(name):
+    def sigmoid(x):
+        return x * (1 / (1 + torch.exp(-x)))
+
+    def tanh(x):
+        return 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+    def silu(x):
+        return x / (1 + torch.exp(-x))
+
+    for act in {"sigmoid": (sigmoid, silu), "tanh": (tanh,)}[name]:
+        seen = run(Quantizer(lambda gate, up, act=act: act(gate) * up), x_like(2, 5, 64), x_like(2, 5, 64, seed=1),
+                   steps=[passes.fuse_activation])
+        assert seen.counts_after == {"transform_quantize": 1}
+
+
 # -- epilogues, cleanup ----------------------------------------------------------------------------------------------
-
-def linear(x, rows=64):
-    codes, scales = formats.quantize(x_like(rows, 64, dtype=torch.float32, seed=3), "mxfp4", "absmax")
-    xq, xs = wush.transform_quantize(x, None, None, "mxfp4", "absmax")
-    return wush.fp4_linear(xq, xs, None, codes, scales, None, None, None, "mxfp4", x.dtype)
-
 
 class Linear(nn.Module):
     def __init__(self, after):
