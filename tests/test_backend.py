@@ -197,6 +197,32 @@ def test_compiling_without_no_grad_works():
         assert torch.equal(compiled(model)(x), model(x))
 
 
+FUSED = {
+    "rms_norm_transform_quantize": [
+        lambda x, w: (x, w, 1e-6, None, "rounded"), lambda x, w: (x, w, 1e-6, None, "wide_plus_one"),
+        lambda x, w: (x, w, 0.0, torch.tensor(1e-6, dtype=torch.float64), "wide"), lambda x, w: (x, None, 1e-6, None, "none"),
+    ],
+    "layer_norm_transform_quantize": [
+        lambda x, w: (x, w, w.flip(0), 1e-5, None), lambda x, w: (x, None, None, 0.0, torch.tensor(1e-5)),
+    ],
+    "silu_mul_transform_quantize": [lambda x, w: (x, x.flip(-1))],
+    "gelu_mul_transform_quantize": [lambda x, w: (x, x.flip(-1), "tanh"), lambda x, w: (x[..., ::2], x[..., 1::2], "none")],
+}
+
+
+@pytest.mark.parametrize("op, prologue", [(op, p) for op, prologues in FUSED.items() for p in prologues])
+def test_fused_ops_are_what_they_fuse(op, prologue):
+    function = getattr(torch.ops.wush, op).default
+    run = torch.compile(function, backend="wush", fullgraph=True, options=EXACT, dynamic=True)
+    for lead in ((3,), (2, 5), (0,), ()):
+        x, w = rows(*lead), rows(1, seed=1)[0]
+        args = (*prologue(x, w), None, None, "mxfp4", "absmax")
+        if x.numel():
+            torch.library.opcheck(function, args)
+        for a, b in zip(run(*args), function(*args)):
+            assert torch.equal(a, b)
+
+
 # -- generate, recompiles --------------------------------------------------------------------------------------------
 
 def test_generate_with_static_and_dynamic_caches():

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import branches
 from models import quantized, tokens
 from torch import nn
 from torch.export import Dim
 
 import wush_compile as wc
+from wush_compile.formats import FORMATS
 from wush_compile.trace import count_ops, print_graph
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -72,6 +74,19 @@ def test_inlined_programs_hold_no_op_of_ours_and_the_same_bits(model):
     program = wc.fuse(export(model), inline=True)
     assert not count_ops(program.graph)
     assert_same_logits(program, model)
+
+
+@pytest.mark.parametrize("format, rule", [(f.name, rule) for f in FORMATS.values() for rule in f.scale_rules])
+def test_the_arithmetic_that_is_inlined_is_the_ops(format, rule):
+    settings = {} if rule != "paper" else {"weight_scale_rule": "paper"}
+    model, x = branches(torch.bfloat16, format=format, activation_scale_rule=rule, transform="hadamard", **settings)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},))
+    program = wc.fuse(program, inline=True)
+    assert not count_ops(program.graph)
+    for lead in ((5, 7), (1, 1), (0, 3)):
+        x = torch.randn(*lead, 64).bfloat16()
+        with torch.no_grad():
+            assert torch.equal(program.module()(x), model(x))
 
 
 def test_fuse_leaves_an_unquantized_program_alone():
