@@ -101,15 +101,6 @@ def squared_error(y, inverse, unit, R: tl.constexpr, N: tl.constexpr, G: tl.cons
 
 
 @triton.jit
-def _mx_candidate(y, base, best, error, STEP: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
-    """The better of `best` (of that error) and base + STEP; the first one wins ties."""
-    byte = tl.minimum(tl.maximum(base + STEP, 1), 254)
-    e = squared_error(y, exp2(127 - byte), exp2(byte - base), R, N, 32)
-    better = e < error
-    return tl.where(better, byte, best), tl.where(better, e, error)
-
-
-@triton.jit
 def mx_scale(y, amax, RULE: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
     """e8m0 bytes (int32 [R, N]) of groups y [R, N, 32]; amax: bits of the absolute maximum, finite."""
     if RULE == "paper":
@@ -120,10 +111,13 @@ def mx_scale(y, amax, RULE: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
         byte = ((amax + 0x3FFFFF) >> 23) - 2                # carries into the exponent from mantissas above 1.5
     byte = tl.maximum(byte, 1)                              # at most 254: amax is finite
     if RULE == "mse":
-        base = byte
-        error = squared_error(y, exp2(127 - base), exp2(base - base), R, N, 32)
-        byte, error = _mx_candidate(y, base, byte, error, -1, R, N)
-        byte, error = _mx_candidate(y, base, byte, error, 1, R, N)
+        # The rule's third candidate, byte + 1, never wins: nothing is clipped at `byte`, so that up to the group's maximum
+        # its values include those of byte + 1, no element's error is larger, and rounded sums keep that order.
+        below = tl.maximum(byte - 1, 1)
+        one = tl.full((R, N), 1.0, tl.float32)
+        half = exp2(below - byte)                           # 1 where byte is 1
+        better = squared_error(y, exp2(127 - below), half, R, N, 32) < squared_error(y, exp2(127 - byte), one, R, N, 32)
+        byte = tl.where(better, below, byte)
     return byte
 
 
