@@ -1,8 +1,8 @@
 """Times the Triton kernels against copies and cuBLAS in the same run: CUDA-graph replays, weights rotated out of L2.
 
-    python benchmarks/kernels.py quantize linear parts --out results        the tables, as Markdown and JSON python
-    benchmarks/kernels.py tune-quantize tune-linear --out results    every candidate tile: what `choose` is made from
-    python benchmarks/kernels.py linear --tuned results/tune-linear.json    the table with each shape's best candidate
+    python benchmarks/kernel_speed.py quantize linear parts --out results        the tables, as Markdown and JSON
+    python benchmarks/kernel_speed.py tune-quantize tune-linear --out results    every candidate tile: `choose` is made from it
+    python benchmarks/kernel_speed.py linear --tuned results/tune-linear.json    the table with each shape's best candidate
 
 Speed-ups are over bf16 `F.linear` on the same shapes; the 4-bit side includes the transform and the quantization of its
 input. Shapes are the linear groups of one Llama-3.1-8B decoder layer.
