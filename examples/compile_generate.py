@@ -15,7 +15,7 @@ import wush_compile as wc
 def tiny() -> torch.nn.Module:
     torch.manual_seed(0)
     model = LlamaForCausalLM._from_config(LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, eos_token_id=None, pad_token_id=0,
     ), dtype=torch.bfloat16).eval()
     return wc.quantize(model, solver="rtn", transform="hadamard", progress=False)

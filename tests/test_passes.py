@@ -114,8 +114,7 @@ def test_rms_norm_fuses(gain, dtype):
     assert "rsqrt" not in seen.after
 
 
-@pytest.mark.parametrize("gain", GAINS)
-def test_rms_norm_fuses_with_eps_as_a_node(gain):
+def test_rms_norm_fuses_with_eps_as_a_node():
     class Eps(Norm):
         eps = 1e-6
 
@@ -124,7 +123,7 @@ def test_rms_norm_fuses_with_eps_as_a_node(gain):
             normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
             return self.weight * normed.to(x.dtype)
 
-    seen = run(Quantizer(Eps(gain, torch.bfloat16)), x_like(2, 5, 64), steps=[passes.fuse_norm], dynamic=True)
+    seen = run(Quantizer(Eps("rounded", torch.bfloat16)), x_like(2, 5, 64), steps=[passes.fuse_norm], dynamic=True)
     assert seen.counts_after == {"rms_norm_transform_quantize": 1}
 
 
@@ -171,12 +170,11 @@ def test_a_norm_read_by_others_is_not_computed_twice():
     assert run(forward, x_like(5, 64), steps=[passes.fuse_norm]).counts_after == {"transform_quantize": 1}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, gate_first", [(torch.float32, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize("name, act", [
     ("silu", nn.functional.silu), ("gelu", nn.functional.gelu),
     ("gelu", lambda x: nn.functional.gelu(x, approximate="tanh")), ("silu", lambda x: x * torch.sigmoid(x.float()).to(x)),
 ])
-@pytest.mark.parametrize("gate_first", [True, False])
 def test_gated_activations_fuse(name, act, dtype, gate_first):
     def gated(gate, up):
         return act(gate) * up if gate_first else up * act(gate)
@@ -261,10 +259,9 @@ def test_passes_do_nothing_to_foreign_graphs():
     assert seen.before == seen.after and not any(seen.changes.values())
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("kind, dynamic", [("llama", False), ("qwen3", True), ("gemma3", True)])
 def test_a_decoder_ends_with_four_quantizers_and_four_matmuls_a_layer(kind, dynamic):
-    layers = 2 if kind == "llama" and not dynamic else 1
+    layers = 2 if kind == "llama" else 1
     seen = run(quantized(kind, layers=layers), tokens(2, 9), use_cache=False, dynamic=dynamic)
     assert seen.counts_before == {"transform_quantize": 7 * layers, "fp4_linear": 7 * layers}
     activation = "gelu_mul_transform_quantize" if kind == "gemma3" else "silu_mul_transform_quantize"
@@ -284,8 +281,8 @@ class DecoderLayer(ExpectTest):
         with torch.no_grad():
             torch.compile(quantized("llama", layers=1), backend=backend, dynamic=True)(tokens(2, 9), use_cache=False)
         self.assertExpectedInline(backend.text(backend.graph, layer=0), """\
-rms_norm_transform_quantize = wush.rms_norm_transform_quantize(embedding, model.layers.0.input_layernorm.weight, 0.0, convert_element_type_6, 'rounded', model.layers.0.self_attn.q_proj.group.input_transform, None, 'mxfp4', 'absmax')  # (u8[s0, s1, 32], u8[s0, s1, 2])
-fp4_linear = wush.fp4_linear(rms_norm_transform_quantize[0], rms_norm_transform_quantize[1], None, model.layers.0.self_attn.q_proj.group.weight_packed, model.layers.0.self_attn.q_proj.group.weight_scale, None, None, None, 'mxfp4', bf16)  # bf16[s0, s1, 128]
+rms_norm_transform_quantize = wush.rms_norm_transform_quantize(embedding, input_layernorm.weight, 0.0, convert_element_type_6, 'rounded', self_attn.q_proj.group.input_transform, None, 'mxfp4', 'absmax')  # (u8[s0, s1, 32], u8[s0, s1, 2])
+fp4_linear = wush.fp4_linear(rms_norm_transform_quantize[0], rms_norm_transform_quantize[1], None, self_attn.q_proj.group.weight_packed, self_attn.q_proj.group.weight_scale, None, None, None, 'mxfp4', bf16)  # bf16[s0, s1, 128]
 split_with_sizes = aten.split_with_sizes(fp4_linear, [64, 32, 32], -1)  # (bf16[s0, s1, 64], bf16[s0, s1, 32], bf16[s0, s1, 32])
 view_1 = aten.view(split_with_sizes[0], [s0, s1, -1, 16])  # bf16[s0, s1, 4, 16]
 permute = aten.permute(view_1, [0, 2, 1, 3])  # bf16[s0, 4, s1, 16]
@@ -328,10 +325,10 @@ _scaled_dot_product_flash_attention_for_cpu = aten._scaled_dot_product_flash_att
 view_6 = aten.view(_scaled_dot_product_flash_attention_for_cpu[0], [s0, 4, s1, 16])  # bf16[s0, 4, s1, 16]
 permute_3 = aten.permute(view_6, [0, 2, 1, 3])  # bf16[s0, s1, 4, 16]
 view_7 = aten.view(permute_3, [s0, s1, -1])  # bf16[s0, s1, 64]
-transform_quantize = wush.transform_quantize(view_7, model.layers.0.self_attn.o_proj.group.input_transform, None, 'mxfp4', 'absmax')  # (u8[s0, s1, 32], u8[s0, s1, 2])
-fp4_linear_1 = wush.fp4_linear(transform_quantize[0], transform_quantize[1], None, model.layers.0.self_attn.o_proj.group.weight_packed, model.layers.0.self_attn.o_proj.group.weight_scale, None, None, embedding, 'mxfp4', bf16)  # bf16[s0, s1, 64]
-rms_norm_transform_quantize_1 = wush.rms_norm_transform_quantize(fp4_linear_1, model.layers.0.post_attention_layernorm.weight, 0.0, convert_element_type_7, 'rounded', model.layers.0.mlp.gate_proj.group.input_transform, None, 'mxfp4', 'absmax')  # (u8[s0, s1, 32], u8[s0, s1, 2])
-fp4_linear_2 = wush.fp4_linear(rms_norm_transform_quantize_1[0], rms_norm_transform_quantize_1[1], None, model.layers.0.mlp.gate_proj.group.weight_packed, model.layers.0.mlp.gate_proj.group.weight_scale, None, None, None, 'mxfp4', bf16)  # bf16[s0, s1, 256]
+transform_quantize = wush.transform_quantize(view_7, self_attn.o_proj.group.input_transform, None, 'mxfp4', 'absmax')  # (u8[s0, s1, 32], u8[s0, s1, 2])
+fp4_linear_1 = wush.fp4_linear(transform_quantize[0], transform_quantize[1], None, self_attn.o_proj.group.weight_packed, self_attn.o_proj.group.weight_scale, None, None, embedding, 'mxfp4', bf16)  # bf16[s0, s1, 64]
+rms_norm_transform_quantize_1 = wush.rms_norm_transform_quantize(fp4_linear_1, post_attention_layernorm.weight, 0.0, convert_element_type_7, 'rounded', mlp.gate_proj.group.input_transform, None, 'mxfp4', 'absmax')  # (u8[s0, s1, 32], u8[s0, s1, 2])
+fp4_linear_2 = wush.fp4_linear(rms_norm_transform_quantize_1[0], rms_norm_transform_quantize_1[1], None, mlp.gate_proj.group.weight_packed, mlp.gate_proj.group.weight_scale, None, None, None, 'mxfp4', bf16)  # bf16[s0, s1, 256]
 split_with_sizes_1 = aten.split_with_sizes(fp4_linear_2, [128, 128], -1)  # (bf16[s0, s1, 128], bf16[s0, s1, 128])
-silu_mul_transform_quantize = wush.silu_mul_transform_quantize(split_with_sizes_1[0], split_with_sizes_1[1], model.layers.0.mlp.down_proj.group.input_transform, None, 'mxfp4', 'absmax')  # (u8[s0, s1, 64], u8[s0, s1, 4])
-fp4_linear_3 = wush.fp4_linear(silu_mul_transform_quantize[0], silu_mul_transform_quantize[1], None, model.layers.0.mlp.down_proj.group.weight_packed, model.layers.0.mlp.down_proj.group.weight_scale, None, None, fp4_linear_1, 'mxfp4', bf16)  # bf16[s0, s1, 64]""")
+silu_mul_transform_quantize = wush.silu_mul_transform_quantize(split_with_sizes_1[0], split_with_sizes_1[1], mlp.down_proj.group.input_transform, None, 'mxfp4', 'absmax')  # (u8[s0, s1, 64], u8[s0, s1, 4])
+fp4_linear_3 = wush.fp4_linear(silu_mul_transform_quantize[0], silu_mul_transform_quantize[1], None, mlp.down_proj.group.weight_packed, mlp.down_proj.group.weight_scale, None, None, fp4_linear_1, 'mxfp4', bf16)  # bf16[s0, s1, 64]""")
