@@ -1,7 +1,8 @@
 """A quantized model as one file that runs without Python: export, fuse, package.
 
     python examples/export_aoti.py model.pt2
-    cmake -S examples/export_aoti -B build -DCMAKE_PREFIX_PATH="$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+    P=$(python -c "import torch; print(torch.utils.cmake_prefix_path)")
+    cmake -S examples/export_aoti -B build -DCMAKE_PREFIX_PATH=$P
     cmake --build build && ./build/host model.pt2 12 7 42
 
 The package holds ordinary tensor arithmetic only: whoever runs it needs libtorch, not wush_compile.

@@ -55,7 +55,8 @@ def check_graph(gm, inputs) -> None:
     for node in gm.graph.nodes:
         assert node.users or node.op in ("placeholder", "output") or node.is_impure(), f"{node} is dead"
     mode = next((v.fake_mode for v in recorded.values() if isinstance(v, FakeTensor)), None)
-    FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*(v for n, v in recorded.items() if n.op == "placeholder"))
+    given = [v for n, v in recorded.items() if n.op == "placeholder"]
+    FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*given)
     for node, before in recorded.items():
         for a, b in zip(_tensors(before), _tensors(node.meta.get("val")), strict=True):
             assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device), node

@@ -18,7 +18,10 @@ from .errors import one_of
 from .trace import GraphTrace, Recorder, readable_name, trace_graphs
 
 _ROOT = Path(__file__).parent
-SOURCES = (*sorted((_ROOT / "passes").glob("*.py")), *(_ROOT / f for f in ("backend.py", "fused_ops.py", "ops.py", "formats.py")))
+SOURCES = (
+    *sorted((_ROOT / "passes").glob("*.py")),
+    *(_ROOT / name for name in ("backend.py", "fused_ops.py", "ops.py", "formats.py")),
+)
 _LINEAR_OPS = ("linear", "mm", "addmm", "matmul", "bmm")
 _state = {"warned": False, "quantized": False}
 
@@ -92,7 +95,8 @@ def has_wush_ops(gm: GraphModule) -> bool:
 
 
 def _has_linear(gm: GraphModule) -> bool:
-    names = (getattr(n.target, "__name__", str(n.target)) for g in _graphs(gm) for n in g.nodes if n.op != "placeholder")
+    calls = (n.target for g in _graphs(gm) for n in g.nodes if n.op != "placeholder")
+    names = (getattr(target, "__name__", str(target)) for target in calls)
     return any(name.split(".")[0] in _LINEAR_OPS for name in names)
 
 

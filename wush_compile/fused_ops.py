@@ -56,7 +56,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float | Tensor, gain: str) -
 
 def _rms_norm_transform_quantize(x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule):
     eps = eps if eps_tensor is None else eps_tensor.to(torch.float32)
-    return torch.ops.wush.transform_quantize(rms_norm(x, weight, eps, gain), transform, global_scale, format, scale_rule)
+    normed = rms_norm(x, weight, eps, gain)
+    return torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule)
 
 
 def _layer_norm_transform_quantize(x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule):
@@ -77,8 +78,8 @@ def _gelu_mul_transform_quantize(gate, up, approximate, transform, global_scale,
 def _norm_fake(x, vectors, transform, global_scale, format, scale_rule):
     for vector in vectors:
         if vector is not None:
-            torch._check(vector.device == x.device, lambda: f"x is on {x.device}, its norm's parameters on {vector.device}")
-            torch._check(vector.shape[-1] == x.shape[-1], lambda: f"norm of width {vector.shape[-1]}, x of {x.shape[-1]}")
+            torch._check(vector.device == x.device, lambda: f"x is on {x.device}, its norm is on {vector.device}")
+            torch._check(vector.shape[-1] == x.shape[-1], lambda: "the norm does not have the width of x")
     return FAKE["transform_quantize"](x, transform, global_scale, format, scale_rule)
 
 

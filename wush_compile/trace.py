@@ -42,7 +42,7 @@ def layer_of(node: Node) -> int | None:
 
 
 class _Printer:
-    """Names nodes by their op, and symbols by their order of appearance; within a layer, tensors by their path in it."""
+    """Names nodes by their op, symbols by their order of appearance; within a layer, tensors by their path in it."""
 
     def __init__(self, graph: Graph, names: list[str] | None, layer: int | None):
         self.names: dict[Node, str] = {}
@@ -101,7 +101,8 @@ class _Printer:
             target = f"{target.namespace}.{target._opname}"
         elif callable(target):
             target = getattr(target, "__name__", str(target))
-        arguments = [self._argument(a) for a in node.args] + [f"{k}={self._argument(v)}" for k, v in node.kwargs.items()]
+        arguments = [self._argument(a) for a in node.args]
+        arguments += [f"{k}={self._argument(v)}" for k, v in node.kwargs.items()]
         if node.op == "get_attr":
             return f"{self.names[node]} = self.{node.target}"
         return f"{self.names[node]} = {target}({', '.join(arguments)})  # {self._value(node.meta.get('val'))}"
@@ -178,10 +179,11 @@ class GraphLog:
         if not self.graphs:
             rich.print("nothing was compiled: call the compiled model for the first time inside `with trace_graphs()`")
         for i, graph in enumerate(self.graphs):
-            rich.get_console().print(f"graph {i}\n{graph.text(after, layer)}\n", markup=False, highlight=False, soft_wrap=True)
+            text = f"graph {i}\n{graph.text(after, layer)}\n"
+            rich.get_console().print(text, markup=False, highlight=False, soft_wrap=True)
 
     def save(self, directory: str | Path) -> None:
-        """One file a graph and step: `graph0/02_merge_siblings.txt`; `graph0/kernels.txt` is what Inductor made of it."""
+        """One file a graph and step: `graph0/02_cse.txt`; `graph0/kernels.txt` is what Inductor made of it."""
         for i, graph in enumerate(self.graphs):
             folder = Path(directory) / f"graph{i}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -225,7 +227,7 @@ def _op_names(node) -> list[str]:
 
 
 def _kernel(scheduled) -> str | None:
-    """`fused   aten.add, aten.mul` or `extern  wush.fp4_linear` of one of Inductor's scheduler nodes; None if it runs nothing."""
+    """`fused   aten.add, aten.mul` or `extern  wush.fp4_linear`, of a scheduler's node; None if it runs nothing."""
     kind = type(scheduled).__name__
     node = scheduled.node
     if kind.startswith("Nop") or type(node).__name__ == "MultiOutput":

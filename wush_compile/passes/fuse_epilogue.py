@@ -1,10 +1,10 @@
 """Adds after a matmul become its arguments.
 
-    add(fp4_linear(.., residual=None), r)  ->  fp4_linear(.., residual=r)     r of the same shape and dtype
-    add(fp4_linear(.., bias=None), b)      ->  fp4_linear(.., bias=b)         b one number a row of the weight, all in fp32
+    add(fp4_linear(.., residual=None), r)  ->  fp4_linear(.., residual=r)   r of the same shape and dtype
+    add(fp4_linear(.., bias=None), b)      ->  fp4_linear(.., bias=b)       b one number a row of the weight, all fp32
 
-The op rounds before it adds a residual, as the graph does. A bias it adds before it rounds, so an explicit bias is taken
-only where nothing is rounded.
+The op rounds before it adds a residual, as the graph does. A bias it adds before it rounds, so an explicit bias is
+taken only where nothing is rounded.
 """
 
 import torch

@@ -102,7 +102,8 @@ def _paste(graph: Graph, node: Node, traced: Graph) -> None:
                 result = torch.fx.map_arg(inner.args[0], copied.__getitem__)
             else:
                 copied[inner] = graph.node_copy(inner, copied.__getitem__)
-                copied[inner].meta.update({k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")})
+                place = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+                copied[inner].meta.update(place)
     if isinstance(result, Node):
         node.replace_all_uses_with(result, propagate_meta=False)
     else:

@@ -161,8 +161,10 @@ def only_user(node: Node, user: Node) -> bool:
 
 
 def insert(graph: Graph, where: Node, target, args: tuple, like: Node | None = None) -> Node:
-    """A new call before `where`, with `where`'s place in the module tree and a recorded value: that of `like`, if what the
-    call returns is known to have its layout, else what the op's fake kernel says."""
+    """A new call before `where`, with `where`'s place in the module tree.
+
+    Its recorded value is that of `like`, if the layout is known to be the same, else what its fake kernel says.
+    """
     with graph.inserting_before(where):
         node = graph.call_function(target, args)
     node.meta = {k: where.meta[k] for k in ("stack_trace", "nn_module_stack", "source_fn_stack") if k in where.meta}
