@@ -3,16 +3,9 @@
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 
 import torch
-
-# transformers looks for a package called `kernels`, and must not find the benchmark of that name in this folder.
-_here = sys.path.pop(0)
-import transformers.activations  # noqa: E402, F401
-
-sys.path.insert(0, _here)
 
 
 def wikitext_join(raw: str) -> str:
