@@ -70,5 +70,5 @@ def demo(out: Path, format: str = "mxfp4", console: Console | None = None) -> nn
     console.print(f"[bold]{ROWS[-1][0]} goes on:[/bold] {_generate(quantized, tokenizer, PROMPT, 24)}", soft_wrap=True)
     save(quantized, out, tokenizer=tokenizer)
     console.print(f"\nSaved in {out}. Load it with\n\n    import wush_compile as wc\n    model = wc.load({str(out)!r})\n\n"
-                  f"or from the shell: wush-compile generate {out} --prompt '...'; wush-compile explain {out}")
+                  f"or from the shell (the commands are in .venv/bin after make demo): wush-compile generate {out} --prompt '...'; wush-compile explain {out}", soft_wrap=True)
     return quantized
