@@ -199,10 +199,10 @@ def refresh(graph: Graph, changed: set[Node]) -> None:
 def replace(node: Node, by: Node) -> None:
     """Every use of `node` becomes one of `by`; what only `node` read goes with it."""
     node.replace_all_uses_with(by, propagate_meta=False)
-    dead = [node]
+    dead, erased = [node], set()
     while dead:
-        node = dead.pop()
-        if not node.users and node.op == "call_function" and not node.is_impure():
-            inputs = node.all_input_nodes
+        node = dead.pop()                                    # it may stand there twice: for two that read it
+        if node not in erased and not node.users and node.op == "call_function" and not node.is_impure():
+            dead += node.all_input_nodes
             node.graph.erase_node(node)
-            dead += inputs
+            erased.add(node)
