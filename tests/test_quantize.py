@@ -295,6 +295,14 @@ def test_no_data_samples_text_or_asks(caplog, monkeypatch):
     assert "tokens" in next(iter(quantization_of(free).report.values()))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, dict(solver="rtn", transform="hadamard")])
+def test_a_model_on_a_gpu_needs_no_data_either(settings, monkeypatch):
+    monkeypatch.setattr("wush_compile.quantizer.SELF_WINDOWS", (4, 16))
+    model = wc.quantize(plain("llama").cuda(), progress=False, **settings)
+    assert all(group.weight_packed.is_cuda for _, group in named_groups(model))
+
+
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 class Untraceable(nn.Module):

@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 from .capture import Captured
 from .config import WushConfig
 from .data import Batch
-from .errors import NonFiniteError
 from .modules import Member, WushGroup
 from .passes.group import LinearGroup
 from .passes.observe import Observation, allocate, insert_observers, observed, remove_observers
@@ -56,10 +55,6 @@ def _loss_rows(sample: Tensor) -> Tensor:
 def solve_group(group: LinearGroup, model: nn.Module, config: WushConfig, seen: Observation | None) -> Solved:
     """Transform, codes and scales of one group, from what its observer saw (None: data-free)."""
     weight = group.stacked_weight(model)                                   # [N, K]
-    if seen is not None and not torch.isfinite(seen.moment).all():
-        raise NonFiniteError(
-            f"the input of {group.name} has NaN or Inf on the calibration data: check the data, or run in bfloat16 or float32"
-        )
     solution = solve(
         weight, config, name=group.name,
         moment=None if seen is None else seen.moment,

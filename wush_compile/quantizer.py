@@ -54,10 +54,14 @@ def _without_data(model: nn.Module, config: WushConfig, tokenizer, progress: boo
     return calibration_data.normalize(texts, model=model), True
 
 
-def _prepare(model: nn.Module, data: Iterable | None, config: WushConfig, tokenizer, progress: bool):
+def _prepare(
+    model: nn.Module, data: Iterable | None, config: WushConfig, tokenizer, progress: bool
+) -> tuple[list[Batch], bool]:
+    """(batches on the model's device, whether to calibrate on them)."""
     if data is None:
-        return _without_data(model, config, tokenizer, progress)
-    batches = calibration_data.normalize(data, tokenizer, model)
+        batches, calibrates = _without_data(model, config, tokenizer, progress)
+    else:
+        batches, calibrates = calibration_data.normalize(data, tokenizer, model), True
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if isinstance(embeddings, nn.Embedding):
         calibration_data.check_token_ids(batches, embeddings.num_embeddings)
@@ -66,7 +70,9 @@ def _prepare(model: nn.Module, data: Iterable | None, config: WushConfig, tokeni
     def move(value: object) -> object:
         return value.to(device) if isinstance(value, Tensor) else value
 
-    return [{k: move(v) for k, v in b.items()} if isinstance(b, dict) else tuple(map(move, b)) for b in batches], True
+    return [
+        {k: move(v) for k, v in b.items()} if isinstance(b, dict) else tuple(map(move, b)) for b in batches
+    ], calibrates
 
 
 def _nothing(model: nn.Module, ignored: dict[str, str]) -> CaptureError:
