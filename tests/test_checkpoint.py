@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wush_compile as wc
-from wush_compile import atomic, checkpoint
+from wush_compile import atomic, checkpoint, storage
 from wush_compile.errors import CheckpointError, WushError
 from wush_compile.modules import WushLinear
 from wush_compile.quantization import ATTRIBUTE
@@ -345,7 +345,7 @@ def test_a_failed_save_leaves_no_trace(saved, monkeypatch):
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(storage, "save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         wc.save(model, directory)
     assert files(directory) == before and os.listdir(directory.parent) == ["saved"]
@@ -386,7 +386,7 @@ KILLED = """
     import torch
     from helpers import branches
     import wush_compile as wc
-    from wush_compile import atomic, checkpoint
+    from wush_compile import atomic, storage
 
     model, _ = branches(format="nvfp4", seed=1, transform="random")
 
@@ -413,8 +413,8 @@ KILLED = """
         os.rename = lambda a, b: (rename(a, b), str(b).endswith(".previous") and die())
 
     points = {{
-        "before anything": lambda: setattr(checkpoint, "_save_module", die),
-        "half the weights": lambda: setattr(checkpoint, "save_file", half),
+        "before anything": lambda: setattr(storage, "_save_module", die),
+        "half the weights": lambda: setattr(storage, "save_file", half),
         "all written": lambda: setattr(atomic, "_flush_tree", die),
         "flushed": lambda: setattr(atomic, "_install", die),
         "exchanged": lambda: die_after(atomic, "_exchange"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from expecttest import TestCase as ExpectTest
 from models import quantized, tokens
-from pass_harness import PassBackend, check_graph, run
+from pass_harness import PassBackend, run
 from torch import nn
 
 from wush_compile import formats, passes

@@ -9,12 +9,12 @@
 
 from . import evaluate, hf  # noqa: F401  (hf: Hugging Face loads our checkpoints once this package is imported)
 from .backend import fuse
-from .checkpoint import load, save
 from .config import WushConfig
 from .errors import WushError
 from .explain import explain
 from .kernels import register as _providers  # noqa: F401  (puts the GPU kernels behind the ops)
 from .quantizer import quantize
+from .storage import load, save
 from .trace import trace_graphs
 
 __all__ = [

@@ -14,15 +14,14 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from . import checkpoint
 from . import evaluate as evaluation
 from .config import WushConfig
 from .data import windows
 from .errors import ConfigError, WushError
 from .explain import compiled_graph, summary
 from .explain import explain as explanation
-from .hf import load_model
 from .quantizer import quantize as quantize_model
+from .storage import load, load_model, save
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -112,7 +111,7 @@ def quantize(
             available = len(_token_ids(text, tokenizer)) // window
             data = windows(text, tokenizer, window, min(count, max(available, 1)))
         quantize_model(net, data, config, tokenizer=tokenizer)
-        checkpoint.save(net, out, tokenizer=tokenizer)
+        save(net, out, tokenizer=tokenizer)
         console.print(summary(net), soft_wrap=True)
         console.print(f"saved in {out}; wush-compile explain {out} shows the groups and graphs", soft_wrap=True)
 
@@ -152,7 +151,7 @@ def explain(
 ) -> None:
     """What a checkpoint holds: settings, groups, what was skipped and why, and a layer's graph before and after."""
     with _one_line_errors():
-        model = checkpoint.load(directory)
+        model = load(directory)
         if graph is None and after is None:
             text = explanation(model)
         else:

@@ -11,13 +11,13 @@ from rich.table import Table
 from torch import nn
 
 from . import smollm2
-from .checkpoint import save
 from .config import WushConfig
 from .data import python_topics, windows
 from .evaluate import compare
 from .explain import quantized_bytes
 from .modules import WushLinear
 from .quantizer import quantize
+from .storage import save
 
 WINDOW = 512
 CALIBRATION_WINDOWS = 24

@@ -17,7 +17,7 @@ from .backend import preview
 from .capture import capture
 from .data import Batch
 from .errors import WushError, one_of
-from .modules import WushGroup, WushLinear, named_groups
+from .modules import WushLinear, named_groups
 from .passes.partition import Stage, partition
 from .quantization import quantization_of
 from .trace import print_graph

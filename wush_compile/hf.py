@@ -4,7 +4,6 @@ Importing this file registers the quantization method "wush". Loading puts empty
 rows of their linears while transformers reads them; saving splits them again (SPEC §7).
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -217,21 +216,3 @@ def load(directory: Path, config: Mapping, weights: Weights) -> PreTrainedModel:
         if spec is not None and spec.dtype != tensor.dtype:
             model.get_parameter_or_buffer(name).data = weights.tensor(name).to(tensor.device, copy=True)
     return model
-
-
-def load_model(source: str, dtype: str | torch.dtype = "auto") -> tuple[nn.Module, object]:
-    """(causal language model, its tokenizer) of a local directory, a wush checkpoint among them, a GGUF file or a hub name."""
-    from .checkpoint import load as load_checkpoint
-    from .gguf import load_gguf
-
-    path = Path(source)
-    if path.is_file():
-        return load_gguf(path) if dtype == "auto" else load_gguf(path, dtype)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise CheckpointError(f"{source} has no config.json: it is no model directory")
-    settings = json.loads((path / "config.json").read_text(encoding="utf-8")) if path.is_dir() else {}
-    if (settings.get("quantization_config") or {}).get("quant_method") == METHOD:
-        model = load_checkpoint(path)
-    else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    return model, transformers.AutoTokenizer.from_pretrained(source)

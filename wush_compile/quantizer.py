@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import data as calibration_data
+from . import hf
 from .calibrate import calibrate
 from .capture import capture
 from .config import WushConfig
@@ -15,7 +16,7 @@ from .data import Batch
 from .errors import CaptureError, ConfigError, DataError, NonFiniteError, WushError, one_of
 from .modules import install_group, is_quantized
 from .passes.group import LinearGroup, find_groups
-from .quantization import ATTRIBUTE, Quantization
+from .quantization import Quantization
 
 log = logging.getLogger("wush_compile")
 # (windows, tokens in each) that a language model samples for itself where it gets no data.
@@ -129,14 +130,5 @@ def quantize(
     del captured
     for one in solved:
         install_group(model, one.group)
-    attach(model, record)
+    hf.attach(model, record)
     return model
-
-
-def attach(model: nn.Module, record: Quantization) -> None:
-    """Keeps the record on the model; a Hugging Face model also learns how to save and load itself."""
-    setattr(model, ATTRIBUTE, record)
-    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
-        from . import hf                                   # only here: passes and solver never need transformers
-
-        hf.attach(model, record)

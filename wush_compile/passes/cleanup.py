@@ -1,6 +1,6 @@
 """What the other passes leave behind: dead nodes, views and paddings that change nothing, assertions about them."""
 
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 from .pattern import is_wush, op_name, replace, same_layout
 
