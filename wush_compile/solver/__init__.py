@@ -16,10 +16,13 @@ from .. import formats
 from ..config import WushConfig
 from ..errors import ConfigError, DataError, NonFiniteError
 from .choose import CLOSED_FORM, Transforms, uses_conditional_moments
-from .gptq import gptq
+from .gptq import Rotation, gptq, rotate
 from .layer_loss import layer_loss
 from .scales import global_scale, has_free_global_scale
 from .transforms import apply_blockwise, damped_cholesky, diagonal_blocks
+
+# Values a rounding works on at a time: its temporaries are many times as large.
+CHUNK_ELEMENTS = 2**24
 
 __all__ = ["GroupSolution", "block_size", "layer_loss", "moment_shape", "solve"]
 
@@ -70,41 +73,49 @@ def solve(
         raise NonFiniteError(f"{name}: the weight holds NaN or Inf; repair the model or put the layer in ignore")
     if moment is None and (config.solver == "gptq" or config.transform in CLOSED_FORM):
         raise DataError(f"{name}: {config.solver} with transform {config.transform} needs calibration data")
-    h = _mean_moment(moment, count, weight.device, name)                    # [K, K], [K/B, B, B] or None
-    w = weight.T.to(torch.float64).contiguous()                             # Wᵀ [K, N]
+    w = weight.T.contiguous().to(torch.float64)                             # Wᵀ [K, N]
     report = {"rows": int(count), "damping_tries": 0}
     rule, conditional = config.weight_scale_rule, uses_conditional_moments(config)
 
-    factor = None                                                           # H = L Lᵀ, damped once
+    def mean_moment() -> Tensor | None:                                     # H: [K, K], [K/B, B, B] or None
+        return _mean_moment(moment, count, weight.device, name)
+
+    h, factor = mean_moment(), None                                         # H = L Lᵀ, damped once
     if config.solver == "gptq" or conditional:
-        factor, report["damping_tries"] = damped_cholesky(h, config.damping, name)
+        whole, h = h, diagonal_blocks(h, block).clone()                     # the factor takes the place of [K, K]
+        factor, report["damping_tries"] = damped_cholesky(
+            whole, config.damping, name, again=mean_moment, panel=max(2048, block))
+        del whole
     transforms = Transforms(config, h, block, weight.dtype, name)
     # GPTQ finds conditional transforms on its way; the weights' global scale is fixed before, from marginal ones.
     on_the_way = config.solver == "gptq" and conditional
     t = inverse = None
     if not on_the_way or has_free_global_scale(config.format, rule):
         t, inverse = transforms.all(w, factor if conditional and not on_the_way else None)
-    w_tilde = apply_blockwise(w, None if inverse is None else inverse.mT)   # W̃ᵀ [K, N]
-    group_max = rms = None
+    w_tilde = group_max = rms = None
+    if config.solver == "rtn" or has_free_global_scale(config.format, rule):
+        w_tilde = apply_blockwise(w, None if inverse is None else inverse.mT)   # W̃ᵀ [K, N]
     if has_free_global_scale(config.format, rule):
         group_max, rms = _group_max(w_tilde, config), w_tilde.square().mean().sqrt()
     g = global_scale(config.format, rule, group_max, rms, w.device)
 
     if config.solver == "rtn":
-        packed, scale = formats.quantize(w_tilde.T.to(torch.float32).contiguous(), config.format, rule, g)
-        error = w_tilde - formats.dequantize(packed, scale, config.format, g).T
+        w_tilde = w.clone() if w_tilde is w else w_tilde                    # its error takes its place
+        packed, scale, error = _round_to_nearest(w_tilde, config.format, rule, g)
         error = apply_blockwise(error, None if t is None else t.to(torch.float64).mT)
     else:
-        found = {}
+        del w_tilde
+        roots, found, known = diagonal_blocks(factor, block), {}, None
+        if not on_the_way:
+            known = rotate(None if t is None else t.to(torch.float64), inverse, roots)
 
-        def transform_of(b: int, updated: Tensor | None) -> tuple[Tensor, Tensor] | None:
-            if on_the_way:
-                found[b], own = transforms.one(b, factor, updated)
-                return found[b][0].to(torch.float64), own[0]
-            own = b % t.shape[0] if t is not None else 0                    # one transform may serve all blocks
-            return None if t is None else (t[own].to(torch.float64), inverse[own])
+        def rotation_of(b: int, updated: Tensor | None) -> Rotation:
+            if known is not None:
+                return known.block(b)
+            found[b], own = transforms.one(b, factor, updated)
+            return rotate(found[b][0].to(torch.float64), own[0], roots[b])
 
-        codes, scale, error = gptq(w, factor, block, transform_of, config.format, rule, g, updated_weights=on_the_way)
+        codes, scale, error = gptq(w, factor, block, rotation_of, config.format, rule, g, updated_weights=on_the_way)
         packed = formats.pack(codes)
         if on_the_way:
             t = torch.cat([found[b] for b in sorted(found)])
@@ -127,7 +138,20 @@ def _mean_moment(moment: Tensor | None, count: int, device: torch.device, name: 
             f"{name}: its calibration inputs hold NaN or Inf, or overflow fp32 when squared; "
             "repair the data or the model, or put the layer in ignore"
         )
-    return moment.to(device, torch.float64) / count
+    return moment.to(device, torch.float64, copy=True).div_(count)
+
+
+def _round_to_nearest(
+    w_tilde: Tensor, format: str, rule: str, g: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W̃ᵀ float64 [K, N] -> packed [N, K/2], scales [N, K/G], and the error W̃ᵀ − Q(W̃)ᵀ in the place of W̃ᵀ."""
+    packed, scales = [], []
+    for chunk in w_tilde.split(max(1, CHUNK_ELEMENTS // w_tilde.shape[0]), dim=1):       # [K, n]
+        p, s = formats.quantize(chunk.T.to(torch.float32).contiguous(), format, rule, g)
+        chunk.sub_(formats.dequantize(p, s, format, g).T)
+        packed.append(p)
+        scales.append(s)
+    return torch.cat(packed), torch.cat(scales), w_tilde
 
 
 def _group_max(x: Tensor, config: WushConfig) -> Tensor:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,19 +30,44 @@ def random_orthogonal(blocks: int, size: int, seed: int, name: str) -> Tensor:
     return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[:, None, :]
 
 
-def damped_cholesky(h: Tensor, damping: float, name: str) -> tuple[Tensor, int]:
+def cholesky_(a: Tensor, panel: int = 2048) -> tuple[Tensor, Tensor]:
+    """Cholesky in place by panels: a float64 [K, K] -> L in a's place, and info, int32 [], not 0 if a is not positive definite.
+
+    What is above the diagonal blocks of `panel` channels is not to be read. Beside `a` only a panel of columns is in
+    memory, where the library's function, which serves matrices no larger than a panel, takes another K².
+    """
+    size, info = a.shape[0], torch.zeros((), dtype=torch.int32, device=a.device)
+    if size <= panel:
+        return torch.linalg.cholesky_ex(a)
+    for start in range(0, size, panel):
+        here = slice(start, min(start + panel, size))
+        factor, failed = torch.linalg.cholesky_ex(a[here, here])
+        a[here, here] = factor
+        info |= failed
+        if here.stop < size:
+            # X Lᵀ = A
+            a[here.stop:, here] = torch.linalg.solve_triangular(factor.mT, a[here.stop:, here], upper=True, left=False)
+            for low in range(here.stop, size, panel):
+                column = slice(low, min(low + panel, size))
+                a[low:, column].addmm_(a[low:, here], a[column, here].T, alpha=-1)
+    return a, info
+
+
+def damped_cholesky(
+    h: Tensor, damping: float, name: str, again: Callable[[], Tensor] | None = None, panel: int = 2048
+) -> tuple[Tensor, int]:
     """Lower L with L Lᵀ = h + t·damping·mean(diag h)·I, float64 [.., K, K] -> ([.., K, K], the largest t needed).
 
     t is 1 where that is enough, else the least count that is; a zero matrix gets the identity. Without damping the
-    further tries add 0.01.
+    further tries add 0.01. With `again`, which makes h [K, K] anew, h itself is overwritten by its factor (`cholesky_`).
     """
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)                            # [..]
     zero = mean == 0
     share = torch.full_like(mean, damping)
     for tries in range(1, MAX_DAMPING_TRIES + 1):
-        damped = h.clone()
+        damped = h.clone() if again is None else h if tries == 1 else again()
         damped.diagonal(dim1=-2, dim2=-1).add_(torch.where(zero, 1.0, share * mean)[..., None])
-        factor, info = torch.linalg.cholesky_ex(damped)
+        factor, info = torch.linalg.cholesky_ex(damped) if again is None else cholesky_(damped, panel)
         failed = info != 0
         if not failed.any():
             return factor, tries
