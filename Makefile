@@ -1,4 +1,5 @@
-# Everything a fresh machine needs: `make demo` runs the main job, `make test` the tests.
+# Everything a fresh machine needs: `make demo` runs the main job, `make test` the tests,
+# `make cuda` builds the CUDA kernels for every GPU of csrc/build.py (needs nvcc 12.9 or newer; objects are cached).
 PYTHON ?= python3
 # Which PyTorch to install. On Linux the plain name also brings CUDA's libraries, several gigabytes;
 # `make TORCH=torch test` takes it all the same.
@@ -6,13 +7,16 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test cuda bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/wush-compile demo
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+cuda: $(VENV)/ready
+	$(BIN)/python csrc/build.py
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/compile_overhead.py

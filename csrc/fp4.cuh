@@ -1,0 +1,110 @@
+// MXFP4 and NVFP4 in a kernel: e2m1, scale bytes, the layout of scales that Blackwell's tensor cores read.
+//
+// The counterpart of wush_compile/formats.py, bit for bit. Sources are compiled with -fmad=false; where a fused
+// multiply-add is exact it is written as one.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace wush {
+
+constexpr int MX_GROUP = 32, NV_GROUP = 16;
+constexpr uint32_t MX_NAN = 0xFF, NV_NAN = 0x7F;
+
+// Whether this GPU has the conversion to e2m1 (cvt.rn.satfinite.e2m1x2.f32).
+#if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL) || \
+    defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL)
+#define WUSH_NATIVE_E2M1 1
+#else
+#define WUSH_NATIVE_E2M1 0
+#endif
+
+// -- e2m1 ------------------------------------------------------------------------------------------------------------
+
+// fp32 -> fp32 whose low bits hold the code of |v| (0..7), nearest, ties to even, saturating at 6; NaN -> 0.
+//
+// Each stretch of even spacing is cut out by a saturating multiply-add (to [0, 1]) and counted by an addition that rounds
+// to an integer: 2^23 has a spacing of 1. All three roundings are one: at most one stretch is neither 0 nor full, and
+// those before it count an even number, so that its ties stay ties to even. Seven instructions, none of them integer,
+// which on Hopper run at twice the rate of integer ones.
+__device__ __forceinline__ float e2m1_magnitude(float v) {
+  const float a = fabsf(v);
+  const float halves = __saturatef(a * 0.5f);                              // [0, 2]: 4 steps of 1/2
+  const float ones = __saturatef(__fmaf_rn(a, 0.5f, -1.0f));               // [2, 4]: 2 steps of 1
+  const float twos = __saturatef(__fmaf_rn(a, 0.5f, -2.0f));               // [4, 6]: 1 step of 2
+  return __fmaf_rn(halves, 4.0f, __fmaf_rn(ones, 2.0f, twos + 8388608.0f));
+}
+
+// 8 floats -> 8 codes, the first in the lowest nibble.
+__device__ __forceinline__ uint32_t e2m1_pack8(const float (&v)[8]) {
+#if WUSH_NATIVE_E2M1
+  uint32_t packed;
+  asm("{ .reg .b8 a, b, c, d;\n"
+      "cvt.rn.satfinite.e2m1x2.f32 a, %2, %1;\n"
+      "cvt.rn.satfinite.e2m1x2.f32 b, %4, %3;\n"
+      "cvt.rn.satfinite.e2m1x2.f32 c, %6, %5;\n"
+      "cvt.rn.satfinite.e2m1x2.f32 d, %8, %7;\n"
+      "mov.b32 %0, {a, b, c, d}; }"
+      : "=r"(packed)
+      : "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "f"(v[4]), "f"(v[5]), "f"(v[6]), "f"(v[7]));
+  return packed;
+#else
+  uint32_t u[8], s[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    u[i] = __float_as_uint(e2m1_magnitude(v[i]));
+    s[i] = __float_as_uint(v[i]);
+  }
+  // Low bytes hold codes, high bytes signs: gather four at a time, even values to low nibbles, odd to high ones.
+  auto gather = [](const uint32_t(&w)[8], int first, uint32_t pair) {
+    return __byte_perm(__byte_perm(w[first], w[first + 2], pair), __byte_perm(w[first + 4], w[first + 6], pair), 0x5410);
+  };
+  const uint32_t codes = gather(u, 0, 0x0040) + (gather(u, 1, 0x0040) << 4);
+  return codes | ((gather(s, 0, 0x0073) >> 4) & 0x08080808u) | (gather(s, 1, 0x0073) & 0x80808080u);
+#endif
+}
+
+// Code (0..15) -> fp32.
+__device__ __forceinline__ float e2m1_decode(uint32_t code) {
+  const uint32_t c = code & 7, double_value = c + (c > 4 ? c - 4 : 0) + (c > 6 ? 2 : 0);
+  return __uint_as_float(__float_as_uint(0.5f * double_value) | (code & 8) << 28);
+}
+
+// -- scale bytes -----------------------------------------------------------------------------------------------------
+
+// 2^n, exact, for n in [-127, 127]; 2^-127 is subnormal.
+__device__ __forceinline__ float exp2_exact(int n) { return __uint_as_float(n > -127 ? (n + 127) << 23 : 0x400000); }
+
+// fp32 in [0, 448] -> e4m3 byte, nearest, ties to even. Not by the fp8 conversion: compilers up to CUDA 12.9 get
+// round trips through it wrong on sm_90.
+__device__ __forceinline__ uint32_t e4m3_encode(float x) {
+  const int exponent = max((int)(__float_as_uint(x) >> 23) - 127, -6);
+  const float steps = __fadd_rn(__fmul_rn(x, exp2_exact(3 - exponent)), 8388608.0f);
+  return __float_as_uint(steps) - 0x4B000000u + ((exponent + 6) << 3);
+}
+
+// e4m3 byte, positive, not NaN -> fp32: in fp32's fields the byte is the value times 2^-120, subnormals too.
+__device__ __forceinline__ float e4m3_decode(uint32_t byte) {
+  return __fmul_rn(__uint_as_float(byte << 20), 1.329227995784916e36f);
+}
+
+// e8m0 byte, not 0 and not NaN -> fp32.
+__device__ __forceinline__ float e8m0_decode(uint32_t byte) { return __uint_as_float(byte << 23); }
+
+// -- layout ----------------------------------------------------------------------------------------------------------
+
+// Scales as Blackwell's tensor cores read them (kernels/layouts.py): tiles of 128 rows x 4 groups, padded with zeros;
+// in one, row r and group c are at byte (r % 32) * 16 + (r / 32) * 4 + c.
+__host__ __device__ __forceinline__ int64_t swizzled_size(int64_t rows, int64_t groups) {
+  return (rows + 127) / 128 * 128 * ((groups + 3) / 4 * 4);
+}
+
+__host__ __device__ __forceinline__ int64_t swizzled_offset(int64_t row, int64_t group, int64_t groups) {
+  const int64_t tile = row / 128 * ((groups + 3) / 4) + group / 4;
+  return tile * 512 + (row % 32) * 16 + (row % 128 / 32) * 4 + group % 4;
+}
+
+}  // namespace wush

@@ -1,0 +1,420 @@
+// Block transform, quantization and packing in one kernel, registers only.
+//
+// A warp owns 64 columns (two blocks of 32) and walks tiles of 16 rows. Lane (g, t) = (lane / 4, lane % 4) loads 8
+// neighbouring channels, 8t..8t+7 of a block, of the rows g and g + 8. As they lie, these are its A fragment of
+// mma.m16n8k16 once channels are renamed, k = 8t + 4h + 2b + p to k' = 16h + 8b + 2t + p (h: which of two products). The
+// transform's rows are renamed too, column c = 2s + p of output tile j being channel 8s + 2j + p, so that the lane's results
+// are 8 neighbouring channels again: one word of codes. NVFP4's 16x16 blocks go in pairs, as a block-diagonal 32x32 one.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "fp4.cuh"
+#include "quantize.h"
+
+namespace wush {
+
+constexpr int BLOCK = 32;               // columns of one product
+constexpr int BLOCKS = 2;               // a warp's
+constexpr int WARPS = 4;
+constexpr int TILE = 16;                // rows
+
+// What a kernel needs of QuantizeArguments.
+struct KernelArguments {
+  QuantizeArguments q;
+  int column_tiles;                     // CTAs side by side
+  int row_tiles;                        // tiles of 16 rows that a warp walks
+  int64_t scale_rows, scale_blocks;     // rows and blocks whose scales are written, padding included
+  int mx_carry, mx_below;               // e8m0 byte = ((bits(amax) + carry) >> 23) - below
+};
+
+template <class T> struct Pair;
+template <> struct Pair<__nv_bfloat16> {
+  static __device__ __forceinline__ float2 wide(uint32_t v) {
+    return {__uint_as_float(v << 16), __uint_as_float(v & 0xFFFF0000u)};
+  }
+  static __device__ __forceinline__ uint32_t narrow(float2 v) {
+    const __nv_bfloat162 pair = __float22bfloat162_rn(v);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+};
+template <> struct Pair<__half> {
+  static __device__ __forceinline__ float2 wide(uint32_t v) { return __half22float2(*reinterpret_cast<__half2*>(&v)); }
+  static __device__ __forceinline__ uint32_t narrow(float2 v) {
+    const __half2 pair = __float22half2_rn(v);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1) {
+  if constexpr (sizeof(T) == 2 && __is_same(T, __half)) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float m;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
+  return m;
+}
+
+// Absolute maximum of a group, of which this lane has 8 values; NaN if there is one.
+template <bool NV> __device__ __forceinline__ float group_amax(const float (&v)[8]) {
+  float m = fabsf(v[0]);
+#pragma unroll
+  for (int i = 1; i < 8; i++) m = max_nan(m, fabsf(v[i]));
+  m = max_nan(m, __shfl_xor_sync(~0u, m, 1));
+  return NV ? m : max_nan(m, __shfl_xor_sync(~0u, m, 2));
+}
+
+// -- mse -------------------------------------------------------------------------------------------------------------
+
+// N values a lane -> N/2: adds those of the lane `mask` away, either lane keeping one half.
+template <int N> __device__ __forceinline__ void exchange(const float* s, float* half, int mask, bool upper) {
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) {
+    const float other = __shfl_xor_sync(~0u, upper ? s[i] : s[i + N / 2], mask);
+    half[i] = (upper ? s[i + N / 2] : s[i]) + other;
+  }
+}
+
+// Sum of a group's squared errors in the order of formats._tree_sum: element i with i + n/2 at every step.
+template <bool NV>
+__device__ __forceinline__ float squared_error(const float (&y)[8], float inverse, float unit, int t) {
+  float s[8], a4[4], a2[2], a1[1];
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const float a = fabsf(y[i] * inverse), capped = fminf(a, 8.0f);
+    // c = 2^(22 + e), e the exponent of max(a, 1): a + c is a rounded to e2m1's spacing there.
+    const float c = __uint_as_float((__float_as_uint(fmaxf(capped, 1.0f)) & 0x7F800000u) + (22u << 23));
+    const float d = (a - fminf((capped + c) - c, 6.0f)) * unit;
+    s[i] = d * d;
+  }
+  const bool odd = t & 1, upper = t & 2;
+  if constexpr (NV) {                    // 16 values in 2 lanes
+    exchange<8>(s, a4, 1, odd);          // i + 8
+    exchange<4>(a4, a2, 1, odd);         // i + 4
+    exchange<2>(a2, a1, 1, odd);         // i + 2
+    return a1[0] + __shfl_xor_sync(~0u, a1[0], 1);
+  } else {                               // 32 values in 4 lanes
+    exchange<8>(s, a4, 2, upper);        // i + 16: the upper lanes keep values 4..7
+    exchange<4>(a4, a2, 1, odd);         // i + 8: the odd lanes keep the upper two
+    exchange<2>(a2, a1, 2, upper);       // i + 4
+    const float pair = a1[0] + __shfl_xor_sync(~0u, a1[0], 1);      // i + 2
+    return pair + __shfl_xor_sync(~0u, pair, 2);                    // i + 1
+  }
+}
+
+// -- scales ----------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float mx_inverse(int byte) { return __uint_as_float(max((254 - byte) << 23, 0x400000)); }
+
+__device__ __forceinline__ uint32_t nv_byte(float amax, float g_over_largest) {
+  return min(max(e4m3_encode(fminf(amax * g_over_largest, 448.0f)), 0x01u), 0x7Eu);
+}
+
+// The scale byte of the group of y and the factor of its values; g: the global scale, 1 if there is none.
+// inverses[b] = g / e4m3(b).
+template <bool NV, bool MSE>
+__device__ __forceinline__ uint32_t choose_scale(const float (&y)[8], float amax, float g, float g_over_6, float g_over_4,
+                                                 const float* inverses, const KernelArguments& args, int t,
+                                                 float& inverse) {
+  uint32_t byte;
+  if constexpr (NV) {
+    byte = nv_byte(amax, g_over_6);
+    if constexpr (MSE) {
+      const uint32_t narrow = nv_byte(amax, g_over_4);
+      const float s0 = e4m3_decode(byte), s1 = e4m3_decode(narrow);
+      const float e1 = squared_error<NV>(y, inverses[narrow], s1, t), e0 = squared_error<NV>(y, inverses[byte], s0, t);
+      byte = e1 < e0 ? narrow : byte;
+    }
+    inverse = inverses[byte];
+  } else {
+    int b = max((int)((__float_as_uint(amax) + args.mx_carry) >> 23) - args.mx_below, 1);     // at most 254
+    if constexpr (MSE) {
+      const int lower = max(b - 1, 1);
+      const float e1 = squared_error<NV>(y, mx_inverse(lower), exp2_exact(lower - b), t);
+      b = e1 < squared_error<NV>(y, mx_inverse(b), 1.0f, t) ? lower : b;
+    }
+    byte = b;
+    inverse = mx_inverse(b) * g;
+  }
+  return byte;
+}
+
+// -- prologues -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+
+// Two values as the unfused graph computes them, rounded to the model dtype where it rounds.
+template <class T, Prologue P>
+__device__ __forceinline__ uint32_t prologue(uint32_t x, uint32_t other, float inverse_rms, const QuantizeArguments& q) {
+  if constexpr (P == Prologue::silu_mul) {
+    const float2 v = Pair<T>::wide(x), up = Pair<T>::wide(other);
+    const float2 s = Pair<T>::wide(Pair<T>::narrow({silu(v.x), silu(v.y)}));
+    return Pair<T>::narrow({s.x * up.x, s.y * up.y});
+  } else if constexpr (P == Prologue::rms_norm) {
+    float2 v = Pair<T>::wide(x), w = {1.0f, 1.0f};
+    v = {v.x * inverse_rms, v.y * inverse_rms};
+    if (q.gain_rounded) v = Pair<T>::wide(Pair<T>::narrow(v));
+    if (q.gain != nullptr) w = Pair<T>::wide(other);
+    return Pair<T>::narrow({v.x * (w.x + q.gain_offset), v.y * (w.y + q.gain_offset)});
+  } else {
+    return x;
+  }
+}
+
+// 1 / sqrt(mean(x^2) + eps) of every row; one CTA a row.
+template <class T> __global__ void __launch_bounds__(256) inverse_rms_kernel(const QuantizeArguments q) {
+  const uint4* row = reinterpret_cast<const uint4*>(static_cast<const T*>(q.x) + (int64_t)blockIdx.x * q.stride);
+  float sum = 0.0f;
+  for (int i = threadIdx.x; i < q.width / 8; i += 256) {
+    const uint4 v = row[i];
+#pragma unroll
+    for (uint32_t word : {v.x, v.y, v.z, v.w}) {
+      const float2 pair = Pair<T>::wide(word);
+      sum = __fmaf_rn(pair.x, pair.x, __fmaf_rn(pair.y, pair.y, sum));
+    }
+  }
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+  __shared__ float parts[8];
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    sum = ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
+    const float eps = q.eps_pointer == nullptr ? q.eps : *q.eps_pointer;
+    q.inverse_rms[blockIdx.x] = rsqrtf(sum / (float)q.width + eps);
+  }
+}
+
+// -- the kernel ------------------------------------------------------------------------------------------------------
+
+// A lane's part of the transform: the B fragments of its blocks. The lane's row of output tile j is channel
+// 8 (g / 2) + 2j + g % 2, of which it needs the entries 8t..8t+7: 16 bytes as they lie.
+template <class T, bool NV>
+__device__ __forceinline__ void load_transform(uint4 (&b)[BLOCKS][4], const QuantizeArguments& q, int first, int lane) {
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i++) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const int n = 8 * (g / 2) + 2 * j + g % 2;
+      const int column = (first + i) * BLOCK + 8 * t;
+      b[i][j] = {0, 0, 0, 0};
+      if (column >= q.width || (NV && n / 16 != t / 2)) continue;
+      const int64_t block = q.shared ? 0 : NV ? column / 16 : column / 32;
+      const T* matrix = static_cast<const T*>(q.transform) + block * (NV ? 256 : 1024);
+      b[i][j] = __ldg(reinterpret_cast<const uint4*>(NV ? matrix + (n % 16) * 16 + 8 * (t % 2) : matrix + n * 32 + 8 * t));
+    }
+  }
+}
+
+// y: the lane's 8 results of row g (h = 0) and of row g + 8 (h = 1).
+template <class T>
+__device__ __forceinline__ void transform_tile(float (&y)[2][8], const uint4& low, const uint4& high, const uint4 (&b)[4]) {
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    mma<T>(d, low.x, high.x, low.y, high.y, b[j].x, b[j].y);
+    mma<T>(d, low.z, high.z, low.w, high.w, b[j].z, b[j].w);
+    y[0][2 * j] = d[0], y[0][2 * j + 1] = d[1], y[1][2 * j] = d[2], y[1][2 * j + 1] = d[3];
+  }
+}
+
+template <class T, bool NV, bool TRANSFORM, bool MSE, Prologue P>
+__global__ void __launch_bounds__(32 * WARPS) quantize_kernel(const KernelArguments args) {
+  constexpr int SOURCES = P == Prologue::silu_mul ? 2 : 1;
+  const QuantizeArguments& q = args.q;
+  const int lane = threadIdx.x % 32, t = lane % 4;
+  const int first = ((blockIdx.x % args.column_tiles) * WARPS + threadIdx.x / 32) * BLOCKS;       // the warp's blocks
+  const int64_t start = (int64_t)(blockIdx.x / args.column_tiles) * args.row_tiles * TILE + lane / 4;
+  const float g = q.global_scale == nullptr ? 1.0f : *q.global_scale;
+
+  __shared__ float inverses[128];
+  float g_over_6 = 0.0f, g_over_4 = 0.0f;
+  if constexpr (NV) {
+    inverses[threadIdx.x] = __fdiv_rn(g, e4m3_decode(max(threadIdx.x, 1)));
+    g_over_6 = __fdiv_rn(g, 6.0f), g_over_4 = __fdiv_rn(g, 4.0f);
+    __syncthreads();
+  }
+
+  uint4 b[BLOCKS][4], gain[BLOCKS];
+  if constexpr (TRANSFORM) load_transform<T, NV>(b, q, first, lane);
+  bool inside[BLOCKS];
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i++) {
+    const int column = (first + i) * BLOCK + 8 * t;
+    inside[i] = column < q.width;
+    if (P == Prologue::rms_norm && q.gain != nullptr && inside[i])
+      gain[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(q.gain) + column));
+  }
+
+  // Rows of the next tile are on their way while this one is computed.
+  uint4 next[SOURCES][BLOCKS][2];
+  float next_rms[2] = {0.0f, 0.0f};
+  auto load = [&](int64_t row) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const bool valid = row + 8 * h < q.rows;
+      if (P == Prologue::rms_norm && valid) next_rms[h] = q.inverse_rms[row + 8 * h];
+#pragma unroll
+      for (int s = 0; s < SOURCES; s++) {
+        const T* source = static_cast<const T*>(s == 0 ? q.x : q.up) + (row + 8 * h) * (s == 0 ? q.stride : q.up_stride);
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+          next[s][i][h] = {0, 0, 0, 0};
+          if (valid && inside[i])
+            next[s][i][h] = __ldcs(reinterpret_cast<const uint4*>(source + (first + i) * BLOCK + 8 * t));
+        }
+      }
+    }
+  };
+  load(start);
+
+#pragma unroll 1
+  for (int tile = 0; tile < args.row_tiles; tile++) {
+    const int64_t row = start + tile * TILE;
+    uint4 x[BLOCKS][2];
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const uint4 v = next[0][i][h], other = P == Prologue::silu_mul ? next[SOURCES - 1][i][h] : gain[i];
+        const float rms = next_rms[h];
+        x[i][h] = {prologue<T, P>(v.x, other.x, rms, q), prologue<T, P>(v.y, other.y, rms, q),
+                   prologue<T, P>(v.z, other.z, rms, q), prologue<T, P>(v.w, other.w, rms, q)};
+      }
+    }
+    if (tile + 1 < args.row_tiles) load(row + TILE);
+
+    uint32_t bytes[2] = {0, 0};                       // MX: 2 scales of a row; NV: of each block the lane's one
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+      float y[2][8], amax[2];
+      if constexpr (TRANSFORM) {
+        transform_tile<T>(y, x[i][0], x[i][1], b[i]);
+      } else {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const uint32_t words[4] = {x[i][h].x, x[i][h].y, x[i][h].z, x[i][h].w};
+#pragma unroll
+          for (int j = 0; j < 4; j++) {
+            const float2 pair = Pair<T>::wide(words[j]);
+            y[h][2 * j] = pair.x, y[h][2 * j + 1] = pair.y;
+          }
+        }
+      }
+      amax[0] = group_amax<NV>(y[0]), amax[1] = group_amax<NV>(y[1]);
+      if constexpr (NV && TRANSFORM) {
+        // 0 * NaN: what is not finite in one block of the pair has reached the other. Rare: each again without the other.
+        const bool finite = amax[0] <= 3.4028235e38f && amax[1] <= 3.4028235e38f;
+        if (__any_sync(~0u, !finite)) {
+          float lower[2][8];
+          const uint4 none = {0, 0, 0, 0};
+          transform_tile<T>(lower, t < 2 ? x[i][0] : none, t < 2 ? x[i][1] : none, b[i]);
+          transform_tile<T>(y, t < 2 ? none : x[i][0], t < 2 ? none : x[i][1], b[i]);
+#pragma unroll
+          for (int j = 0; j < 8; j++) {
+            y[0][j] = t < 2 ? lower[0][j] : y[0][j];
+            y[1][j] = t < 2 ? lower[1][j] : y[1][j];
+          }
+          amax[0] = group_amax<NV>(y[0]), amax[1] = group_amax<NV>(y[1]);
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const bool bad = !(amax[h] <= 3.4028235e38f);
+        float inverse, v[8];
+        uint32_t byte = choose_scale<NV, MSE>(y[h], bad ? 0.0f : amax[h], g, g_over_6, g_over_4, inverses, args, t, inverse);
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[j] = y[h][j] * inverse;
+        uint32_t codes = e2m1_pack8(v);
+        if (bad) byte = NV ? NV_NAN : MX_NAN, codes = 0;
+        const int64_t r = row + 8 * h;
+        const int column = (first + i) * BLOCK + 8 * t;
+        if (r < q.rows && inside[i])
+          *reinterpret_cast<uint32_t*>(q.codes + r * (q.width / 2) + column / 2) = codes;
+        else
+          byte = 0;                                    // padding
+        bytes[h] |= byte << (NV ? 16 * i : 8 * i);
+      }
+    }
+
+    // Scales of a row leave together: lane 0 writes those of row g, lane 1 those of row g + 8.
+    constexpr int PER_BLOCK = NV ? 2 : 1, COUNT = PER_BLOCK * BLOCKS;
+    if constexpr (NV) {
+      bytes[0] |= __shfl_xor_sync(~0u, bytes[0], 2) << 8;
+      bytes[1] |= __shfl_xor_sync(~0u, bytes[1], 2) << 8;
+    }
+    const int64_t r = row + 8 * t, group = (int64_t)first * PER_BLOCK, groups = q.width / (BLOCK / PER_BLOCK);
+    if (t < 2 && r < args.scale_rows && first < args.scale_blocks) {
+      const uint32_t word = t == 0 ? bytes[0] : bytes[1];
+      uint8_t* place = q.scales + (q.swizzled ? swizzled_offset(r, group, groups) : r * groups + group);
+      if (q.swizzled || (groups % COUNT == 0)) {
+        if constexpr (NV) *reinterpret_cast<uint32_t*>(place) = word;
+        else *reinterpret_cast<uint16_t*>(place) = word;
+      } else {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+          if (group + i < groups) place[i] = word >> (8 * i);
+      }
+    }
+  }
+}
+
+// -- launch ----------------------------------------------------------------------------------------------------------
+
+template <class T, bool NV, bool TRANSFORM, Prologue P>
+const char* launch_rule(const KernelArguments& args, int64_t grid, cudaStream_t stream) {
+  if (args.q.rule == Rule::mse)
+    quantize_kernel<T, NV, TRANSFORM, true, P><<<grid, 32 * WARPS, 0, stream>>>(args);
+  else
+    quantize_kernel<T, NV, TRANSFORM, false, P><<<grid, 32 * WARPS, 0, stream>>>(args);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <class T, bool NV, Prologue P>
+const char* launch_transform(const KernelArguments& args, int64_t grid, cudaStream_t stream) {
+  return args.q.transform == nullptr ? launch_rule<T, NV, false, P>(args, grid, stream)
+                                     : launch_rule<T, NV, true, P>(args, grid, stream);
+}
+
+template <class T, bool NV> const char* launch(const KernelArguments& args, int64_t grid, cudaStream_t stream) {
+  switch (args.q.prologue) {
+    case Prologue::silu_mul: return launch_transform<T, NV, Prologue::silu_mul>(args, grid, stream);
+    case Prologue::rms_norm:
+      inverse_rms_kernel<T><<<args.q.rows, 256, 0, stream>>>(args.q);
+      return launch_transform<T, NV, Prologue::rms_norm>(args, grid, stream);
+    default: return launch_transform<T, NV, Prologue::none>(args, grid, stream);
+  }
+}
+
+template <bool NV> const char* quantize(const QuantizeArguments& q) {
+  constexpr int GROUPS_OF_BLOCK = NV ? 2 : 1;
+  KernelArguments args{q};
+  const int64_t blocks = (q.width + BLOCK - 1) / BLOCK, groups = q.width / (BLOCK / GROUPS_OF_BLOCK);
+  args.scale_rows = q.swizzled ? (q.rows + 127) / 128 * 128 : q.rows;
+  args.scale_blocks = q.swizzled ? (groups + 3) / 4 * 4 / GROUPS_OF_BLOCK : blocks;
+  args.column_tiles = (args.scale_blocks + BLOCKS * WARPS - 1) / (BLOCKS * WARPS);
+  const int64_t tiles = (args.scale_rows + TILE - 1) / TILE;
+  // Enough warps for every multiprocessor first, then few reads of the transform.
+  args.row_tiles = 1;
+  while (args.row_tiles < 8 && tiles / (2 * args.row_tiles) * args.column_tiles >= 132 * 6) args.row_tiles *= 2;
+  args.mx_carry = q.rule == Rule::absmax || q.rule == Rule::mse ? 0x3FFFFF : 0;
+  args.mx_below = q.rule == Rule::paper ? 0 : 2;
+  const int64_t grid = (tiles + args.row_tiles - 1) / args.row_tiles * args.column_tiles;
+  const auto stream = static_cast<cudaStream_t>(q.stream);
+  return q.half ? launch<__half, NV>(args, grid, stream) : launch<__nv_bfloat16, NV>(args, grid, stream);
+}
+
+}  // namespace wush
