@@ -1,6 +1,9 @@
 """The solver: closed-form transforms, GPTQ against an oracle, global scales, and what it refuses (SPEC §2–4)."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,10 +13,10 @@ from wush_compile import formats
 from wush_compile.config import MOMENTS, SOLVERS, TRANSFORMS, WushConfig
 from wush_compile.errors import ConfigError, DataError, NonFiniteError
 from wush_compile.solver import block_size, layer_loss, moment_shape, solve
-from wush_compile.solver.gptq import _rounder, round_e2m1
+from wush_compile.solver.gptq import _rounder, gptq, rotate, round_e2m1, round_group
 from wush_compile.solver.scales import global_scale
 from wush_compile.solver.transforms import (
-    apply_blockwise, damped_cholesky, diagonal_blocks, hadamard_matrix, random_orthogonal, wush_transform,
+    apply_blockwise, cholesky_, damped_cholesky, diagonal_blocks, hadamard_matrix, random_orthogonal, wush_transform,
 )
 
 DAMPING = 0.01
@@ -179,9 +182,7 @@ def test_rtn_is_the_format_s_quantizer(format, rule, transform):
     assert torch.equal(codes, solution.weight_packed) and torch.equal(scales, solution.weight_scale)
 
 
-@pytest.mark.parametrize("format,rule", RULES)
-@pytest.mark.parametrize("groups", [1, 2])
-def test_gptq_is_the_oracle_s(format, rule, groups):
+def agrees_with_the_oracle(format, rule, groups, device):
     """Code for code: the 1e-12 between two ways of computing in float64 reaches no fp32 tie in these draws."""
     fmt = formats.get_format(format)
     block, width = groups * fmt.group_size, 4 * fmt.group_size
@@ -190,12 +191,96 @@ def test_gptq_is_the_oracle_s(format, rule, groups):
     for transform, moments in cases:
         config = WushConfig(format=format, weight_scale_rule=rule, transform=transform, moments=moments,
                             transform_block_size=block)
-        solution = run(x, w, config)
-        t = block_diagonal(solution.transform, width)
+        moment = (x.T @ x).to(device)                                   # of the CPU everywhere: its sums decide nothing here
+        solution = solve(w.to(device), config, moment=moment, count=len(x), sample=x[:64].to(device), name="a")
+        t = block_diagonal(None if solution.transform is None else solution.transform.cpu(), width)
+        g = solution.weight_global_scale
         codes, scales = obq(w.to(torch.float64) @ torch.linalg.inv(t), t @ damped(x) @ t.T, format, rule,
-                            solution.weight_global_scale)
-        assert torch.equal(scales.view(torch.uint8), solution.weight_scale.view(torch.uint8)), (transform, moments)
-        assert torch.equal(codes, formats.unpack(solution.weight_packed)), (transform, moments)
+                            None if g is None else g.cpu())
+        assert torch.equal(scales.view(torch.uint8), solution.weight_scale.cpu().view(torch.uint8)), (transform, moments)
+        assert torch.equal(codes, formats.unpack(solution.weight_packed.cpu())), (transform, moments)
+
+
+@pytest.mark.parametrize("format,rule", RULES)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gptq_is_the_oracle_s(format, rule, groups):
+    agrees_with_the_oracle(format, rule, groups, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format,rule", RULES)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gptq_on_a_gpu_is_the_oracle_s(format, rule, groups):
+    agrees_with_the_oracle(format, rule, groups, "cuda")
+
+
+def spans_agree(device):
+    """Codes and scales do not depend on how many channels are updated at once, nor on a last span that is narrower."""
+    x, w = problem(n=70, k=224)
+    config = WushConfig()
+    h = damped(x).to(device)
+    factor, columns = torch.linalg.cholesky(h), w.T.to(device, torch.float64).contiguous()
+    t, inverse = (random_orthogonal(7, 32, 0, "a").to(device) * 2, random_orthogonal(7, 32, 0, "a").to(device) / 2)
+    known = rotate(t, inverse, diagonal_blocks(factor, 32))
+    results = [gptq(columns, factor, 32, lambda b, _: known.block(b), config.format, "mse", None, span=span)
+               for span in (32, 64, 96, 512)]
+    for codes, scales, error in results[1:]:
+        assert torch.equal(codes, results[0][0]) and torch.equal(scales, results[0][1])
+        torch.testing.assert_close(error, results[0][2], rtol=1e-9, atol=1e-12)
+    return results[0]
+
+
+def test_spans_agree():
+    spans_agree("cpu")
+
+
+@pytest.mark.gpu
+def test_spans_agree_on_a_gpu():
+    codes, scales, error = spans_agree("cuda")
+    here = spans_agree("cpu")
+    assert torch.equal(codes.cpu(), here[0]) and torch.equal(scales.cpu(), here[1])
+    torch.testing.assert_close(error.cpu(), here[2], rtol=1e-9, atol=1e-12)
+
+
+def group_kernel_agrees(device):
+    """The Triton kernel against `round_group`, bit for bit: 41 rows, among them zeros and tiny, large and infinite ones."""
+    from wush_compile.kernels import triton_gptq
+
+    generator = torch.Generator().manual_seed(0)
+    for format, rule in RULES:
+        size, n = formats.get_format(format).group_size, 41
+        g = {"mxfp4": 3.0 if rule == "paper" else None, "nvfp4": 10.0 if rule == "paper" else 4.0, "int4": None}[format]
+        g = None if g is None else torch.tensor([g])
+        w = torch.randn(size, n, dtype=torch.float64, generator=generator) * 0.02
+        w[:, 3], w[:, 5], w[2, 6], w[1, 7] = 0, w[:, 5] * 1e-30, float("inf"), 1e5
+        z = w + 0.01 * torch.randn(size, n, dtype=torch.float64, generator=generator) * w.abs()
+        unit = 0.2 * torch.randn(2 * size, 2 * size, dtype=torch.float64, generator=generator).tril(-1)
+        unit.diagonal().fill_(1)
+        results = []
+        for where, function in (("cpu", round_group), (device, triton_gptq.round_group)):
+            codes = torch.full((size, n), 77, dtype=torch.uint8, device=where)
+            scales = torch.zeros(n, dtype=formats.get_format(format).scale_dtype, device=where)
+            error = torch.full((size, n), 99.0, dtype=torch.float64, device=where)
+            function(w.to(where), z.to(where, copy=True), unit.to(where)[size:, size:], format, rule,
+                     None if g is None else g.to(where), codes, scales, error)
+            results.append([r.cpu() for r in (codes, scales, error)])
+        for here, there in zip(*results, strict=True):
+            torch.testing.assert_close(there, here, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{format} {rule}: {m}")
+    print("same")
+
+
+@pytest.mark.gpu
+def test_group_kernel():
+    group_kernel_agrees("cuda")
+
+
+def test_group_kernel_interpreted():
+    """In its own process, since Triton's choice between interpreter and GPU is made at import."""
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = "import test_solver; test_solver.group_kernel_agrees('cpu')"
+    run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=env)
+    assert run.stdout.strip().endswith("same"), run.stderr[-2000:]
 
 
 def test_in_loop_rounding_is_the_format_s():
@@ -281,6 +366,17 @@ def test_same_seed_same_bytes(format, solver, moments):
         assert one.weight_scale.dtype == formats.get_format(format).scale_dtype
 
 
+def test_weight_error_is_that_of_the_weights():
+    x, w = problem(dtype=torch.bfloat16)
+    for transform, solver in itertools.product(TRANSFORMS, SOLVERS):
+        config = WushConfig(transform=transform, solver=solver)
+        solution = run(x, w, config)
+        original = dequantized(solution, config).to(torch.float64) @ block_diagonal(solution.transform, 96)
+        wide = w.to(torch.float64)
+        expected = float((wide - original).square().sum() / wide.square().sum())
+        assert solution.report["weight_error"] == pytest.approx(expected, rel=1e-5), (transform, solver)
+
+
 # -- damping, odd data -----------------------------------------------------------------------------------------------
 
 def test_damping_is_repeated_until_cholesky_succeeds():
@@ -291,6 +387,21 @@ def test_damping_is_repeated_until_cholesky_succeeds():
     assert damped_cholesky(torch.stack((h, h.abs())), 0.01, "a")[1] == 4
     with pytest.raises(ConfigError, match="layers.3.*damping"):
         damped_cholesky(torch.diag(torch.tensor([4.0, -3.0], dtype=torch.float64)), 0.001, "layers.3")
+
+
+def test_cholesky_in_place():
+    x, _ = problem(k=96)
+    h = damped(x)
+    expected = torch.linalg.cholesky(h)
+    for panel in (32, 64, 96):
+        factor, info = cholesky_(h.clone(), panel)
+        torch.testing.assert_close(factor.tril(), expected)
+        assert not info
+        for blocks in diagonal_blocks(factor, 32):
+            assert not blocks.triu(1).any()
+    h[80, 80] = -1
+    assert cholesky_(h.clone(), 32)[1]
+    assert damped_cholesky(h.clone(), 0.01, "a", again=h.clone, panel=32)[1] == damped_cholesky(h, 0.01, "a")[1] > 1
 
 
 def test_damping_of_an_indefinite_moment_is_reported():

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..formats import FORMATS, GAUSSIAN_CLIP
 from .triton_formats import (
-    INF_BITS, MX_NAN, NV_NAN, e2m1_code, e4m3_decode, e4m3_factor, e8m0_factor, exp2, group_amax, mx_scale, nv_scale,
-    tree_sum,
+    INF_BITS, MX_NAN, NV_NAN, bits_float, e2m1_code, e4m3_decode, e4m3_factor, e8m0_factor, exp2, float_bits, group_amax,
+    mx_scale, nv_scale, tree_sum,
 )
 
 ROWS, WARPS = 32, 1
@@ -23,6 +23,13 @@ GAUSSIAN_STEP = tl.constexpr(2 * GAUSSIAN_CLIP / 15)
 def _column(x, columns, j):
     """Column j of x [R, G] -> [R]: the sum has one term, so it is exact."""
     return tl.sum(tl.where(columns[None, :] == j, x, 0.0), axis=1)
+
+
+@triton.jit
+def _round_bf16(x):
+    """fp32, finite -> the nearest bf16 value, ties to even, as fp32: Triton's interpreter truncates instead."""
+    bits = float_bits(x)
+    return bits_float((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536)
 
 
 @triton.jit
@@ -37,11 +44,11 @@ def _int4_error(x, s, R: tl.constexpr):
 @triton.jit
 def _int4_scale(x, amax, RULE: tl.constexpr, R: tl.constexpr):
     """Scales (fp32 holding bf16 values, [R]) of groups x [R, 32]; amax [R]: bits of the absolute maximum, finite."""
-    absmax = (amax.to(tl.float32, bitcast=True) * 0.125).to(tl.bfloat16).to(tl.float32)
+    absmax = _round_bf16(bits_float(amax) * 0.125)
     if RULE == "absmax":
         return absmax
     mean = tl.reshape(tree_sum(tl.reshape(x * x, (R, 1, 32)), R, 1, 32), (R,)) * 0.03125
-    gaussian = (tl.sqrt_rn(mean) * GAUSSIAN_STEP).to(tl.bfloat16).to(tl.float32)
+    gaussian = _round_bf16(tl.sqrt_rn(mean) * GAUSSIAN_STEP)
     if RULE == "mse":
         return tl.where(_int4_error(x, gaussian, R) < _int4_error(x, absmax, R), gaussian, absmax)
     return gaussian
