@@ -45,24 +45,28 @@ def _uniform(index: Tensor, seed: int) -> Tensor:
     return (h ^ (h >> 16)).to(torch.float64) / 2**31
 
 
-def _sample_uniform(rows: Tensor, reservoir: Tensor, seen: int, seed: int) -> None:
-    """Reservoir sampling: row i goes to a random slot below i + 1, if the reservoir has it; rows [n, K]."""
+def _sample_uniform(rows: Tensor, reservoir: Tensor, seen: Tensor, seed: int) -> None:
+    """Reservoir sampling: row i goes to a random slot below i + 1, if the reservoir has it; rows [n, K], seen int64 []."""
     capacity = reservoir.shape[0]
-    index = torch.arange(seen, seen + rows.shape[0], device=rows.device)
+    position = torch.arange(rows.shape[0], device=rows.device)
+    index = position + seen
     slot = torch.where(index < capacity, index, (_uniform(index, seed) * (index + 1)).floor().to(torch.int64))
-    # Of the rows that want one slot the last one keeps it, as if they had come one after the other.
-    last = torch.full((capacity,), -1, dtype=torch.int64, device=rows.device)
-    hit = slot < capacity
-    last.scatter_reduce_(0, slot[hit], (index - seen)[hit], "amax")
-    filled = last >= 0
-    reservoir[filled] = rows[last[filled]].to(reservoir.dtype)
+    # Of the rows that want one slot the last one keeps it, as if they had come one after the other; slot `capacity` takes
+    # those that none gets. Nothing here has a size that depends on the data: a GPU need not be waited for.
+    last = torch.full((capacity + 1,), -1, dtype=torch.int64, device=rows.device)
+    last.scatter_reduce_(0, slot.clamp(max=capacity), position, "amax")
+    last = last[:capacity]
+    chosen = rows[last.clamp(min=0)].to(reservoir.dtype)
+    reservoir.copy_(torch.where((last >= 0)[:, None], chosen, reservoir))
 
 
 def _sample_largest(rows: Tensor, largest: Tensor) -> None:
     """Keeps the rows of largest norm among `largest` [m, K] (zero rows are empty slots) and `rows` [n, K]."""
-    candidates = torch.cat((largest, rows.to(largest.dtype)))
-    norm = candidates.to(torch.float32).square().sum(-1)
-    largest.copy_(candidates[norm.topk(largest.shape[0]).indices])
+    kept = largest.shape[0]
+    norm = torch.cat([torch.linalg.vector_norm(r, dim=-1, dtype=torch.float32) for r in (largest, rows)])
+    index = norm.topk(kept).indices
+    new = rows[(index - kept).clamp(min=0)].to(largest.dtype)
+    largest.copy_(torch.where((index < kept)[:, None], largest[index.clamp(max=kept - 1)], new))
 
 
 def _observe(x: Tensor, mask: Tensor | None, moment: Tensor, count: Tensor, sample: Tensor, seed: int = 0) -> None:
@@ -80,7 +84,7 @@ def _observe(x: Tensor, mask: Tensor | None, moment: Tensor, count: Tensor, samp
     if sample.shape[0]:
         largest = sample.shape[0] // LARGEST_SHARE
         uniform = sample.shape[0] - largest
-        _sample_uniform(rows, sample[:uniform], int(count), seed)
+        _sample_uniform(rows, sample[:uniform], count, seed)
         if largest:
             _sample_largest(rows, sample[uniform:])
     count.add_(rows.shape[0])
