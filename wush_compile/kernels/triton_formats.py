@@ -74,20 +74,19 @@ def e8m0_factor(byte):
 
 
 @triton.jit
-def _halve(x, R: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr):
-    """[R, N, 2*HALF] -> [R, N, HALF], element i plus element i + HALF. A sum of two has no order, whatever the
-    layout."""
-    return tl.sum(tl.reshape(x, (R, N, 2, HALF)), axis=2)
+def _pairs(x, R: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr):
+    """[R, N, 2*HALF] -> [R, N, HALF], element 2i plus element 2i + 1. A sum of two has no order, whatever the layout."""
+    return tl.sum(tl.reshape(x, (R, N, HALF, 2)), axis=3)
 
 
 @triton.jit
 def tree_sum(x, R: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
     """[R, N, G] -> [R, N], in the order of `formats._tree_sum`."""
     if G == 32:
-        x = _halve(x, R, N, 16)
-    x = _halve(x, R, N, 8)
-    x = _halve(x, R, N, 4)
-    x = _halve(x, R, N, 2)
+        x = _pairs(x, R, N, 16)
+    x = _pairs(x, R, N, 8)
+    x = _pairs(x, R, N, 4)
+    x = _pairs(x, R, N, 2)
     return tl.sum(x, axis=2)
 
 
@@ -100,8 +99,30 @@ def squared_error(y, inverse, unit, R: tl.constexpr, N: tl.constexpr, G: tl.cons
     return tree_sum(d * d, R, N, G)
 
 
+# The terms of `formats._halved_scale_gain`. Clamping to [0, 1] costs nothing: it is a modifier of additions and products.
+_GAIN_PTX = tl.constexpr(
+    "{ .reg .f32 a, s, r, g, p; abs.f32 a, $1; mul.rn.sat.f32 s, a, $2; add.rn.f32 r, s, 0f4A800000; "
+    "add.rn.f32 r, r, 0fCA800000; sub.rn.f32 r, s, r; abs.f32 r, r; add.rn.sat.f32 g, r, 0fBE000000; "
+    "fma.rn.sat.f32 p, a, $2, 0fC0600000; fma.rn.f32 $0, p, 0fC0800000, g; }"
+)
+
+
 @triton.jit
-def mx_scale(y, amax, RULE: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+def halved_scale_gain(y, inverse, PTX: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    """`formats._halved_scale_gain` of [R, N, 32] with factors [R, N]."""
+    factor = tl.broadcast_to(inverse[:, :, None], (R, N, 32))
+    if PTX:
+        terms = tl.inline_asm_elementwise(_GAIN_PTX, "=f,f,f", [y, factor], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        v = tl.abs(y * factor)
+        small = tl.minimum(v, 1.0)
+        gain = tl.maximum(tl.abs(small - ((small + 4194304.0) - 4194304.0)) - 0.125, 0.0)
+        terms = gain - tl.minimum(tl.maximum(v - 3.5, 0.0), 1.0) * 4.0
+    return tree_sum(terms, R, N, 32)
+
+
+@triton.jit
+def mx_scale(y, amax, RULE: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PTX: tl.constexpr = False):
     """e8m0 bytes (int32 [R, N]) of groups y [R, N, 32]; amax: bits of the absolute maximum, finite."""
     if RULE == "paper":
         byte = amax >> 23
@@ -111,13 +132,8 @@ def mx_scale(y, amax, RULE: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
         byte = ((amax + 0x3FFFFF) >> 23) - 2                # carries into the exponent from mantissas above 1.5
     byte = tl.maximum(byte, 1)                              # at most 254: amax is finite
     if RULE == "mse":
-        # The rule's third candidate, byte + 1, never wins: nothing is clipped at `byte`, so that up to the group's maximum
-        # its values include those of byte + 1, no element's error is larger, and rounded sums keep that order.
-        below = tl.maximum(byte - 1, 1)
-        one = tl.full((R, N), 1.0, tl.float32)
-        half = exp2(below - byte)                           # 1 where byte is 1
-        better = squared_error(y, exp2(127 - below), half, R, N, 32) < squared_error(y, exp2(127 - byte), one, R, N, 32)
-        byte = tl.where(better, below, byte)
+        gain = halved_scale_gain(y, exp2(127 - byte), PTX, R, N)
+        byte = tl.where(gain > 0, tl.maximum(byte - 1, 1), byte)
     return byte
 
 
