@@ -212,38 +212,34 @@ def bench_parts() -> list[dict]:
 
 def candidates(format: str, m: int) -> list:
     """Kernels worth timing at m rows."""
+    small = {"mxfp4": [(64, 16, 256, s, 4, 4, p) for s in (1, 2, 4) for p in (True, False)]
+             + [(64, 16, 128, 2, 4, 5, False), (128, 16, 256, 2, 8, 3, False)],
+             "nvfp4": [(64, 16, 128, s, 4, 4, p) for s in (1, 2, 4) for p in (True, False)]}[format]
     if m in (1, 2, 4):
-        gemv = [Gemv(*c) for c in ((16, 2048, 4), (16, 2048, 8), (8, 2048, 4), (8, 1024, 4), (4, 2048, 2),
-                                   (16, 1024, 4))]
-        if m == 1:
-            return gemv + [Gemv(16, 4096, 8), Gemv(8, 4096, 4)]
-        small = [Fused(64, 16, 256, 4, 4, 4, True)] if format == "mxfp4" else [Fused(64, 16, 128, 4, 4, 4, True)]
-        return gemv + small
-    if format == "nvfp4":
-        if m <= 16:
-            tiles = [(64, 16, 128, s, 4, 4, True) for s in (1, 2, 4, 8)] + [(128, 16, 128, 4, 4, 4, True)]
-        elif m <= 32:
-            tiles = [(64, 32, 128, s, 4, 4, True) for s in (1, 2, 4)]
-        elif m <= 64:
-            tiles = [(64, 64, 128, s, 4, 3, True) for s in (1, 2, 4)] + [(128, 64, 128, s, 8, 3, True) for s in (1, 2)]
-        else:
-            tiles = [(128, 128, 128, s, 8, 3, True) for s in (1, 2)]
-        return [Fused(*t) for t in tiles] + (["bf16"] if m > 32 else [])
+        gemv = [Gemv(*c) for c in ((16, 2048, 4), (16, 2048, 8), (8, 2048, 4), (8, 1024, 4), (4, 2048, 2), (16, 1024, 4))]
+        return gemv + ([Gemv(16, 4096, 8), Gemv(8, 4096, 4)] if m == 1 else [Fused(*small[4]), Fused(*small[5])])
     if m <= 16:
-        tiles = [(64, 16, 256, s, 4, st, True) for s in (1, 2, 4, 8) for st in (3, 4)] + [(64, 16, 128, 4, 4, 6, True)]
-        tiles += [(128, 16, 256, s, w, 3, True) for s in (4, 8) for w in (4, 8)] + [(64, 16, 256, 4, 4, 4, False)]
+        tiles = small
+    elif format == "nvfp4":
+        if m <= 32:
+            tiles = [(64, 32, 128, s, 4, 4, False) for s in (1, 2, 4)]
+        elif m <= 64:
+            tiles = [(64, 64, 128, s, 4, 4, False) for s in (1, 2, 4)] + [(128, 64, 128, 2, 8, 3, False)]
+        else:
+            tiles = [(64, 128, 128, s, 4, 3, False) for s in (1, 2)] + [(128, 128, 128, s, 8, 3, False) for s in (1, 2)]
+        return [Fused(*t) for t in tiles] + (["bf16"] if m > 64 else [])
     elif m <= 32:
         tiles = [(64, 32, 256, s, 4, 4, p) for s in (1, 2, 4) for p in (True, False)]
     elif m <= 64:
-        tiles = [(64, 64, 256, s, 4, 3, p) for s in (1, 2, 4) for p in (True, False)] + [(128, 64, 256, 2, 8, 3, False)]
-        tiles += [(128, 64, 128, s, w, 4, p) for s in (1, 2) for w in (4, 8) for p in (True, False)]
-    elif m <= 256:
-        tiles = [(64, 128, 256, s, 4, 3, False) for s in (1, 2)] + [(128, 128, 128, s, 8, 4, False) for s in (1, 2)]
-        tiles += [(128, 128, 256, s, 8, 2, False) for s in (1, 2)] + [(128, 64, 256, 1, 8, 3, False)]
-        tiles += [(64, 128, 128, s, 4, 5, False) for s in (1, 2, 4)] + [(128, 128, 128, s, 4, 4, False) for s in (1, 2)]
-        tiles += [(128, 256, 128, s, 8, 3, False) for s in (1, 2)] if m > 128 else []
+        tiles = [(64, 64, 256, s, 4, 3, False) for s in (1, 2, 4)] + [(64, 64, 128, s, 4, 4, False) for s in (1, 2)]
+        tiles += [(128, 64, 256, s, 8, 3, False) for s in (1, 2)]
+    elif m <= 128:
+        tiles = [(64, 128, 128, s, 4, 4, False) for s in (1, 2, 4)] + [(64, 128, 256, s, 4, 3, False) for s in (1, 2)]
+        tiles += [(128, 128, 128, s, 8, 4, False) for s in (1, 2, 4)] + [(128, 64, 256, s, 8, 3, False) for s in (1, 2)]
     else:
-        tiles = [(128, 256, 128, 1, 8, 3, False), (128, 128, 128, 1, 8, 4, False), (128, 128, 128, 1, 4, 3, False)]
+        tiles = [(64, 256, 128, s, 4, 3, False) for s in (1, 2)] + [(128, 256, 128, s, 8, 3, False) for s in (1, 2, 4)]
+        tiles += [(128, 128, 128, s, 8, 4, False) for s in (1, 2)] + [(64, 128, 128, 1, 4, 4, False)]
+        tiles += [(128, 256, 128, 1, 8, 4, False), (256, 128, 128, 1, 8, 3, False)]
     return [Fused(*t) for t in tiles] + (["library"] if m >= 256 else [])
 
 
@@ -252,6 +248,11 @@ TUNED_ROWS = (1, 2, 4, 16, 32, 64, 128, 256, 512, 1024)
 
 def _fits(kernel, k: int) -> bool:
     return not isinstance(kernel, Fused) or (k % kernel.bk == 0 and k // kernel.bk % kernel.split == 0)
+
+
+def _compile_rows(kernel, m: int) -> int:
+    """Rows for which the same machine code is made as for m."""
+    return min(m, 2 * kernel.bm) if isinstance(kernel, Fused) and m > kernel.bm else getattr(kernel, "bm", m)
 
 
 def _compile(job) -> str | None:
@@ -301,13 +302,13 @@ def tune_linear() -> list[dict]:
     cases = [(f, m, *GROUPS[g], c) for f in ("mxfp4", "nvfp4") for m in TUNED_ROWS if f == "mxfp4" or m <= 128
              for g in GROUPS for c in candidates(f, m) if _fits(c, GROUPS[g][1])]
     cases.sort(key=lambda c: (c[0], c[2:4], c[1]))
-    failed = compile_all([("linear", f, m if m <= 4 else 16 * -(-m // 16), n, k, c) for f, m, n, k, c in cases])
+    failed = compile_all([("linear", f, _compile_rows(c, m), n, k, c) for f, m, n, k, c in cases])
     rows, held, sets = [], None, []
     for (f, m, n, k), group in itertools.groupby(cases, key=lambda c: c[:4]):
         if held != (f, n, k):
             held, sets = (f, n, k), []
             sets = weight_sets(f, n, k)
-        timed = [(linear_time(f, m, n, k, c, quantize=False, sets=sets), repr(c)) for *_, c in group
+        timed = [(linear_time(f, m, n, k, c, sets=sets), repr(c)) for *_, c in group
                  if not any(repr(c) in line for line in failed)]
         timed.sort()
         bf16 = bf16_time(m, n, k)

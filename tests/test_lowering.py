@@ -49,7 +49,7 @@ def sass(compiled) -> str:
 
 
 def compile_linear(format, n, k, kernel, cc):
-    mx = format == "mxfp4"
+    mx, pdl = format == "mxfp4", cc >= 90
     if isinstance(kernel, triton_linear.Scaled):
         scale = "*u8" if mx else "*fp8e4nv"
         pointers = dict(x="*u8", w="*u8", xs=scale, ws=scale, out="*bf16", M="i32")
@@ -57,15 +57,16 @@ def compile_linear(format, n, k, kernel, cc):
                          STAGES=kernel.stages)
         return compile_kernel(scaled_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
     if isinstance(kernel, triton_linear.Gemv):
-        pointers = dict(x="*i32", xs="*u8", w="*i32", ws="*u8", shifts="*i32", out="*bf16")
-        constants = dict(PLAIN, N=n, K=k, M=1, MX=mx, BN=kernel.bn, BK=kernel.bk)
+        pointers = dict(x="*i32", xs="*u8", w="*i32", ws="*u8", sign_bits="*i32", out="*bf16")
+        constants = dict(PLAIN, N=n, K=k, M=1, MX=mx, BN=kernel.bn, BK=kernel.bk,
+                         AHEAD=16 * pdl, PDL=pdl)
         return compile_kernel(gemv_kernel, pointers, constants, cc, kernel.warps)
-    pointers = dict(x="*u8", w="*u8", ws="*i32", shifts="*i32", out="*bf16", M="i32")
-    pointers |= dict(xs="*i32") if kernel.packed else dict(x_unit="*fp32")
+    pointers = dict(x="*u8" if kernel.packed else "*fp8e5" if mx else "*bf16", w="*u8", ws="*i32", selectors="*i32", out="*bf16", M="i32")
+    pointers |= dict(xs="*i32") if kernel.packed else dict(x_unit="*fp32") if mx else {}
     pointers |= (dict(w_top="*u8") if mx else {}) | (dict(parts="*fp32", count="*i32") if kernel.split > 1 else {})
     constants = dict(PLAIN, xs=None, x_unit=None, w_top=None, parts=None, count=None, N=n, K=k, MX=mx,
                      PACKED=kernel.packed, BN=kernel.bn, BM=kernel.bm, BK=kernel.bk, SPLIT=kernel.split,
-                     STAGES=kernel.stages, GROUP=8)
+                     STAGES=kernel.stages, GROUP=8, AHEAD=8 * pdl, PDL=pdl)
     return compile_kernel(fused_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
 
 
@@ -73,7 +74,7 @@ def compile_quantize(format, cc, block, native, tile, rule="absmax"):
     pointers = dict(x="*bf16", codes="*u8", scales="*u8", M="i32", stride="i32") | ({"t": "*bf16"} if block else {})
     constants = dict(t=None, global_scale=None, K=4096, B=block, SHARED=False, FORMAT=format, RULE=rule, SCALED=False,
                      PTX=True, NATIVE=native, WIDE=False, R=tile.rows, W=tile.columns, TILES=tile.tiles,
-                     STAGES=tile.stages)
+                     STAGES=tile.stages, PDL=cc >= 90)
     return compile_kernel(triton_quantize.transform_quantize_kernel, pointers, constants, cc, tile.warps, fusion=False)
 
 

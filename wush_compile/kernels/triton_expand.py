@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .triton_formats import e4m3_factor, e8m0_factor
+from .triton_launch import start_next, wait_inputs
 
 # A group's exponent field for its value ½, when its byte is the row's largest: 6 = 1.5·2^2 still fits.
 E5M2_TOP, E4M3_TOP = tl.constexpr(27), tl.constexpr(12)
@@ -63,7 +64,7 @@ def _look_up(w, low, high):
 @triton.jit
 def expand_fp8_kernel(
     codes, scales, g, unit, out, rows, K: tl.constexpr, KG: tl.constexpr, E4: tl.constexpr, SCALED: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
 ):
     """codes int32 [rows, K/8], scales uint8 [rows, K/32] -> out int32 (fp8 bytes) [rows, K/4] and unit fp32 [rows], by
     which a row's bytes are multiplied (1/g in it where SCALED). KG = K/32 rounded up to a power of two; C groups a
@@ -72,6 +73,8 @@ def expand_fp8_kernel(
     Every 128 channels are stored as two halves, the channels 0..3 of every 8 and the channels 4..7: the order in which
     a look-up gives them, here and in the fused product. Both operands of a product have it, so that it cancels. Where
     K is not a multiple of 128, the halves are those of its last, shorter part. Grid (rows/R)."""
+    start_next(PDL)
+    wait_inputs(PDL)
     r = tl.program_id(0) * R + tl.arange(0, R)
     row = tl.minimum(r, rows - 1).to(tl.int64)
     every = tl.arange(0, KG)
@@ -103,15 +106,13 @@ def decode_bf16(w):
     """uint8, two codes -> bf16 values of the low and of the high one, times 2^-126. Byte by byte: right in any
     layout."""
     return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 p, q, t, u;
+        """{ .reg .b32 p, q, t;
         prmt.b32 p, $4, 0, 0x4140;
         prmt.b32 q, $4, 0, 0x4342;
-        shl.b32 t, p, 12; and.b32 t, t, 0x80008000; shl.b32 u, p, 6; lop3.b32 $0, u, 0x01C001C0, t, 0xEA;
-        shl.b32 t, q, 12; and.b32 t, t, 0x80008000; shl.b32 u, q, 6; lop3.b32 $1, u, 0x01C001C0, t, 0xEA;
-        shl.b32 t, p, 8; and.b32 t, t, 0x80008000; shl.b32 u, p, 2; lop3.b32 $2, u, 0x01C001C0, t, 0xEA;
-        shl.b32 t, q, 8; and.b32 t, t, 0x80008000; shl.b32 u, q, 2; lop3.b32 $3, u, 0x01C001C0, t, 0xEA;
-        }""",
+        and.b32 t, p, 0x000F000F; mul.lo.u32 t, t, 0x1040; and.b32 $0, t, 0x81C081C0;
+        and.b32 t, q, 0x000F000F; mul.lo.u32 t, t, 0x1040; and.b32 $1, t, 0x81C081C0;
+        and.b32 t, p, 0x00F000F0; mul.lo.u32 t, t, 0x104; and.b32 $2, t, 0x81C081C0;
+        and.b32 t, q, 0x00F000F0; mul.lo.u32 t, t, 0x104; and.b32 $3, t, 0x81C081C0; }""",
         "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
     )
 
@@ -119,9 +120,13 @@ def decode_bf16(w):
 @triton.jit
 def expand_bf16_kernel(
     codes, scales, out, rows, K: tl.constexpr, MX: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    PANELS: tl.constexpr, PDL: tl.constexpr,
 ):
-    """codes uint8 [rows, K/2], scales uint8 [rows, K/G] -> out bf16 [rows, K], exact; grid (rows/R, K/(2*C))."""
+    """codes uint8 [rows, K/2], scales uint8 [rows, K/G] -> out bf16 [rows, K], exact; grid (rows/R, K/(2*C)). PANELS:
+    of every 128 channels the even ones come first, then the odd ones (K % 128 = 0)."""
     G: tl.constexpr = 32 if MX else 16
+    start_next(PDL)
+    wait_inputs(PDL)
     r = tl.program_id(0) * R + tl.arange(0, R)
     inside = (r < rows)[:, None]
     row = tl.minimum(r, rows - 1).to(tl.int64)[:, None]
@@ -135,6 +140,12 @@ def expand_bf16_kernel(
     # The bit pattern is the value times 2^-126; the two halves of 2^126 keep every factor in fp32's range.
     low = low.to(tl.float32) * 9.223372036854775808e18 * 9.223372036854775808e18 * factor
     high = high.to(tl.float32) * 9.223372036854775808e18 * 9.223372036854775808e18 * factor
-    k = tl.program_id(1) * (2 * C) + tl.arange(0, 2 * C)
-    both = tl.reshape(tl.join(low, high), (R, 2 * C))
-    tl.store(out + row * K + k[None, :], both.to(tl.bfloat16), mask=inside & (k < K)[None, :])
+    if PANELS:
+        at = out + row * K + (c // 64 * 128 + c % 64)[None, :]
+        inside = inside & (c < K // 2)[None, :]
+        tl.store(at, low.to(tl.bfloat16), mask=inside)
+        tl.store(at + 64, high.to(tl.bfloat16), mask=inside)
+    else:
+        k = tl.program_id(1) * (2 * C) + tl.arange(0, 2 * C)
+        both = tl.reshape(tl.join(low, high), (R, 2 * C))
+        tl.store(out + row * K + k[None, :], both.to(tl.bfloat16), mask=inside & (k < K)[None, :])

@@ -11,65 +11,100 @@ Splitting K over programs: each stores its fp32 part, the last one to arrive add
 import triton
 import triton.language as tl
 
-from .triton_expand import E5M2_TOP, E5M2_UNIT, decode_bf16
-from .triton_formats import e4m3_factor, e8m0_factor
+from .triton_expand import E5M2_UNIT, decode_bf16
+from .triton_formats import e8m0_factor
 from .triton_gemv import finish
+from .triton_launch import prefetch, start_next, wait_inputs
 
 
 @triton.jit
-def _decode_fp8(w, e, signs):
-    """Packed codes uint8, the groups' exponent fields int32, `SIGNS` -> e5m2 bytes of the channels 0..3 of every 8,
-    and of 4..7.
+def _decode_fp8(w, e):
+    """Packed codes uint8, the groups' exponents relative to the row's largest int32 -> e5m2 bytes of the channels 0..3
+    of every 8, and of 4..7.
 
     Right where four consecutive bytes of a row share a register, as in the operand layout of 8-bit products. The table
-    of the eight magnitudes, raised by the group's exponent, sits in two registers; `prmt` looks four codes up at once.
-    Its own sign mode, on a table of 0x80, gives 0xFF for negative codes. """
+    of the eight magnitudes, raised by the group's exponent (`E5M2_TOP` is in the constants), sits in two registers;
+    `prmt` looks four codes up at once. Its own sign mode, on a table of 0x80, gives 0xFF for negative codes. """
     a, b = tl.inline_asm_elementwise(
-        """{ .reg .b32 l, h, m, n, s;
-        mad.lo.u32 l, $3, 0x04040400, 0x06040000;
-        mad.lo.u32 h, $3, 0x04040404, 0x0E0C0A08;
+        """{ .reg .b32 l, h, m, n, s, t;
+        mov.b32 t, 0x80808080;
+        mad.lo.u32 l, $3, 0x04040400, 0x72706C00;
+        mad.lo.u32 h, $3, 0x04040404, 0x7A787674;
         and.b32 m, $2, 0x77777777;
         shr.u32 n, m, 16;
         prmt.b32 m, l, h, m;
         prmt.b32 n, l, h, n;
-        prmt.b32 s, $7, $7, $2;
+        prmt.b32 s, t, t, $2;
         shl.b32 s, s, 7;
         lop3.b32 $0, s, 0x80808080, m, 0xEA;
         shr.u32 s, $2, 16;
-        prmt.b32 s, $7, $7, s;
+        prmt.b32 s, t, t, s;
         shl.b32 s, s, 7;
         lop3.b32 $1, s, 0x80808080, n, 0xEA; }""",
-        "=r,=r,r,r,r,r,r,r,r,r,r", [w, e, signs], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4,
+        "=r,=r,r,r,r,r,r", [w, e], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4,
     )
     return a.to(tl.float8e5, bitcast=True), b.to(tl.float8e5, bitcast=True)
 
 
 @triton.jit
-def _scale_bytes(scales, row, word, shifts, WORDS: tl.constexpr, R: tl.constexpr):
-    """[R, 4*WORDS] scale bytes as int32, four a word. The shifts come from memory: the pass that moves the decoding
-    into the operand's layout looks through arithmetic down to loads, and no further."""
-    if WORDS == 1:
-        v = tl.load(scales + row + word)
-        return (v[:, None] >> tl.load(shifts + tl.arange(0, 4))[None, :]) & 0xFF
-    else:
-        v = tl.load(scales + row[:, None] + word + tl.arange(0, WORDS)[None, :])
-        v = (v[:, :, None] >> tl.load(shifts + tl.arange(0, 4))[None, None, :]) & 0xFF
-        return tl.reshape(v, (R, 4 * WORDS))
+def _pick(words, selector):
+    """The byte of an int32 that a `prmt` selector names."""
+    return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, $2;", "=r,r,r", [words, selector], dtype=tl.int32,
+                                     is_pure=True, pack=1)
 
 
 @triton.jit
-def _decode(w, byte, top, signs, MX: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
-    """Packed tile [R, BK/2], its scale bytes [R, BK/G] -> two operand tiles [R, BK/2], the same channels for x and
-    w."""
-    G: tl.constexpr = 32 if MX else 16
-    N: tl.constexpr = BK // G
-    if MX:
-        e = tl.maximum(byte - top[:, None] + E5M2_TOP, 1)
-        return _decode_fp8(w, tl.reshape(tl.broadcast_to(e[:, :, None], (R, N, G // 2)), (R, BK // 2)), signs)
+def _e4m3_factor(words, selector):
+    """The e4m3 byte of an int32 that a selector of two equal bytes names -> bf16, times 2^119; 0x7F -> NaN.
+
+    Shifted into bf16's fields the byte is its value times 2^-120; 0x7F gets all exponent bits besides. Two neighbours
+    of a register have the same byte. """
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 b, n, z, f, g;
+        mov.b32 z, 0x80008000;
+        mov.b32 f, 0x7B807B80;
+        mov.b32 g, 0x7B007B00;
+        prmt.b32 b, $1, 0, $3;
+        add.u32 n, b, 0x00010001;
+        and.b32 n, n, 0x00800080;
+        shl.b32 b, b, 4;
+        mad.lo.u32 b, n, 0xF0, b;
+        fma.rn.bf16x2 b, b, f, z;
+        fma.rn.bf16x2 $0, b, g, z; }""",
+        "=r,r,r,r,r", [words, selector], dtype=tl.bfloat16, is_pure=True, pack=2,
+    )
+
+
+@triton.jit
+def _scale_words(scales, row, word, selectors, WORDS: tl.constexpr, R: tl.constexpr):
+    """(words, selectors), each int32 [R, 4*WORDS]: where the bytes of 4*WORDS groups are. The selectors come from
+    memory: the pass that moves the decoding into the operand's layout looks through arithmetic down to loads, and no
+    further."""
+    four = tl.load(selectors + tl.arange(0, 4))
+    if WORDS == 1:
+        v = tl.load(scales + row + word)[:, None]
+        return tl.broadcast_to(v, (R, 4)), tl.broadcast_to(four[None, :], (R, 4))
     else:
-        # 2^119 of the pattern's 2^-126: the product is the value times 2^-7, with at most six significant bits.
-        factor = (e4m3_factor(byte) * 6.646139978924579e35).to(tl.bfloat16)
-        factor = tl.reshape(tl.broadcast_to(factor[:, :, None], (R, N, G // 2)), (R, BK // 2))
+        v = tl.load(scales + row[:, None] + word + tl.arange(0, WORDS)[None, :])[:, :, None]
+        v = tl.reshape(tl.broadcast_to(v, (R, WORDS, 4)), (R, 4 * WORDS))
+        return v, tl.reshape(tl.broadcast_to(four[None, None, :], (R, WORDS, 4)), (R, 4 * WORDS))
+
+
+@triton.jit
+def _spread(t, R: tl.constexpr, N: tl.constexpr, TIMES: tl.constexpr):
+    """[R, N] -> [R, N*TIMES], each element TIMES times."""
+    return tl.reshape(tl.broadcast_to(t[:, :, None], (R, N, TIMES)), (R, N * TIMES))
+
+
+@triton.jit
+def _decode(w, words, selectors, top, MX: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
+    """Packed tile [R, BK/2], its scale words [R, BK/G] -> two operand tiles [R, BK/2], the same channels for x and
+    w."""
+    if MX:
+        e = tl.maximum(_pick(words, selectors) - top[:, None], -26)
+        return _decode_fp8(w, _spread(e, R, BK // 32, 16))
+    else:
+        factor = _e4m3_factor(_spread(words, R, BK // 16, 8), _spread(selectors, R, BK // 16, 8))
         a, b = decode_bf16(w)
         return a * factor, b * factor
 
@@ -88,15 +123,16 @@ def _row_maximum(scales, row, words, WORDS: tl.constexpr, R: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def fused_gemm_kernel(
-    x, xs, x_unit, gx, w, ws, w_top, gw, bias, residual, shifts, out, parts, count, M, N: tl.constexpr, K: tl.constexpr,
+    x, xs, x_unit, gx, w, ws, w_top, gw, bias, residual, selectors, out, parts, count, M, N: tl.constexpr, K: tl.constexpr,
     MX: tl.constexpr, PACKED: tl.constexpr, SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, GROUP: tl.constexpr,
+    STAGES: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):
     """out [M, N] from w uint8 [N, K/2], ws int32 [N, K/(4G)] (four scale bytes a word), w_top uint8 [N] (MXFP4: the
     largest byte of each row). x: uint8 [M, K/2] with xs int32 [M, K/(4G)] if PACKED, else e5m2 bytes [M, K] in panels
-    (see `expand_fp8_kernel`) with x_unit fp32 [M]. parts fp32 [SPLIT, M, N], count int32, all zeros before and after.
-    Grid (tiles of N times tiles of M, SPLIT)."""
+    (see `expand_fp8_kernel`; NVFP4: bf16, panels of `expand_bf16_kernel`) with x_unit fp32 [M] (MXFP4). parts fp32 [SPLIT, M, N], count int32, all zeros before and after.
+    AHEAD: cache lines of a row
+    that are prefetched. Grid (tiles of N times tiles of M, SPLIT)."""
     G: tl.constexpr = 32 if MX else 16
     HALF: tl.constexpr = BK // 2
     WORDS: tl.constexpr = BK // (4 * G)
@@ -115,13 +151,18 @@ def fused_gemm_kernel(
     m = tile_m * BM + tl.arange(0, BM)
     row_n = tl.minimum(n, N - 1)
     row_m = tl.minimum(m, M - 1)
+    start_next(PDL)
+    if AHEAD > 0:
+        line = 128 * tl.arange(0, AHEAD)
+        prefetch(w, row_n.to(tl.int64)[:, None] * (K // 2) + (start // 2 + line)[None, :])
+        prefetch(ws, row_n.to(tl.int64) * (K // G) + start // G)
+    wait_inputs(PDL)
     top_n = row_n
     top_m = row_m
     if MX:
         top_n = tl.load(w_top + row_n).to(tl.int32)
         if PACKED:
             top_m = _row_maximum(xs, row_m * ROW_WORDS, start // (4 * G), PART // (4 * G), BM)
-    signs = tl.load(shifts + 4)
     half = tl.arange(0, HALF)
     panel = half // 64 * 128 + half % 64
     w_row = w + row_n.to(tl.int64)[:, None] * (K // 2)
@@ -129,18 +170,18 @@ def fused_gemm_kernel(
     for i in tl.range(0, PART // BK, num_stages=STAGES):
         k = start + i * BK
         codes = tl.load(w_row + (k // 2 + half)[None, :])
-        byte = _scale_bytes(ws, row_n * ROW_WORDS, k // (4 * G), shifts, WORDS, BN)
+        words, picks = _scale_words(ws, row_n * ROW_WORDS, k // (4 * G), selectors, WORDS, BN)
         if PACKED:
             x_codes = tl.load(x + row_m.to(tl.int64)[:, None] * (K // 2) + (k // 2 + half)[None, :])
-            x_byte = _scale_bytes(xs, row_m * ROW_WORDS, k // (4 * G), shifts, WORDS, BM)
-            x0, x1 = _decode(x_codes, x_byte, top_m, signs, MX, BM, BK)
+            x_words, x_picks = _scale_words(xs, row_m * ROW_WORDS, k // (4 * G), selectors, WORDS, BM)
+            x0, x1 = _decode(x_codes, x_words, x_picks, top_m, MX, BM, BK)
             x0 = tl.trans(x0)
             x1 = tl.trans(x1)
         else:
             at = x + row_m.to(tl.int64)[None, :] * K + (k + panel)[:, None]
-            x0 = tl.load(at).to(tl.float8e5, bitcast=True)
-            x1 = tl.load(at + 64).to(tl.float8e5, bitcast=True)
-        w0, w1 = _decode(codes, byte, top_n, signs, MX, BN, BK)
+            x0 = tl.load(at)
+            x1 = tl.load(at + 64)
+        w0, w1 = _decode(codes, words, picks, top_n, MX, BN, BK)
         acc = tl.dot(w0, x0, acc)
         acc = tl.dot(w1, x1, acc)
     if MX:
@@ -150,7 +191,7 @@ def fused_gemm_kernel(
         else:
             acc = acc * tl.load(x_unit + row_m)[None, :]
     else:
-        acc = acc * 16384.0                                   # the two patterns' 2^-7
+        acc = acc * (16384.0 if PACKED else 128.0)            # 2^-7 of each pattern
     mask = (m < M)[None, :] & (n < N)[:, None]
     if SPLIT == 1:
         finish(acc, n[:, None], m[None, :], N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL, mask)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .triton_formats import e4m3_factor, e8m0_factor
+from .triton_launch import prefetch, start_next, wait_inputs
 
 
 @triton.jit
@@ -114,16 +115,22 @@ def finish(y, n, m, N, gx, gw, bias, residual, out, SCALED_X: tl.constexpr, SCAL
 
 @triton.jit
 def gemv_kernel(
-    x, xs, gx, w, ws, gw, bias, residual, shifts, out, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
+    x, xs, gx, w, ws, gw, bias, residual, sign_bits, out, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
     MX: tl.constexpr, SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):
-    """x int32 [M, K/8], xs uint8 [M, K/G], w int32 [N, K/8], ws uint8 [N, K/G] -> out [M, N], M = 1, 2 or 4; grid
-    (N/BN)."""
+    """x int32 [M, K/8], xs uint8 [M, K/G], w int32 [N, K/8], ws uint8 [N, K/G] -> out [M, N], M = 1, 2 or 4; AHEAD:
+    cache lines of a row that are prefetched; grid (N/BN)."""
     G: tl.constexpr = 32 if MX else 16
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
-    signs = tl.load(shifts + 4)
+    start_next(PDL)
+    if AHEAD > 0:
+        line = 128 * tl.arange(0, AHEAD)
+        prefetch(w, row * (K // 2) + line[None, :])
+        prefetch(ws, row * (K // G))
+    wait_inputs(PDL)
+    signs = tl.load(sign_bits)
     acc0 = tl.zeros((BN, BK // G), tl.float32)
     acc1 = acc0
     acc2 = acc0

@@ -22,6 +22,7 @@ from ..formats import FORMATS
 from .triton_expand import expand_bf16_kernel, expand_fp8_kernel
 from .triton_gemm import fused_gemm_kernel
 from .triton_gemv import gemv_kernel
+from .triton_launch import overlaps
 from .triton_scaled import scaled_gemm_kernel
 
 
@@ -132,8 +133,10 @@ class Workspace:
     RING = 2**20
 
     def __init__(self, device: torch.device):
-        self.shifts = torch.arange(0, 40, 8, dtype=torch.int32, device=device)
-        self.shifts[4:].fill_(-0x7F7F7F80)                   # 0x80808080: see `triton_gemm._decode_fp8`
+        # `prmt` selectors: byte i of a word alone (MXFP4), byte i in both halves (NVFP4).
+        self.selectors = torch.arange(0x4440, 0x4444, dtype=torch.int32, device=device)
+        self.pairs = torch.arange(4, dtype=torch.int32, device=device) * 0x0101 + 0x4040
+        self.signs = torch.full((1,), -0x7F7F7F80, dtype=torch.int32, device=device)       # 0x80808080
         self._ring = torch.zeros(self.RING, dtype=torch.int32, device=device)
         self._next = 0
 
@@ -161,6 +164,10 @@ def workspace(device: torch.device) -> Workspace:
 
 def _power_of_two_divisor(n: int, limit: int) -> int:
     return min(n & -n, limit)
+
+
+def _floor_power_of_two(n: int) -> int:
+    return 1 << (n.bit_length() - 1)
 
 
 @functools.lru_cache(1024)
@@ -248,10 +255,17 @@ class Operands(NamedTuple):
 def run_gemv(o: Operands, tile: Gemv, out: Tensor) -> None:
     m, n, k = o.sizes
     bk = min(tile.bk, max(triton.next_power_of_2(k), 128))
+    pdl = overlaps(out.device.index)
     gemv_kernel[(triton.cdiv(n, tile.bn),)](
         o.codes.view(torch.int32), o.scales, o.gx, o.w_codes.view(torch.int32), o.w_scales, o.gw, o.bias, o.residual,
-        workspace(out.device).shifts, out, n, k, m, o.mx, *o.flags, tile.bn, bk, num_warps=tile.warps,
+        workspace(out.device).signs, out, n, k, m, o.mx, *o.flags, tile.bn, bk, _ahead(k // 2) if pdl else 0, pdl,
+        num_warps=tile.warps, launch_pdl=pdl,
     )
+
+
+def _ahead(nbytes: int) -> int:
+    """Cache lines of a row that a kernel asks for before it waits: a power of two, at most 32."""
+    return min(32, _floor_power_of_two(max(nbytes // 128, 1)))
 
 
 def expand_fp8(codes: Tensor, scales: Tensor, g: Tensor | None, e4m3: bool) -> tuple[Tensor, Tensor]:
@@ -262,7 +276,7 @@ def expand_fp8(codes: Tensor, scales: Tensor, g: Tensor | None, e4m3: bool) -> t
     groups = triton.next_power_of_2(k // 32)
     expand_fp8_kernel[(rows,)](
         codes.view(torch.int32), scales, g, unit, out.view(torch.int32), rows, k, groups, e4m3, g is not None,
-        1, min(groups, 128), num_warps=4,
+        1, min(groups, 128), overlaps(codes.device.index), num_warps=4, launch_pdl=overlaps(codes.device.index),
     )
     return out, unit
 
@@ -273,17 +287,22 @@ def run_fused(o: Operands, tile: Fused, out: Tensor) -> None:
     unit = None
     if tile.packed:
         x, gx = o.codes, o.gx
-    else:
+    elif o.mx:
         x, unit = expand_fp8(o.codes, o.scales, o.gx, e4m3=False)
-        x, gx = x.view(torch.uint8), None
+        gx = None
+    else:
+        x, gx = expand_bf16(o.codes, o.scales, o.mx, panels=True), o.gx
     tiles = triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm)
-    split = tile.split > 1
+    split, pdl = tile.split > 1, overlaps(out.device.index)
+    ahead = _ahead(k // tile.split // 2) if pdl and m <= tile.bm else 0
     parts = torch.empty((tile.split, m, n), dtype=torch.float32, device=out.device) if split else None
     fused_gemm_kernel[(tiles, tile.split)](
         x, o.scales.view(torch.int32) if tile.packed else None, unit, gx, o.w_codes, o.w_scales.view(torch.int32),
-        row_facts(o.w_scales).top if o.mx else None, o.gw, o.bias, o.residual, space.shifts, out, parts,
+        row_facts(o.w_scales).top if o.mx else None, o.gw, o.bias, o.residual,
+        space.selectors if o.mx else space.pairs, out, parts,
         space.counters(tiles) if split else None, m, n, k, o.mx, tile.packed, gx is not None, *o.flags[1:],
-        tile.bn, tile.bm, tile.bk, tile.split, tile.stages, 8, num_warps=tile.warps, num_stages=tile.stages,
+        tile.bn, tile.bm, tile.bk, tile.split, tile.stages, 8, ahead, pdl, num_warps=tile.warps,
+        num_stages=tile.stages, launch_pdl=pdl,
     )
 
 
@@ -304,13 +323,14 @@ def run_library(o: Operands) -> Tensor:
     return y if o.residual is None else y.add_(o.residual)
 
 
-def expand_bf16(codes: Tensor, scales: Tensor, mx: bool) -> Tensor:
-    """Packed rows -> bf16 [rows, K], exact, without the global scale."""
+def expand_bf16(codes: Tensor, scales: Tensor, mx: bool, panels: bool = False) -> Tensor:
+    """Packed rows -> bf16 [rows, K], exact, without the global scale; `panels` as in the kernel."""
     rows, k = codes.shape[0], 2 * codes.shape[1]
     out = torch.empty((rows, k), dtype=torch.bfloat16, device=codes.device)
     block = 1 if rows <= 64 else 8
     expand_bf16_kernel[(triton.cdiv(rows, block), triton.cdiv(k, 1024))](
-        codes, scales, out, rows, k, mx, block, 512, num_warps=4
+        codes, scales, out, rows, k, mx, block, 512, panels, overlaps(codes.device.index), num_warps=4,
+        launch_pdl=overlaps(codes.device.index),
     )
     return out
 

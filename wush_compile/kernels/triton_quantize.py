@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..formats import FORMATS
 from .triton_formats import ABS_BITS, INF_BITS, drop_bad, float_bits, group_amax, quantize_tile
+from .triton_launch import overlaps, start_next, wait_inputs
 
 
 @triton.jit
@@ -97,10 +98,12 @@ def _tile(
 def transform_quantize_kernel(
     x, t, global_scale, codes, scales, M, stride, K: tl.constexpr, B: tl.constexpr, SHARED: tl.constexpr,
     FORMAT: tl.constexpr, RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr,
-    WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):
     """x [M, K] (rows `stride` apart), t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G]; grid
     (columns/W, rows/(R*TILES)). B = 0: no transform."""
+    start_next(PDL)
+    wait_inputs(PDL)
     first = tl.program_id(0) * W
     g = 1.0
     if SCALED:
@@ -177,11 +180,13 @@ def transform_quantize(
     block = 0 if transform is None else transform.shape[-1]
     wide = not x.is_cuda or x.dtype == torch.float32 or (transform is not None and transform.dtype != x.dtype)
     tile = tile or choose_tile(rows.shape[0], width, block)
+    pdl = x.is_cuda and overlaps(x.device.index)
     grid = (triton.cdiv(width, tile.columns), triton.cdiv(rows.shape[0], tile.rows * tile.tiles))
     transform_quantize_kernel[grid](
         rows, transform if transform is None else transform.contiguous(), global_scale, codes, scales,
         rows.shape[0], rows.stride(0), width, block, block > 0 and transform.shape[0] == 1 and width > block,
         format, scale_rule, global_scale is not None, x.is_cuda, x.is_cuda and native_conversion(x.device.index), wide,
-        tile.rows, tile.columns, tile.tiles, tile.stages, num_warps=tile.warps, enable_fp_fusion=False,
+        tile.rows, tile.columns, tile.tiles, tile.stages, pdl, num_warps=tile.warps, enable_fp_fusion=False,
+        **({"launch_pdl": True} if pdl else {}),
     )
     return codes, scales

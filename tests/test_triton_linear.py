@@ -1,0 +1,181 @@
+"""Triton's products against float64 of the same operands, on a GPU: every kernel, every extra operand, every edge."""
+
+import pytest
+import torch
+
+from wush_compile import formats
+from wush_compile.formats import FORMATS
+
+pytest.importorskip("triton")
+from wush_compile.kernels import triton_linear  # noqa: E402
+from wush_compile.kernels.triton_linear import Fused  # noqa: E402
+
+gpu = pytest.mark.gpu
+DEVICE = "cuda"
+both = pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+
+
+def scalar(g):
+    return torch.tensor([g], device=DEVICE)
+
+
+def operands(format, m, n, k, seed=0, octaves=4):
+    """x with channels of very different size, w: codes and scales of both."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    x = torch.randn(m, k, device=DEVICE, generator=generator)
+    x *= torch.exp(1.5 * torch.randn(k, device=DEVICE, generator=generator))
+    w = 0.02 * torch.randn(n, k, device=DEVICE, generator=generator)
+    w *= torch.exp2(octaves * torch.rand(n, k // 32, device=DEVICE, generator=generator)).repeat_interleave(32, 1)
+    return *formats.quantize(x, format, "absmax"), *formats.quantize(w, format, "absmax")
+
+
+def exact(codes, scales, w_codes, w_scales, format):
+    x = formats.dequantize(codes, scales, format).double()
+    return x @ formats.dequantize(w_codes, w_scales, format).double().T
+
+
+def error(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+KERNELS = {
+    "mxfp4": [None, Fused(64, 16, 256, 1, 4, 4, True), Fused(64, 16, 128, 4, 4, 6, True),
+              Fused(64, 16, 256, 2, 4, 4, False), Fused(64, 32, 256, 2, 4, 4, False), Fused(64, 64, 256, 2, 4, 3, True),
+              Fused(128, 128, 128, 1, 8, 4, False), Fused(128, 256, 128, 1, 8, 3, False), "library", "bf16"],
+    "nvfp4": [None, Fused(64, 16, 128, 4, 4, 4, True), Fused(64, 16, 128, 1, 4, 4, False),
+              Fused(64, 64, 128, 2, 4, 4, False), Fused(128, 128, 128, 2, 8, 3, False), "bf16"],
+}
+CASES = [(format, kernel) for format in KERNELS for kernel in KERNELS[format]]
+
+
+@gpu
+@pytest.mark.parametrize("format, kernel", CASES)
+@pytest.mark.parametrize("m, n, k", [(1, 200, 1024), (2, 128, 512), (4, 1000, 1024), (3, 72, 512), (17, 264, 1024),
+                                     (70, 512, 2048), (300, 1040, 1024)])
+def test_linear_is_the_exact_product(format, kernel, m, n, k):
+    """fp32 output within the accumulator's error of the float64 product of the same operands, with every extra
+    operand."""
+    c, s, wc, ws = operands(format, m, n, k)
+    want = exact(c, s, wc, ws, format)
+    if kernel != "library":
+        got = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.float32, kernel)
+        assert error(got, want) < (5e-4 if format == "mxfp4" else 1e-5)
+    rounding = error(want.bfloat16(), want)
+    got = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.bfloat16, kernel)
+    assert error(got, want) < 1.05 * rounding + 1e-4
+    gx, gw = scalar(0.37), scalar(3.0)
+    bias, residual = torch.randn(n, device=DEVICE).bfloat16(), torch.randn(m, n, device=DEVICE).bfloat16()
+    got = triton_linear.fp4_linear(c, s, gx, wc, ws, gw, bias, residual, format, torch.bfloat16, kernel)
+    want = want / (0.37 * 3.0) + bias.double() + residual.double()
+    assert error(got, want) < 4e-3
+
+
+@gpu
+@both
+@pytest.mark.parametrize("m", [1, 2, 4, 5])
+@pytest.mark.parametrize("n, k", [(64, 32), (33, 576), (100, 1536), (16, 48)])
+def test_linear_of_any_width(format, m, n, k):
+    if k % FORMATS[format].group_size:
+        return
+    c, s = formats.quantize(torch.randn(m, k, device=DEVICE), format, "absmax")
+    wc, ws = formats.quantize(torch.randn(n, k, device=DEVICE), format, "absmax")
+    got = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.float32)
+    assert error(got, exact(c, s, wc, ws, format)) < 1e-5
+
+
+@gpu
+@pytest.mark.parametrize("m", [1, 16, 64, 200])
+def test_every_code_and_sign(m):
+    """Products of single codes are exact: column k of x meets column k of w alone."""
+    k = 512
+    codes = torch.arange(16, dtype=torch.uint8, device=DEVICE).repeat(k // 16)
+    x = torch.zeros(m, k, dtype=torch.uint8, device=DEVICE)
+    x[:, 7] = torch.arange(m, device=DEVICE) % 16
+    x[:, 300] = (torch.arange(m, device=DEVICE) // 16) % 16
+    w = torch.stack([codes.roll(i) for i in range(64)])
+    s = torch.full((m, k // 32), 127, dtype=torch.uint8, device=DEVICE)
+    ws = torch.full((64, k // 32), 120, dtype=torch.uint8, device=DEVICE)
+    x, w = formats.pack(x), formats.pack(w)
+    got = triton_linear.fp4_linear(x, s, None, w, ws, None, None, None, "mxfp4", torch.float32)
+    assert torch.equal(got.double(), exact(x, s, w, ws, "mxfp4"))
+
+
+@gpu
+@pytest.mark.parametrize("m", [1, 16, 64, 200, 1100])
+def test_far_apart_scales(m):
+    """Bytes 1 and 254 in one row, a row 2^20 above the others, weights 20 octaves apart: no inf, no NaN, and every row
+    within 2^-20 of what its largest products are worth."""
+    c, s, wc, ws = operands("mxfp4", m, 256, 1024)
+    s = s.clone()
+    s[0] += 20
+    if m > 1:
+        s[1, 5], s[1, 6] = 1, 160
+    ws = ws.clone()
+    ws[3, 7] -= 20
+    ws[4, 0] = 1
+    want = exact(c, s, wc, ws, "mxfp4")
+    got = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, "mxfp4", torch.float32)
+    assert torch.isfinite(got).all()
+    x, w = formats.dequantize(c, s, "mxfp4").double().abs(), formats.dequantize(wc, ws, "mxfp4").double().abs()
+    assert ((got.double() - want).abs() <= (x @ w.T) * 2.0**-11 + x.amax(1)[:, None] * w.sum(1) * 2.0**-20).all()
+
+
+@gpu
+@both
+@pytest.mark.parametrize("m", [1, 5, 64, 200, 1100])
+def test_not_finite_rows_stay_in_their_rows(format, m):
+    c, s, wc, ws = operands(format, m, 128, 1024)
+    mark = 0xFF if format == "mxfp4" else 0x7F
+    s, ws = s.clone(), ws.clone()
+    s[m - 1, 3], ws[100, 9] = mark, mark
+    got = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.bfloat16)
+    bad = torch.zeros(m, 128, dtype=torch.bool, device=DEVICE)
+    bad[m - 1], bad[:, 100] = True, True
+    assert torch.equal(got.isnan(), bad)
+
+
+@gpu
+def test_weights_outside_e4m3_take_another_kernel():
+    """Large batches compute in e4m3, which holds 15 octaves; a weight with more is exact all the same."""
+    c, s, wc, ws = operands("mxfp4", 1100, 256, 1024, octaves=0)
+    ws = ws.clone()
+    ws[:, ::2] -= 18
+    s[:, 1::2] -= 18
+    assert not triton_linear.row_facts(ws).fits_e4m3
+    got = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, "mxfp4", torch.bfloat16)
+    want = exact(c, s, wc, ws, "mxfp4")
+    assert error(got, want) < 1.05 * error(want.bfloat16(), want) + 1e-4
+
+
+@gpu
+def test_row_facts_follow_the_weight():
+    _, _, _, ws = operands("mxfp4", 1, 64, 512, octaves=0)
+    first = triton_linear.row_facts(ws)
+    assert triton_linear.row_facts(ws) is first and triton_linear.row_facts(ws[32:]) is not first
+    ws[3, 4] += 9
+    assert torch.equal(triton_linear.row_facts(ws).top, ws.amax(-1))
+
+
+@gpu
+def test_split_sums_are_reproducible():
+    c, s, wc, ws = operands("mxfp4", 16, 512, 4096)
+    kernel = Fused(64, 16, 256, 4, 4, 4, True)
+    runs = [triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, "mxfp4", torch.float32, kernel)
+            for _ in range(20)]
+    assert all(torch.equal(r, runs[0]) for r in runs)
+
+
+@gpu
+@both
+@pytest.mark.parametrize("m", [1, 16, 128, 1100])
+def test_linear_in_a_cuda_graph(format, m):
+    c, s, wc, ws = operands(format, m, 256, 1024)
+    call = lambda: triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.bfloat16)  # noqa: E731
+    want = call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call()
+    got.zero_()
+    graph.replay()
+    assert torch.equal(got, want)
