@@ -1,32 +1,46 @@
-"""The stage loop: observe -> solve -> rewrite -> propagate, one decoder layer after the other.
+"""The stage loop: observe -> solve -> commit -> propagate, one decoder layer after the other.
 
 1. Run every batch through the stage with observers in its graph: second moments and samples of each group's input.
 2. Solve each group, and rewrite its linears in the stage's graph into quantized ones.
-3. Run every batch through the rewritten stage: the next stage sees what the *quantized* model produces.
+3. Hand the solved groups to the journal, if there is one.
+4. Run every batch through the rewritten stage: the next stage sees what the *quantized* model produces.
 
-Nothing is installed in the model here; only one stage's moments and every batch's live values are in memory.
+Nothing is installed in the model here. A stage's weights are brought to the compute device when it is reached and dropped
+when it is left (`tensors`); every batch's live values wait where `Activations` keeps them; moments are one stage's. When a
+micro-batch does not fit, or a run goes on where another stopped, the finished stages are run again from the inputs: step 4
+alone, from what the journal holds.
 """
 
 import logging
-import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch.func import functional_call
 
+from .activations import Activations
 from .capture import Captured
 from .config import WushConfig
 from .data import Batch
+from .errors import DataError, NonFiniteError
+from .microbatch import MicroBatch, choose_rows, regroup, sequences
 from .modules import Member, WushGroup
 from .passes.group import LinearGroup
 from .passes.observe import Observation, allocate, insert_observers, observed, remove_observers
 from .passes.partition import Stage, partition
+from .passes.place import place
 from .passes.rewrite import rewrite
+from .phases import phase
+from .progress import Progress
 from .solver import layer_loss, solve
+from .team import ALONE, Alone
+from .tensors import ModelTensors
 
 log = logging.getLogger("wush_compile")
 LOSS_ROWS = 512
+AS_GIVEN = 2**31                           # stands for a micro-batch without a limit where ranks compare theirs
 
 
 @dataclass
@@ -52,9 +66,11 @@ def _loss_rows(sample: Tensor) -> Tensor:
     return rows[rows.any(-1)]
 
 
-def solve_group(group: LinearGroup, model: nn.Module, config: WushConfig, seen: Observation | None) -> Solved:
-    """Transform, codes and scales of one group, from what its observer saw (None: data-free)."""
-    weight = group.stacked_weight(model)                                   # [N, K]
+def solve_group(
+    group: LinearGroup, tensors: Mapping[str, Tensor], config: WushConfig, seen: Observation | None
+) -> Solved:
+    """Transform, codes and scales of one group, from its weights by name and what its observer saw (None: data-free)."""
+    weight = group.stacked_weight(tensors)                                 # [N, K]
     solution = solve(
         weight, config, name=group.name,
         moment=None if seen is None else seen.moment,
@@ -66,12 +82,12 @@ def solve_group(group: LinearGroup, model: nn.Module, config: WushConfig, seen: 
     rows = None if seen is None else _loss_rows(seen.sample)
     if rows is not None and rows.shape[0]:
         report["loss"], report["relative_loss"] = layer_loss(rows, weight, solution, config)
-    buffers = {name: getattr(solution, attribute) for name, attribute in (
-        ("weight_packed", "weight_packed"), ("weight_scale", "weight_scale"),
-        ("weight_global_scale", "weight_global_scale"), ("input_transform", "transform"),
-        ("input_global_scale", "input_global_scale"),
-    )}
-    buffers["bias"] = group.stacked_bias(model)
+    buffers = {
+        "weight_packed": solution.weight_packed, "weight_scale": solution.weight_scale,
+        "weight_global_scale": solution.weight_global_scale, "input_transform": solution.transform,
+        "input_global_scale": solution.input_global_scale, "bias": group.stacked_bias(tensors),
+    }
+    buffers = {name: None if buffer is None else buffer.contiguous() for name, buffer in buffers.items()}
     return Solved(WushGroup(members_of(group), config, solution.transform_block_size, buffers), report)
 
 
@@ -85,69 +101,250 @@ def _warn_if_short(groups: list[LinearGroup], tokens: int, config: WushConfig) -
             )
 
 
-class _Run:
-    """Every batch's live values; a stage is run over all of them, dead values are dropped."""
+def _groups_by_stage(stages: list[Stage], groups: list[LinearGroup]) -> list[list[int]]:
+    """For each stage the numbers of the groups whose linears it runs."""
+    stage_of = {
+        node.name: number for number, stage in enumerate(stages) for node in stage.graph_module.graph.nodes
+        if node.op == "call_function"
+    }
+    found = [[] for _ in stages]
+    for i, group in enumerate(groups):
+        found[stage_of[group.linears[0].node.name]].append(i)
+    return found
 
-    def __init__(self, captured: Captured, batches: list[Batch], stages: list[Stage], device: torch.device, bar: tqdm):
-        self.device, self.bar = device, bar
-        self.values = [captured.flatten(i, b) for i, b in enumerate(batches)]
-        self.last_use = {name: i for i, stage in enumerate(stages) for name in stage.inputs}
 
-    def observe(self, stage: Stage) -> None:
-        for values in self.values:
-            stage.graph_module(*self._inputs(stage, values))
-            self.bar.update()
+class Calibration:
+    """One run of the stage loop. `calibrate` has the arguments; without batches groups are solved without data."""
 
-    def propagate(self, number: int, stage: Stage) -> None:
-        for values in self.values:
-            outputs = stage.graph_module(*self._inputs(stage, values))
-            values.update(zip(stage.outputs, outputs, strict=True))
-            for name in [n for n in values if self.last_use.get(n, -1) <= number]:
-                del values[name]
-            self.bar.update()
+    def __init__(
+        self, captured: Captured, groups: list[LinearGroup], batches: list[Batch] | None, config: WushConfig, *,
+        tensors: ModelTensors, device: torch.device, progress: Progress, team: Alone = ALONE,
+        journal=None, batch_size: int | None = None, activations_dir: str | os.PathLike | None = None,
+    ):
+        self.captured, self.groups, self.config = captured, groups, config
+        self.tensors, self.device, self.progress, self.team, self.journal = tensors, device, progress, team, journal
+        self.activations_dir = activations_dir
+        self.solved: list[Solved | None] = [None] * len(groups)
+        graph_module = captured.graph_module
+        if device != tensors.device:
+            place(graph_module, device, {name for name, _ in graph_module.named_buffers() if name in tensors})
+        if batches is not None:
+            mask = next((p for p in captured.placeholders() if p.name == "attention_mask"), None)
+            insert_observers(graph_module, groups, config, mask)
+        self.stages = partition(graph_module)
+        self.groups_in = _groups_by_stage(self.stages, groups)
+        self.last = max(number for number, own in enumerate(self.groups_in) if own)
+        self.last_use = {name: number for number, stage in enumerate(self.stages) for name in stage.inputs}
+        self._loaded: tuple[int, dict[str, Tensor]] | None = None
+        self.windows = None if batches is None else team.share(batches)
+        self.rows = batch_size
+        if self.windows is not None and self.rows is None and device != tensors.device:
+            self.rows = self._choose_rows()
+        self._start()
 
-    def _inputs(self, stage: Stage, values: dict[str, object]) -> list[object]:
-        return [v.to(self.device) if isinstance(v, Tensor) else v for v in (values[name] for name in stage.inputs)]
+    # -- batches ---------------------------------------------------------------------------------------------------------
+
+    def _choose_rows(self) -> int | None:
+        rows = choose_rows(self.windows, self.stages[: self.last + 1], self.captured.placeholders(), self.device)
+        return None if rows is None else self.team.smallest(rows)
+
+    def _start(self) -> None:
+        """Back to the inputs: no stage has been run."""
+        if self.windows is None:
+            self.batches, self.activations = [], None
+            return
+        self.batches: list[MicroBatch] = regroup(self.windows, self.rows)
+        values = [self.captured.flatten(i, batch.inputs) for i, batch in enumerate(self.batches)]
+        self.activations = Activations(values, self.device, self.device != self.tensors.device, self.activations_dir)
+
+    def _halved(self) -> int:
+        """The next smaller micro-batch; called where the current one does not fit."""
+        counts = [sequences(batch.inputs) for batch in self.batches]
+        most = self.rows or max((c for c in counts if c is not None), default=1)
+        if None in counts or most < 2:
+            raise DataError(
+                f"a batch of {max(b.tokens() for b in self.batches)} tokens does not fit the memory of {self.device}: "
+                "calibrate on shorter windows, or on a device with more memory"
+            )
+        return most // 2
+
+    def _fitting(self, number: int, work, replay: bool = False):
+        """`work()`, with every batch at stage `number`: where memory is too small, with half the micro-batch, from the
+        inputs through the finished stages. `replay`: do that at once."""
+        while True:
+            rows = self.rows or AS_GIVEN
+            try:
+                if replay:
+                    self._replay(number)
+                result = work()
+            except torch.OutOfMemoryError:
+                result, rows = None, self._halved()
+            agreed = self.team.smallest(rows)
+            if agreed == (self.rows or AS_GIVEN):
+                return result
+            self.rows, self._loaded, replay = agreed, None, True
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            stage = self.stages[number].name
+            log.warning("%s: out of memory; on with %d sequences at a time", stage, agreed)
+            self.progress.event("batch_size", stage=stage, batch_size=agreed, reason="out of memory")
+            if self.journal is not None:
+                self.journal.shrink(stage, agreed)
+
+    def _replay(self, number: int) -> None:
+        self._start()
+        for earlier in range(number):
+            self._propagate(earlier)
+
+    # -- a stage ---------------------------------------------------------------------------------------------------------
+
+    def _load(self, number: int) -> dict[str, Tensor]:
+        """The weights of a stage on the compute device, and what is solved of it; no other stage's."""
+        if self._loaded is None or self._loaded[0] != number:
+            self._loaded = None
+            names = {n.target for n in self.stages[number].graph_module.graph.nodes if n.op == "get_attr"}
+            with phase("transfers"):
+                loaded = self.tensors.load([name for name in names if name in self.tensors], self.device)
+                for i in self.groups_in[number]:
+                    if self.solved[i] is not None:
+                        group = self.solved[i].group
+                        buffers = self.journal.buffers(group) if group.weight_packed.is_meta else group.named_buffers()
+                        loaded |= {f"wush_group_{i}.{name}": buffer.to(self.device) for name, buffer in buffers}
+            self._loaded = (number, loaded)
+        return self._loaded[1]
+
+    def _forwards(self, number: int):
+        """(index, outputs) of every batch through the stage."""
+        stage, loaded = self.stages[number], self._load(number)
+        for index, inputs in enumerate(self.activations.read(stage.inputs)):
+            yield index, functional_call(stage.graph_module, loaded, tuple(inputs))
+            self.progress.advance(self.batches[index].tokens())
+
+    def _observe(self, number: int) -> dict[int, Observation]:
+        graph_module = self.stages[number].graph_module
+        with phase("forwards"):
+            self._load(number)
+            seen = {i: allocate(graph_module, i, self.device) for i in observed(graph_module)}
+            finite = [
+                # A NaN or Inf in an input is one on the diagonal of its moment: a check of K values, not of all.
+                torch.stack([s.moment.diagonal(dim1=-2, dim2=-1).isfinite().all() for s in seen.values()])
+                for _ in self._forwards(number)
+            ]
+            self._check_finite(list(seen), torch.stack(finite).cpu())
+        return seen
+
+    def _check_finite(self, numbers: list[int], finite: Tensor) -> None:
+        """finite: bool [batches, groups], of the moments after each batch."""
+        if not finite.all():
+            batch, group = (~finite).nonzero()[0].tolist()
+            raise NonFiniteError(
+                f"{self.groups[numbers[group]].name}: its calibration inputs hold NaN or Inf in {self.batches[batch]}, or "
+                "overflow fp32 when squared; repair the data or the model, or put the layer in ignore"
+            )
+
+    def _solve(self, number: int) -> None:
+        stage, own = self.stages[number], self.groups_in[number]
+        seen = {}
+        if self.activations is not None:
+            seen = self._fitting(number, lambda: self._observe(number))
+            with phase("reduce"):
+                self.team.reduce(seen)
+            if not any(self.groups_in[:number]):
+                _warn_if_short(self.groups, int(next(iter(seen.values())).count), self.config)
+            remove_observers(stage.graph_module)
+        loaded = self._load(number)
+
+        def one(i: int) -> Solved:
+            self.progress.at(stage.name, f"solving {self.groups[i].name.rpartition('.')[2]}")
+            with phase("solve"):
+                return solve_group(self.groups[i], loaded, self.config, seen.pop(i, None))
+
+        for i, solved in self.team.solve(own, one).items():
+            self.solved[i] = solved
+            rewrite(stage.graph_module, self.groups[i], solved.group, f"wush_group_{i}")
+            report = solved.report
+            self.progress.at(stage.name, self.groups[i].name, report.get("relative_loss"))
+            self.progress.event("group", stage=stage.name, group=self.groups[i].name, **report)
+            if report.get("damping_tries", 0) > 1:
+                log.warning("%s: its second moment was not positive definite; damping was added %d times", self.groups[i].name,
+                            report["damping_tries"])
+        used = {n.target for n in stage.graph_module.graph.nodes if n.op == "get_attr"}
+        for name in set(loaded) - used:                    # what has been replaced leaves the device
+            del loaded[name]
+
+    def _propagate(self, number: int) -> None:
+        stage = self.stages[number]
+        with phase("forwards"):
+            for index, outputs in self._forwards(number):
+                self.activations.write(index, dict(zip(stage.outputs, outputs, strict=True)))
+                dead = [n for n in self.activations.names(index) if self.last_use.get(n, -1) <= number]
+                self.activations.drop(index, dead)
+
+    # -- the run ---------------------------------------------------------------------------------------------------------
+
+    def _resume(self) -> int:
+        """The first stage to do: those before it are in the journal."""
+        number = self.team.smallest(0 if self.journal is None else self.journal.finished())
+        for k in range(min(number, self.last + 1)):
+            remove_observers(self.stages[k].graph_module)
+            for i in self.groups_in[k]:
+                self.solved[i] = self.journal.restore(self.groups[i], k, self.tensors.home)
+                rewrite(self.stages[k].graph_module, self.groups[i], self.solved[i].group, f"wush_group_{i}")
+        if number:
+            self.progress.event("resumed", stages=number)
+        return number
+
+    def _steps(self, first: int) -> int:
+        if self.activations is None:
+            return sum(map(len, self.groups_in))
+        replayed = first if first <= self.last else 0
+        todo = sum(bool(self.groups_in[k]) + (k < self.last) for k in range(first, self.last + 1))
+        return (replayed + todo) * len(self.batches)
+
+    def run(self) -> tuple[list[Solved], list[Stage]]:
+        """All stages up to the last that has a group; with a journal, the rest is copied into it."""
+        first = self._resume()
+        self.progress.begin(self._steps(first), self.device, "batch" if self.batches else "group")
+        if 0 < first <= self.last and self.activations is not None:
+            self._fitting(first, lambda: None, replay=True)
+        for number in range(first, len(self.stages) if self.journal is not None else self.last + 1):
+            stage, own = self.stages[number], self.groups_in[number]
+            self.progress.at(stage.name)
+            if own:
+                self._solve(number)
+            if self.journal is not None:
+                with phase("journal"):
+                    self.journal.commit(number, stage, {i: self.solved[i] for i in own}, self.team)
+            self.progress.event("stage", stage=stage.name, tokens_per_second=round(self.progress.tokens_per_second(), 1))
+            if number < self.last and self.activations is not None:
+                self._fitting(number, lambda number=number: self._propagate(number))
+            self._loaded = None
+            for i in own:
+                self.solved[i].group.to(self.tensors.home)
+        return self.solved, self.stages
 
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, captured: Captured, groups: list[LinearGroup], batches: list[Batch] | None,
-    config: WushConfig, progress: bool = True,
+    model: nn.Module, captured: Captured, groups: list[LinearGroup], batches: list[Batch] | None, config: WushConfig,
+    progress: bool | Progress = True, *, device: torch.device | None = None, tensors: ModelTensors | None = None,
+    **settings,
 ) -> tuple[list[Solved], list[Stage]]:
     """Solves every group on the batches (None: without data); the model stays as it is.
 
+    device    where to compute: by default where the model is. Elsewhere, one stage's weights are there at a time
+    tensors   where the weights come from: by default from the model
+    settings  team, journal, batch_size (sequences a forward; None: chosen on a GPU, as given elsewhere), activations_dir
+
     Returns the solved groups, in the order of `groups`, and the stages with rewritten graphs.
     """
-    solved: list[Solved | None] = [None] * len(groups)
-    device = next(model.parameters()).device
-    if batches is None:
-        for i, group in enumerate(tqdm(groups, desc="quantizing", unit="group", disable=not progress)):
-            solved[i] = solve_group(group, model, config, None)
-        return solved, []
-
-    mask = next((p for p in captured.placeholders() if p.name == "attention_mask"), None)
-    insert_observers(captured.graph_module, groups, config, mask)
-    stages = partition(captured.graph_module)
-    observing = [observed(stage.graph_module) for stage in stages]
-    last = max(i for i, numbers in enumerate(observing) if numbers)
-    steps = sum((bool(n) + (i < last)) * len(batches) for i, n in enumerate(observing[: last + 1]))
-    with tqdm(total=steps, desc="quantizing", unit="batch", disable=not progress) as bar:
-        run = _Run(captured, batches, stages, device, bar)
-        for number, stage in enumerate(stages[: last + 1]):
-            bar.set_postfix_str(stage.name)
-            seen = {i: allocate(stage.graph_module, i, device) for i in observing[number]}
-            if seen:
-                run.observe(stage)
-                if number == next(i for i, n in enumerate(observing) if n):
-                    _warn_if_short(groups, int(next(iter(seen.values())).count), config)
-                remove_observers(stage.graph_module)
-            for i in list(seen):
-                bar.set_postfix_str(f"{stage.name}: solving {groups[i].name.rpartition('.')[2]}")
-                solved[i] = solve_group(groups[i], model, config, seen.pop(i))
-                rewrite(stage.graph_module, groups[i], solved[i].group, f"wush_group_{i}")
-                loss = solved[i].report.get("relative_loss", math.nan)
-                bar.set_postfix_str(f"{stage.name}, loss {loss:.2e}")
-            if number < last:
-                run.propagate(number, stage)
-    return solved, stages
+    tensors = ModelTensors(model) if tensors is None else tensors
+    own = progress if isinstance(progress, Progress) else Progress(progress)
+    try:
+        return Calibration(
+            captured, groups, batches, config, tensors=tensors, device=tensors.device if device is None else device,
+            progress=own, **settings,
+        ).run()
+    finally:
+        if own is not progress:
+            own.close()

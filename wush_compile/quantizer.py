@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterable
 
 import torch
@@ -16,7 +17,10 @@ from .data import Batch
 from .errors import CaptureError, ConfigError, DataError, NonFiniteError, WushError, one_of
 from .modules import install_group, is_quantized
 from .passes.group import LinearGroup, find_groups
+from .phases import phase
+from .progress import Progress
 from .quantization import Quantization
+from .team import ALONE
 
 log = logging.getLogger("wush_compile")
 # (windows, tokens in each) that a language model samples for itself where it gets no data.
@@ -30,6 +34,11 @@ def _resolve(config: WushConfig | str | None, settings: dict) -> WushConfig:
     for name in settings:
         one_of("setting", name, names)
     return dataclasses.replace(config or WushConfig(), **settings)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """`cuda` as `cuda:0`, so that devices can be compared."""
+    return torch.empty(0, device=device).device
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -93,7 +102,8 @@ def _record(groups: list[LinearGroup], solved: list, ignored: dict[str, str], co
 
 def quantize(
     model: nn.Module, data: Iterable | None = None, config: WushConfig | None = None, *,
-    tokenizer=None, progress: bool = True, **settings,
+    tokenizer=None, progress: bool | Progress = True, device: torch.device | str | None = None,
+    batch_size: int | None = None, activations_dir: str | os.PathLike | None = None, **settings,
 ) -> nn.Module:
     """Quantizes the linears of a model to 4 bits on both sides, in place, and returns the same object.
 
@@ -106,6 +116,15 @@ def quantize(
         transforms reads none.
     config, settings
         A `WushConfig`, its fields by name, or both (a field by name wins).
+    progress
+        Whether to show a bar; a `Progress` also writes a log.
+    device
+        Where to compute. Default: where the model is. With a GPU here and the model in CPU memory, the GPU holds one layer's
+        weights at a time, and the result is in CPU memory again.
+    batch_size
+        Sequences in one forward. Default: batches as they are; on a GPU that the model is not on, as many as fit well.
+    activations_dir
+        Directory for the values between layers, which otherwise wait in memory: 2 bytes × tokens × width of a layer.
 
     Nothing is changed until every layer has been solved: an error or Ctrl-C leaves the model as it was. Raises a
     `WushError` that names the layer and the remedy. The result is explained by `wush_compile.explain(model)`.
@@ -116,12 +135,16 @@ def quantize(
     if next(model.parameters(), None) is None:
         raise CaptureError(f"nothing to quantize in {type(model).__name__}: it has no parameters")
     _check_weights(model)
-    batches, calibrates = _prepare(model, data, config, tokenizer, progress)
-    captured = capture(model, batches)
-    groups, ignored = find_groups(captured.graph_module, model, config)
+    batches, calibrates = _prepare(model, data, config, tokenizer, bool(progress))
+    with phase("capture"):
+        captured = capture(model, batches)
+        groups, ignored = find_groups(captured.graph_module, model, config)
     if not groups:
         raise _nothing(model, ignored)
-    solved, _ = calibrate(model, captured, groups, batches if calibrates else None, config, progress)
+    solved, _ = calibrate(
+        model, captured, groups, batches if calibrates else None, config, progress, team=ALONE, batch_size=batch_size,
+        device=None if device is None else _numbered(torch.device(device)), activations_dir=activations_dir,
+    )
     record = _record(groups, solved, ignored, config)
     for group, one in zip(groups, solved, strict=True):
         if config.transform_block_size not in (None, one.group.block_size):

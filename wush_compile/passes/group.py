@@ -2,6 +2,7 @@
 
 import fnmatch
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,19 +39,17 @@ class LinearGroup:
         """The first member's module name, by which the group goes everywhere."""
         return self.linears[0].name
 
-    def stacked_weight(self, model: nn.Module) -> Tensor:
-        """All members' weights, [N, K]."""
-        weights = (model.get_parameter(m.weight).detach() for m in self.linears)
+    def stacked_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """All members' weights, [N, K], of `tensors` by name."""
+        weights = (tensors[m.weight] for m in self.linears)
         return torch.cat([w.T if m.transposed else w for m, w in zip(self.linears, weights, strict=True)])
 
-    def stacked_bias(self, model: nn.Module) -> Tensor | None:
+    def stacked_bias(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """All members' biases [N], zeros where a member has none; None if none has."""
         if all(m.bias is None for m in self.linears):
             return None
-        like = model.get_parameter(self.linears[0].weight)
-        return torch.cat([
-            like.new_zeros(m.rows) if m.bias is None else model.get_parameter(m.bias).detach() for m in self.linears
-        ])
+        like = tensors[self.linears[0].weight]
+        return torch.cat([like.new_zeros(m.rows) if m.bias is None else tensors[m.bias] for m in self.linears])
 
 
 def _ignored_by(name: str, patterns: tuple[str, ...]) -> str | None:

@@ -1,0 +1,115 @@
+"""Every batch's live values between two stages, and their way to the compute device and back.
+
+They stay where they are computed, or are offloaded: to CPU memory (pinned, if a GPU computes), or to files that are mapped
+and already unlinked, so that the disk is free again as soon as a value is dropped or the process dies. The next batch's
+values travel while a GPU computes this one's.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Stored(NamedTuple):
+    """An offloaded tensor; dimensions it only repeats along (of masks) are stored once."""
+
+    tensor: Tensor
+    shape: torch.Size
+
+
+class Activations:
+    """The live values of each batch, by name: tensors, or plain numbers.
+
+    values      one dict a batch, of the model's inputs
+    device      where stages compute
+    offload     whether values leave the device between stages
+    directory   for offloading to files there instead of CPU memory
+    """
+
+    def __init__(self, values: list[dict[str, object]], device: torch.device, offload: bool = False,
+                 directory: str | os.PathLike | None = None):
+        self._values, self.device, self.directory = values, device, None if directory is None else Path(directory)
+        self.offload = offload or directory is not None
+        # One stream for both ways: a value is read only after it has been written.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def read(self, names: Iterable[str]) -> Iterator[list[object]]:
+        """The values of these names on the compute device, batch after batch."""
+        names = list(names)
+        if self._stream is None:
+            for values in self._values:
+                yield [self._to_device(values[name]) for name in names]
+            return
+        ahead = self._fetch(0, names)
+        for index in range(len(self)):
+            values, arrived = ahead
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(arrived)
+            for value in values:
+                if isinstance(value, Tensor):
+                    value.record_stream(current)
+            ahead = self._fetch(index + 1, names) if index + 1 < len(self) else None
+            yield values
+
+    def write(self, index: int, values: dict[str, object]) -> None:
+        """Keeps new values of a batch."""
+        self._values[index].update({
+            name: self._store(value) if isinstance(value, Tensor) and self.offload else value
+            for name, value in values.items()
+        })
+
+    def drop(self, index: int, dead: Iterable[str]) -> None:
+        """Forgets values of a batch."""
+        for name in dead:
+            self._values[index].pop(name, None)
+
+    def names(self, index: int) -> list[str]:
+        """What is alive of a batch."""
+        return list(self._values[index])
+
+    def _to_device(self, value: object, wait: bool = True) -> object:
+        if isinstance(value, _Stored):
+            return value.tensor.to(self.device, non_blocking=not wait).expand(value.shape)
+        return value.to(self.device, non_blocking=not wait) if isinstance(value, Tensor) else value
+
+    def _fetch(self, index: int, names: list[str]) -> tuple[list[object], torch.cuda.Event]:
+        with torch.cuda.stream(self._stream):
+            values = [self._to_device(self._values[index][name], wait=False) for name in names]
+            return values, self._stream.record_event()
+
+    def _store(self, value: Tensor) -> _Stored:
+        repeats = [stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)]
+        once = value[tuple(slice(0, 1) if r else slice(None) for r in repeats)] if any(repeats) else value
+        if self.directory is not None:
+            return _Stored(self._mapped(once.shape, once.dtype).copy_(once), value.shape)
+        if self._stream is None:
+            return _Stored(once.to("cpu"), value.shape)
+        home = torch.empty(once.shape, dtype=once.dtype, pin_memory=True)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            home.copy_(once, non_blocking=True)
+        once.record_stream(self._stream)
+        return _Stored(home, value.shape)
+
+    def _mapped(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """An empty tensor whose memory is a file without a name."""
+        if shape.numel() == 0:
+            return torch.empty(shape, dtype=dtype)
+        descriptor, path = tempfile.mkstemp(prefix="activations-", dir=self.directory)
+        try:
+            # Reserved here, not while it is written: a full disk is then an error and not a bus error.
+            os.posix_fallocate(descriptor, 0, shape.numel() * dtype.itemsize)
+            return torch.from_file(path, shared=True, size=shape.numel(), dtype=dtype).view(shape)
+        finally:
+            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                os.unlink(path)

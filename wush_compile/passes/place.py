@@ -1,0 +1,30 @@
+"""Moves a captured graph to another device: where its constants are and what its nodes create there."""
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+def place(graph_module: fx.GraphModule, device: torch.device, loaded: set[str]) -> None:
+    """Makes the graph run on `device`. Attributes named in `loaded` are left alone: whoever runs it brings them.
+
+    Views become reshapes: which of the two is possible depends on the strides that a device's kernels leave behind.
+    """
+    for module in graph_module.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            if node.kwargs.get("device") is not None:
+                node.kwargs = {**node.kwargs, "device": device}
+            if node.target is aten.to.device:
+                node.args = (node.args[0], device, *node.args[2:])
+            elif node.target is aten.view.default:
+                node.target = aten.reshape.default
+            elif node.target is torch.ops.higher_order.wrap_with_autocast:
+                node.args = (device.type, *node.args[1:])
+        module.recompile()
+    for name, buffer in list(graph_module.named_buffers()):
+        if name not in loaded:
+            owner, _, leaf = name.rpartition(".")
+            setattr(graph_module.get_submodule(owner), leaf, buffer.to(device))

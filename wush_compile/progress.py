@@ -1,0 +1,106 @@
+"""What a run shows while it works: one bar, a machine-readable log, and at the end a table of the groups."""
+
+import io
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+
+def memory(device: torch.device) -> int:
+    """Bytes at the peak so far: allocated on a GPU, resident for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Progress:
+    """The bar and the log of one run.
+
+    bar     whether to show the bar
+    log     a file that gets one JSON object a line: `event` (run, stage, group, batch_size, resumed, finished, failed), `time`
+            in seconds since the start, and what docs/large_models.md says of each event
+    """
+
+    def __init__(self, bar: bool = True, log: str | os.PathLike | None = None):
+        self._show, self._log = bar, None if log is None else open(log, "a", encoding="utf-8")
+        self._start, self._tokens, self._since = time.perf_counter(), 0, None
+        self._bar: tqdm | None = None
+        self._device, self._at = torch.device("cpu"), ""
+
+    def begin(self, steps: int, device: torch.device, unit: str) -> None:
+        """Starts the bar, or gives it another length."""
+        self._device = device
+        if self._bar is None:
+            # smoothing=0: the solver's pauses count for the time left as much as the forwards.
+            self._bar = tqdm(total=steps, desc="quantizing", unit=unit, disable=not self._show, smoothing=0)
+            self._since = time.perf_counter()
+        else:
+            self._bar.reset(steps)
+
+    def advance(self, tokens: int = 0) -> None:
+        """One step of the bar."""
+        self._tokens += tokens
+        if self._bar is not None:
+            self._bar.update()
+            self._describe()
+
+    def at(self, stage: str, group: str | None = None, loss: float | None = None) -> None:
+        """Where the run is; `loss` is the last group's relative loss."""
+        parts = [stage] + ([group.rpartition(".")[2]] if group else [])
+        if loss is not None and not math.isnan(loss):
+            parts.append(f"loss {loss:.2e}")
+        self._at = ", ".join(parts)
+        self._describe()
+
+    def tokens_per_second(self) -> float:
+        """Tokens through a stage, forwards and solves included."""
+        return self._tokens / max(time.perf_counter() - self._since, 1e-9) if self._since else 0.0
+
+    def event(self, event: str, **fields: object) -> None:
+        """A line of the log."""
+        if self._log is not None:
+            fields = {"event": event, "time": round(time.perf_counter() - self._start, 4), **fields}
+            self._log.write(json.dumps(fields, default=str) + "\n")
+            self._log.flush()
+
+    def close(self) -> None:
+        """Ends the bar and the log."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _describe(self) -> None:
+        if self._bar is None or self._bar.disable:
+            return
+        speed = f", {self.tokens_per_second():.0f} tokens/s" if self._tokens else ""
+        self._bar.set_postfix_str(f"{self._at}{speed}, {memory(self._device) / 2**30:.1f} GiB", refresh=False)
+
+
+def group_table(reports: Mapping[str, Mapping], width: int = 120) -> str:
+    """Of groups by name and their reports: a table, largest relative loss first; groups without a loss last."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("group", "N x K", "tokens", "loss", "relative", "damped"):
+        table.add_column(heading, justify="left" if heading == "group" else "right", no_wrap=heading != "group")
+    for name, report in sorted(reports.items(), key=lambda item: -item[1].get("relative_loss", -math.inf)):
+        tries = report.get("damping_tries", 0)
+        table.add_row(
+            name, f"{report['rows']} x {report['width']}", str(report.get("tokens", "")),
+            *(f"{report[key]:.3e}" if key in report else "" for key in ("loss", "relative_loss")),
+            f"{tries} times more" if tries else "",
+        )
+    console = Console(file=io.StringIO(), width=width, no_color=True)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
