@@ -8,6 +8,8 @@ Codes and scales cross op boundaries as uint8 (int4 scales: bf16); the format st
 position of the leading dimensions, which are free; no rows at all is fine.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -69,18 +71,26 @@ def _sample_largest(rows: Tensor, largest: Tensor) -> None:
     largest.copy_(torch.where((index < kept)[:, None], largest[index.clamp(max=kept - 1)], new))
 
 
-def _observe(x: Tensor, mask: Tensor | None, moment: Tensor, count: Tensor, sample: Tensor, seed: int = 0) -> None:
-    rows = x.reshape(-1, x.shape[-1])                                      # [n, K]
-    if mask is not None:
-        rows = rows[mask.reshape(-1) != 0]
-    if rows.shape[0] == 0:
-        return
+def _add_moment(rows: Tensor, moment: Tensor) -> None:
+    """moment += rowsᵀ·rows in fp32: rows [n, K], moment [K, K], or [K/B, B, B] for its diagonal blocks."""
     wide = rows.to(torch.float32)
     if moment.dim() == 2:
         moment.addmm_(wide.T, wide)                                        # [K, K]
     else:
         blocks = wide.unflatten(-1, (moment.shape[0], -1)).transpose(0, 1)   # [K/B, n, B]
         moment.baddbmm_(blocks.transpose(1, 2), blocks)                    # [K/B, B, B]
+
+
+def _observe(
+    x: Tensor, mask: Tensor | None, moment: Tensor, count: Tensor, sample: Tensor, seed: int = 0,
+    add_moment: Callable[[Tensor, Tensor], None] = _add_moment,
+) -> None:
+    rows = x.reshape(-1, x.shape[-1])                                      # [n, K]
+    if mask is not None:
+        rows = rows[mask.reshape(-1) != 0]
+    if rows.shape[0] == 0:
+        return
+    add_moment(rows, moment)
     if sample.shape[0]:
         largest = sample.shape[0] // LARGEST_SHARE
         uniform = sample.shape[0] - largest

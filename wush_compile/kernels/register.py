@@ -3,14 +3,15 @@
 import functools
 
 from .. import ops
+from ..fused_ops import FUSED_REFERENCE
 from . import dispatch
 
 
 @functools.cache
 def register() -> None:
-    """Registers `dispatch` as the CUDA implementation of every op that a provider may have; once a process."""
-    for name in ("transform_quantize", "fp4_linear"):
-        ops.lib.impl(name, functools.partial(dispatch, name, ops.REFERENCE[name]), "CUDA")
+    """Registers `dispatch` as the CUDA implementation of every op; once a process."""
+    for name, reference in (ops.REFERENCE | FUSED_REFERENCE).items():
+        ops.lib.impl(name, functools.partial(dispatch, name, reference), "CUDA")
 
 
 register()

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import Implementation, triton_linear, triton_quantize
+from . import Implementation, triton_gram, triton_linear, triton_quantize
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -29,7 +29,14 @@ def refuses_fp4_linear(
     return triton_linear.supports(format, 2 * weight_codes.shape[-1])
 
 
+def refuses_observe(x, mask, moment, count, sample, seed=0) -> str | None:
+    if x.dtype not in (torch.bfloat16, torch.float16) or moment.dtype != torch.float32:
+        return f"rows are {x.dtype}, the moment {moment.dtype}"
+    return None
+
+
 IMPLEMENTATIONS = {
+    "observe": Implementation(triton_gram.observe, refuses_observe),
     "transform_quantize": Implementation(triton_quantize.transform_quantize, refuses_transform_quantize),
     "fp4_linear": Implementation(triton_linear.fp4_linear, refuses_fp4_linear),
 }
