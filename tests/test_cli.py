@@ -102,3 +102,8 @@ def test_demo(tiny, tmp_path, monkeypatch):
     for part in ("bf16", "RTN identity", "RTN Hadamard", "GPTQ WUSH", "KL to bf16", "MiB", "wc.load"):
         assert part in output, part
     assert wc.load(tmp_path / "model").wush_quantization.config == wc.WushConfig()
+
+
+def test_doctor():
+    output = " ".join(run("doctor", "--device", "cpu").split())
+    assert "torch" in output and "reference" in output and "fp4_linear" in output and "checks passed" in output

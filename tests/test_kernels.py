@@ -197,7 +197,7 @@ def test_ops_run_by_triton_on_a_gpu(format):
     from wush_compile.kernels import doctor
     report = doctor.examine("cuda")
     assert report["providers"]["triton"] == "used" and report["ops"]["transform_quantize"] == ["triton", "reference"]
-    assert [e for e in report["self_test"] if not e["ok"]] == []
+    assert [check for check in report["self_test"] if not check.ok] == []
     x = spread(5, 512, torch.bfloat16)
     assert_same(torch.ops.wush.transform_quantize(x, None, None, format, "absmax"),
                 ops._transform_quantize(x, None, None, format, "absmax"))

@@ -57,9 +57,9 @@ def compile_linear(format, n, k, kernel, cc):
                          STAGES=kernel.stages)
         return compile_kernel(scaled_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
     if isinstance(kernel, triton_linear.Gemv):
-        pointers = dict(x="*i32", xs="*u8", w="*i32", ws="*u8", sign_bits="*i32", out="*bf16")
+        pointers = dict(x="*i32", xs="*u8", w="*i32", ws="*u8", out="*bf16")
         constants = dict(PLAIN, N=n, K=k, M=1, MX=mx, BN=kernel.bn, BK=kernel.bk,
-                         AHEAD=16 * pdl, PDL=pdl)
+                         AHEAD=16 * pdl, PDL=pdl, EARLY=False)
         return compile_kernel(gemv_kernel, pointers, constants, cc, kernel.warps)
     pointers = dict(x="*u8" if kernel.packed else "*fp8e5" if mx else "*bf16", w="*u8", ws="*i32", selectors="*i32", out="*bf16", M="i32")
     pointers |= dict(xs="*i32") if kernel.packed else dict(x_unit="*fp32") if mx else {}

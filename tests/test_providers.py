@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wush_compile import kernels
+from wush_compile import kernels, ops
 from wush_compile.errors import ConfigError
 from wush_compile.kernels import doctor
 
@@ -11,7 +11,26 @@ from wush_compile.kernels import doctor
 def test_the_report_on_a_cpu():
     report = doctor.examine("cpu")
     assert report["ops"]["fp4_linear"] == ["reference"] and report["capability"] is None
-    assert all(entry["ok"] for entry in report["self_test"])
+    assert {check.op for check in report["self_test"]} == set(doctor.SELF_TESTS) == set(ops.REFERENCE)
+    assert all(check.ok for check in report["self_test"]), report["self_test"]
+
+
+def test_the_self_test_can_fail(monkeypatch):
+    real = ops.REFERENCE["transform_quantize"]
+
+    def broken(*args):
+        codes, scales = real(*args)
+        return codes, scales + 1
+
+    def failing(*args):
+        raise RuntimeError("no kernel image\nmore")
+
+    monkeypatch.setitem(ops.REFERENCE, "transform_quantize", broken)
+    checks = doctor.self_test(torch.device("cpu"), "transform_quantize")
+    assert checks and not any(check.ok for check in checks)
+    monkeypatch.setitem(ops.REFERENCE, "observe", failing)
+    check, = doctor.self_test(torch.device("cpu"), "observe")
+    assert not check.ok and "RuntimeError: no kernel image" in check.case and "more" not in check.case
 
 
 def test_a_forced_provider_must_exist(monkeypatch):

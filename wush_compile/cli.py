@@ -176,3 +176,30 @@ def generate(
         ids = tokenizer(prompt, return_tensors="pt").to(net.device)
         out = net.generate(**ids, max_new_tokens=tokens, do_sample=False)
         console.print(tokenizer.decode(out[0], skip_special_tokens=True), soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def doctor(device: Device = "auto") -> None:
+    """What runs where: versions, providers, native and emulated arithmetic, and a short self-test of every op."""
+    from .kernels.doctor import examine
+
+    with _one_line_errors():
+        report = examine(_device(device))
+        capability = report["capability"]
+        title = report["device"] + ("" if capability is None else f", compute capability {capability[0]}.{capability[1]}")
+        facts = Table("", title)
+        facts.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version))
+        for name, state in report["providers"].items():
+            facts.add_row(f"provider {name}", state)
+        for format, words in report["arithmetic"].items():
+            facts.add_row(format, words)
+        console.print(facts)
+        tests = Table("op", "asked in this order", "self-test", "seconds")
+        for op, providers in report["ops"].items():
+            checks = [check for check in report["self_test"] if check.op == op]
+            bad = [f"{c.format} {c.case}: error {c.error:.2g}" for c in checks if not c.ok]
+            tests.add_row(op, ", ".join(providers), "; ".join(bad) or f"{len(checks)} checks passed",
+                          f"{sum(c.seconds for c in checks):.1f}")
+        console.print(tests)
+        if not all(check.ok for check in report["self_test"]):
+            raise typer.Exit(1)

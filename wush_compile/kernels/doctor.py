@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -10,8 +12,9 @@ from ..formats import FORMATS
 from . import PROVIDERS, forced, resolve
 
 VERSIONS = ("torch", "triton", "transformers", "wush-compile")
-# Rows that reach every kind of kernel.
+# Rows that reach every kind of kernel, and the width of the operands.
 ROWS = (1, 5, 64, 300)
+WIDTH = 512
 
 
 def _version(name: str) -> str | None:
@@ -32,38 +35,88 @@ def arithmetic(format: str, capability: tuple[int, int] | None) -> str:
     return "emulated, exact: integer dot products up to 4 rows, BF16 tensor cores above"
 
 
-def self_test(device: torch.device) -> list[dict]:
-    """One entry a format and op: `ok`, `error` (relative, of products; share of bytes, of the quantizer), `seconds`."""
-    results = []
+class Check(NamedTuple):
+    """One comparison of an op with its reference. `error`: share of values that differ, or relative error."""
+
+    op: str
+    format: str
+    case: str
+    ok: bool
+    error: float
+    seconds: float
+
+
+def _checked(op: str, format: str, case: str, limit: float, error: Callable[[], float]) -> Check:
+    """`error()` timed, good up to `limit`; a failure of the op itself is a result too."""
+    start = time.perf_counter()
+    try:
+        found = error()
+    except Exception as failure:
+        case, found = f"{case}: {type(failure).__name__}: {str(failure).splitlines()[0]}", float("inf")
+    return Check(op, format, case, found <= limit, found, time.perf_counter() - start)
+
+
+def check_transform_quantize(device: torch.device) -> Iterator[Check]:
+    """Codes and scales of small integers, whose sums have no order, bit for bit."""
     generator = torch.Generator().manual_seed(0)
     for format, fmt in FORMATS.items():
-        group, k, n = fmt.group_size, 512, 256
-        x = torch.randint(-24, 25, (37, k), generator=generator).to(device, torch.bfloat16)
-        t = torch.randint(-3, 4, (k // group, group, group), generator=generator).to(device, torch.bfloat16)
-        for rule in fmt.scale_rules:
-            start = time.perf_counter()
+        group = fmt.group_size
+        x = torch.randint(-24, 25, (37, WIDTH), generator=generator).to(device, torch.bfloat16)
+        t = torch.randint(-3, 4, (WIDTH // group, group, group), generator=generator).to(device, torch.bfloat16)
+
+        def wrong(rule: str) -> float:
             got = torch.ops.wush.transform_quantize(x, t, None, format, rule)
             want = ops.REFERENCE["transform_quantize"](x, t, None, format, rule)
-            wrong = max((a != b).float().mean().item() for a, b in zip(got, want, strict=True))
-            results.append({"op": "transform_quantize", "format": format, "case": rule, "ok": wrong == 0,
-                            "error": wrong, "seconds": time.perf_counter() - start})
-        w = formats.quantize(torch.randn(n, k, generator=generator).to(device), format, "absmax")
+            return max((a != b).float().mean().item() for a, b in zip(got, want, strict=True))
+
+        for rule in fmt.scale_rules:
+            yield _checked("transform_quantize", format, rule, 0.0, lambda: wrong(rule))
+
+
+def check_fp4_linear(device: torch.device) -> Iterator[Check]:
+    """bf16 products at sizes that reach every kind of kernel, against float64 of the same operands."""
+    generator = torch.Generator().manual_seed(0)
+    for format in FORMATS:
+        w = formats.quantize(torch.randn(WIDTH // 2, WIDTH, generator=generator).to(device), format, "absmax")
         wide = formats.dequantize(*w, format).double()
-        for rows in ROWS:
-            start = time.perf_counter()
-            q = formats.quantize(torch.randn(rows, k, generator=generator).to(device), format, "absmax")
+
+        def relative(rows: int) -> float:
+            q = formats.quantize(torch.randn(rows, WIDTH, generator=generator).to(device), format, "absmax")
             got = torch.ops.wush.fp4_linear(*q, None, *w, None, None, None, format, torch.bfloat16)
             want = formats.dequantize(*q, format).double() @ wide.T
-            error = ((got.double() - want).norm() / want.norm()).item()
-            results.append({"op": "fp4_linear", "format": format, "case": f"{rows} rows", "ok": error < 3e-3,
-                            "error": error, "seconds": time.perf_counter() - start})
-    return results
+            return ((got.double() - want).norm() / want.norm()).item()
+
+        for rows in ROWS:
+            yield _checked("fp4_linear", format, f"{rows} rows", 3e-3, lambda: relative(rows))
+
+
+def check_observe(device: torch.device) -> Iterator[Check]:
+    """Second moments of small integers, exact in any order, and the sample."""
+    def wrong() -> float:
+        x = torch.randint(-9, 10, (300, 64), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+        states = []
+        for place, observe in ((device, torch.ops.wush.observe), (torch.device("cpu"), ops.REFERENCE["observe"])):
+            state = [torch.zeros(64, 64), torch.zeros((), dtype=torch.int64), torch.zeros(32, 64)]
+            state = [s.to(place) for s in state]
+            observe(x.to(place), None, *state)
+            states.append(state)
+        return max((a.cpu() != b).float().mean().item() for a, b in zip(*states, strict=True))
+
+    yield _checked("observe", "", "300 rows", 0.0, wrong)
+
+
+SELF_TESTS = {"observe": check_observe, "transform_quantize": check_transform_quantize, "fp4_linear": check_fp4_linear}
+
+
+def self_test(device: torch.device, op: str) -> list[Check]:
+    """The checks of one op on a device: about a second each, more where kernels have to be compiled first."""
+    return list(SELF_TESTS[op](device))
 
 
 def examine(device: torch.device | str | None = None) -> dict:
     """Everything the report has: `device`, `capability`, `versions`, `forced`, `providers` (name -> used or why not),
-    `ops` (op -> names in the order in which they are asked), `arithmetic` (format -> words), `self_test`. Default: the
-    current GPU, else the CPU."""
+    `ops` (op -> names in the order in which they are asked), `arithmetic` (format -> words), `self_test` (list of
+    `Check`). Default: the current GPU, else the CPU."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     capability, providers, table = None, {}, {}
     if device.type == "cuda":
@@ -84,5 +137,5 @@ def examine(device: torch.device | str | None = None) -> dict:
         "providers": providers | {"reference": "always"},
         "ops": {op: [*table.get(op, []), "reference"] for op in ops.REFERENCE},
         "arithmetic": {format: arithmetic(format, capability) for format in FORMATS},
-        "self_test": self_test(device),
+        "self_test": [check for op in SELF_TESTS for check in self_test(device, op)],
     }

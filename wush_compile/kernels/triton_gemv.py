@@ -12,53 +12,52 @@ from .triton_launch import prefetch, start_next, wait_inputs
 
 
 @triton.jit
-def _weight_bytes(w, signs):
-    """8 codes -> (b, n of codes 0..3, b, n of codes 4..7), four int8 each: the integer is b - 127*n, n its sign.
+def _weight_bytes(w):
+    """8 codes -> (integers of codes 0..3 that are not negative, minus those that are; the same of codes 4..7), four
+    int8 each, 0 where the other has the value.
 
-    `prmt` looks four codes up at once; its own sign mode, on a table of 0x80 (`signs`, in a register of its own
-    because it comes from memory), gives 0xFF for negative codes. """
+    `prmt` looks four codes up at once; where a code's sign bit is set it gives the sign of the table's byte, which is
+    0: one look-up for either sign, and none for the sign itself. """
     return tl.inline_asm_elementwise(
-        """{ .reg .b32 m, h, a;
-        and.b32 m, $4, 0x77777777;
-        shr.u32 h, m, 16;
-        prmt.b32 m, 0x03020100, 0x0C080604, m;
-        prmt.b32 h, 0x03020100, 0x0C080604, h;
-        prmt.b32 a, $5, $5, $4;
-        lop3.b32 $0, m, a, 0x80808080, 0x96;
-        and.b32 $1, a, 0x01010101;
-        shr.u32 a, $4, 16;
-        prmt.b32 a, $5, $5, a;
-        lop3.b32 $2, h, a, 0x80808080, 0x96;
-        and.b32 $3, a, 0x01010101; }""",
-        "=r,=r,=r,=r,r,r", [w, signs], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        """{ .reg .b32 n, t, h;
+        mov.b32 t, 0x03020100;
+        mov.b32 h, 0x0C080604;
+        xor.b32 n, $4, 0x88888888;
+        prmt.b32 $0, t, h, $4;
+        prmt.b32 $1, t, h, n;
+        shr.u32 n, n, 16;
+        prmt.b32 $3, t, h, n;
+        shr.u32 n, $4, 16;
+        prmt.b32 $2, t, h, n; }""",
+        "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
     )
 
 
 @triton.jit
 def _activation_bytes(x):
-    """8 codes -> their integers, codes 0..3 and 4..7, as four int8 each. A -0 is 0: its negation must not carry."""
+    """8 codes -> their integers, codes 0..3 and 4..7, as four int8 each: tables of 12 plus and 12 minus the magnitude,
+    then minus 12 without a borrow between bytes."""
     return tl.inline_asm_elementwise(
-        """{ .reg .b32 m, h, a, t, c, z;
-        mov.b32 t, 0x80808080;
-        and.b32 m, $2, 0x77777777;
-        shr.u32 h, m, 16;
-        prmt.b32 m, 0x03020100, 0x0C080604, m;
-        prmt.b32 h, 0x03020100, 0x0C080604, h;
-        prmt.b32 a, t, t, $2;
-        and.b32 a, a, 0x01010101;
-        add.u32 z, m, 0x7F7F7F7F; shr.u32 z, z, 7; and.b32 a, a, z;
-        mul.lo.u32 c, a, 255; xor.b32 m, m, c; add.u32 $0, m, a;
-        shr.u32 a, $2, 16;
-        prmt.b32 a, t, t, a;
-        and.b32 a, a, 0x01010101;
-        add.u32 z, h, 0x7F7F7F7F; shr.u32 z, z, 7; and.b32 a, a, z;
-        mul.lo.u32 c, a, 255; xor.b32 h, h, c; add.u32 $1, h, a; }""",
-        "=r,=r,r", [x], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        """{ .reg .b32 n, p, q;
+        xor.b32 n, $2, 0x88888888;
+        prmt.b32 p, 0x0F0E0D0C, 0x18141210, $2;
+        prmt.b32 q, 0x090A0B0C, 0x00040608, n;
+        or.b32 p, p, q;
+        add.u32 p, p, 0x74747474;
+        xor.b32 $0, p, 0x80808080;
+        shr.u32 n, n, 16;
+        prmt.b32 q, 0x090A0B0C, 0x00040608, n;
+        shr.u32 n, $2, 16;
+        prmt.b32 p, 0x0F0E0D0C, 0x18141210, n;
+        or.b32 p, p, q;
+        add.u32 p, p, 0x74747474;
+        xor.b32 $1, p, 0x80808080; }""",
+        "=&r,=&r,r", [x], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
     )
 
 
 @triton.jit
-def _dot8(b0, n0, b1, n1, x0, x1):
+def _dot8(p0, n0, p1, n1, x0, x1):
     """Eight products of integers, summed: four times the product of the values."""
     return tl.inline_asm_elementwise(
         """{ .reg .b32 d, s;
@@ -66,8 +65,8 @@ def _dot8(b0, n0, b1, n1, x0, x1):
         dp4a.s32.s32 s, $2, $5, 0;
         dp4a.s32.s32 d, $3, $6, d;
         dp4a.s32.s32 s, $4, $6, s;
-        mad.lo.s32 $0, s, -127, d; }""",
-        "=r,r,r,r,r,r,r", [b0, n0, b1, n1, x0, x1], dtype=tl.int32, is_pure=True, pack=1,
+        sub.s32 $0, d, s; }""",
+        "=r,r,r,r,r,r,r", [p0, n0, p1, n1, x0, x1], dtype=tl.int32, is_pure=True, pack=1,
     )
 
 
@@ -85,10 +84,10 @@ def _row(
         code = tl.load(x + m * (K // 8) + words, mask=words < K // 8, other=0)
         byte = tl.load(xs + m * (K // G) + groups, mask=groups < K // G, other=1).to(tl.int32)
     x0, x1 = _activation_bytes(code)
-    b0, n0, b1, n1 = parts
+    p0, n0, p1, n1 = parts
     x0 = tl.broadcast_to(x0[None, :], (BN, BK // 8))
     x1 = tl.broadcast_to(x1[None, :], (BN, BK // 8))
-    d = tl.sum(tl.reshape(_dot8(b0, n0, b1, n1, x0, x1), (BN, BK // G, G // 8)), axis=2)
+    d = tl.sum(tl.reshape(_dot8(p0, n0, p1, n1, x0, x1), (BN, BK // G, G // 8)), axis=2)
     factor = e8m0_factor(byte) if MX else e4m3_factor(byte)
     return d.to(tl.float32) * (factor * 0.25)[None, :]
 
@@ -115,9 +114,10 @@ def finish(y, n, m, N, gx, gw, bias, residual, out, SCALED_X: tl.constexpr, SCAL
 
 @triton.jit
 def gemv_kernel(
-    x, xs, gx, w, ws, gw, bias, residual, sign_bits, out, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
+    x, xs, gx, w, ws, gw, bias, residual, out, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
     MX: tl.constexpr, SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """x int32 [M, K/8], xs uint8 [M, K/G], w int32 [N, K/8], ws uint8 [N, K/G] -> out [M, N], M = 1, 2 or 4; AHEAD:
     cache lines of a row that are prefetched; grid (N/BN)."""
@@ -129,8 +129,8 @@ def gemv_kernel(
         line = 128 * tl.arange(0, AHEAD)
         prefetch(w, row * (K // 2) + line[None, :])
         prefetch(ws, row * (K // G))
-    wait_inputs(PDL)
-    signs = tl.load(sign_bits)
+    if not EARLY:
+        wait_inputs(PDL)
     acc0 = tl.zeros((BN, BK // G), tl.float32)
     acc1 = acc0
     acc2 = acc0
@@ -145,8 +145,10 @@ def gemv_kernel(
         else:
             code = tl.load(w + row * (K // 8) + words[None, :], mask=(words < K // 8)[None, :], other=0)
             byte = tl.load(ws + row * (K // G) + groups[None, :], mask=(groups < K // G)[None, :], other=1).to(tl.int32)
+        if EARLY:
+            wait_inputs(PDL)
         factor = e8m0_factor(byte) if MX else e4m3_factor(byte)
-        parts = _weight_bytes(code, signs)
+        parts = _weight_bytes(code)
         acc0 += _row(parts, x, xs, 0, first, K, G, BN, BK, MX) * factor
         if M > 1:
             acc1 += _row(parts, x, xs, 1, first, K, G, BN, BK, MX) * factor

@@ -59,6 +59,7 @@ class Scaled(NamedTuple):
     stages: int
 
 
+EARLY = False
 # The fused kernel for many rows, where the library cannot be used.
 WIDE = Fused(128, 128, 128, 1, 8, 4, False)
 # Memory that one call may take for expanded weights; larger weights are decoded in registers at every batch size.
@@ -136,7 +137,6 @@ class Workspace:
         # `prmt` selectors: byte i of a word alone (MXFP4), byte i in both halves (NVFP4).
         self.selectors = torch.arange(0x4440, 0x4444, dtype=torch.int32, device=device)
         self.pairs = torch.arange(4, dtype=torch.int32, device=device) * 0x0101 + 0x4040
-        self.signs = torch.full((1,), -0x7F7F7F80, dtype=torch.int32, device=device)       # 0x80808080
         self._ring = torch.zeros(self.RING, dtype=torch.int32, device=device)
         self._next = 0
 
@@ -258,7 +258,7 @@ def run_gemv(o: Operands, tile: Gemv, out: Tensor) -> None:
     pdl = overlaps(out.device.index)
     gemv_kernel[(triton.cdiv(n, tile.bn),)](
         o.codes.view(torch.int32), o.scales, o.gx, o.w_codes.view(torch.int32), o.w_scales, o.gw, o.bias, o.residual,
-        workspace(out.device).signs, out, n, k, m, o.mx, *o.flags, tile.bn, bk, _ahead(k // 2) if pdl else 0, pdl,
+        out, n, k, m, o.mx, *o.flags, tile.bn, bk, _ahead(k // 2) if pdl and not EARLY else 0, pdl, EARLY,
         num_warps=tile.warps, launch_pdl=pdl,
     )
 
