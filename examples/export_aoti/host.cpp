@@ -14,10 +14,10 @@ int main(int argc, char** argv) {
   }
   std::vector<int64_t> tokens;
   for (int i = 2; i < argc; ++i) tokens.push_back(std::atoll(argv[i]));
-  auto ids = at::from_blob(tokens.data(), {1, static_cast<int64_t>(tokens.size())}, at::kLong);
-
   torch::inductor::AOTIModelPackageLoader model(argv[1]);
-  at::Tensor next = model.run(std::vector<at::Tensor>{ids})[0].argmax(-1).contiguous();  // [1, S]
+  at::Device device(model.get_metadata()["AOTI_DEVICE_KEY"]);
+  auto ids = at::from_blob(tokens.data(), {1, static_cast<int64_t>(tokens.size())}, at::kLong).to(device);
+  at::Tensor next = model.run(std::vector<at::Tensor>{ids})[0].argmax(-1).cpu().contiguous();  // [1, S]
   for (int64_t i = 0; i < next.numel(); ++i) {
     std::printf("%lld ", static_cast<long long>(next.data_ptr<int64_t>()[i]));
   }

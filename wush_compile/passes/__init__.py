@@ -12,7 +12,7 @@ from .cse import cse
 from .fuse_activation import fuse_activation
 from .fuse_epilogue import fuse_epilogue
 from .fuse_norm import fuse_norm
-from .lower import inline
+from .lower import inline, lower
 from .merge_siblings import merge_siblings
 
 EXECUTION: tuple[Callable[[Graph], int], ...] = (
@@ -22,6 +22,7 @@ EXECUTION: tuple[Callable[[Graph], int], ...] = (
     fuse_norm,          # RMSNorm, LayerNorm into the quantizer
     fuse_activation,    # SiLU·up, GELU·up into the quantizer
     cleanup,            # no-op views, paddings, dead code
+    lower,              # the variant of each fused op that the target device has
 )
 # For a program that has to run without Python: the same, then no wush op is left.
 PACKAGING = (*EXECUTION, inline)

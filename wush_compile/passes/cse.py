@@ -10,14 +10,14 @@ from torch.fx import Graph, Node
 from .pattern import is_wush, replace
 
 
-def _freeze(argument: object) -> object:
+def freeze(argument: object) -> object:
     """An argument as a dictionary key. Literals keep their type: 1, 1.0 and True differ, yet are equal in Python."""
     if isinstance(argument, Node):
         return argument
     if isinstance(argument, dict):
-        return tuple((name, _freeze(a)) for name, a in sorted(argument.items()))
+        return tuple((name, freeze(a)) for name, a in sorted(argument.items()))
     if isinstance(argument, list | tuple):
-        return tuple(_freeze(a) for a in argument)
+        return tuple(freeze(a) for a in argument)
     return type(argument), argument
 
 
@@ -28,7 +28,7 @@ def cse(graph: Graph) -> int:
         result = node.target is operator.getitem and is_wush(node.args[0])
         if not result and (not is_wush(node) or node.target._schema.is_mutable):
             continue
-        first = seen.setdefault((node.target, _freeze(node.args), _freeze(node.kwargs)), node)
+        first = seen.setdefault((node.target, freeze(node.args), freeze(node.kwargs)), node)
         if first is not node:
             replace(node, first)
             removed += not result

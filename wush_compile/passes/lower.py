@@ -1,22 +1,35 @@
-"""From wush ops to what runs on the target.
+"""From wush ops to what runs on the target device.
 
-Most ops stay what they are: the dispatcher picks the provider of their device at run time, from buffers that already
-have the device's layout. Where no Python may be needed at run time (a packaged program), `inline` replaces each op by
-the constant-free ATen arithmetic that defines it.
+`lower` (execution): which variant of a fused op. Ops stay what they are, since the dispatcher picks the provider of
+their device at run time, from buffers that already have the device's layout. But where a GPU's provider has a kernel
+for the quantizer and none for the fused variant, the op is taken apart again: Inductor compiles the norm or activation.
+
+`inline` (packaging): no op that needs Python is left. On a GPU each becomes launches of the Triton kernels that suit
+its compute capability (`kernels/packaged.py`); elsewhere, and where those kernels do not take it, the constant-free
+ATen arithmetic that defines it.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .. import formats
-from ..fused_ops import rms_norm
+from .. import formats, kernels
+from ..fused_ops import FUSED_REFERENCE
 from ..ops import block_transform
-from .pattern import arguments, is_wush, value
+from .cse import freeze
+from .pattern import arguments, is_wush, op_name, replace, value
 
+# What makes tensors out of nothing in `kernels/packaged.py`: equal ones of a program become one.
+_SOURCES = ("arange", "mul", "add", "full", "zeros")
+
+
+# -- the arithmetic --------------------------------------------------------------------------------------------------
 
 def _transform_quantize(x, transform, global_scale, format, scale_rule):
     return formats.quantize(block_transform(x, transform), format, scale_rule, global_scale)
@@ -37,36 +50,13 @@ def _fp4_linear(
     return y if residual is None else y + residual
 
 
-def _rms_norm(x, weight, eps, eps_tensor, gain, *quantizer):
-    eps = eps if eps_tensor is None else eps_tensor.to(torch.float32)
-    return _transform_quantize(rms_norm(x, weight, eps, gain), *quantizer)
-
-
-def _layer_norm(x, weight, bias, eps, eps_tensor, *quantizer):
-    eps = eps if eps_tensor is None else float(eps_tensor)
-    return _transform_quantize(torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps), *quantizer)
-
-
-def _silu_mul(gate, up, *quantizer):
-    return _transform_quantize(torch.nn.functional.silu(gate) * up, *quantizer)
-
-
-def _gelu_mul(gate, up, approximate, *quantizer):
-    return _transform_quantize(torch.nn.functional.gelu(gate, approximate=approximate) * up, *quantizer)
-
-
 # The reference of ops.py without its eager tricks (tables, chunks), which a graph cannot hold: the same numbers.
-INLINE: dict[str, Callable] = {
-    "transform_quantize": _transform_quantize,
-    "fp4_linear": _fp4_linear,
-    "rms_norm_transform_quantize": _rms_norm,
-    "layer_norm_transform_quantize": _layer_norm,
-    "silu_mul_transform_quantize": _silu_mul,
-    "gelu_mul_transform_quantize": _gelu_mul,
-}
+ARITHMETIC: dict[str, Callable] = {"transform_quantize": _transform_quantize, "fp4_linear": _fp4_linear}
 
 
-def _trace(body: Callable, args: tuple) -> Graph:
+# -- tracing and pasting ---------------------------------------------------------------------------------------------
+
+def _trace(body: Callable, args: tuple, decompositions: dict | None) -> Graph:
     """The ATen graph of `body`; its placeholders are the tensors among the arguments, in order."""
     tensors = [a for a in args if isinstance(a, Node)]
 
@@ -74,8 +64,10 @@ def _trace(body: Callable, args: tuple) -> Graph:
         given = iter(values)
         return body(*(next(given) if isinstance(a, Node) else a for a in args))
 
-    with torch.no_grad():
-        return make_fx(on_tensors)(*map(value, tensors)).graph
+    fakes = [value(n) for n in tensors]
+    # Tensors that the body makes are fake too; shapes stay symbols in what ATen composes in C++.
+    with torch.no_grad(), detect_fake_mode(fakes), enable_python_dispatcher():
+        return make_fx(on_tensors, decompositions)(*fakes).graph
 
 
 def _signature(node: Node) -> tuple:
@@ -84,13 +76,13 @@ def _signature(node: Node) -> tuple:
         if not isinstance(argument, Node):
             return argument
         fake = value(argument)
-        return str(fake.shape), str(fake.stride()), fake.dtype, fake.device
+        return str(fake.shape), str(fake.stride()), str(fake.storage_offset()), fake.dtype, fake.device
 
     return node.target, *map(of, arguments(node).values())
 
 
-def _paste(graph: Graph, node: Node, traced: Graph) -> None:
-    """Replaces a call by a traced graph on the same tensors."""
+def _paste(graph: Graph, node: Node, traced: Graph) -> list[Node]:
+    """Replaces a call by a traced graph on the same tensors; the new nodes."""
     tensors = [a for a in arguments(node).values() if isinstance(a, Node)]
     copied: dict[Node, Node] = {}
     given = iter(tensors)
@@ -111,17 +103,87 @@ def _paste(graph: Graph, node: Node, traced: Graph) -> None:
             part.replace_all_uses_with(result[part.args[1]], propagate_meta=False)
             graph.erase_node(part)
     graph.erase_node(node)
+    return [copied[n] for n in traced.nodes if n.op not in ("placeholder", "output")]
 
 
-def inline(graph: Graph) -> int:
-    """Replaces every wush op by the arithmetic that defines it; the number replaced."""
-    nodes = [node for node in graph.nodes if is_wush(node) and node.target._opname in INLINE]
+def _replace_by(
+    graph: Graph, nodes: list[Node], body_of: Callable[[Node], Callable], decompositions: dict | None = None
+) -> list[Node]:
+    """Replaces each node by the graph of its body; the new nodes."""
     traced: dict[tuple, Graph] = {}                                        # decoder layers are alike: trace one
+    new: list[Node] = []
     for node in nodes:
         key = _signature(node)
         if key not in traced:
-            traced[key] = _trace(INLINE[node.target._opname], tuple(arguments(node).values()))
-        _paste(graph, node, traced[key])
+            traced[key] = _trace(body_of(node), tuple(arguments(node).values()), decompositions)
+        new += _paste(graph, node, traced[key])
+    return new
+
+
+def _fakes(node: Node) -> tuple:
+    return torch.fx.map_arg(tuple(arguments(node).values()), value)
+
+
+# -- execution -------------------------------------------------------------------------------------------------------
+
+def _taken(op: str, device: int, args: tuple) -> bool:
+    return any(kernel.refuses(*args) is None for _, kernel in kernels.resolve(device).get(op, ()))
+
+
+def _without_kernel(node: Node) -> bool:
+    """Whether a fused op's GPU has a kernel for the quantizer, and none for the fused op."""
+    device, args = value(node.all_input_nodes[0]).device, _fakes(node)
+    return device.type == "cuda" and not _taken(node.target._opname, device.index, args) and _taken(
+        "transform_quantize", device.index, (args[0], *args[-4:])
+    )
+
+
+def _fused_ops(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if is_wush(node, *FUSED_REFERENCE)]
+
+
+def lower(graph: Graph) -> int:
+    """Takes fused ops apart where their GPU's provider has a kernel for the quantizer only; how many."""
+    nodes = [node for node in _fused_ops(graph) if _without_kernel(node)]
+    if nodes:
+        from torch._inductor.decomposition import select_decomp_table
+
+        _replace_by(graph, nodes, lambda node: FUSED_REFERENCE[node.target._opname], select_decomp_table())
+    return len(nodes)
+
+
+# -- packaging -------------------------------------------------------------------------------------------------------
+
+def _body(node: Node) -> Callable:
+    """What a package computes in place of an op: Triton launches, or arithmetic."""
+    op, device = node.target._opname, value(node.all_input_nodes[0]).device
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        triton = next(provider for provider in kernels.PROVIDERS if provider.name == "triton")
+        if triton.unavailable(capability) is None:
+            from ..kernels import packaged
+
+            if packaged.refuses(op, capability, *_fakes(node)) is None:
+                return functools.partial(packaged.PACKAGED[op], capability)
+    return ARITHMETIC[op]
+
+
+def _share(new: list[Node]) -> None:
+    """Merges equal constants among pasted nodes. The counters of split products too: each product leaves them zero."""
+    seen: dict[tuple, Node] = {}
+    for node in new:
+        if op_name(node) in _SOURCES and all(n in seen.values() for n in node.all_input_nodes):
+            first = seen.setdefault((node.target, freeze(node.args), freeze(node.kwargs)), node)
+            if first is not node:
+                replace(node, first)
+
+
+def inline(graph: Graph) -> int:
+    """Replaces every wush op by what a package can hold; the number replaced."""
+    fused = _fused_ops(graph)
+    _replace_by(graph, fused, lambda node: FUSED_REFERENCE[node.target._opname])
+    nodes = [node for node in graph.nodes if is_wush(node, *ARITHMETIC)]
+    _share(_replace_by(graph, nodes, _body))
     if nodes:
         graph.eliminate_dead_code()
     return len(nodes)
