@@ -25,6 +25,7 @@ from .capture import Captured
 from .config import WushConfig
 from .data import Batch
 from .errors import DataError, NonFiniteError
+from .journal import Journal
 from .microbatch import MicroBatch, choose_rows, regroup, sequences
 from .modules import Member, WushGroup
 from .passes.group import LinearGroup
@@ -101,6 +102,11 @@ def _warn_if_short(groups: list[LinearGroup], tokens: int, config: WushConfig) -
             )
 
 
+def _used(stage: Stage) -> set[str]:
+    """Names of the tensors in a stage's graph."""
+    return {n.target for n in stage.graph_module.graph.nodes if n.op == "get_attr"}
+
+
 def _groups_by_stage(stages: list[Stage], groups: list[LinearGroup]) -> list[list[int]]:
     """For each stage the numbers of the groups whose linears it runs."""
     stage_of = {
@@ -119,7 +125,7 @@ class Calibration:
     def __init__(
         self, captured: Captured, groups: list[LinearGroup], batches: list[Batch] | None, config: WushConfig, *,
         tensors: ModelTensors, device: torch.device, progress: Progress, team: Alone = ALONE,
-        journal=None, batch_size: int | None = None, activations_dir: str | os.PathLike | None = None,
+        journal: Journal | None = None, batch_size: int | None = None, activations_dir: str | os.PathLike | None = None,
     ):
         self.captured, self.groups, self.config = captured, groups, config
         self.tensors, self.device, self.progress, self.team, self.journal = tensors, device, progress, team, journal
@@ -137,9 +143,15 @@ class Calibration:
         self.last_use = {name: number for number, stage in enumerate(self.stages) for name in stage.inputs}
         self._loaded: tuple[int, dict[str, Tensor]] | None = None
         self.windows = None if batches is None else team.share(batches)
-        self.rows = batch_size
-        if self.windows is not None and self.rows is None and device != tensors.device:
-            self.rows = self._choose_rows()
+
+        def choose() -> int | None:
+            beside = self.windows is not None and batch_size is None and device != tensors.device
+            return self._choose_rows() if beside else batch_size
+
+        self.rows = choose() if journal is None else journal.rows(choose)
+        if journal is not None:
+            journal.lay_out([_used(stage) for stage in self.stages],
+                            [[groups[i] for i in own] for own in self.groups_in], tensors)
         self._start()
 
     # -- batches ---------------------------------------------------------------------------------------------------------
@@ -202,9 +214,9 @@ class Calibration:
         """The weights of a stage on the compute device, and what is solved of it; no other stage's."""
         if self._loaded is None or self._loaded[0] != number:
             self._loaded = None
-            names = {n.target for n in self.stages[number].graph_module.graph.nodes if n.op == "get_attr"}
+            names = [name for name in _used(self.stages[number]) if name in self.tensors]
             with phase("transfers"):
-                loaded = self.tensors.load([name for name in names if name in self.tensors], self.device)
+                loaded = self.tensors.load(names, self.device)
                 for i in self.groups_in[number]:
                     if self.solved[i] is not None:
                         group = self.solved[i].group
@@ -268,8 +280,7 @@ class Calibration:
             if report.get("damping_tries", 0) > 1:
                 log.warning("%s: its second moment was not positive definite; damping was added %d times", self.groups[i].name,
                             report["damping_tries"])
-        used = {n.target for n in stage.graph_module.graph.nodes if n.op == "get_attr"}
-        for name in set(loaded) - used:                    # what has been replaced leaves the device
+        for name in set(loaded) - _used(stage):                           # what has been replaced leaves the device
             del loaded[name]
 
     def _propagate(self, number: int) -> None:
@@ -288,7 +299,7 @@ class Calibration:
         for k in range(min(number, self.last + 1)):
             remove_observers(self.stages[k].graph_module)
             for i in self.groups_in[k]:
-                self.solved[i] = self.journal.restore(self.groups[i], k, self.tensors.home)
+                self.solved[i] = Solved(*self.journal.restore(self.groups[i], k, self.tensors.home))
                 rewrite(self.stages[k].graph_module, self.groups[i], self.solved[i].group, f"wush_group_{i}")
         if number:
             self.progress.event("resumed", stages=number)
@@ -314,7 +325,7 @@ class Calibration:
                 self._solve(number)
             if self.journal is not None:
                 with phase("journal"):
-                    self.journal.commit(number, stage, {i: self.solved[i] for i in own}, self.team)
+                    self.journal.commit(number, {self.groups[i].name: self.solved[i] for i in own})
             self.progress.event("stage", stage=stage.name, tokens_per_second=round(self.progress.tokens_per_second(), 1))
             if number < self.last and self.activations is not None:
                 self._fitting(number, lambda number=number: self._propagate(number))
@@ -345,6 +356,9 @@ def calibrate(
             captured, groups, batches, config, tensors=tensors, device=tensors.device if device is None else device,
             progress=own, **settings,
         ).run()
+    except Exception as error:
+        settings.get("team", ALONE).fail(error)
+        raise
     finally:
         if own is not progress:
             own.close()

@@ -14,13 +14,13 @@ from .calibrate import calibrate
 from .capture import capture
 from .config import WushConfig
 from .data import Batch
+from .distributed import join, local_device
 from .errors import CaptureError, ConfigError, DataError, NonFiniteError, WushError, one_of
 from .modules import install_group, is_quantized
 from .passes.group import LinearGroup, find_groups
 from .phases import phase
 from .progress import Progress
 from .quantization import Quantization
-from .team import ALONE
 
 log = logging.getLogger("wush_compile")
 # (windows, tokens in each) that a language model samples for itself where it gets no data.
@@ -141,9 +141,11 @@ def quantize(
         groups, ignored = find_groups(captured.graph_module, model, config)
     if not groups:
         raise _nothing(model, ignored)
+    where = next(model.parameters()).device if device is None else _numbered(local_device(torch.device(device)))
+    team = join(where)
     solved, _ = calibrate(
-        model, captured, groups, batches if calibrates else None, config, progress, team=ALONE, batch_size=batch_size,
-        device=None if device is None else _numbered(torch.device(device)), activations_dir=activations_dir,
+        model, captured, groups, batches if calibrates else None, config, progress if team.rank == 0 else False, team=team,
+        batch_size=batch_size, device=where, activations_dir=activations_dir,
     )
     record = _record(groups, solved, ignored, config)
     for group, one in zip(groups, solved, strict=True):

@@ -33,5 +33,8 @@ class Alone:
         """`solve(number)` of each group of a stage, from one rank each; every rank gets identical results of all."""
         return {number: solve(number) for number in numbers}
 
+    def fail(self, error: Exception) -> None:
+        """Tells the others, who wait in one of the calls above, that this rank stops with an error."""
+
 
 ALONE = Alone()

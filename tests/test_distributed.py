@@ -1,0 +1,196 @@
+"""Several processes: two of gloo on the CPU against one, and what they do when one of them fails or dies."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import plain, tokens
+
+import wush_compile as wc
+from wush_compile import calibrate
+from wush_compile.distributed import Ranks, assign, digest, merge_samples
+from wush_compile.errors import NonFiniteError, WushError
+from wush_compile.team import Alone
+
+WINDOWS, LENGTH = 10, 48
+SETTINGS = {"solver": "gptq", "progress": False}
+
+
+def data():
+    """Batches of unequal size: the border between the two ranks cuts one of them."""
+    windows = tokens(WINDOWS, LENGTH, seed=3)
+    return [windows[:4], windows[4:8], windows[8:]]
+
+
+class Watch:
+    """Counts the tokens that this process forwards and keeps the moments of the first stage, by group."""
+
+    def __init__(self, monkeypatch):
+        self.forwarded, self.moments = 0, {}
+        for team in (Alone, Ranks):
+            monkeypatch.setattr(team, "reduce", self.reduce(team.reduce))
+        forwards = calibrate.Calibration._forwards
+
+        def counted(run, number):
+            for index, outputs in forwards(run, number):
+                self.forwarded += run.batches[index].tokens()
+                yield index, outputs
+
+        monkeypatch.setattr(calibrate.Calibration, "_forwards", counted)
+
+    def reduce(self, original):
+        def reduced(team, seen):
+            original(team, seen)
+            for i, observation in seen.items():
+                if observation.moment is not None and i < 4:                # a Llama layer has four groups
+                    self.moments[i] = observation.moment.clone()
+        return reduced
+
+
+def broken(*args):
+    raise NonFiniteError("made up")
+
+
+def errors(rank: int, monkeypatch) -> list[str]:
+    """What each process says of data that cannot be dealt out, and of failures of the second one alone."""
+    def attempt(batches=None) -> str:
+        with pytest.raises(WushError) as caught:
+            wc.quantize(plain("llama", torch.float32), batches or data(), **SETTINGS)
+        return f"{caught.type.__name__}: {caught.value}"
+
+    different = data()
+    different[0][0, 0] += rank
+    said = [attempt(different), attempt([data()[0][:1]])]
+    for owner, name in ((calibrate.Calibration, "_check_finite"), (calibrate, "solve_group")):
+        with monkeypatch.context() as patch:
+            if rank == 1:
+                patch.setattr(owner, name, broken)
+            said.append(attempt())
+    return said
+
+
+def worker(mode: str, out: str) -> None:
+    """One process of the tests below."""
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if mode == "die" and rank == 1:
+            monkeypatch.setattr(calibrate, "solve_group", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        said = errors(rank, monkeypatch) if mode == "work" else []
+        watch = Watch(monkeypatch)
+        model = wc.quantize(plain("llama", torch.float32), data(), **SETTINGS)
+    torch.save({"state": model.state_dict(), "moments": watch.moments}, f"{out}/{rank}.pt")
+    Path(f"{out}/{rank}.json").write_text(json.dumps({"forwarded": watch.forwarded, "said": said}))
+
+
+def launch(mode: str, out: Path, size: int = 2) -> list[tuple[int, str]]:
+    """(exit status, stderr) of each process; the environment is torchrun's."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = f"import test_distributed; test_distributed.worker({mode!r}, {str(out)!r})"
+    processes = []
+    for rank in range(size):
+        env = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        processes.append(subprocess.Popen([sys.executable, "-c", command], env=env, stderr=subprocess.PIPE, text=True))
+    try:
+        errors = [p.communicate(timeout=120)[1] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [(p.returncode, error) for p, error in zip(processes, errors, strict=True)]
+
+
+def kl(model: torch.nn.Module, reference: torch.nn.Module) -> float:
+    windows = tokens(8, LENGTH, seed=9)
+    with torch.no_grad():
+        p, q = (m(input_ids=windows).logits.double().log_softmax(-1) for m in (reference, model))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_two_processes_are_one(tmp_path, monkeypatch):
+    for status, error in launch("work", tmp_path):
+        assert status == 0, error[-3000:]
+    reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for rank, report in enumerate(reports):
+        differ, few, forward, solve = report["said"]
+        assert differ.startswith("DataError") and "different calibration data" in differ
+        assert few.startswith("DataError") and "1 calibration windows for 2 processes" in few
+        assert forward == solve == ("WushError: rank 1: made up" if rank == 0 else "NonFiniteError: made up")
+
+    watch = Watch(monkeypatch)
+    alone = wc.quantize(plain("llama", torch.float32), data(), **SETTINGS)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    forwarded = [report["forwarded"] for report in reports]
+    # The embedding once, the first layer twice, the last one, which nobody reads, once.
+    assert sum(forwarded) == watch.forwarded == 4 * WINDOWS * LENGTH
+    assert forwarded[0] == forwarded[1]
+
+    first, second = (r["moments"] for r in results)
+    assert first and second and not set(first) & set(second)               # each group's moments are on one rank
+    for i, moment in (first | second).items():
+        assert (moment - watch.moments[i]).norm() <= 1e-5 * watch.moments[i].norm()
+
+    states = [r["state"] for r in results]
+    assert list(states[0]) == list(states[1]) == list(alone.state_dict())
+    for name, tensor in states[0].items():
+        assert tensor.dtype == states[1][name].dtype
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), states[1][name].reshape(-1).view(torch.uint8)), name
+    reference = plain("llama", torch.float32)
+    expected = kl(alone, reference)
+    alone.load_state_dict(states[0])
+    assert kl(alone, reference) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_death_ends_the_others(tmp_path):
+    (status, error), (killed, _) = launch("die", tmp_path)
+    assert killed == -signal.SIGKILL and status == 1
+    assert "WushError: rank 0 lost another process" in error and "start the same command again" in error
+
+
+# -- parts -----------------------------------------------------------------------------------------------------------
+
+def rows(first: int, count: int, capacity: int = 28) -> torch.Tensor:
+    """A sample of `count` rows numbered from `first`: 28 uniform slots, 4 of the largest."""
+    sample = torch.zeros(capacity + 4, 2)
+    filled = min(count, capacity)
+    sample[:filled, 0] = torch.arange(first, first + filled) + 1.0
+    sample[capacity:, 0] = torch.tensor([1e3, 2e3, 3e3, 4e3])[: 4] + first
+    return sample
+
+
+@pytest.mark.parametrize("counts", [(5, 7), (28, 1000), (1000, 1000), (3, 500, 40), (0, 9), (10,)])
+def test_merged_samples(counts):
+    samples = [rows(100 * r, c) for r, c in enumerate(counts)]
+    merged = merge_samples(samples, list(counts))
+    uniform = merged[:28, 0][merged[:28, 0] != 0].tolist()
+    assert len(uniform) == len(set(uniform)) == min(28, sum(counts))        # no row twice, no slot wasted
+    own = [sum(100 * r < u <= 100 * r + 100 for u in uniform) for r in range(len(counts))]
+    for count, share in zip(counts, own, strict=True):
+        assert share == count or abs(share - 28 * count / sum(counts)) < 1
+    largest = sorted(x for s in samples for x in s[28:, 0].tolist())[-4:]
+    assert sorted(merged[28:, 0].tolist()) == largest
+    assert torch.equal(merged, merge_samples(samples, list(counts)))
+
+
+def test_groups_are_spread():
+    assert assign({0: 4096, 1: 4096, 2: 4096, 3: 14336}, 2) == {3: 0, 0: 1, 1: 1, 2: 1}
+    assert set(assign({0: 64, 1: 64, 2: 64, 3: 64}, 4).values()) == {0, 1, 2, 3}
+    assert assign({}, 2) == {}
+
+
+def test_digest_sees_names_shapes_and_values():
+    x = torch.arange(6)
+    seen = [digest([b]) for b in ({"a": x}, {"b": x}, {"a": x.view(2, 3)}, {"a": x + 1}, {"a": x.to(torch.bfloat16)}, (x,))]
+    assert len(set(seen)) == len(seen)
+    assert digest([{"a": x}]) == digest([{"a": x.clone()}])
