@@ -9,13 +9,13 @@
 
 namespace wush {
 
-enum class Format : int { mxfp4 = 0, nvfp4 = 1 };              // e8m0 scales of 32 codes; e4m3 scales of 16
+enum class Format { mxfp4, nvfp4 };                            // e8m0 scales of 32 codes; e4m3 scales of 16
 enum class ScaleLayout : int { row_major = 0, swizzled = 1 };  // [rows, K/G], or tiles of 128 x 4 (fp4_layout.h)
 enum class OutType : int { bf16 = 0, fp16 = 1, fp32 = 2 };
 
 struct Operand {
   const void* codes;           // uint8 [rows, K/2], contiguous
-  const void* scales;          // uint8, as scale_layout says; padding may hold anything
+  const void* scales;          // uint8, as scale_layout says; padding is zeros
   const float* global_scale;   // one fp32 on the device, or null for 1
   ScaleLayout scale_layout;
 };
@@ -29,7 +29,7 @@ struct LinearArgs {
   const void* residual;        // out_type [m, n], or null
   void* out;                   // out_type [m, n]
   void* workspace;             // linear_workspace() bytes, aligned to 256
-  int sms;                     // multiprocessors of the device
+  int tile;                    // one of the target's tiles, for tests and tuning; -1: the launcher chooses
 };
 
 constexpr int group_size(Format f) { return f == Format::mxfp4 ? 32 : 16; }
@@ -37,5 +37,8 @@ constexpr int group_size(Format f) { return f == Format::mxfp4 ? 32 : 16; }
 // Each library has one of these, for its target. A launcher returns null, or what stood in its way, in a few words.
 int64_t linear_workspace(const LinearArgs&);
 const char* linear(const LinearArgs&, void* stream);
+
+// Row-major scales [rows, groups] -> swizzled_bytes() of swizzled ones, zeros as padding.
+const char* swizzle_scales(const void* from, void* to, int64_t rows, int64_t groups, void* stream);
 
 }  // namespace wush

@@ -13,7 +13,7 @@
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <cutlass/util/packed_stride.hpp>
 
-#include "linear.h"
+#include "linear_sm100.h"
 
 namespace wush::sm100 {
 
@@ -58,7 +58,7 @@ struct Kernel {
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
     cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue, void>>;
 
-  static cudaError_t launch(const LinearArgs& a, cudaStream_t stream) {
+  static const char* launch(const LinearArgs& a, cudaStream_t stream) {
     const auto shape = make_shape(int(a.m), int(a.n), int(a.k), 1);
     using Codes = typename Mainloop::ElementA;
     using Scales = typename Mainloop::ElementSF;
@@ -84,11 +84,18 @@ struct Kernel {
            {}},                                                                     // plus
           {}};                                                                      // plus the residual
     Gemm gemm;
-    if (gemm.can_implement(arguments) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
-    if (Gemm::get_workspace_size(arguments) != 0) return cudaErrorNotSupported;
-    if (gemm.initialize(arguments, nullptr, stream) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
-    return gemm.run(stream) == cutlass::Status::kSuccess ? cudaSuccess : cudaErrorLaunchFailure;
+    auto status = gemm.can_implement(arguments);
+    if (status == cutlass::Status::kSuccess && Gemm::get_workspace_size(arguments) != 0)
+      status = cutlass::Status::kErrorWorkspaceNull;
+    if (status == cutlass::Status::kSuccess) status = gemm.initialize(arguments, nullptr, stream);
+    if (status == cutlass::Status::kSuccess) status = gemm.run(stream);
+    return status == cutlass::Status::kSuccess ? nullptr : cutlassGetStatusString(status);
   }
 };
+
+using MxElement = cutlass::mx_float4_t<cutlass::float_e2m1_t>;
+using NvElement = cutlass::nv_float4_t<cutlass::float_e2m1_t>;
+using One = Shape<_1, _1, _1>;
+using Pair = Shape<_2, _1, _1>;
 
 }  // namespace wush::sm100

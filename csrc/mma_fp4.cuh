@@ -41,32 +41,48 @@ __device__ inline float scaled(int quarters, uint32_t sa, uint32_t sb) {
   return ldexpf(sum, int(sa + sb) - 254);
 }
 
+// Not inlined: the callers are unrolled.
+template <Format FORMAT, int BYTE>
+__device__ __noinline__ float4 mma_emulated(float4 c, uint4 a_words, uint2 b_words, uint32_t scale_a, uint32_t scale_b) {
+  constexpr int GROUPS = FORMAT == Format::mxfp4 ? 2 : 4, WORDS = 8 / GROUPS;
+  const int lane = threadIdx.x % 32;
+  const uint32_t a[4] = {a_words.x, a_words.y, a_words.z, a_words.w}, b[2] = {b_words.x, b_words.y};
+  uint32_t rows[2][8], cols[2][8], row_scales[2], col_scales[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {                           // rows g and g + 8; columns 2t and 2t + 1
+    const int row_lane = fragment_c_row(lane, 0) * 4, col_lane = fragment_c_col(lane, half) * 4;
+    row_scales[half] = __shfl_sync(~0u, scale_a, row_lane + half) >> (8 * BYTE);
+    col_scales[half] = __shfl_sync(~0u, scale_b, col_lane) >> (8 * BYTE);
+#pragma unroll
+    for (int w = 0; w < 8; w++) {                                  // eight codes each, k = 8w..
+      rows[half][w] = __shfl_sync(~0u, a[half + w / 4 * 2], row_lane + w % 4);
+      cols[half][w] = __shfl_sync(~0u, b[w / 4], col_lane + w % 4);
+    }
+  }
+  float acc[4] = {c.x, c.y, c.z, c.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+      int sum = 0;
+#pragma unroll
+      for (int w = group * WORDS; w < (group + 1) * WORDS; w++) sum += dot_e2m1(rows[i / 2][w], cols[i % 2][w]);
+      acc[i] += scaled<FORMAT>(sum, row_scales[i / 2] >> (8 * group) & 255, col_scales[i % 2] >> (8 * group) & 255);
+    }
+  return make_float4(acc[0], acc[1], acc[2], acc[3]);
+}
+
 #endif
 
 // acc += (A * scale_a)(B * scale_b). Scales: 32-bit words; mxfp4 uses the two bytes from BYTE (0 or 2) on, nvfp4 all four.
 template <Format FORMAT, int BYTE>
 __device__ __forceinline__ void mma_fp4(
-  float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], uint32_t scale_a, uint32_t scale_b
+    float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], uint32_t scale_a, uint32_t scale_b
 ) {
 #if WUSH_EMULATE_FP4
-  constexpr int GROUPS = FORMAT == Format::mxfp4 ? 2 : 4, WORDS = 8 / GROUPS;
-  const int lane = threadIdx.x % 32;
-  uint32_t row_words[2][8], col_words[2][8], row_scales[2], col_scales[2];
-  for (int half = 0; half < 2; half++) {                           // rows g and g + 8; columns 2t and 2t + 1
-    const int row_lane = fragment_c_row(lane, 0) * 4, col_lane = fragment_c_col(lane, half) * 4;
-    row_scales[half] = __shfl_sync(~0u, scale_a, row_lane + half) >> (8 * BYTE);
-    col_scales[half] = __shfl_sync(~0u, scale_b, col_lane) >> (8 * BYTE);
-    for (int w = 0; w < 8; w++) {                                // eight codes each, k = 8w..
-      row_words[half][w] = __shfl_sync(~0u, a[half + w / 4 * 2], row_lane + w % 4);
-      col_words[half][w] = __shfl_sync(~0u, b[w / 4], col_lane + w % 4);
-    }
-  }
-  for (int i = 0; i < 4; i++)
-    for (int group = 0; group < GROUPS; group++) {
-      int sum = 0;
-      for (int w = group * WORDS; w < (group + 1) * WORDS; w++) sum += dot_e2m1(row_words[i / 2][w], col_words[i % 2][w]);
-      acc[i] += scaled<FORMAT>(sum, row_scales[i / 2] >> (8 * group) & 255, col_scales[i % 2] >> (8 * group) & 255);
-    }
+  const float4 d = mma_emulated<FORMAT, BYTE>(make_float4(acc[0], acc[1], acc[2], acc[3]),
+                                              make_uint4(a[0], a[1], a[2], a[3]), make_uint2(b[0], b[1]), scale_a, scale_b);
+  acc[0] = d.x, acc[1] = d.y, acc[2] = d.z, acc[3] = d.w;
 #else
   if constexpr (FORMAT == Format::mxfp4)
     asm volatile(

@@ -1,0 +1,13 @@
+// targets: sm_100a sm_103a
+// uses: cutlass
+
+#include "linear_sm100.cuh"
+
+namespace wush::sm100 {
+
+const char* mxfp4_wide(const LinearArgs& a, cudaStream_t stream) {
+  return Kernel<MxElement, Shape<_256, _256, _256>, Pair, cutlass::gemm::KernelTmaWarpSpecialized2SmMxf4Sm100,
+                cutlass::epilogue::TmaWarpSpecialized2Sm>::launch(a, stream);
+}
+
+}  // namespace wush::sm100
