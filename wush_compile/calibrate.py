@@ -82,7 +82,8 @@ def solve_group(
               "tokens": 0 if seen is None else int(seen.count)}
     rows = None if seen is None else _loss_rows(seen.sample)
     if rows is not None and rows.shape[0]:
-        report["loss"], report["relative_loss"] = layer_loss(rows, weight, solution, config)
+        with phase("layer losses"):
+            report["loss"], report["relative_loss"] = layer_loss(rows, weight, solution, config)
     buffers = {
         "weight_packed": solution.weight_packed, "weight_scale": solution.weight_scale,
         "weight_global_scale": solution.weight_global_scale, "input_transform": solution.transform,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import formats
 from .formats import get_format
+from .phases import phase
 
 lib = torch.library.Library("wush", "DEF")
 lib.define(
@@ -90,13 +91,15 @@ def _observe(
         rows = rows[mask.reshape(-1) != 0]
     if rows.shape[0] == 0:
         return
-    add_moment(rows, moment)
+    with phase("moments"):
+        add_moment(rows, moment)
     if sample.shape[0]:
         largest = sample.shape[0] // LARGEST_SHARE
         uniform = sample.shape[0] - largest
-        _sample_uniform(rows, sample[:uniform], count, seed)
-        if largest:
-            _sample_largest(rows, sample[uniform:])
+        with phase("samples"):
+            _sample_uniform(rows, sample[:uniform], count, seed)
+            if largest:
+                _sample_largest(rows, sample[uniform:])
     count.add_(rows.shape[0])
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import formats
 from ..config import WushConfig
 from ..errors import ConfigError, DataError, NonFiniteError
+from ..phases import phase
 from .choose import CLOSED_FORM, Transforms, uses_conditional_moments
 from .gptq import Rotation, gptq, rotate
 from .layer_loss import layer_loss
@@ -83,15 +84,17 @@ def solve(
     h, factor = mean_moment(), None                                         # H = L Lᵀ, damped once
     if config.solver == "gptq" or conditional:
         whole, h = h, diagonal_blocks(h, block).clone()                     # the factor takes the place of [K, K]
-        factor, report["damping_tries"] = damped_cholesky(
-            whole, config.damping, name, again=mean_moment, panel=max(2048, block))
+        with phase("Cholesky"):
+            factor, report["damping_tries"] = damped_cholesky(
+                whole, config.damping, name, again=mean_moment, panel=max(2048, block))
         del whole
     transforms = Transforms(config, h, block, weight.dtype, name)
     # GPTQ finds conditional transforms on its way; the weights' global scale is fixed before, from marginal ones.
     on_the_way = config.solver == "gptq" and conditional
     t = inverse = None
     if not on_the_way or has_free_global_scale(config.format, rule):
-        t, inverse = transforms.all(w, factor if conditional and not on_the_way else None)
+        with phase("transforms"):
+            t, inverse = transforms.all(w, factor if conditional and not on_the_way else None)
     w_tilde = group_max = rms = None
     if config.solver == "rtn" or has_free_global_scale(config.format, rule):
         w_tilde = apply_blockwise(w, None if inverse is None else inverse.mT)   # W̃ᵀ [K, N]
@@ -101,7 +104,8 @@ def solve(
 
     if config.solver == "rtn":
         w_tilde = w.clone() if w_tilde is w else w_tilde                    # its error takes its place
-        packed, scale, error = _round_to_nearest(w_tilde, config.format, rule, g)
+        with phase("packing"):
+            packed, scale, error = _round_to_nearest(w_tilde, config.format, rule, g)
         error = apply_blockwise(error, None if t is None else t.to(torch.float64).mT)
     else:
         del w_tilde
@@ -112,11 +116,14 @@ def solve(
         def rotation_of(b: int, updated: Tensor | None) -> Rotation:
             if known is not None:
                 return known.block(b)
-            found[b], own = transforms.one(b, factor, updated)
+            with phase("transforms"):
+                found[b], own = transforms.one(b, factor, updated)
             return rotate(found[b][0].to(torch.float64), own[0], roots[b])
 
-        codes, scale, error = gptq(w, factor, block, rotation_of, config.format, rule, g, updated_weights=on_the_way)
-        packed = formats.pack(codes)
+        with phase("GPTQ"):
+            codes, scale, error = gptq(w, factor, block, rotation_of, config.format, rule, g, updated_weights=on_the_way)
+        with phase("packing"):
+            packed = formats.pack(codes)
         if on_the_way:
             t = torch.cat([found[b] for b in sorted(found)])
     report["damping_tries"] = max(report["damping_tries"], transforms.damping_tries)
