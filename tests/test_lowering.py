@@ -20,6 +20,7 @@ from wush_compile.formats import FORMATS  # noqa: E402
 from wush_compile.kernels import triton_linear, triton_quantize  # noqa: E402
 from wush_compile.kernels.triton_gemm import fused_gemm_kernel  # noqa: E402
 from wush_compile.kernels.triton_gemv import gemv_kernel  # noqa: E402
+from wush_compile.kernels.triton_int4 import int4_gemm_kernel  # noqa: E402
 from wush_compile.kernels.triton_scaled import scaled_gemm_kernel  # noqa: E402
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 8192)
@@ -56,6 +57,10 @@ def compile_linear(format, n, k, kernel, cc):
         constants = dict(PLAIN, N=n, K=k, G=FORMATS[format].group_size, BM=kernel.bm, BN=kernel.bn, BK=kernel.bk,
                          STAGES=kernel.stages)
         return compile_kernel(scaled_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
+    if isinstance(kernel, triton_linear.Int4):
+        pointers = dict(x="*u8", xs="*bf16", w="*u8", ws="*bf16", out="*bf16", M="i32")
+        constants = dict(PLAIN, N=n, K=k, BN=kernel.bn, BM=kernel.bm, STAGES=kernel.stages, PDL=pdl)
+        return compile_kernel(int4_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
     if isinstance(kernel, triton_linear.Gemv):
         pointers = dict(x="*i32", xs="*u8", w="*i32", ws="*u8", out="*bf16")
         constants = dict(PLAIN, N=n, K=k, M=1, MX=mx, BN=kernel.bn, BK=kernel.bk,
@@ -74,7 +79,8 @@ def compile_quantize(format, cc, block, native, tile, rule="absmax"):
     pointers = dict(x="*bf16", codes="*u8", scales="*u8", M="i32", stride="i32") | ({"t": "*bf16"} if block else {})
     constants = dict(t=None, global_scale=None, K=4096, B=block, SHARED=False, FORMAT=format, RULE=rule, SCALED=False,
                      PTX=True, NATIVE=native, WIDE=False, R=tile.rows, W=tile.columns, TILES=tile.tiles,
-                     STAGES=tile.stages, PDL=cc >= 90)
+                     STAGES=tile.stages,
+                     WORDS=triton_quantize.words(tile, True, False, block, 4096), PDL=cc >= 90)
     return compile_kernel(triton_quantize.transform_quantize_kernel, pointers, constants, cc, tile.warps, fusion=False)
 
 
@@ -167,6 +173,14 @@ def test_older_gpus_compile(cc, format):
     for m, b in ((1, block), (4096, block), (4096, 0)):
         tile = triton_quantize.choose_tile(m, 4096, b)
         assert compile_quantize(format, cc, b, False, tile).metadata.shared <= limit
+
+
+@pytest.mark.parametrize("cc", [80, 89, 90, 100, 120])
+def test_int4_runs_on_int8_tensor_cores(cc):
+    for kernel, (n, k) in choices("int4", divmod(cc, 10)):
+        compiled = compile_linear("int4", n, k, kernel, cc)
+        assert re.search(r"(mma\.sync\S*|wgmma\S*)\.s32\.s8\.s8", compiled.asm["ptx"]), (cc, kernel)
+        assert compiled.metadata.shared <= (163 if cc == 80 else 99) * 1024
 
 
 def test_choice_is_a_pure_function_of_the_shape():

@@ -1,5 +1,9 @@
 """Triton's products against float64 of the same operands, on a GPU: every kernel, every extra operand, every edge."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -179,3 +183,76 @@ def test_linear_in_a_cuda_graph(format, m):
     got.zero_()
     graph.replay()
     assert torch.equal(got, want)
+
+
+@both
+def test_wrong_operands_are_errors(format):
+    """What a kernel would read beyond, or take for something else, is refused by shape, dtype and device."""
+    fmt = FORMATS[format]
+    good = dict(codes=torch.zeros(3, 64, dtype=torch.uint8), scales=torch.ones(3, 128 // fmt.group_size, dtype=torch.uint8),
+                gx=None, w_codes=torch.zeros(8, 64, dtype=torch.uint8),
+                w_scales=torch.ones(8, 128 // fmt.group_size, dtype=torch.uint8), gw=torch.ones(1), bias=torch.ones(8),
+                residual=torch.ones(3, 8, dtype=torch.bfloat16), mx=format == "mxfp4")
+    triton_linear.check(triton_linear.Operands(**good), format, torch.bfloat16)
+    for name, bad, message in (
+        ("scales", good["scales"][:2], "scales has shape"), ("w_scales", good["w_scales"][:, :-1], "weight_scales has"),
+        ("w_codes", good["w_codes"][:, :-2], "weight_codes has shape"), ("bias", torch.ones(7), "bias has shape"),
+        ("w_scales", good["w_scales"].float(), "weight_scales is torch.float32"), ("gw", torch.ones(2), "has shape"),
+        ("residual", torch.ones(3, 8), "residual is torch.float32"), ("bias", torch.ones(8, device="meta"), "on meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            triton_linear.check(triton_linear.Operands(**good | {name: bad}), format, torch.bfloat16)
+
+
+@gpu
+@both
+def test_strides_do_not_matter(format):
+    c, s, wc, ws = operands(format, 6, 128, 512)
+    want = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.bfloat16)
+    residual = torch.randn(128, 6, device=DEVICE).bfloat16()
+    loose = [torch.stack((t, t), -1)[..., 0] for t in (c, s, wc, ws)]
+    got = triton_linear.fp4_linear(*loose[:2], None, *loose[2:], None, None, residual.T, format, torch.bfloat16)
+    assert torch.equal(got, want + residual.T)
+
+
+# -- int4 ------------------------------------------------------------------------------------------------------------
+
+@gpu
+@pytest.mark.parametrize("m, n, k", [(1, 200, 1024), (17, 264, 96), (70, 512, 2048), (300, 1040, 576)])
+@pytest.mark.parametrize("rule", ["mse", "gaussian"])
+def test_int4(m, n, k, rule):
+    x, w = torch.randn(m, k, device=DEVICE), torch.randn(n, k, device=DEVICE)
+    x[:, 32:64] = 0
+    q, v = formats.quantize(x, "int4", rule), formats.quantize(w, "int4", rule)
+    got = triton_linear.fp4_linear(*q, None, *v, None, None, None, "int4", torch.float32)
+    assert error(got, exact(*q, *v, "int4")) < 1e-6
+    bias, residual = torch.randn(n, device=DEVICE).bfloat16(), torch.randn(m, n, device=DEVICE).bfloat16()
+    got = triton_linear.fp4_linear(*q, None, *v, None, bias, residual, "int4", torch.bfloat16)
+    assert error(got, exact(*q, *v, "int4") + bias.double() + residual.double()) < 4e-3
+    q[1][m - 1, 2] = float("nan")
+    got = triton_linear.fp4_linear(*q, None, *v, None, None, None, "int4", torch.bfloat16)
+    assert got[m - 1].isnan().all() and not got[:m - 1].isnan().any()
+
+
+INTERPRETED = """
+import torch
+from wush_compile import formats, ops
+from wush_compile.kernels.triton_int4 import int4_gemm_kernel
+torch.manual_seed(0)
+for m, n, k in ((3, 70, 96), (17, 64, 64)):
+    q, v = formats.quantize(torch.randn(m, k), "int4", "mse"), formats.quantize(torch.randn(n, k), "int4", "gaussian")
+    q[1][0, 1], q[1][1, 0] = float("nan"), 0
+    bias, out = torch.randn(n), torch.empty(m, n)
+    grid = (-(-m // 16) * -(-n // 64),)
+    int4_gemm_kernel[grid](*q, None, *v, None, bias, None, out, m, n, k, False, False, True, False, 64, 16, 2, False)
+    want = ops._fp4_linear(*q, None, *v, None, bias, None, "int4", torch.float32)
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-4, equal_nan=True)
+print("same")
+"""
+
+
+def test_int4_interpreted():
+    """The same kernel under Triton's interpreter, without a GPU; in its own process, since the choice is made at import."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=env)
+    assert run.stdout.strip().endswith("same"), run.stderr[-2000:]

@@ -26,8 +26,10 @@ def _version(name: str) -> str | None:
 
 def arithmetic(format: str, capability: tuple[int, int] | None) -> str:
     """How a device multiplies two tensors of this format, in words."""
-    if format == "int4" or capability is None:
+    if capability is None:
         return "reference: fp32 products of decoded values"
+    if format == "int4":
+        return "emulated, exact: INT8 tensor cores"
     if capability >= (10, 0):
         return "native FP4 tensor cores"
     if capability >= (9, 0) and format == "mxfp4":

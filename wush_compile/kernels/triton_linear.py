@@ -5,6 +5,7 @@
     library  both operands expanded to fp8 in memory that is reused, then cuBLASLt         triton_expand.py
     bf16     both operands expanded to bf16, cuBLAS: any width, any scale, the last resort triton_expand.py
     scaled   Blackwell's own FP4 instruction                                               triton_scaled.py
+    int4     exact integer products of groups on int8 tensor cores                         triton_int4.py
 
 All take the canonical layout: codes [.., K/2] and scales [.., K/G], row-major. A weight needs nothing prepared but, for
 MXFP4, the largest scale byte of every row (N bytes), which is found once and remembered with the tensor's memory.
@@ -22,6 +23,7 @@ from ..formats import FORMATS
 from .triton_expand import expand_bf16_kernel, expand_fp8_kernel
 from .triton_gemm import fused_gemm_kernel
 from .triton_gemv import gemv_kernel
+from .triton_int4 import int4_gemm_kernel
 from .triton_launch import overlaps
 from .triton_scaled import scaled_gemm_kernel
 
@@ -60,6 +62,15 @@ class Scaled(NamedTuple):
 
 
 EARLY = False
+class Int4(NamedTuple):
+    """Tile of the int4 product: weight rows, activation rows; warps, depth of the load pipeline."""
+
+    bn: int
+    bm: int
+    warps: int
+    stages: int
+
+
 # The fused kernel for many rows, where the library cannot be used.
 WIDE = Fused(128, 128, 128, 1, 8, 4, False)
 # Memory that one call may take for expanded weights; larger weights are decoded in registers at every batch size.
@@ -141,7 +152,7 @@ class Workspace:
         self._next = 0
 
     def counters(self, n: int) -> Tensor:
-        """int32 [n], all zeros."""
+        """int32 [n], all zeros; n <= RING."""
         if self._next + n > self.RING:
             self._next = 0
         start, self._next = self._next, self._next + n
@@ -173,12 +184,14 @@ def _floor_power_of_two(n: int) -> int:
 @functools.lru_cache(1024)
 def choose(
     format: str, rows: int, n: int, k: int, capability: tuple[int, int] = (9, 0)
-) -> "Gemv | Fused | Scaled | str":
+) -> "Gemv | Fused | Scaled | Int4 | str":
     """The kernel for [rows, k] times [n, k] on a device of that compute capability: a tile, "library" or "bf16".
 
     Measured on an H200 over the linear groups of Llama-3.1-8B (docs/kernels.md); the order of candidates, not their
     share of a ceiling, is what it rests on. Ampere and Ada take what needs no layout of theirs to have been tested.
     """
+    if format == "int4":
+        return Int4(64, 16, 4, 4) if rows <= 16 else Int4(64, 64, 4, 4) if rows <= 64 else Int4(128, 128, 8, 3)
     if rows in (1, 2, 4):
         return _choose_gemv(rows, n, k, format)
     if capability >= (10, 0):
@@ -234,10 +247,10 @@ class Operands(NamedTuple):
     """Arguments of `wush::fp4_linear` with the leading dimensions of x and the residual as one."""
 
     codes: Tensor                # uint8 [M, K/2]
-    scales: Tensor               # uint8 [M, K/G]
+    scales: Tensor               # uint8 [M, K/G]; int4: bf16
     gx: Tensor | None
     w_codes: Tensor              # uint8 [N, K/2]
-    w_scales: Tensor             # uint8 [N, K/G]
+    w_scales: Tensor             # as scales [N, K/G]
     gw: Tensor | None
     bias: Tensor | None
     residual: Tensor | None
@@ -293,6 +306,8 @@ def run_fused(o: Operands, tile: Fused, out: Tensor) -> None:
     else:
         x, gx = expand_bf16(o.codes, o.scales, o.mx, panels=True), o.gx
     tiles = triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm)
+    if tiles > Workspace.RING:
+        tile = tile._replace(split=1)
     split, pdl = tile.split > 1, overlaps(out.device.index)
     ahead = _ahead(k // tile.split // 2) if pdl and m <= tile.bm else 0
     parts = torch.empty((tile.split, m, n), dtype=torch.float32, device=out.device) if split else None
@@ -303,6 +318,15 @@ def run_fused(o: Operands, tile: Fused, out: Tensor) -> None:
         space.counters(tiles) if split else None, m, n, k, o.mx, tile.packed, gx is not None, *o.flags[1:],
         tile.bn, tile.bm, tile.bk, tile.split, tile.stages, 8, ahead, pdl, num_warps=tile.warps,
         num_stages=tile.stages, launch_pdl=pdl,
+    )
+
+
+def run_int4(o: Operands, tile: Int4, out: Tensor) -> None:
+    m, n, k = o.sizes
+    pdl = overlaps(out.device.index)
+    int4_gemm_kernel[(triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn),)](
+        o.codes, o.scales, o.gx, o.w_codes, o.w_scales, o.gw, o.bias, o.residual, out, m, n, k, *o.flags, tile.bn, tile.bm,
+        tile.stages, pdl, num_warps=tile.warps, launch_pdl=pdl,
     )
 
 
@@ -347,13 +371,37 @@ def run_bf16(o: Operands, out_dtype: torch.dtype) -> Tensor:
     return y if o.residual is None else y + o.residual
 
 
+def check(o: Operands, format: str, out_dtype: torch.dtype) -> None:
+    """ValueError if an operand's shape, dtype or device would make a kernel read what is not its own."""
+    (m, n, k), fmt = o.sizes, FORMATS[format]
+    expected = {
+        "codes": (o.codes, (m, k // 2), torch.uint8),
+        "scales": (o.scales, (m, k // fmt.group_size), fmt.scale_dtype),
+        "weight_codes": (o.w_codes, (n, k // 2), torch.uint8),
+        "weight_scales": (o.w_scales, (n, k // fmt.group_size), fmt.scale_dtype),
+        "global_scale": (o.gx, (1,), torch.float32),
+        "weight_global_scale": (o.gw, (1,), torch.float32),
+        "bias": (o.bias, (n,), None),
+        "residual": (o.residual, (m, n), out_dtype),
+    }
+    for name, (t, shape, dtype) in expected.items():
+        if t is None:
+            continue
+        if t.device != o.codes.device:
+            raise ValueError(f"{name} is on {t.device}, the activation on {o.codes.device}")
+        if tuple(t.shape) != shape and not (shape == (1,) and t.numel() == 1):
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, the product needs {shape}")
+        if t.dtype != dtype and (dtype is not None or not t.is_floating_point()):
+            raise ValueError(f"{name} is {t.dtype}, {format} needs {dtype or 'a floating-point type'}")
+
+
 def fp4_linear(
     codes: Tensor, scales: Tensor, global_scale: Tensor | None,
     weight_codes: Tensor, weight_scales: Tensor, weight_global_scale: Tensor | None,
     bias: Tensor | None, residual: Tensor | None, format: str, out_dtype: torch.dtype,
-    kernel: Gemv | Fused | Scaled | str | None = None,
+    kernel: Gemv | Fused | Scaled | Int4 | str | None = None,
 ) -> Tensor:
-    """`wush::fp4_linear` for mxfp4 and nvfp4 (SPEC §6); `kernel` overrides `choose`."""
+    """`wush::fp4_linear` (SPEC §6); `kernel` overrides `choose`."""
     n, k = weight_codes.shape[0], 2 * weight_codes.shape[1]
     shape = (*codes.shape[:-1], n)
     flat = codes.reshape(-1, k // 2)
@@ -366,8 +414,10 @@ def fp4_linear(
     o = Operands(
         _dense(flat), _dense(scales.reshape(flat.shape[0], -1)), global_scale,
         _dense(weight_codes), _dense(weight_scales), weight_global_scale,
-        bias, None if residual is None else residual.reshape(-1, n).contiguous(), format == "mxfp4",
+        None if bias is None else bias.contiguous(),
+        None if residual is None else residual.reshape(-1, n).contiguous(), format == "mxfp4",
     )
+    check(o, format, out_dtype)
     kernel = kernel or choose(format, flat.shape[0], n, k, capability(codes.device.index))
     if kernel == "library" and (out_dtype != torch.bfloat16 or bias is not None or n % 16
                                 or not row_facts(o.w_scales).fits_e4m3):
@@ -380,7 +430,7 @@ def fp4_linear(
     return out.view(shape)
 
 
-RUN = {Gemv: run_gemv, Fused: run_fused, Scaled: run_scaled}
+RUN = {Gemv: run_gemv, Fused: run_fused, Scaled: run_scaled, Int4: run_int4}
 
 
 @functools.cache
@@ -396,6 +446,4 @@ def _dense(t: Tensor) -> Tensor:
 
 def supports(format: str, k: int) -> str | None:
     """Why these kernels do not take a product of width k; None if they do."""
-    if format not in ("mxfp4", "nvfp4"):
-        return f"{format} has no Triton kernel"
     return None if k % FORMATS[format].group_size == 0 else f"width {k} is not a multiple of the group"
