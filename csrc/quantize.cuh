@@ -51,12 +51,27 @@ template <> struct Pair<__half> {
 template <class T>
 __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                     uint32_t b1) {
-  if constexpr (sizeof(T) == 2 && __is_same(T, __half)) {
+  if constexpr (__is_same(T, __half)) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   } else {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+// The same with d = 0 before.
+template <class T>
+__device__ __forceinline__ void mma_first(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                          uint32_t b1) {
+  if constexpr (__is_same(T, __half)) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.0f));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.0f));
   }
 }
 
@@ -192,7 +207,7 @@ template <class T> __global__ void __launch_bounds__(256) inverse_rms_kernel(con
   if (threadIdx.x == 0) {
     sum = ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
     const float eps = q.eps_pointer == nullptr ? q.eps : *q.eps_pointer;
-    q.inverse_rms[blockIdx.x] = rsqrtf(sum / (float)q.width + eps);
+    q.inverse_rms[blockIdx.x] = rsqrtf(sum * (1.0f / (float)q.width) + eps);
   }
 }
 
@@ -218,148 +233,155 @@ __device__ __forceinline__ void load_transform(uint4 (&b)[BLOCKS][4], const Quan
   }
 }
 
-// y: the lane's 8 results of row g (h = 0) and of row g + 8 (h = 1).
+// y: the lane's 8 results of row g (h = 0) and of row g + 8 (h = 1); words: the lane's 8 channels of either row.
 template <class T>
-__device__ __forceinline__ void transform_tile(float (&y)[2][8], const uint4& low, const uint4& high, const uint4 (&b)[4]) {
+__device__ __forceinline__ void transform_block(float (&y)[2][8], const uint4& low, const uint4& high, const uint4 (&b)[4]) {
 #pragma unroll
   for (int j = 0; j < 4; j++) {
-    float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    mma<T>(d, low.x, high.x, low.y, high.y, b[j].x, b[j].y);
+    float d[4];
+    mma_first<T>(d, low.x, high.x, low.y, high.y, b[j].x, b[j].y);
     mma<T>(d, low.z, high.z, low.w, high.w, b[j].z, b[j].w);
     y[0][2 * j] = d[0], y[0][2 * j + 1] = d[1], y[1][2 * j] = d[2], y[1][2 * j + 1] = d[3];
   }
 }
 
-template <class T, bool NV, bool TRANSFORM, bool MSE, Prologue P>
-__global__ void __launch_bounds__(32 * WARPS) quantize_kernel(const KernelArguments args) {
-  constexpr int SOURCES = P == Prologue::silu_mul ? 2 : 1;
-  const QuantizeArguments& q = args.q;
-  const int lane = threadIdx.x % 32, t = lane % 4;
-  const int first = ((blockIdx.x % args.column_tiles) * WARPS + threadIdx.x / 32) * BLOCKS;       // the warp's blocks
-  const int64_t start = (int64_t)(blockIdx.x / args.column_tiles) * args.row_tiles * TILE + lane / 4;
-  const float g = q.global_scale == nullptr ? 1.0f : *q.global_scale;
+// The rows that a warp reads, a tile at a time.
+template <class T, Prologue P> struct Reader {
+  static constexpr int SOURCES = P == Prologue::silu_mul ? 2 : 1;
+  const QuantizeArguments& q;
+  const bool (&inside)[BLOCKS];
+  const uint4 (&gain)[BLOCKS];
+  const char* place[SOURCES][2];                     // of rows g and g + 8
+  int64_t row;
+  uint4 words[SOURCES][BLOCKS][2] = {};              // columns outside stay 0, rows outside keep what is there
+  float rms[2] = {0.0f, 0.0f};
 
-  __shared__ float inverses[128];
-  float g_over_6 = 0.0f, g_over_4 = 0.0f;
-  if constexpr (NV) {
-    inverses[threadIdx.x] = __fdiv_rn(g, e4m3_decode(max(threadIdx.x, 1)));
-    g_over_6 = __fdiv_rn(g, 6.0f), g_over_4 = __fdiv_rn(g, 4.0f);
-    __syncthreads();
-  }
-
-  uint4 b[BLOCKS][4], gain[BLOCKS];
-  if constexpr (TRANSFORM) load_transform<T, NV>(b, q, first, lane);
-  bool inside[BLOCKS];
+  __device__ __forceinline__ Reader(const QuantizeArguments& q, const bool (&inside)[BLOCKS], const uint4 (&gain)[BLOCKS],
+                                    int64_t row, int column)
+      : q(q), inside(inside), gain(gain), row(row) {
 #pragma unroll
-  for (int i = 0; i < BLOCKS; i++) {
-    const int column = (first + i) * BLOCK + 8 * t;
-    inside[i] = column < q.width;
-    if (P == Prologue::rms_norm && q.gain != nullptr && inside[i])
-      gain[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(q.gain) + column));
+    for (int s = 0; s < SOURCES; s++) {
+#pragma unroll
+      for (int h = 0; h < 2; h++)
+        place[s][h] = static_cast<const char*>(s == 0 ? q.x : q.up) +
+                      2 * ((row + 8 * h) * (s == 0 ? q.stride : q.up_stride) + column);
+    }
   }
 
-  // Rows of the next tile are on their way while this one is computed.
-  uint4 next[SOURCES][BLOCKS][2];
-  float next_rms[2] = {0.0f, 0.0f};
-  auto load = [&](int64_t row) {
+  // Asks for block i of the tile that is next.
+  __device__ __forceinline__ void load(int i) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const bool valid = row + 8 * h < q.rows;
-      if (P == Prologue::rms_norm && valid) next_rms[h] = q.inverse_rms[row + 8 * h];
 #pragma unroll
-      for (int s = 0; s < SOURCES; s++) {
-        const T* source = static_cast<const T*>(s == 0 ? q.x : q.up) + (row + 8 * h) * (s == 0 ? q.stride : q.up_stride);
-#pragma unroll
-        for (int i = 0; i < BLOCKS; i++) {
-          next[s][i][h] = {0, 0, 0, 0};
-          if (valid && inside[i])
-            next[s][i][h] = __ldcs(reinterpret_cast<const uint4*>(source + (first + i) * BLOCK + 8 * t));
-        }
-      }
+      for (int s = 0; s < SOURCES; s++)
+        if (row + 8 * h < q.rows && inside[i]) words[s][i][h] = __ldcs(reinterpret_cast<const uint4*>(place[s][h]) + 4 * i);
     }
-  };
-  load(start);
+  }
+
+  // After all blocks of a tile: the one below it is next.
+  __device__ __forceinline__ void advance() {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      if (P == Prologue::rms_norm && row + 8 * h < q.rows) rms[h] = q.inverse_rms[row + 8 * h];
+#pragma unroll
+      for (int s = 0; s < SOURCES; s++) place[s][h] += 2 * TILE * (s == 0 ? q.stride : q.up_stride);
+    }
+    row += TILE;
+  }
+
+  // The lane's 8 channels of block i of either row, as the quantizer takes them.
+  __device__ __forceinline__ uint4 get(int i, int h) const {
+    const uint4 v = words[0][i][h], other = P == Prologue::silu_mul ? words[SOURCES - 1][i][h] : gain[i];
+    return {prologue<T, P>(v.x, other.x, rms[h], q), prologue<T, P>(v.y, other.y, rms[h], q),
+            prologue<T, P>(v.z, other.z, rms[h], q), prologue<T, P>(v.w, other.w, rms[h], q)};
+  }
+};
+
+// The tiles of a warp, from `start` on (the lane's first row). False if something is not finite, so that values of NVFP4's
+// pairs of blocks are wrong (0 * NaN): then all is done again with CLEAN, each block without the other.
+template <class T, bool NV, bool TRANSFORM, bool MSE, Prologue P, bool CLEAN>
+__device__ __forceinline__ bool walk(const KernelArguments& args, const uint4 (&b)[BLOCKS][4], const uint4 (&gain)[BLOCKS],
+                                     int first, int64_t start, int t, float g, const float* inverses) {
+  constexpr int PER_BLOCK = NV ? 2 : 1, COUNT = PER_BLOCK * BLOCKS;
+  const QuantizeArguments& q = args.q;
+  const int column = first * BLOCK + 8 * t, group = first * PER_BLOCK, groups = q.width / (BLOCK / PER_BLOCK);
+  const float g_over_6 = __fdiv_rn(g, 6.0f), g_over_4 = __fdiv_rn(g, 4.0f);
+  bool inside[BLOCKS];
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i++) inside[i] = column + i * BLOCK < q.width;
+  uint8_t* codes = q.codes + start * (q.width / 2) + column / 2;
+  uint8_t* scales = q.scales + (q.swizzled ? swizzled_offset(0, group, groups) : (start + 8 * t) * groups + group);
+  const bool whole = q.swizzled || groups % COUNT == 0;      // the scales of a row leave as one word
+  bool finite = true;
+  Reader<T, P> reader(q, inside, gain, start, column);
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i++) reader.load(i);
+  reader.advance();
 
 #pragma unroll 1
   for (int tile = 0; tile < args.row_tiles; tile++) {
     const int64_t row = start + tile * TILE;
-    uint4 x[BLOCKS][2];
+    const bool more = tile + 1 < args.row_tiles;
+    uint32_t bytes[2] = {0, 0};                            // MX: both scales of a row; NV: of each block the lane's one
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
+      float y[2][8];
+      const uint4 words[2] = {reader.get(i, 0), reader.get(i, 1)};
+      if constexpr (TRANSFORM && CLEAN) {
+        // By masks: a choice between words would put them in local memory.
+        const uint32_t left = t < 2 ? ~0u : 0u;
+        auto keep = [](const uint4& v, uint32_t mask) -> uint4 { return {v.x & mask, v.y & mask, v.z & mask, v.w & mask}; };
+        float lower[2][8];
+        transform_block<T>(lower, keep(words[0], left), keep(words[1], left), b[i]);
+        transform_block<T>(y, keep(words[0], ~left), keep(words[1], ~left), b[i]);
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const uint4 v = next[0][i][h], other = P == Prologue::silu_mul ? next[SOURCES - 1][i][h] : gain[i];
-        const float rms = next_rms[h];
-        x[i][h] = {prologue<T, P>(v.x, other.x, rms, q), prologue<T, P>(v.y, other.y, rms, q),
-                   prologue<T, P>(v.z, other.z, rms, q), prologue<T, P>(v.w, other.w, rms, q)};
-      }
-    }
-    if (tile + 1 < args.row_tiles) load(row + TILE);
-
-    uint32_t bytes[2] = {0, 0};                       // MX: 2 scales of a row; NV: of each block the lane's one
-#pragma unroll
-    for (int i = 0; i < BLOCKS; i++) {
-      float y[2][8], amax[2];
-      if constexpr (TRANSFORM) {
-        transform_tile<T>(y, x[i][0], x[i][1], b[i]);
+        for (int j = 0; j < 8; j++) {
+          y[0][j] = t < 2 ? lower[0][j] : y[0][j];
+          y[1][j] = t < 2 ? lower[1][j] : y[1][j];
+        }
+      } else if constexpr (TRANSFORM) {
+        transform_block<T>(y, words[0], words[1], b[i]);
       } else {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const uint32_t words[4] = {x[i][h].x, x[i][h].y, x[i][h].z, x[i][h].w};
+          const uint32_t pairs[4] = {words[h].x, words[h].y, words[h].z, words[h].w};
 #pragma unroll
           for (int j = 0; j < 4; j++) {
-            const float2 pair = Pair<T>::wide(words[j]);
+            const float2 pair = Pair<T>::wide(pairs[j]);
             y[h][2 * j] = pair.x, y[h][2 * j + 1] = pair.y;
           }
         }
       }
-      amax[0] = group_amax<NV>(y[0]), amax[1] = group_amax<NV>(y[1]);
-      if constexpr (NV && TRANSFORM) {
-        // 0 * NaN: what is not finite in one block of the pair has reached the other. Rare: each again without the other.
-        const bool finite = amax[0] <= 3.4028235e38f && amax[1] <= 3.4028235e38f;
-        if (__any_sync(~0u, !finite)) {
-          float lower[2][8];
-          const uint4 none = {0, 0, 0, 0};
-          transform_tile<T>(lower, t < 2 ? x[i][0] : none, t < 2 ? x[i][1] : none, b[i]);
-          transform_tile<T>(y, t < 2 ? none : x[i][0], t < 2 ? none : x[i][1], b[i]);
-#pragma unroll
-          for (int j = 0; j < 8; j++) {
-            y[0][j] = t < 2 ? lower[0][j] : y[0][j];
-            y[1][j] = t < 2 ? lower[1][j] : y[1][j];
-          }
-          amax[0] = group_amax<NV>(y[0]), amax[1] = group_amax<NV>(y[1]);
-        }
-      }
+      if (more) reader.load(i);                            // on its way while this block is quantized
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const bool bad = !(amax[h] <= 3.4028235e38f);
+        const float amax = group_amax<NV>(y[h]);
+        const bool bad = !(amax <= 3.4028235e38f);
+        finite &= !bad;
         float inverse, v[8];
-        uint32_t byte = choose_scale<NV, MSE>(y[h], bad ? 0.0f : amax[h], g, g_over_6, g_over_4, inverses, args, t, inverse);
+        uint32_t byte = choose_scale<NV, MSE>(y[h], bad ? 0.0f : amax, g, g_over_6, g_over_4, inverses, args, t, inverse);
 #pragma unroll
         for (int j = 0; j < 8; j++) v[j] = y[h][j] * inverse;
-        uint32_t codes = e2m1_pack8(v);
-        if (bad) byte = NV ? NV_NAN : MX_NAN, codes = 0;
-        const int64_t r = row + 8 * h;
-        const int column = (first + i) * BLOCK + 8 * t;
-        if (r < q.rows && inside[i])
-          *reinterpret_cast<uint32_t*>(q.codes + r * (q.width / 2) + column / 2) = codes;
-        else
-          byte = 0;                                    // padding
-        bytes[h] |= byte << (NV ? 16 * i : 8 * i);
+        uint32_t packed = e2m1_pack8(v);
+        if (bad) byte = NV ? NV_NAN : MX_NAN, packed = 0;
+        const bool valid = row + 8 * h < q.rows && inside[i];
+        if (valid) *reinterpret_cast<uint32_t*>(codes + h * 4 * (int64_t)q.width + i * (BLOCK / 2)) = packed;
+        bytes[h] |= (valid ? byte : 0) << (NV ? 16 * i : 8 * i);         // padding is 0
       }
     }
+    if (more) reader.advance();
+    codes += TILE / 2 * (int64_t)q.width;
 
     // Scales of a row leave together: lane 0 writes those of row g, lane 1 those of row g + 8.
-    constexpr int PER_BLOCK = NV ? 2 : 1, COUNT = PER_BLOCK * BLOCKS;
     if constexpr (NV) {
       bytes[0] |= __shfl_xor_sync(~0u, bytes[0], 2) << 8;
       bytes[1] |= __shfl_xor_sync(~0u, bytes[1], 2) << 8;
     }
-    const int64_t r = row + 8 * t, group = (int64_t)first * PER_BLOCK, groups = q.width / (BLOCK / PER_BLOCK);
+    const int64_t r = row + 8 * t;
     if (t < 2 && r < args.scale_rows && first < args.scale_blocks) {
-      const uint32_t word = t == 0 ? bytes[0] : bytes[1];
-      uint8_t* place = q.scales + (q.swizzled ? swizzled_offset(r, group, groups) : r * groups + group);
-      if (q.swizzled || (groups % COUNT == 0)) {
+      const uint32_t word = __byte_perm(bytes[0], bytes[1], t == 0 ? 0x3210 : 0x7654);
+      uint8_t* place = scales + (q.swizzled ? swizzled_offset(r, 0, groups) : (int64_t)tile * TILE * groups);
+      if (whole) {
         if constexpr (NV) *reinterpret_cast<uint32_t*>(place) = word;
         else *reinterpret_cast<uint16_t*>(place) = word;
       } else {
@@ -368,6 +390,35 @@ __global__ void __launch_bounds__(32 * WARPS) quantize_kernel(const KernelArgume
           if (group + i < groups) place[i] = word >> (8 * i);
       }
     }
+  }
+  return finite;
+}
+
+template <class T, bool NV, bool TRANSFORM, bool MSE, Prologue P>
+__global__ void __launch_bounds__(32 * WARPS, !MSE && P == Prologue::none ? 4 : 3) quantize_kernel(const __grid_constant__ KernelArguments args) {
+  const QuantizeArguments& q = args.q;
+  const int lane = threadIdx.x % 32, t = lane % 4;
+  const int first = ((blockIdx.x % args.column_tiles) * WARPS + threadIdx.x / 32) * BLOCKS;       // the warp's blocks
+  const int64_t start = (int64_t)(blockIdx.x / args.column_tiles) * args.row_tiles * TILE + lane / 4;
+  const float g = q.global_scale == nullptr ? 1.0f : *q.global_scale;
+
+  __shared__ float inverses[128];
+  if constexpr (NV) {
+    inverses[threadIdx.x] = __fdiv_rn(g, e4m3_decode(max(threadIdx.x, 1)));
+    __syncthreads();
+  }
+  uint4 b[BLOCKS][4], gain[BLOCKS];
+  if constexpr (TRANSFORM) load_transform<T, NV>(b, q, first, lane);
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i++) {
+    const int column = (first + i) * BLOCK + 8 * t;
+    gain[i] = {0, 0, 0, 0};
+    if (P == Prologue::rms_norm && q.gain != nullptr && column < q.width)
+      gain[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(q.gain) + column));
+  }
+  const bool finite = walk<T, NV, TRANSFORM, MSE, P, false>(args, b, gain, first, start, t, g, inverses);
+  if constexpr (NV && TRANSFORM) {
+    if (__any_sync(~0u, !finite)) walk<T, NV, TRANSFORM, MSE, P, true>(args, b, gain, first, start, t, g, inverses);
   }
 }
 

@@ -3,7 +3,7 @@
 A provider has for each op a function and a predicate that says, from the arguments alone, why it does not take a call.
 `dispatch` asks the providers in order. One that fails at run time is left out from then on, with one warning that names
 it.
-`WUSH_PROVIDER=reference` (or `triton`) forces one: then nothing else is asked first, and its errors are raised.
+`WUSH_PROVIDER=reference` (or `cuda`, `triton`) forces one: then nothing else is asked first, and its errors are raised.
 """
 
 import functools
@@ -27,6 +27,10 @@ class Implementation(NamedTuple):
     refuses: Callable[..., str | None]
 
 
+class Mendable(str):
+    """Why a provider is unavailable, where that is a fault of the installation and not of the device: worth a warning."""
+
+
 class Provider(NamedTuple):
     """Kernels of one kind; `unavailable(capability)` is a sentence, or None if they run on such a device."""
 
@@ -48,7 +52,20 @@ def _load_triton() -> dict[str, Implementation]:
     return triton_provider.IMPLEMENTATIONS
 
 
-PROVIDERS = (Provider("triton", _triton_unavailable, _load_triton),)
+def _cuda_unavailable(capability: tuple[int, int]) -> str | None:
+    from . import cuda
+    return cuda.unavailable(capability)
+
+
+def _load_cuda() -> dict[str, Implementation]:
+    from . import cuda
+    return cuda.IMPLEMENTATIONS
+
+
+PROVIDERS = (
+    Provider("cuda", _cuda_unavailable, _load_cuda),
+    Provider("triton", _triton_unavailable, _load_triton),
+)
 NAMES = (*(p.name for p in PROVIDERS), "reference")
 
 
@@ -63,15 +80,20 @@ def resolve(device: int) -> dict[str, list[tuple[str, Implementation]]]:
     """Op -> (provider's name, implementation) in the order in which they are asked, for a CUDA device; logged once."""
     capability = torch.cuda.get_device_capability(device)
     name = forced()
-    table, lines = {}, []
+    table, lines, faults = {}, [], []
     for provider in PROVIDERS:
         reason = provider.unavailable(capability)
+        if isinstance(reason, Mendable) and name in (None, provider.name):
+            faults.append(f"{provider.name} {reason}")
         if reason is None and name not in (None, provider.name):
             reason = f"WUSH_PROVIDER is {name}"
         lines.append(f"{provider.name}: {reason or 'used'}")
         if reason is None:
             for op, implementation in provider.load().items():
                 table.setdefault(op, []).append((provider.name, implementation))
+    if faults:
+        used = sorted({entries[0][0] for entries in table.values()}) or ["reference"]
+        logger.warning("%s; used instead: %s", "; ".join(faults), ", ".join(used))
     logger.info("providers on %s: %s", torch.cuda.get_device_name(device), "; ".join(lines))
     return table
 

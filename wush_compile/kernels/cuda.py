@@ -1,0 +1,130 @@
+"""The CUDA provider: the kernels of csrc/, one library for each GPU architecture, built by `make cuda`.
+
+A wheel or a checkout may hold any of the libraries, or none. The one of a device is loaded when its providers are
+resolved; where it is not there, or does not run, `unavailable` says in one sentence why and how to get it.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..formats import FORMATS
+from . import Implementation, Mendable
+
+TARGETS = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a", (12, 0): "sm_120a", (12, 1): "sm_121a"}
+# Where libraries lie: in an installed package, in a checkout.
+DIRECTORIES = (Path(__file__).parent / "lib", Path(__file__).resolve().parents[2] / "build" / "csrc")
+
+
+def libraries() -> dict[str, Path]:
+    """Target -> library, of those that were built."""
+    found = {}
+    for directory in DIRECTORIES:
+        for path in sorted(directory.glob("libwush_sm_*.so")):
+            found.setdefault(path.stem.removeprefix("libwush_"), path)
+    return found
+
+
+@functools.cache
+def load(target: str) -> ModuleType:
+    """The ops of a target's library, `torch.ops.wush_<target>`; OSError or RuntimeError if it cannot be used here."""
+    path = libraries()[target]
+    torch.ops.load_library(str(path))
+    problem = ctypes.CDLL(str(path)).wush_problem
+    problem.restype = ctypes.c_char_p
+    sentence = problem()
+    if sentence:
+        raise RuntimeError(sentence.decode())
+    return getattr(torch.ops, f"wush_{target}")
+
+
+def unavailable(capability: tuple[int, int]) -> str | None:
+    """Why there are no CUDA kernels for a device of this capability, or None. What the user can mend is `Mendable`."""
+    target = TARGETS.get(capability)
+    if target is None:
+        known = ", ".join(f"{major}.{minor}" for major, minor in TARGETS)
+        return f"has no kernels for compute capability {capability[0]}.{capability[1]} (it has for {known})"
+    built = libraries()
+    remedy = f"`python csrc/build.py --targets {target}` in a checkout builds it (nvcc 12.9 or newer)"
+    if not built:
+        return f"not built: {remedy}"
+    if target not in built:
+        return Mendable(f"built for {', '.join(built)}, not for this GPU's {target}: {remedy}")
+    try:
+        load(target)
+    except (OSError, RuntimeError) as error:
+        return Mendable(f"{built[target].name} does not run here: {str(error).splitlines()[0]}")
+    return None
+
+
+# -- ops -------------------------------------------------------------------------------------------------------------
+
+def _target(x: Tensor) -> str:
+    return TARGETS[torch.cuda.get_device_capability(x.device)]
+
+
+def _refuses(x: Tensor, transform: Tensor | None, format: str) -> str | None:
+    if format not in ("mxfp4", "nvfp4"):
+        return f"{format} has no CUDA kernel"
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"input is {x.dtype}"
+    if transform is not None and (transform.shape[-1] != FORMATS[format].group_size or transform.dtype != x.dtype):
+        return f"transform of {transform.dtype}, blocks of {transform.shape[-1]}"
+    return None
+
+
+def refuses_transform_quantize(x, transform, global_scale, format, scale_rule) -> str | None:
+    return _refuses(x, transform, format)
+
+
+def transform_quantize(x, transform, global_scale, format, scale_rule, swizzled: bool = False) -> tuple[Tensor, Tensor]:
+    """`wush::transform_quantize` for bf16 and fp16 with transform blocks of the format's group size (SPEC §4, §6).
+
+    swizzled: scales as `layouts.swizzle_scales` gives them, written by the same kernel."""
+    ops = load(_target(x))
+    transform = None if transform is None else transform.contiguous()
+    return ops.transform_quantize(x, transform, global_scale, format, scale_rule, swizzled)
+
+
+def refuses_rms_norm(x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule) -> str | None:
+    if weight is not None and weight.dtype != x.dtype:
+        return f"gain is {weight.dtype}"
+    if eps_tensor is not None and not eps_tensor.is_cuda:
+        return "eps is not on the device"
+    return _refuses(x, transform, format)
+
+
+def rms_norm_transform_quantize(
+    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, swizzled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`wush::rms_norm_transform_quantize`; the sum of squares has an order of its own."""
+    ops = load(_target(x))
+    transform = None if transform is None else transform.contiguous()
+    eps_tensor = None if eps_tensor is None else eps_tensor.to(torch.float32)
+    return ops.rms_norm_transform_quantize(
+        x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, swizzled
+    )
+
+
+def refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule) -> str | None:
+    return "gate and up differ in dtype" if gate.dtype != up.dtype else _refuses(gate, transform, format)
+
+
+def silu_mul_transform_quantize(
+    gate, up, transform, global_scale, format, scale_rule, swizzled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`wush::silu_mul_transform_quantize`, bit for bit."""
+    ops = load(_target(gate))
+    transform = None if transform is None else transform.contiguous()
+    return ops.silu_mul_transform_quantize(gate, up, transform, global_scale, format, scale_rule, swizzled)
+
+
+IMPLEMENTATIONS = {
+    "transform_quantize": Implementation(transform_quantize, refuses_transform_quantize),
+    "rms_norm_transform_quantize": Implementation(rms_norm_transform_quantize, refuses_rms_norm),
+    "silu_mul_transform_quantize": Implementation(silu_mul_transform_quantize, refuses_silu_mul),
+}
