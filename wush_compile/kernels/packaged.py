@@ -32,7 +32,7 @@ MANY = 4096
 # NVFP4 for many rows: decoded on both sides.
 WIDE_NVFP4 = Fused(128, 128, 128, 1, 8, 3, True)
 # Parameters of kernels that only a launch behind another running kernel sets.
-NOT_OVERLAPPED = {"PDL": False, "AHEAD": 0}
+NOT_OVERLAPPED = {"PDL": False, "AHEAD": 0, "EARLY": False}
 
 
 class _Functional(TracingTritonHOPifier):
@@ -123,6 +123,8 @@ def transform_quantize(
 
 def _kernel(format: str, rows: int, n: int, k: int, capability: tuple[int, int]) -> Gemv | Fused | Scaled | None:
     """What `choose` says, or the fused product where that is the library; None if none fits."""
+    if format == "int4":
+        return None
     kernel = choose(format, rows, n, k, capability)
     unpacked_bf16 = isinstance(kernel, Fused) and not kernel.packed and format == "nvfp4"
     if not isinstance(kernel, str) and not unpacked_bf16:
@@ -161,7 +163,7 @@ def fp4_linear(
             bk = min(kernel.bk, max(triton.next_power_of_2(k), 128))
             out = _launch(gemv_kernel, ("out",), (here * _tiles(n, kernel.bn),), kernel.warps,
                           **common | {"w": w.view(torch.int32)}, x=x.view(torch.int32), xs=xs, gx=global_scale, ws=ws,
-                          sign_bits=space.signs, out=out, M=1, MX=mx, SCALED_X=global_scale is not None,
+                          out=out, M=1, MX=mx, SCALED_X=global_scale is not None,
                           BN=kernel.bn, BK=bk)["out"]
         elif isinstance(kernel, Scaled):
             kind = torch.uint8 if mx else torch.float8_e4m3fn
