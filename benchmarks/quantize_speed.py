@@ -15,6 +15,7 @@ tenfold again, norms likewise: made layer by layer on the GPU.
 
 import argparse
 import gc
+import hashlib
 import json
 import os
 import time
@@ -165,8 +166,15 @@ def measure(
         wc.quantize(model, windows, progress=False, device=device, solver=solver, **options)
         torch.cuda.synchronize()
     total = time.perf_counter() - start
+    state = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if ".group." in name:
+            state.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    everybody = [state.hexdigest()] * int(os.environ.get("WORLD_SIZE", 1))
+    if len(everybody) > 1:
+        torch.distributed.all_gather_object(everybody, state.hexdigest())
     losses = [report["relative_loss"] for report in quantization_of(model).report.values()]
-    return {"seconds": total, "phases": {**seconds, "everything else": total - sum(seconds.values())}, "losses": losses,
+    return {"seconds": total, "phases": {**seconds, "everything else": total - sum(seconds.values())}, "losses": losses, "sha256": sorted(set(everybody)),
             "peak_allocated": torch.cuda.max_memory_allocated(), "peak_reserved": torch.cuda.max_memory_reserved()}
 
 
@@ -179,6 +187,8 @@ def show(result: dict) -> None:
         print(f"| {phase} | {seconds:.3f} | " + (f"{floor:.3f} | {seconds / floor:.1f} |" if floor else "| |"))
     print(f"| all | {result['seconds']:.2f} | {sum(result['floors'].values()):.2f} | |")
     print(f"peak GPU memory {result['peak_allocated'] / 1e9:.2f} GB allocated, {result['peak_reserved'] / 1e9:.2f} GB reserved")
+    print(f"sha256 of the codes and scales, every process: {', '.join(s[:16] for s in result['sha256'])}; "
+          f"mean relative loss {sum(result['losses']) / len(result['losses']):.4f}")
     if result["layers"] < result["all_layers"]:
         print(f"all {result['all_layers']} layers at this rate: {result['projected']:.0f} s")
 

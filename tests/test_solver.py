@@ -535,6 +535,18 @@ def test_paper_settings():
         assert layer_loss(x, w, solution, WushConfig.paper(format))[1] < 0.02
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("format", formats.FORMATS)
+def test_same_bytes_on_a_gpu(format, moments):
+    x, w = (t.cuda() for t in problem(n=520, k=1024, rows=3000, dtype=torch.bfloat16))
+    config = WushConfig(format=format, moments=moments)
+    one, two = run(x, w, config), run(x, w, config)
+    for field in ("transform", "weight_packed", "weight_scale"):
+        assert torch.equal(getattr(one, field).view(torch.uint8), getattr(two, field).view(torch.uint8)), field
+    assert one.report == two.report
+
+
 # -- devices ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.gpu
