@@ -6,6 +6,7 @@
 
 #include "fp4_layout.h"
 #include "linear_sm100.h"
+#include "linear_tiles.h"
 
 // What CUTLASS's kernels ask for and callers need not have: swizzled scales, K a multiple of 32 codes and N a multiple of
 // 8 outputs (both 16 bytes, for TMA). Row-major scales are swizzled in the workspace; odd widths, which no layer of a
@@ -96,7 +97,7 @@ const char* linear(const LinearArgs& given, void* handle) {
   error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const int tile = a.tile >= 0 ? a.tile : sm100::choose(a.m, a.n, sms);
+  const int tile = a.tile >= 0 ? a.tile : int(sm100::choose(a.m, a.n, sms));
   if (tile > 1) return "there is no such tile";
   const bool mx = a.format == Format::mxfp4;
   const auto run = tile == 0 ? (mx ? sm100::mxfp4_narrow : sm100::nvfp4_narrow) : (mx ? sm100::mxfp4_wide : sm100::nvfp4_wide);

@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "linear_tiles.h"
 #include "mma_fp4.cuh"
 
 namespace wush::sm120 {
@@ -39,11 +40,12 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t from) {
 
 // -- tile ------------------------------------------------------------------------------------------------------------
 
-template <Format FORMAT_, int BM_, int BN_, int BK_, int WARPS_M_, int WARPS_N_, int WARPS_K_, int STAGES_, int BLOCKS_>
+template <Format FORMAT_, Choice CHOICE>
 struct Tile {
   static constexpr Format FORMAT = FORMAT_;
-  static constexpr int BM = BM_, BN = BN_, BK = BK_, WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, WARPS_K = WARPS_K_;
-  static constexpr int STAGES = STAGES_, BLOCKS = BLOCKS_;             // BLOCKS: on one multiprocessor
+  static constexpr Shape SHAPE = SHAPES[int(CHOICE)];
+  static constexpr int BM = SHAPE.bm, BN = SHAPE.bn, BK = SHAPE.bk, STAGES = SHAPE.stages, BLOCKS = SHAPE.blocks;
+  static constexpr int WARPS_M = SHAPE.warps_m, WARPS_N = SHAPE.warps_n, WARPS_K = SHAPE.warps_k;
   static constexpr int GROUP = group_size(FORMAT), THREADS = 32 * WARPS_M * WARPS_N * WARPS_K;
   static constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N;           // of one warp
   static constexpr int STEPS = BK / 64 / WARPS_K;                      // k steps of one warp in a stage
@@ -53,8 +55,6 @@ struct Tile {
   static constexpr int STAGE_BYTES = (WS_AT + 4 * W_SCALES + 127) / 128 * 128;
   static constexpr int SUMS_BYTES = 4 * (WARPS_K - 1) * BM * BN;       // reuses the stages at the end
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES > SUMS_BYTES ? STAGES * STAGE_BYTES : SUMS_BYTES;
-  // Instructions in the loop: what the machine code is counted against.
-  static constexpr int PRODUCTS = WM / 16 * (WN / 8) * STEPS;
   static_assert(WM % 16 == 0 && WN % 16 == 0 && BK % (64 * WARPS_K) == 0 && BK % (4 * GROUP) == 0, "whole fragments");
   static_assert(FORMAT == Format::nvfp4 || STEPS % 2 == 0, "mxfp4: a word of scales is two steps of one warp");
   static_assert(128 % BM == 0 && 128 % BN == 0, "a tile lies in one tile of scales");
@@ -278,32 +278,12 @@ const char* launch(const LinearArgs& a, cudaStream_t stream) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// -- which tile ------------------------------------------------------------------------------------------------------
-// Chosen by counting, not by timing: no such GPU was at hand. Rows the tile would waste first, then whether the grid of
-// the large tile fills the GPU; below that the smaller tile has more blocks for the same bytes of weights.
-
-//                            BM   BN   BK  warps M N K  stages blocks
-template <Format F>
-using Narrow = Tile<F, 16, 32, 512, 1, 1, 4, 3, 2>;
-template <Format F>
-using Middle = Tile<F, 64, 32, 256, 2, 1, 2, 3, 2>;
-template <Format F>
-using Wide = Tile<F, 128, 128, 128, 2, 4, 1, 4, 1>;
-
-enum class Choice : int { narrow = 0, middle = 1, wide = 2 };
-
-inline Choice choose(int64_t m, int64_t n, int sms) {
-  if (m <= 16) return Choice::narrow;
-  const int64_t blocks = (m + 127) / 128 * ((n + 127) / 128);
-  return m > 64 && blocks >= sms ? Choice::wide : Choice::middle;
-}
-
 template <Format F>
 const char* launch_choice(const LinearArgs& a, Choice choice, cudaStream_t stream) {
   switch (choice) {
-    case Choice::narrow: return launch<Narrow<F>>(a, stream);
-    case Choice::middle: return launch<Middle<F>>(a, stream);
-    default: return launch<Wide<F>>(a, stream);
+    case Choice::narrow: return launch<Tile<F, Choice::narrow>>(a, stream);
+    case Choice::middle: return launch<Tile<F, Choice::middle>>(a, stream);
+    default: return launch<Tile<F, Choice::wide>>(a, stream);
   }
 }
 

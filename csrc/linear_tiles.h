@@ -1,0 +1,37 @@
+// Which tile a product gets: plain numbers, for the kernels, the tests and the counted model (benchmarks/projection.py).
+// Chosen by counting, not by timing: no such GPU was at hand.
+#pragma once
+
+#include <cstdint>
+
+namespace wush {
+
+constexpr int64_t tiles(int64_t size, int64_t of) { return (size + of - 1) / of; }
+
+namespace sm120 {
+
+// Rows and columns of the output a block computes, and how much of K it holds at a time.
+struct Shape { int bm, bn, bk, warps_m, warps_n, warps_k, stages, blocks; };            // blocks: on one multiprocessor
+
+enum class Choice : int { narrow, middle, wide };
+constexpr Shape SHAPES[] = {{16, 32, 512, 1, 1, 4, 3, 2}, {64, 32, 256, 2, 1, 2, 3, 2}, {128, 128, 128, 2, 4, 1, 4, 1}};
+
+// The wide tile where its grid fills the GPU: below that the smaller ones have more blocks for the same bytes of weights.
+constexpr Choice choose(int64_t m, int64_t n, int sms) {
+  if (m <= 16) return Choice::narrow;
+  return m > 64 && tiles(m, 128) * tiles(n, 128) >= sms ? Choice::wide : Choice::middle;
+}
+
+}  // namespace sm120
+
+namespace sm100 {
+
+enum class Choice : int { narrow, wide };                        // 128 x 64 a block; 256 x 256 a pair of blocks
+
+constexpr Choice choose(int64_t m, int64_t n, int sms) {
+  return m > 128 && 2 * tiles(m, 256) * tiles(n, 256) >= sms ? Choice::wide : Choice::narrow;
+}
+
+}  // namespace sm100
+
+}  // namespace wush
