@@ -17,7 +17,7 @@ from torch._higher_order_ops.triton_kernel_wrap import (
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..formats import FORMATS
-from .triton_expand import expand_fp8_kernel
+from .triton_expand import expand_bf16_kernel, expand_fp8_kernel
 from .triton_gemm import fused_gemm_kernel
 from .triton_gemv import gemv_kernel
 from .triton_linear import WIDE, Fused, Gemv, Scaled, Workspace, choose
@@ -31,8 +31,9 @@ BANDS = ((1, 1), (2, 16), (17, 64), (65, 128), (129, None))
 MANY = 4096
 # NVFP4 for many rows: decoded on both sides.
 WIDE_NVFP4 = Fused(128, 128, 128, 1, 8, 3, True)
-# Parameters of kernels that only a launch behind another running kernel sets.
-NOT_OVERLAPPED = {"PDL": False, "AHEAD": 0, "EARLY": False}
+# Parameters of kernels that a packaged launch leaves alone: starting behind a kernel that still runs, stores in assembly,
+# which Inductor cannot see through, sums in smaller steps.
+PLAIN = {"PDL": False, "AHEAD": 0, "EARLY": False, "WORDS": 0, "PROMOTE": 0}
 
 
 class _Functional(TracingTritonHOPifier):
@@ -54,7 +55,7 @@ def _launch(
     kernel, writes: tuple[str, ...], grid: tuple, warps: int, stages: int = 3, **arguments
 ) -> dict[str, Tensor]:
     """A launch as a node of the graph that is traced: what it writes, by the parameter's name."""
-    arguments = {name: NOT_OVERLAPPED[name] for name in kernel.arg_names if name in NOT_OVERLAPPED} | arguments
+    arguments = {name: PLAIN[name] for name in kernel.arg_names if name in PLAIN} | arguments
     if sorted(arguments) != sorted(kernel.arg_names):
         raise TypeError(f"{kernel.__name__} takes {kernel.arg_names}, not {sorted(arguments)}")
     launched = TraceableTritonKernelWrapper(kernel, None, grid)
@@ -112,7 +113,7 @@ def transform_quantize(
             x=rows, t=None if transform is None else transform.contiguous(), global_scale=global_scale, codes=codes,
             scales=scales, M=m, stride=rows.stride(0), K=width, B=block,
             SHARED=block > 0 and transform.shape[0] == 1 and width > block, FORMAT=format, RULE=scale_rule,
-            SCALED=global_scale is not None, PTX=True, NATIVE=capability >= (10, 0), WIDE=wide, R=tile.rows,
+            SCALED=global_scale is not None, PTX=2 if capability >= (8, 6) else 1, NATIVE=capability >= (10, 0), WIDE=wide, R=tile.rows,
             W=tile.columns, TILES=tile.tiles, STAGES=tile.stages,
         )
         codes, scales = written["codes"], written["scales"]
@@ -126,8 +127,7 @@ def _kernel(format: str, rows: int, n: int, k: int, capability: tuple[int, int])
     if format == "int4":
         return None
     kernel = choose(format, rows, n, k, capability)
-    unpacked_bf16 = isinstance(kernel, Fused) and not kernel.packed and format == "nvfp4"
-    if not isinstance(kernel, str) and not unpacked_bf16:
+    if not isinstance(kernel, str):
         return kernel
     if k % 128 or (capability < (9, 0) and format == "mxfp4"):
         return None
@@ -181,7 +181,7 @@ def _fused(tile: Fused, here, most, x, xs, gx, ws, top, space: Workspace, out: T
     """`out` as the fused product of at most `most` rows leaves it."""
     m, n, k, mx = x.shape[0], common["N"], common["K"], top is not None
     unit = parts = count = None
-    if not tile.packed:
+    if not tile.packed and mx:
         groups = triton.next_power_of_2(k // 32)
         expanded = _launch(
             expand_fp8_kernel, ("out", "unit"), (here * m,), 4, codes=x.view(torch.int32), scales=xs, g=gx,
@@ -189,6 +189,12 @@ def _fused(tile: Fused, here, most, x, xs, gx, ws, top, space: Workspace, out: T
             KG=groups, E4=False, SCALED=gx is not None, R=1, C=min(groups, 128),
         )
         x, unit, gx = expanded["out"].view(torch.float8_e5m2), expanded["unit"], None
+    elif not tile.packed:
+        block = 1 if most is not m and most <= 64 else 8
+        x = _launch(
+            expand_bf16_kernel, ("out",), (here * _tiles(m, block), _tiles(k, 1024)), 4, codes=x, scales=xs,
+            out=x.new_empty((m, k), dtype=torch.bfloat16), rows=m, K=k, MX=False, R=block, C=512, PANELS=True,
+        )["out"]
     if tile.split > 1:                                     # as large as the band needs: M may be far beyond it
         parts = x.new_empty((tile.split, most, n), dtype=torch.float32)
         count = torch.zeros(_tiles(n, tile.bn) * _tiles(most, tile.bm), dtype=torch.int32, device=x.device)
