@@ -4,7 +4,7 @@ On a GPU without the FP4 instruction the library of sm_90a runs the kernel of sm
 """
 
 import ctypes
-import importlib
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -131,7 +131,9 @@ TILES = {"narrow": (16, 32, 512, 1, 1, 4, 3, 2), "middle": (64, 32, 256, 2, 1, 2
 
 def test_the_counted_model_knows_the_tiles(layout):
     """benchmarks/projection.py chooses as the launchers do, and its tiles are theirs."""
-    projection = importlib.import_module("benchmarks.projection")
+    spec = importlib.util.spec_from_file_location("projection", build.HERE.parent / "benchmarks" / "projection.py")
+    projection = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(projection)
     assert [tuple(row) for row in table(layout.shapes, 3, 8)] == list(TILES.values())
     assert [(t.rows, t.columns, t.resident) for t in projection.SM120] == [(t[0], t[1], t[7]) for t in TILES.values()]
     b200, rtx = projection.DEVICES
@@ -385,6 +387,26 @@ def test_leading_dimensions_graphs_and_nothing(linear, format):
     got.zero_()
     graph.replay()
     assert torch.equal(got, want)
+
+
+@gpu
+@both
+def test_provider(linear, monkeypatch, format):
+    """The op as the dispatcher calls it, with strided operands; what it leaves to others is said."""
+    x, w = operand(6, 256, format, 15), operand(24, 256, format, 16)
+    dtype = linear.dtypes[0]
+    bias, residual = torch.randn(24, device=DEVICE).to(dtype), torch.randn(24, 6, device=DEVICE).to(dtype).T
+    args = [*x, scalar(2.0), torch.cat((w[0], w[0]), 1)[:, :128], w[1], scalar(0.7), bias, residual, format, dtype]
+    want = (product(x, w, format)[0].float() * (1 / (scalar(2.0) * scalar(0.7))) + bias.float()).to(dtype) + residual
+    assert torch.equal(cuda.fp4_linear(*args), want)
+    emulated = torch.cuda.get_device_capability() == (9, 0)
+    assert (cuda.refuses_fp4_linear(*args) is not None) == emulated
+    monkeypatch.setattr(cuda, "_target", lambda t: "sm_120a")
+    assert cuda.refuses_fp4_linear(*args) is None
+    assert "bias is" in cuda.refuses_fp4_linear(*args[:6], bias.double(), residual, format, dtype)
+    assert "int4" in cuda.refuses_fp4_linear(*args[:8], "int4", dtype)
+    monkeypatch.setattr(cuda, "_target", lambda t: "sm_100a")
+    assert "output is" in cuda.refuses_fp4_linear(*args[:9], torch.float16)
 
 
 @gpu

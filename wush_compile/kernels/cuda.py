@@ -123,7 +123,43 @@ def silu_mul_transform_quantize(
     return ops.silu_mul_transform_quantize(gate, up, transform, global_scale, format, scale_rule, swizzled)
 
 
+LINEAR_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def refuses_fp4_linear(
+    codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype
+) -> str | None:
+    target = _target(codes)
+    if target == "sm_90a":
+        return "the FP4 instruction is only emulated there, for tests"
+    if format not in ("mxfp4", "nvfp4"):
+        return f"{format} has no CUDA kernel"
+    if out_dtype not in (LINEAR_DTYPES[:1] if target in ("sm_100a", "sm_103a") else LINEAR_DTYPES):
+        return f"output is {out_dtype}"
+    for name, other in (("bias", bias), ("residual", residual)):
+        if other is not None and other.dtype != out_dtype:
+            return f"{name} is {other.dtype}, the output {out_dtype}"
+    return None
+
+
+def fp4_linear(
+    codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype,
+    swizzled: bool = False, weight_swizzled: bool = False,
+) -> Tensor:
+    """`wush::fp4_linear` by Blackwell's block-scaled FP4 instructions; the order of the fp32 sum is the instruction's.
+
+    swizzled, weight_swizzled: these scales are as `layouts.swizzle_scales` gives them."""
+    def dense(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.contiguous()
+
+    return load(_target(codes)).fp4_linear(
+        dense(codes), dense(scales), global_scale, dense(weight_codes), dense(weight_scales), weight_global_scale,
+        dense(bias), dense(residual), format, out_dtype, swizzled, weight_swizzled,
+    )
+
+
 IMPLEMENTATIONS = {
+    "fp4_linear": Implementation(fp4_linear, refuses_fp4_linear),
     "transform_quantize": Implementation(transform_quantize, refuses_transform_quantize),
     "rms_norm_transform_quantize": Implementation(rms_norm_transform_quantize, refuses_rms_norm),
     "silu_mul_transform_quantize": Implementation(silu_mul_transform_quantize, refuses_silu_mul),
