@@ -3,7 +3,7 @@
 A provider has for each op a function and a predicate that says, from the arguments alone, why it does not take a call.
 `dispatch` asks the providers in order. One that fails at run time is left out from then on, with one warning that names
 it.
-`WUSH_PROVIDER=reference` (or `cuda`, `triton`) forces one: then nothing else is asked first, and its errors are raised.
+`WUSH_PROVIDER=reference` (or `scaled_mm`, `cuda`, `triton`) forces one: then nothing else is asked first, and its errors are raised.
 """
 
 import functools
@@ -62,7 +62,18 @@ def _load_cuda() -> dict[str, Implementation]:
     return cuda.IMPLEMENTATIONS
 
 
+def _scaled_mm_unavailable(capability: tuple[int, int]) -> str | None:
+    from . import scaled_mm
+    return scaled_mm.unavailable(capability)
+
+
+def _load_scaled_mm() -> dict[str, Implementation]:
+    from . import scaled_mm
+    return scaled_mm.IMPLEMENTATIONS
+
+
 PROVIDERS = (
+    Provider("scaled_mm", _scaled_mm_unavailable, _load_scaled_mm),
     Provider("cuda", _cuda_unavailable, _load_cuda),
     Provider("triton", _triton_unavailable, _load_triton),
 )

@@ -1,0 +1,124 @@
+"""`torch.nn.functional.scaled_mm` (cuBLASLt) as a provider of `wush::fp4_linear`: the vendor's FP4 product on Blackwell.
+
+Which formats it takes depends on the GPU, on torch and on how torch was built: each is tried once on a device with a small
+product, compared with the exact one, and refused from then on if it fails or is wrong. Operands go in as they are but for
+the scales, which cuBLASLt reads swizzled (`layouts`); a weight's are swizzled once and remembered with their memory.
+"""
+
+import logging
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import formats
+from . import Implementation
+from .layouts import swizzle_scales
+
+logger = logging.getLogger("wush_compile")
+
+SCALE_DTYPES = {"mxfp4": torch.float8_e8m0fnu, "nvfp4": torch.float8_e4m3fn}
+# Below, a product is a read of the weight, and swizzling the activation's scales costs as much: a kernel that reads them
+# as they are is left to it. Not measured: no Blackwell was at hand.
+LEAST_ROWS = 64
+RECIPES = {"mxfp4": "BlockWise1x32", "nvfp4": "BlockWise1x16"}
+
+
+def unavailable(capability: tuple[int, int]) -> str | None:
+    """Why it does not run on a device of this capability, or None."""
+    if not hasattr(F, "scaled_mm"):
+        return "this torch has no torch.nn.functional.scaled_mm"
+    if capability < (10, 0):
+        return f"compute capability {capability[0]}.{capability[1]} has no FP4 tensor cores"
+    return None
+
+
+def weight_scales(scales: Tensor, format: str) -> Tensor:
+    """Swizzled scales of a weight [N, K/G], remembered with their memory until they are written again."""
+    storage, place = scales.untyped_storage(), (scales.storage_offset(), scales.shape)
+    version = -1 if scales.is_inference() else scales._version
+    known = storage.__dict__.setdefault("_wush_swizzled", {})
+    if known.get(place, (None, None))[0] != version:
+        known[place] = version, swizzle_scales(scales).view(SCALE_DTYPES[format]).flatten()
+    return known[place][1]
+
+
+def product(
+    codes: Tensor, scales: Tensor, global_scale: Tensor | None, weight_codes: Tensor, weight_scales: Tensor,
+    weight_global_scale: Tensor | None, bias: Tensor | None, format: str, out_dtype: torch.dtype,
+) -> Tensor:
+    """codes [M, K/2], weight_codes [N, K/2] (uint8), both scales swizzled -> [M, N], rounded once."""
+    recipes, factors = [getattr(F.ScalingType, RECIPES[format])], ([], [])
+    swizzles = [F.SwizzleType.SWIZZLE_32_4_4]
+    if global_scale is not None or weight_global_scale is not None:
+        one = torch.ones((), dtype=torch.float32, device=codes.device)
+        factors = tuple([one if g is None else 1.0 / g.reshape(())] for g in (global_scale, weight_global_scale))
+        recipes, swizzles = [*recipes, F.ScalingType.TensorWise], [*swizzles, F.SwizzleType.NO_SWIZZLE]
+    return F.scaled_mm(
+        codes.view(torch.float4_e2m1fn_x2), weight_codes.view(torch.float4_e2m1fn_x2).t(),
+        [scales, *factors[0]], recipes, [weight_scales, *factors[1]], recipes, swizzles, swizzles, bias, out_dtype,
+    )
+
+
+_found: dict[tuple[str, bool, int], str | None] = {}
+
+
+def problem(format: str, scaled: bool, device: int) -> str | None:
+    """What is wrong with this format's products on a device, None if nothing: tried at the first call."""
+    key = format, scaled, device
+    if key not in _found:
+        if torch.cuda.is_current_stream_capturing():
+            return "not tried before this CUDA graph was captured"
+        _found[key] = _try(*key)
+        if _found[key]:
+            logger.info("scaled_mm does not take %s here: %s", format, _found[key])
+    return _found[key]
+
+
+def _try(format: str, scaled: bool, device: int) -> str | None:
+    """A product that is small enough to check."""
+    place = torch.device("cuda", device)
+    generator = torch.Generator().manual_seed(0)
+    x, w = (formats.quantize(torch.randn(rows, 256, generator=generator), format, "absmax") for rows in (48, 64))
+    g = torch.full((1,), 0.5, device=place) if scaled else None
+    want = formats.dequantize(*x, format).double() @ formats.dequantize(*w, format).double().T * (2 if scaled else 1)
+    try:
+        swizzled = [swizzle_scales(s.to(place)).view(SCALE_DTYPES[format]).flatten() for s in (x[1], w[1])]
+        got = product(x[0].to(place), swizzled[0], g, w[0].to(place), swizzled[1], None, None, format, torch.bfloat16)
+        error = ((got.double().cpu() - want).norm() / want.norm()).item()
+    except Exception as failure:                           # not in this build of torch, not on this GPU
+        return f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+    return None if error < 3e-3 else f"torch's product is wrong by {error:.1g}"
+
+
+def refuses_fp4_linear(
+    codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype
+) -> str | None:
+    if format not in RECIPES:
+        return f"{format} is no FP4 format"
+    n, k = weight_codes.shape[0], 2 * weight_codes.shape[1]
+    if n % 16 or k % 32 or codes.numel() == 0:
+        return f"{n} x {k}: both must be multiples, of 16 and of 32"
+    if out_dtype not in (torch.bfloat16, torch.float16) or (bias is not None and bias.dtype != out_dtype):
+        return f"output in {out_dtype}, bias in {None if bias is None else bias.dtype}"
+    scaled = global_scale is not None or weight_global_scale is not None
+    if scaled and format == "mxfp4":
+        return "mxfp4 with a global scale"
+    if codes.numel() // codes.shape[-1] < LEAST_ROWS:
+        return f"fewer than {LEAST_ROWS} rows"
+    return problem(format, scaled, codes.device.index)
+
+
+def fp4_linear(
+    codes, scales, global_scale, weight_codes, weight_scales_, weight_global_scale, bias, residual, format, out_dtype
+) -> Tensor:
+    """`wush::fp4_linear` (SPEC §6) by cuBLASLt."""
+    rows = codes.reshape(-1, codes.shape[-1])
+    swizzled = swizzle_scales(scales.reshape(-1, scales.shape[-1])).view(SCALE_DTYPES[format]).flatten()
+    y = product(rows.contiguous(), swizzled, global_scale, weight_codes.contiguous(), weight_scales(weight_scales_, format),
+                weight_global_scale, bias, format, out_dtype)
+    y = y.view(*codes.shape[:-1], weight_codes.shape[0])
+    return y if residual is None else y + residual.to(out_dtype)
+
+
+IMPLEMENTATIONS = {"fp4_linear": Implementation(fp4_linear, refuses_fp4_linear)}
