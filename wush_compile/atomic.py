@@ -65,7 +65,8 @@ def _remove_leftovers(target: Path) -> None:
                 shutil.rmtree(leftover)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Waits until a file's bytes, or a directory's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -73,11 +74,26 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yields a path to write a file to, which then takes the place of `path`: whoever is killed, and whenever, leaves the
+    old file or the new one, and after the block the new one survives a power cut. One writer at a time."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        flush(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
 def _flush_tree(root: Path) -> None:
     for directory, _, files in os.walk(root):
         for name in files:
-            _flush(Path(directory, name))
-        _flush(Path(directory))
+            flush(Path(directory, name))
+        flush(Path(directory))
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -105,9 +121,9 @@ def _install(partial: Path, target: Path, token: str) -> None:
         except OSError:
             os.rename(previous, target)
             raise
-        _flush(target.parent)
+        flush(target.parent)
         shutil.rmtree(previous)
-    _flush(target.parent)
+    flush(target.parent)
 
 
 @contextlib.contextmanager

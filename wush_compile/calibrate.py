@@ -281,7 +281,7 @@ class Calibration:
             if report.get("damping_tries", 0) > 1:
                 log.warning("%s: its second moment was not positive definite; damping was added %d times", self.groups[i].name,
                             report["damping_tries"])
-        for name in set(loaded) - _used(stage):                           # what has been replaced leaves the device
+        for name in set(loaded) - _used(stage):            # what has been replaced leaves the device
             del loaded[name]
 
     def _propagate(self, number: int) -> None:

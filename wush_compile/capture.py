@@ -5,6 +5,7 @@ with the model, `nn_module_stack` on every node.
 """
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,6 +61,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the model's structure on the meta device: no memory."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo = {id(t): nn.Parameter(t.to("meta"), requires_grad=False) if isinstance(t, nn.Parameter) else t.to("meta")
+            for t in tensors}
+    return copy.deepcopy(model, memo)
 
 
 def _constants(model: nn.Module) -> dict[str, object]:

@@ -7,6 +7,7 @@ every tensor. Nothing is unpickled, and nothing is put into a model before all o
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from .modules import Member, WushGroup, WushLinear, buffer_layout, named_groups
 from .quantization import Quantization
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+JOURNAL = ".wush"                                          # of the run that made a checkpoint, in its directory
+WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 DIGEST = "wush_sha256"
 OTHER_MODEL = "load it into the kind of model it was made from"
 BY_ROWS = ("weight_packed", "weight_scale", "bias")        # a member has its rows; weight_global_scale: a copy
@@ -59,21 +62,28 @@ def join(group: WushGroup, buffer: str, tensors: Mapping[str, Tensor]) -> Tensor
     return bias
 
 
-def split_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """`model.state_dict()` (or `state`, with its names) with every group's buffers split into those of its linears.
+def split_group(group: WushGroup, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A group's buffers (or `state`, by their names) as the tensors of its linears, by their names on disk.
 
     Rows are views of the group's buffers, each with a storage of its own.
     """
+    state, split = dict(group.named_buffers()) if state is None else state, {}
+    for buffer, pieces in parts(group):
+        tensor = state[buffer]
+        for i, (name, rows) in enumerate(pieces):
+            if rows is not None:
+                # Through DLPack a view gets its own storage, so that no writer takes siblings for tied weights.
+                split[name] = torch.from_dlpack(tensor[rows])
+            else:
+                split[name] = tensor if i == 0 else tensor.clone()
+    return split
+
+
+def split_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """`model.state_dict()` (or `state`, with its names) with every group's buffers split into those of its linears."""
     state = dict(model.state_dict() if state is None else state)
     for path, group in named_groups(model):
-        for buffer, pieces in parts(group):
-            tensor = state.pop(f"{path}.{buffer}")
-            for i, (name, rows) in enumerate(pieces):
-                if rows is not None:
-                    # Through DLPack a view gets its own storage, so that no writer takes siblings for tied weights.
-                    state[name] = torch.from_dlpack(tensor[rows])
-                else:
-                    state[name] = tensor if i == 0 else tensor.clone()
+        state |= split_group(group, {buffer: state.pop(f"{path}.{buffer}") for buffer, _ in parts(group)})
     return state
 
 

@@ -3,7 +3,6 @@
 Graphs are derived anew from the model on every call, on the meta device: a stored copy would lie after a change.
 """
 
-import copy
 import io
 import math
 
@@ -14,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from .backend import preview
-from .capture import capture
+from .capture import capture, skeleton
 from .data import Batch
 from .errors import WushError, one_of
 from .modules import WushLinear, named_groups
@@ -60,14 +59,6 @@ def _render(table: Table, width: int) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
 
 
-def _skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the model's structure on the meta device: no memory."""
-    tensors = [*model.parameters(), *model.buffers()]
-    memo = {id(t): nn.Parameter(t.to("meta"), requires_grad=False) if isinstance(t, nn.Parameter) else t.to("meta")
-            for t in tensors}
-    return copy.deepcopy(model, memo)
-
-
 def _before(skeleton: nn.Module) -> nn.Module:
     """The skeleton with plain linears where the quantized ones were."""
     for name, module in list(skeleton.named_modules()):
@@ -95,7 +86,7 @@ def layer_stages(model: nn.Module) -> tuple[list[Stage], list[Stage]]:
     """The stages of the model's forward before and after quantization, traced on the meta device."""
     example = _example(model)
     return tuple(
-        partition(capture(net, [example]).graph_module) for net in (_before(_skeleton(model)), _skeleton(model))
+        partition(capture(net, [example]).graph_module) for net in (_before(skeleton(model)), skeleton(model))
     )
 
 

@@ -4,15 +4,18 @@ Importing this file registers the quantization method "wush". Loading puts empty
 rows of their linears while transformers reads them; saving splits them again (SPEC §7).
 """
 
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers import HfQuantizer
@@ -22,6 +25,7 @@ from transformers.quantizers.auto import (
     register_quantization_config,
     register_quantizer,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import (
@@ -198,6 +202,42 @@ def attach(model: nn.Module, record: Quantization) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
+
+
+def saved_names(model: PreTrainedModel) -> list[str]:
+    """Names of the tensors that `save_pretrained` writes of an unquantized model: tied weights once."""
+    state = {n: t for n, t in model.state_dict().items() if n not in (model._keys_to_ignore_on_save or ())}
+    return list(remove_tied_weights_from_state_dict(state, model))
+
+
+def write_settings(model: PreTrainedModel, record: Quantization, directory: Path, sha256: str) -> None:
+    """What `save_pretrained` writes of a quantized model beside its weights; `model` may be the unquantized one."""
+    config = copy.deepcopy(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    config.quantization_config = WushHfConfig.of(record)
+    setattr(config, DIGEST, sha256)
+    if model.is_remote_code():
+        custom_object_save(model, directory, config=config)
+    config.save_pretrained(directory)
+    if model.can_generate():
+        model.generation_config.save_pretrained(directory)
+
+
+def skeleton(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model of a directory's `config.json` with its buffers and without its weights (meta device).
+
+    `dtype` is taken where the configuration names none.
+    """
+    config = transformers.AutoConfig.from_pretrained(directory)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(f"{directory} is already quantized: start again from the original model")
+    with init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or dtype)
+    model.tie_weights()                                    # the context above gives every name a tensor of its own
+    if (directory / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    return model.eval()
 
 
 def load(directory: Path, config: Mapping, weights: Weights) -> PreTrainedModel:

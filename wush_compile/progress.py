@@ -33,7 +33,7 @@ class Progress:
     """
 
     def __init__(self, bar: bool = True, log: str | os.PathLike | None = None):
-        self._show, self._log = bar, None if log is None else open(log, "a", encoding="utf-8")
+        self.shown, self._log = bar, None if log is None else open(log, "a", encoding="utf-8")
         self._start, self._tokens, self._since = time.perf_counter(), 0, None
         self._bar: tqdm | None = None
         self._device, self._at = torch.device("cpu"), ""
@@ -43,7 +43,7 @@ class Progress:
         self._device = device
         if self._bar is None:
             # smoothing=0: the solver's pauses count for the time left as much as the forwards.
-            self._bar = tqdm(total=steps, desc="quantizing", unit=unit, disable=not self._show, smoothing=0)
+            self._bar = tqdm(total=steps, desc="quantizing", unit=unit, disable=not self.shown, smoothing=0)
             self._since = time.perf_counter()
         else:
             self._bar.reset(steps)

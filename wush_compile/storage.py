@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from . import hf
 from .atomic import recover, replaced_directory
 from .checkpoint import (
-    CONFIG, DIGEST, WEIGHTS, Weights, build_groups, check_specs, digest, join, parts, read_config,
+    CONFIG, DIGEST, JOURNAL, WEIGHT_FILE, WEIGHTS, Weights, build_groups, check_specs, digest, join, parts, read_config,
     read_record, split_state_dict, weight_files,
 )
 from .errors import CheckpointError
@@ -33,6 +32,31 @@ def _aliases(model: nn.Module) -> list[list[str]]:
     return [n for n in names.values() if len(n) > 1]
 
 
+def saved_names(model: nn.Module) -> dict[str, str]:
+    """Every parameter's and persistent buffer's name -> the name it has in a checkpoint of the unquantized model."""
+    aliases = _aliases(model)
+    dropped = {alias for names in aliases for alias in names[1:]}
+    saved = hf.saved_names(model) if isinstance(model, transformers.PreTrainedModel) else [
+        name for name in model.state_dict() if name not in dropped
+    ]
+    names = {name: name for name in saved}
+    for tied in aliases:
+        kept = next((name for name in tied if name in names), None)
+        names |= dict.fromkeys(tied, kept) if kept is not None else {}
+    return names
+
+
+def write_settings(model: nn.Module, record: Quantization, directory: Path, sha256: str, tokenizer=None) -> None:
+    """Writes all of a checkpoint but its weights; `model` may be the unquantized one."""
+    if isinstance(model, transformers.PreTrainedModel):
+        hf.write_settings(model, record, directory, sha256)
+    else:
+        config = {"quantization_config": record.to_dict(), DIGEST: sha256}
+        (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
 def _save_module(model: nn.Module, record: Quantization, directory: Path) -> None:
     state = split_state_dict(model)
     for name in [alias for names in _aliases(model) for alias in names[1:]]:
@@ -46,9 +70,7 @@ def _save_module(model: nn.Module, record: Quantization, directory: Path) -> Non
         storage = tensor.untyped_storage().data_ptr()
         state[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    settings = record.to_dict()
-    config = {"quantization_config": settings, DIGEST: digest(settings, state, state.__getitem__)}
-    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_settings(model, record, directory, digest(record.to_dict(), state, state.__getitem__))
     save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -61,7 +83,7 @@ def _keep_other_files(old: Path, new: Path) -> None:
             shutil.copy2(source, target)
 
     for path in old.iterdir():
-        if (new / path.name).exists() or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name):
+        if (new / path.name).exists() or WEIGHT_FILE.fullmatch(path.name) or path.name == JOURNAL:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, new / path.name, symlinks=True, copy_function=link)

@@ -1,0 +1,384 @@
+"""A directory that is at first the journal of a run, and at its end the checkpoint.
+
+    DIR/.wush/manifest.json           what the run is of: configuration, sha256 of data and model, micro-batch, environment
+    DIR/.wush/stage-00003.json        the groups of a finished stage, their reports, its shard and that one's sha256
+    DIR/.wush/model-00003-of-*        the stage's shard: its quantized linears, and its other tensors as they are
+    DIR/.wush/final/                  config.json and all else, written when every stage is finished
+
+Every file appears whole or not at all, and a stage is finished once its JSON is there. In the end the shards move up into
+DIR, then the rest, the index, and config.json last: a DIR that is not finished does not load. The manifest and the stages'
+JSON stay, for who runs the same command again. Whoever works on DIR holds a lock on `DIR/.wush/lock`, which dies with him.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .atomic import flush, replaced_file
+from .checkpoint import (
+    CONFIG, DIGEST, INDEX, JOURNAL, WEIGHT_FILE, build_groups, digest, join, parts, read_config, split_group,
+)
+from .config import WushConfig
+from .data import Batch
+from .errors import CheckpointError, ConfigError
+from .modules import WushGroup
+from .passes.group import LinearGroup
+from .quantization import Quantization
+from .shards import Shards, sha256_of
+from .tensors import ModelTensors
+
+log = logging.getLogger("wush_compile")
+MANIFEST, LOCK, FINAL = "manifest.json", "lock", "final"
+
+
+# -- what a run is of ------------------------------------------------------------------------------------------------
+
+def _hash(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def fingerprint_of_data(batches: Iterable[Batch] | None) -> str:
+    """sha256 of calibration inputs; "none" without."""
+    if batches is None:
+        return "none"
+    sha = hashlib.sha256()
+    for batch in batches:
+        items = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+        sha.update(json.dumps([[str(k), str(v.dtype), list(v.shape), _hash(v)] for k, v in items]).encode())
+    return sha.hexdigest()
+
+
+def fingerprint_of_model(model: nn.Module, names: Iterable[str], tensors: ModelTensors) -> str:
+    """sha256 of a model's class, settings and tensors of these names; the same from memory and from disk."""
+    config = getattr(model, "config", None)
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")} \
+        if hasattr(config, "to_dict") else {}
+
+    def one(name: str) -> list:
+        tensor = tensors.load([name], torch.device("cpu"))[name]
+        return [name, str(tensor.dtype), list(tensor.shape), _hash(tensor)]
+
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
+        hashes = list(pool.map(one, sorted(names)))
+    return hashlib.sha256(json.dumps([type(model).__name__, settings, hashes], default=str, sort_keys=True).encode()).hexdigest()
+
+
+# -- the journal -----------------------------------------------------------------------------------------------------
+
+class Journal:
+    """The journal in a directory, to be used as a context: locked in it, and removed if it fails before anything is kept.
+
+    directory   of the checkpoint to be
+    restart     forget what an earlier run left
+    writes      whether this process writes; others of its team only read
+    """
+
+    def __init__(self, directory: str | os.PathLike, restart: bool = False, writes: bool = True):
+        self.target = Path(os.path.realpath(directory))
+        self.path, self._restart, self._writes = self.target / JOURNAL, restart, writes
+        self._lock: int | None = None
+        self._manifest: dict = {}
+        self._shards = Shards()
+
+    def __enter__(self) -> "Journal":
+        if not self._writes:
+            return self
+        self._check_target()
+        self._made = not self.target.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked()
+            if self._restart:
+                self._clear()
+            for leftover in (*self.path.glob(".*.partial"), *self.path.glob("final/.*.partial")):
+                leftover.unlink()
+        except OSError as error:
+            self._unlock()
+            raise CheckpointError(f"{self.target} cannot be written ({error.strerror}): give another directory") from error
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        if self._lock is not None:
+            if kind is not None and not any(self.path.glob("stage-*.json")):
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(self.path)
+                    if self._made:
+                        self.target.rmdir()
+            self._unlock()
+
+    def _check_target(self) -> None:
+        if self.target.exists() and not self.target.is_dir():
+            raise CheckpointError(f"{self.target} is a file: give a directory")
+        if self.target.is_dir() and any(self.target.iterdir()) and not self.path.is_dir():
+            try:
+                read_config(self.target)
+            except CheckpointError:
+                raise CheckpointError(f"{self.target} is not empty and holds no wush checkpoint: give a new directory, "
+                                      "or empty it first") from None
+
+    def _locked(self) -> int:
+        while True:
+            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise CheckpointError(f"another run is writing {self.target}: wait for it, or give another directory") \
+                    from None
+            except OSError:
+                return descriptor                          # a file system without locks
+            # A run that failed removes its journal: what is locked here may be gone.
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(self.path / LOCK).st_ino == os.fstat(descriptor).st_ino:
+                    return descriptor
+            os.close(descriptor)
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _clear(self) -> None:
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(
+                f"{self.target} could not be written ({getattr(error, 'strerror', None) or error}); finished layers are kept: "
+                "make room and give the same command again"
+            ) from error
+
+    def _write_json(self, path: Path, value: object) -> None:
+        with self._writing(), replaced_file(path) as partial:
+            partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    # -- the manifest ----------------------------------------------------------------------------------------------------
+
+    def begin(self, model: nn.Module, config: WushConfig, names: Mapping[str, str], identity: Mapping[str, str],
+              environment: Mapping[str, object], batch_size: int | None) -> None:
+        """Compares with what the journal is of, or writes that down.
+
+        names        every parameter's and buffer's name -> its name in the checkpoint, without those not saved
+        identity     `data` and `model`, as sha256; a difference is a `ConfigError` that names it
+        environment  what may change the last bit of a result: a difference is a warning
+        """
+        self._model, self._config, self._names = model, config, names
+        identity = {"config": config.to_dict(), **identity}
+        found = self._read(self.path / MANIFEST)
+        if found is None:
+            self._manifest = {**identity, "environment": dict(environment), "batch_size": batch_size, "micro_batch": batch_size,
+                              "events": []}
+            if self._writes:
+                self._write_json(self.path / MANIFEST, self._manifest)
+            return
+        for difference in self._differences(found, identity, batch_size):
+            raise ConfigError(f"{self.target} was begun with {difference}: give the same, another directory, or --restart "
+                              "(restart=True)")
+        for name, value in environment.items():
+            if found["environment"].get(name) != value:
+                log.warning("%s was begun with %s %s, now it is %s: the rest may differ in the last bit", self.target, name,
+                            found["environment"].get(name), value)
+        self._manifest = found
+
+    @staticmethod
+    def _differences(found: Mapping, now: Mapping, batch_size: int | None) -> Iterator[str]:
+        for name, value in now["config"].items():
+            if found["config"].get(name) != value:
+                yield f"{name} {found['config'].get(name)!r}, not {value!r}"
+        for name in now:
+            if name != "config" and found.get(name) != now[name]:
+                yield f"other {name} (sha256 {str(found.get(name))[:12]}, not {now[name][:12]})"
+        if batch_size is not None and batch_size not in (found["batch_size"], found["micro_batch"]):
+            yield f"batch size {found['micro_batch'] or 'as given'}, not {batch_size}"
+
+    @staticmethod
+    def _read(path: Path) -> dict | None:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            raise CheckpointError(f"{path} is not JSON: start over with --restart (restart=True)") from None
+
+    def remember(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that is kept in the journal; made where it is not there yet."""
+        path = self.path / f"{name}.safetensors"
+        if path.exists():
+            return Shards([path]).tensor(name)
+        tensor = make()
+        if self._writes:
+            with self._writing(), replaced_file(path) as partial:
+                save_file({name: tensor.contiguous()}, partial)
+        return tensor
+
+    def rows(self, choose: Callable[[], int | None]) -> int | None:
+        """The recorded micro-batch; before the first stage what `choose` says, which is recorded."""
+        if self._manifest["micro_batch"] is None and "chosen" not in self._manifest:
+            self._manifest |= {"micro_batch": choose(), "chosen": True}
+            if self._writes:
+                self._write_json(self.path / MANIFEST, self._manifest)
+        return self._manifest["micro_batch"]
+
+    def shrink(self, stage: str, rows: int) -> None:
+        """Records a smaller micro-batch from this stage on, and that memory was short."""
+        self._manifest["micro_batch"] = rows
+        self._manifest["events"].append({"stage": stage, "micro_batch": rows, "reason": "out of memory"})
+        if self._writes:
+            self._write_json(self.path / MANIFEST, self._manifest)
+
+    # -- stages ----------------------------------------------------------------------------------------------------------
+
+    def lay_out(self, uses: list[set[str]], groups: list[list[LinearGroup]], tensors: ModelTensors) -> None:
+        """Gives every tensor of the checkpoint to the shard of the first stage that uses it, or the last.
+
+        uses    for each stage, names of the parameters and buffers in its graph
+        groups  for each stage, the groups it solves
+        """
+        quantized = tuple(f"{m.name}." for own in groups for group in own for m in group.linears)
+        left = dict.fromkeys(name for name in self._names.values() if not name.startswith(quantized))
+        self._others: list[list[str]] = []
+        for used in uses:
+            own = sorted({self._names[name] for name in used if name in self._names} & left.keys())
+            self._others.append(own)
+            for name in own:
+                del left[name]
+        self._others[-1] = sorted([*self._others[-1], *left])
+        filled = [k for k, own in enumerate(groups) if own or self._others[k]]
+        self._file_names = {
+            k: f"model-{i:05d}-of-{len(filled):05d}.safetensors" for i, k in enumerate(filled, start=1)
+        }
+        self._stages, self._tensors = len(uses), tensors
+
+    def _record(self, number: int) -> Path:
+        return self.path / f"stage-{number:05d}.json"
+
+    def _file(self, name: str) -> Path:
+        """Where a shard is: in the journal, or already in its place."""
+        waiting = self.path / name
+        return waiting if waiting.exists() else self.target / name
+
+    def finished(self) -> int:
+        """How many stages are finished, checked by their sha256."""
+        before = ""
+        for number in range(self._stages):
+            record = self._read(self._record(number))
+            if record is None or record["after"] != before:
+                return number
+            if record["file"] is not None:
+                path = self._file(record["file"])
+                if not path.exists() or sha256_of(path) != record["sha256"]:
+                    log.warning("%s is damaged or missing: its stage is done again", path)
+                    return number
+                self._shards.add(path)
+            before = sha256_of(self._record(number))
+        return self._stages
+
+    def restore(self, group: LinearGroup, number: int, home: torch.device) -> tuple[WushGroup, dict]:
+        """A solved group of a finished stage on `home` (the meta device: without values), and its report."""
+        entry = self._read(self._record(number))["groups"][group.name]
+        described = {"members": [m.name for m in group.linears], "transform_block_size": entry["transform_block_size"]}
+        [solved] = build_groups(self._model, Quantization(self._config, [described], {}), self._shards.specs)
+        if home.type != "meta":
+            for name, buffer in self.buffers(solved):
+                setattr(solved, name, buffer.to(home))
+        return solved, entry["report"]
+
+    def buffers(self, group: WushGroup) -> list[tuple[str, Tensor]]:
+        """(name, values) of a committed group's buffers, on the CPU."""
+        return [
+            (buffer, join(group, buffer, self._shards.tensors([name for name, _ in pieces])))
+            for buffer, pieces in parts(group)
+        ]
+
+    def commit(self, number: int, solved: Mapping[str, object]) -> None:
+        """Makes a stage finished: writes its shard, then its record. `solved`: its groups by name, with their reports."""
+        name = self._file_names.get(number)
+        path = None if name is None else self.path / name
+        if self._writes:
+            if path is not None:
+                tensors = self._tensors.load(self._others[number], torch.device("cpu"))
+                for one in solved.values():
+                    tensors |= {key: tensor.cpu() for key, tensor in split_group(one.group).items()}
+                with self._writing(), replaced_file(path) as partial:
+                    save_file({key: _own(tensor) for key, tensor in tensors.items()}, partial, metadata={"format": "pt"})
+            self._write_json(self._record(number), {
+                "after": sha256_of(self._record(number - 1)) if number else "",
+                "file": name,
+                "sha256": None if path is None else sha256_of(path),
+                "groups": {
+                    key: {"transform_block_size": one.group.block_size, "report": one.report} for key, one in solved.items()
+                },
+            })
+        if path is not None and path.exists():
+            self._shards.add(path)
+
+    # -- the end ---------------------------------------------------------------------------------------------------------
+
+    def finish(self, record: Quantization, write: Callable[[Path, str], None]) -> None:
+        """Turns the journal of a finished run into the checkpoint. `write(directory, digest)` writes config.json and all
+        else that is no weight."""
+        if not self._writes or self._complete():
+            return
+        shards = [name for name in map(self._file_names.get, range(self._stages)) if name is not None]
+        settings = record.to_dict()
+        final = self.path / FINAL
+        with self._writing():
+            shutil.rmtree(final, ignore_errors=True)
+            final.mkdir()
+            sha = digest(settings, self._shards.specs, self._shards.tensor)
+            write(final, sha)
+            for path in final.iterdir():
+                flush(path)
+            self._manifest["digest"] = sha
+            self._write_json(self.path / MANIFEST, self._manifest)
+            (self.target / CONFIG).unlink(missing_ok=True)
+            flush(self.target)
+            for path in self.target.iterdir():
+                if WEIGHT_FILE.fullmatch(path.name) and path.name not in shards:
+                    path.unlink()
+            for name in shards:
+                if (self.path / name).exists():
+                    os.replace(self.path / name, self.target / name)
+            for path in sorted(final.iterdir()):
+                if path.name != CONFIG:
+                    os.replace(path, self.target / path.name)
+        self._write_json(self.target / INDEX, self._shards.index())
+        with self._writing():
+            os.replace(final / CONFIG, self.target / CONFIG)
+            final.rmdir()
+            flush(self.target)
+
+    def _complete(self) -> bool:
+        try:
+            found = read_config(self.target)[DIGEST]
+        except (CheckpointError, KeyError):
+            return False
+        waiting = any((self.path / name).exists() for name in self._file_names.values())
+        return found == self._manifest.get("digest") and not waiting
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Contiguous, in a storage of its own size."""
+    tensor = tensor.contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()

@@ -1,0 +1,83 @@
+"""Models that are never in memory as a whole: their weights come from sharded safetensors, a stage at a time."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import hf
+from .checkpoint import weight_files
+from .errors import CheckpointError, NonFiniteError
+from .shards import Shards
+
+
+class CheckpointTensors:
+    """The parameters and buffers of a model on the meta device, read from the files of a checkpoint when they are needed.
+
+    As `tensors.ModelTensors`; solved groups are left in the journal.
+    """
+
+    device = home = torch.device("meta")
+
+    def __init__(self, model: PreTrainedModel, shards: Shards):
+        self._shards = shards
+        self._tensors = {
+            name: tensor.detach() for named in (model.named_parameters, model.named_buffers)
+            for name, tensor in named(remove_duplicate=False)
+        }
+        self._weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._sources = _sources(model, shards)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def load(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+        """The tensors of these names in the model's dtype on a device; NaN or Inf in one is a `NonFiniteError`."""
+        names = list(names)
+        found = self._shards.tensors({self._sources[name] for name in names if name in self._sources})
+        loaded = {}
+        for name in names:
+            like = self._tensors[name]
+            tensor = found[self._sources[name]].to(like.dtype) if name in self._sources else like
+            if tensor.shape != like.shape:
+                raise CheckpointError(f"{name} is {list(tensor.shape)} in the file, {list(like.shape)} by config.json")
+            if name in self._weights and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise NonFiniteError(f"the weight {name} has NaN or Inf: the checkpoint is damaged, or was cast to a dtype "
+                                     "too small")
+            loaded[name] = tensor.to(device)
+        return loaded
+
+
+def _sources(model: PreTrainedModel, shards: Shards) -> dict[str, str]:
+    """Name in the model -> name in the files: its own, a tied one, or one with or without the model's prefix."""
+    prefix, sources = f"{model.base_model_prefix}.", {}
+    aliases: dict[int, list[str]] = {}
+    for named in (model.named_parameters, model.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            aliases.setdefault(id(tensor), []).append(name)
+    for names in aliases.values():
+        candidates = [n for name in names for n in (name, name.removeprefix(prefix), prefix + name)]
+        source = next((n for n in candidates if n in shards.specs), None)
+        if source is not None:
+            sources |= dict.fromkeys(names, source)
+    missing = [name for name, p in model.named_parameters(remove_duplicate=False) if name not in sources]
+    if missing:
+        raise CheckpointError(
+            f"the files have no tensor for {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "") +
+            f": {type(model).__name__} gives its weights other names than they have, or some are missing; quantize it "
+            "without streaming"
+        )
+    return sources
+
+
+def open_checkpoint(directory: str | Path) -> tuple[PreTrainedModel, CheckpointTensors]:
+    """(a causal language model without its weights, where they come from) of a directory of safetensors."""
+    path = Path(directory)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{directory} is no directory with a config.json: streaming reads a local model")
+    shards = Shards(weight_files(path))
+    floats = [spec.dtype for spec in shards.specs.values() if spec.dtype.is_floating_point]
+    model = hf.skeleton(path, floats[0] if floats else torch.float32)
+    return model, CheckpointTensors(model, shards)
