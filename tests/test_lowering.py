@@ -49,7 +49,7 @@ def sass(compiled) -> str:
         return subprocess.run([tool, file.name], capture_output=True, text=True).stdout
 
 
-def compile_linear(format, n, k, kernel, cc):
+def compile_linear(format, n, k, kernel, cc, promote=0):
     mx, pdl = format == "mxfp4", cc >= 90
     if isinstance(kernel, triton_linear.Scaled):
         scale = "*u8" if mx else "*fp8e4nv"
@@ -71,7 +71,7 @@ def compile_linear(format, n, k, kernel, cc):
     pointers |= (dict(w_top="*u8") if mx else {}) | (dict(parts="*fp32", count="*i32") if kernel.split > 1 else {})
     constants = dict(PLAIN, xs=None, x_unit=None, w_top=None, parts=None, count=None, N=n, K=k, MX=mx,
                      PACKED=kernel.packed, BN=kernel.bn, BM=kernel.bm, BK=kernel.bk, SPLIT=kernel.split,
-                     STAGES=kernel.stages, GROUP=8, AHEAD=8 * pdl, PDL=pdl)
+                     STAGES=kernel.stages, GROUP=8, AHEAD=8 * pdl, PDL=pdl, PROMOTE=promote)
     return compile_kernel(fused_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
 
 
@@ -185,8 +185,8 @@ def test_int4_runs_on_int8_tensor_cores(cc):
 
 def test_choice_is_a_pure_function_of_the_shape():
     assert triton_linear.choose("mxfp4", 1, 4096, 4096) == triton_linear.choose("mxfp4", 1, 4096, 4096, (9, 0))
-    assert triton_linear.choose("mxfp4", 300, 4096, 4096) == "library"
-    assert triton_linear.choose("mxfp4", 300, 2**18, 4096) == triton_linear.WIDE          # too large for the scratch
+    assert triton_linear.choose("mxfp4", 3000, 4096, 4096) == "library"
+    assert triton_linear.choose("mxfp4", 3000, 2**18, 4096) == triton_linear.WIDE          # too large for the scratch
     assert triton_linear.choose("mxfp4", 300, 128, 576) == "bf16"
     for rows, (n, k), format in itertools.product(ROWS, SHAPES, ("mxfp4", "nvfp4")):
         kernel = triton_linear.choose(format, rows, n, k)

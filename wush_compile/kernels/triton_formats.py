@@ -12,6 +12,7 @@ import triton.language as tl
 
 INF_BITS = tl.constexpr(0x7F800000)
 ABS_BITS = tl.constexpr(0x7FFFFFFF)
+MX_LIMIT = tl.constexpr(0x71800000)            # bits of 2^100: sums of rounding at larger values could overflow
 MX_NAN = tl.constexpr(0xFF)
 NV_NAN = tl.constexpr(0x7F)
 
@@ -96,7 +97,8 @@ def squared_error(y, inverse, unit, R: tl.constexpr, N: tl.constexpr, G: tl.cons
     a = tl.abs(y * inverse[:, :, None])
     c, total = _step_sum(tl.minimum(a, 8.0))
     d = (a - tl.minimum(total - c, 6.0)) * unit[:, :, None]
-    return tree_sum(d * d, R, N, G)
+    # Not d * d: where a compiler may contract, it would take the product and the first sum for one operation.
+    return tree_sum(tl.fma(d, d, 0.0), R, N, G)
 
 
 # The terms of `formats._halved_scale_gain`. Clamping to [0, 1] costs nothing: it is a modifier of additions and products.
@@ -162,49 +164,148 @@ def _nan_max(a, b):
 
 
 @triton.jit
-def group_amax(y, R: tl.constexpr, W: tl.constexpr, G: tl.constexpr):
+def _nan_max_magnitude(a, b):
+    """The larger magnitude with some sign: taking absolute values would be an instruction more."""
+    return tl.inline_asm_elementwise("max.NaN.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32,
+                                     is_pure=True, pack=1)
+
+
+@triton.jit
+def group_amax(y, R: tl.constexpr, W: tl.constexpr, G: tl.constexpr, PTX: tl.constexpr = 0):
     """Bits of the absolute maximum of every group of y [R, W]: int32 [R, W/G]; as integers NaN > Inf > any number."""
+    if PTX > 1:
+        return float_bits(tl.reduce(tl.reshape(y, (R, W // G, G)), 2, _nan_max_magnitude)) & ABS_BITS
     return float_bits(tl.reduce(tl.reshape(tl.abs(y), (R, W // G, G)), 2, _nan_max))
 
 
 @triton.constexpr_function
-def _pack_ptx(native):
-    """PTX of 8 floats -> 8 codes in a register: operands 1..4 are the low nibbles of its bytes, 5..8 the high ones.
+def _pack_ptx(values, byte, ptx, native, clip):
+    """PTX that leaves the codes of 8 floats, the registers `values`, in register `word`, the first in its low nibble.
 
-    Without Blackwell's instruction, as `e2m1_code`: the rounded sum holds code + 298 in two bit fields, which are
-    added; the low bytes (code + 0x2A) and the signs are gathered four at a time. """
+    byte: the register with the e8m0 byte of their group, if they are not yet multiplied by its inverse, or "".
+    ptx: 2 for sm_86 and later, 1 before. clip: whether any may exceed 6.
+
+    Without Blackwell's instruction a magnitude a is rounded by adding c = p * 2^22, p the power of two of max(a, 1), as
+    `_step_sum`; c has 214 of p's half steps more, which makes the low byte of sum + (sum >> 22) the code. Of two sums, one
+    16 times, the integer sum is taken first: their fields do not meet. In a group's own units p is the power of two of
+    max(a, 2^(byte - 127)), and c has so many half steps more or less that the exponent's share is the same. """
     if native:
-        pairs = "".join(f"cvt.rn.satfinite.e2m1x2.f32 t{j}, ${j + 5}, ${j + 1}; " for j in range(4))
-        return "{ .reg .b8 t0, t1, t2, t3; " + pairs + "mov.b32 $0, {t0, t1, t2, t3}; }"
-    lines = ["{ .reg .f32 a, p; .reg .b32 b, e, f, l, h, n;"]
-    for operand in range(1, 9):
-        lines.append(
-            f".reg .b32 s{operand}; abs.f32 a, ${operand}; min.f32 a, a, 0f40C00000; max.f32 p, a, 0f3F800000; "
-            "mov.b32 b, p; and.b32 b, b, 0x7F800000; mov.b32 p, b; fma.rn.f32 a, p, 0f4A800000, a; mov.b32 b, a; "
-            f"shr.u32 e, b, 22; add.u32 s{operand}, b, e;"
-        )
-    for target, first in (("l", 1), ("h", 5)):
-        lines.append(f"prmt.b32 e, s{first}, s{first + 1}, 0x40; prmt.b32 f, s{first + 2}, s{first + 3}, 0x40; "
-                     f"prmt.b32 {target}, e, f, 0x5410;")
-    lines.append(f"shl.b32 h, h, 4; add.u32 n, l, h; add.u32 n, n, {-17 * 0x2A2A2A2A % 2**32};")
-    for target, first in (("l", 1), ("h", 5)):
-        lines.append(f"mov.b32 b, ${first}; mov.b32 e, ${first + 1}; prmt.b32 s1, b, e, 0x73; "
-                     f"mov.b32 b, ${first + 2}; mov.b32 e, ${first + 3}; prmt.b32 s2, b, e, 0x73; "
-                     f"prmt.b32 {target}, s1, s2, 0x5410;")
-    lines.append("shr.u32 l, l, 4; lop3.b32 n, l, 0x08080808, n, 0xEA; lop3.b32 $0, h, 0x80808080, n, 0xEA; }")
+        lines = [f"{{ .reg .b8 t0, t1, t2, t3; .reg .b32 i; .reg .f32 f; .reg .f32 v<8>;"]
+        if byte:
+            lines.append(f"shl.b32 i, {byte}, 23; sub.u32 i, 0x7F000000, i; mov.b32 f, i;")
+        lines += [f"mul.rn.f32 v{i}, {v}, f;" if byte else f"mov.f32 v{i}, {v};" for i, v in enumerate(values)]
+        lines += [f"cvt.rn.satfinite.e2m1x2.f32 t{j}, v{2 * j + 1}, v{2 * j};" for j in range(4)]
+        return " ".join(lines) + " mov.b32 word, {t0, t1, t2, t3}; }"
+    lines = ["{ .reg .f32 a, p, c, one, six; .reg .b32 i, l, h; .reg .b32 s<4>, t<8>;"]
+    if byte:
+        lines.append(f"shl.b32 i, {byte}, 23; mov.b32 one, i; add.u32 i, i, 0x01400000; mov.b32 six, i; "
+                     f"shl.b32 i, {byte}, 1; sub.u32 i, {0x4A800000 + 214 + 254}, i; mov.b32 c, i;")
+    else:
+        lines.append("mov.f32 one, 0f3F800000; mov.f32 six, 0f40C00000; mov.f32 c, 0f4A8000D6;")
+    for j in range(4):
+        for target, value in (("l", values[2 * j]), ("h", values[2 * j + 1])):
+            if ptx > 1:                                       # the larger magnitude with the first one's sign, at once
+                lines.append((f"min.xorsign.abs.f32 a, {value}, six; " if clip else f"mov.f32 a, {value}; ")
+                             + "max.xorsign.abs.f32 p, a, one; "
+                             f"mov.b32 i, p; and.b32 i, i, 0xFF800000; mov.b32 p, i;")
+            else:
+                lines.append(f"abs.f32 a, {value}; " + ("min.f32 a, a, six; " if clip else "") + "max.f32 p, a, one; "
+                             f"mov.b32 i, p; and.b32 i, i, 0x7F800000; mov.b32 p, i;")
+            lines.append(f"fma.rn.f32 a, p, c, a; mov.b32 {target}, a;")
+        lines.append(f"mad.lo.u32 s{j}, h, 16, l; shr.u32 h, s{j}, 22; add.u32 s{j}, s{j}, h;")
+    lines.append("prmt.b32 s0, s0, s1, 0x40; prmt.b32 s2, s2, s3, 0x40; prmt.b32 s0, s0, s2, 0x5410;")
+    lines += [f"mov.b32 t{i}, {v};" for i, v in enumerate(values)]
+    for i in (0, 1):                                          # the signs of the even values, and of the odd ones
+        lines.append(f"prmt.b32 t{i}, t{i}, t{i + 2}, 0x73; prmt.b32 t{i + 4}, t{i + 4}, t{i + 6}, 0x73; "
+                     f"prmt.b32 t{i}, t{i}, t{i + 4}, 0x5410;")
+    lines.append("shr.u32 t0, t0, 4; lop3.b32 s0, t0, 0x08080808, s0, 0xEA; lop3.b32 word, t1, 0x80808080, s0, 0xEA; }")
     return " ".join(lines)
+
+
+@triton.constexpr_function
+def _bytes_ptx(ptx, native):
+    """For `pack_codes`: operands 1..4 are the low nibbles of four bytes, 5..8 the high ones."""
+    return ("{ .reg .b32 word; " + _pack_ptx([f"${i // 2 + 4 * (i % 2) + 1}" for i in range(8)], "", ptx, native, True)
+            + " mov.b32 $0, word; }")
+
+
+@triton.constexpr_function
+def _store_ptx(words, by_group, ptx, native, clip):
+    """For `store_codes`: outputs, then 8 values of each word, value by value; bytes, pointers, and masks of the words."""
+    byte, pointer = 9 * words, (9 + by_group) * words
+    text = f"{{ .reg .b32 word; .reg .b32 w<{words}>; .reg .pred q; "
+    for j in range(words):
+        values = [f"${words * (i + 1) + j}" for i in range(8)]
+        text += _pack_ptx(values, f"${byte + j}" if by_group else "", ptx, native, clip) + f" mov.b32 w{j}, word; mov.b32 ${j}, 0; "
+    vector = {1: "b32 [$P], w0", 2: "v2.b32 [$P], {w0, w1}", 4: "v4.b32 [$P], {w0, w1, w2, w3}"}[words]
+    return (text + f"setp.ne.b32 q, ${pointer + words}, 0; @q st.global." + vector.replace("$P", f"${pointer}") + "; }")
+
+
+@triton.constexpr_function
+def _store_constraints(words, by_group):
+    operands = ["=r"] * words + ["f"] * (8 * words) + ["r"] * (words * by_group) + ["l"] * words + ["r"] * words
+    return ",".join(operands)
 
 
 @triton.jit
 def pack_codes(v, PTX: tl.constexpr, NATIVE: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """fp32 [R, W] -> two codes a byte, uint8 [R, W/2]. PTX: by assembly (not in the interpreter), NATIVE:
-    Blackwell's."""
+    """fp32 [R, W] -> two codes a byte, uint8 [R, W/2]. PTX: by assembly, 2 for sm_86 and later, 1
+    before, 0 in the interpreter; NATIVE: Blackwell's."""
     low, high = tl.split(tl.reshape(v, (R, W // 2, 2)))
     if PTX:
         return tl.inline_asm_elementwise(
-            _pack_ptx(NATIVE), "=r,f,f,f,f,f,f,f,f", [low, high], dtype=tl.uint8, is_pure=True, pack=4
+            _bytes_ptx(PTX, NATIVE), "=r,f,f,f,f,f,f,f,f", [low, high], dtype=tl.uint8, is_pure=True, pack=4
         )
     return (e2m1_code(low) | (e2m1_code(high) << 4)).to(tl.uint8)
+
+
+@triton.jit
+def _eighths(y, R: tl.constexpr, W: tl.constexpr):
+    """[R, W] -> eight [R, W/8]: of eight neighbours the first, the second, ..."""
+    even, odd = tl.split(tl.reshape(y, (R, W // 8, 2, 2, 2)))
+    y04_26 = tl.split(even)
+    y15_37 = tl.split(odd)
+    y0, y4 = tl.split(y04_26[0])
+    y2, y6 = tl.split(y04_26[1])
+    y1, y5 = tl.split(y15_37[0])
+    y3, y7 = tl.split(y15_37[1])
+    return y0, y1, y2, y3, y4, y5, y6, y7
+
+
+@triton.jit
+def store_codes(
+    pointer, inside, y, byte, BY_GROUP: tl.constexpr, CLIP: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr,
+    WORDS: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+):
+    """Codes of y fp32 [R, W] to `pointer` [R, W/8], each to 4 bytes, where `inside` [R, W/8], by assembly; a store of
+    Triton's would first move them between threads. Every thread must hold 8*WORDS consecutive columns.
+
+    BY_GROUP: of y * 2^(127 - byte), for |y| with bits below MX_LIMIT; byte [R, W/32]."""
+    v0, v1, v2, v3, v4, v5, v6, v7 = _eighths(y, R, W)
+    address = pointer.to(tl.int64, bitcast=True)
+    mask = inside.to(tl.int32)
+    if BY_GROUP:
+        # Spread over the group's channels first: so the bytes lie with the threads that hold the channels.
+        spread = tl.reshape(tl.broadcast_to(byte[:, :, None], (R, W // 32, 32)), (R, W))
+        bytes, _, _, _, _, _, _, _ = _eighths(spread, R, W)
+        tl.inline_asm_elementwise(
+            _store_ptx(WORDS, 1, PTX, NATIVE, CLIP), _store_constraints(WORDS, 1),
+            [v0, v1, v2, v3, v4, v5, v6, v7, bytes, address, mask], dtype=tl.int32, is_pure=False, pack=WORDS,
+        )
+    else:
+        tl.inline_asm_elementwise(
+            _store_ptx(WORDS, 0, PTX, NATIVE, True), _store_constraints(WORDS, 0),
+            [v0, v1, v2, v3, v4, v5, v6, v7, address, mask], dtype=tl.int32, is_pure=False, pack=WORDS,
+        )
+
+
+@triton.jit
+def store_bytes(pointer, inside, byte):
+    """int32 `byte` to uint8 `pointer` where `inside`, by assembly, by whichever threads hold it."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred q; setp.ne.b32 q, $3, 0; @q st.global.b8 [$1], $2; mov.b32 $0, 0; }", "=r,l,r,r",
+        [pointer.to(tl.int64, bitcast=True), byte, inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )
 
 
 @triton.jit
@@ -215,26 +316,26 @@ def drop_bad(y, amax, R: tl.constexpr, W: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def quantize_tile(
-    y, amax, g, FORMAT: tl.constexpr, RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr,
+def group_scales(
+    y, amax, g, FORMAT: tl.constexpr, RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr,
 ):
-    """y fp32 [R, W] after `drop_bad`, amax of before -> (codes uint8 [R, W/2], scales uint8 [R, W/G]); a group that had
-    NaN or Inf gets the NaN mark. SCALED says whether g is anything but 1."""
+    """y fp32 [R, W], bits of its groups' absolute maxima, finite -> (scale bytes int32, factors fp32), [R, W/G]."""
     G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
     N: tl.constexpr = W // G
-    bad = amax >= INF_BITS
-    amax = tl.where(bad, 0, amax)
     groups = tl.reshape(y, (R, N, G))
     if FORMAT == "mxfp4":
-        byte = mx_scale(groups, amax, RULE, R, N)
-        inverse = exp2(127 - byte)
+        byte = mx_scale(groups, amax, RULE, R, N, PTX)
+        factor = exp2(127 - byte)
         if SCALED:
-            inverse = inverse * g
-        mark: tl.constexpr = MX_NAN
+            factor = factor * g
     else:
         byte = nv_scale(groups, amax, g, RULE, R, N)
-        inverse = tl.div_rn(g, e4m3_decode(byte))
-        mark: tl.constexpr = NV_NAN
-    codes = pack_codes(tl.reshape(groups * inverse[:, :, None], (R, W)), PTX, NATIVE, R, W)
-    return codes, tl.where(bad, mark, byte).to(tl.uint8)
+        factor = tl.div_rn(g, e4m3_decode(byte))
+    return byte, factor
+
+
+@triton.jit
+def times_factor(y, factor, R: tl.constexpr, W: tl.constexpr, G: tl.constexpr):
+    """y [R, W] times its groups' factors [R, W/G]."""
+    return tl.reshape(tl.reshape(y, (R, W // G, G)) * factor[:, :, None], (R, W))
