@@ -13,10 +13,10 @@ from .config import WushConfig
 from .errors import WushError
 from .explain import explain
 from .kernels import register as _providers  # noqa: F401  (puts the GPU kernels behind the ops)
-from .quantizer import quantize
+from .quantizer import quantize, quantize_checkpoint
 from .storage import load, save
 from .trace import trace_graphs
 
 __all__ = [
-    "WushConfig", "WushError", "evaluate", "explain", "fuse", "load", "quantize", "save", "trace_graphs",
+    "WushConfig", "WushError", "evaluate", "explain", "fuse", "load", "quantize", "quantize_checkpoint", "save", "trace_graphs",
 ]

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from .data import windows
 from .errors import ConfigError, WushError
 from .explain import compiled_graph, summary
 from .explain import explain as explanation
+from .progress import Progress, group_table
 from .quantizer import quantize as quantize_model
-from .storage import load, load_model, save
+from .quantizer import quantize_checkpoint
+from .storage import load, load_model, load_tokenizer
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -41,7 +44,7 @@ def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log wha
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(interrupted: str = "interrupted: nothing was written") -> Iterator[None]:
     """Errors that the user can mend are one line and exit code 1, without a traceback."""
     try:
         yield
@@ -49,7 +52,7 @@ def _one_line_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -95,23 +98,38 @@ def quantize(
     damping: Annotated[float, typer.Option(help="Share of the mean diagonal added to second moments.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Device = "auto",
+    stream: Annotated[bool, typer.Option("--stream", help="Read a local MODEL layer by layer, never all of it.")] = False,
+    batch_size: Annotated[int | None, typer.Option(help="Windows in one forward. Default: what fits a GPU; 1 on a CPU.")] = None,
+    activations_dir: Annotated[Path | None, typer.Option(help="Keep values between layers in files there.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what an earlier run left in DIR.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar and no table.")] = False,
+    log: Annotated[Path | None, typer.Option(help="Append a JSON line for each step to this file.")] = None,
 ) -> None:
-    """Quantize MODEL's linears to 4 bits on both sides and write a checkpoint."""
-    with _one_line_errors():
+    """Quantize MODEL's linears to 4 bits on both sides and write a checkpoint.
+
+    The layers are written to --out as they are finished: after a kill or an error the same command goes on from there.
+    """
+    with _one_line_errors(f"interrupted: the finished layers are kept in {out}; the same command goes on"):
         config = WushConfig(
             format=format, transform=transform, solver=solver, moments=moments, weight_scale_rule=weight_scale_rule,
             activation_scale_rule=activation_scale_rule, transform_block_size=transform_block_size,
             share_transform=share_transform, ignore=tuple(ignore or WushConfig.ignore), damping=damping, seed=seed,
         )
         text = None if calibration is None else calibration.read_text(encoding="utf-8")
-        net, tokenizer = load_model(model)
-        net.to(_device(device))
+        net, tokenizer = (None, load_tokenizer(model)) if stream else load_model(model)
         data = None
         if text is not None:
             available = len(_token_ids(text, tokenizer)) // window
             data = windows(text, tokenizer, window, min(count, max(available, 1)))
-        quantize_model(net, data, config, tokenizer=tokenizer)
-        save(net, out, tokenizer=tokenizer)
+        progress = Progress(not quiet, log)
+        settings = dict(tokenizer=tokenizer, progress=progress, device=_device(device), batch_size=batch_size,
+                        activations_dir=activations_dir, out=out, restart=restart)
+        with contextlib.closing(progress):
+            net = quantize_checkpoint(model, data, config, **settings) if stream else \
+                quantize_model(net, data, config, **settings)
+        if quiet or int(os.environ.get("RANK", 0)):         # of several processes the first one speaks
+            return
+        console.print(group_table(net.wush_quantization.report, console.width), soft_wrap=True, markup=False)
         console.print(summary(net), soft_wrap=True)
         console.print(f"saved in {out}; wush-compile explain {out} shows the groups and graphs", soft_wrap=True)
 
@@ -179,12 +197,19 @@ def generate(
 
 
 @app.command()
-def doctor(device: Device = "auto") -> None:
+def doctor(
+    device: Device = "auto",
+    deep: Annotated[bool, typer.Option("--deep", help="Also compare and time every provider, minutes; needs a GPU.")] = False,
+    out: Annotated[Path, typer.Option(help="Where --deep writes its report.")] = Path("wush-doctor.json"),
+) -> None:
     """What runs where: versions, providers, native and emulated arithmetic, and a short self-test of every op."""
     from .kernels.doctor import examine
 
     with _one_line_errors():
-        report = examine(_device(device))
+        where = _device(device)
+        if deep and where.type != "cuda":
+            raise ConfigError(f"--deep compares the kernels of a GPU; the device is {where.type}: leave --deep out")
+        report = examine(where)
         capability = report["capability"]
         title = report["device"] + ("" if capability is None else f", compute capability {capability[0]}.{capability[1]}")
         facts = Table("", title)
@@ -201,5 +226,28 @@ def doctor(device: Device = "auto") -> None:
             tests.add_row(op, ", ".join(providers), "; ".join(bad) or f"{len(checks)} checks passed",
                           f"{sum(c.seconds for c in checks):.1f}")
         console.print(tests)
-        if not all(check.ok for check in report["self_test"]):
+        good = all(check.ok for check in report["self_test"])
+        if deep:
+            good = _deep(where, report, out) and good
+        if not good:
             raise typer.Exit(1)
+
+
+def _deep(device: torch.device, report: dict, out: Path) -> bool:
+    """The conformance of every provider and its times, as tables and in one file; whether all conforms."""
+    from .kernels import deep
+
+    results, times = deep.run(device, report, out)
+    table = Table("provider", "op", "format", "cases", "refused", "failed", "largest error")
+    for row in deep.summary(results):
+        table.add_row(*map(str, row))
+    console.print(table)
+    for result in results:
+        if not result.ok:
+            console.print(f"{result.provider} {result.op} {result.format} {result.case}: error {result.error:.2g}", markup=False)
+    speed = Table("op", "format", "shape", "baseline µs", *dict.fromkeys(t.provider for t in times))
+    for row in deep.side_by_side(times):
+        speed.add_row(*row)
+    console.print(speed)
+    console.print(f"report: {out}", markup=False)
+    return all(result.ok for result in results)

@@ -191,4 +191,9 @@ def load_model(source: str, dtype: str | torch.dtype = "auto") -> tuple[nn.Modul
         model = load(path)
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    return model, transformers.AutoTokenizer.from_pretrained(source)
+    return model, load_tokenizer(source)
+
+
+def load_tokenizer(source: str):
+    """The tokenizer of a local directory or a hub name."""
+    return transformers.AutoTokenizer.from_pretrained(source)
