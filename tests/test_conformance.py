@@ -1,0 +1,122 @@
+"""The conformance suite itself: green for the reference, red for an implementation that is wrong anywhere."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from wush_compile import ops
+from wush_compile.cli import app
+from wush_compile.kernels import Implementation, conformance, deep
+from wush_compile.kernels.timing import Time
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(conformance, "SHAPES", ((3, 96), (37, 160)))
+    monkeypatch.setattr(conformance, "PRODUCTS", ((2, 24, 96), (17, 40, 160)))
+
+
+def failures(op, run, refuses=lambda *args: None):
+    return [r for r in conformance.check("mine", op, Implementation(run, refuses), CPU) if not r.ok]
+
+
+@pytest.mark.parametrize("op", ["transform_quantize", "fp4_linear"])
+def test_the_reference_conforms(op):
+    assert failures(op, ops.REFERENCE[op]) == []
+
+
+def wrong_last_row(*args):
+    codes, scales = ops._transform_quantize(*args)
+    codes[-1, -1] ^= 1
+    return codes, scales
+
+
+def forgets_a_byte(*args):
+    """As a kernel that does not write the last scale would."""
+    codes, scales = ops._transform_quantize(*args)
+    if scales.dtype == torch.uint8:
+        scales.view(-1)[-1] = conformance.POISON
+    return codes, scales
+
+
+def ignores_the_rule(x, transform, g, format, rule):
+    return ops._transform_quantize(x, transform, g, format, "absmax")
+
+
+def one_matrix_for_all(x, transform, g, format, rule):
+    return ops._transform_quantize(x, None if transform is None else transform[:1], g, format, rule)
+
+
+def raises(*args):
+    raise RuntimeError("no kernel image\nmore")
+
+
+@pytest.mark.parametrize("broken", [wrong_last_row, forgets_a_byte, ignores_the_rule, one_matrix_for_all, raises])
+def test_a_wrong_quantizer_is_seen(broken):
+    found = failures("transform_quantize", broken)
+    assert found and all(r.error > 0 for r in found)
+    if broken is raises:
+        assert "RuntimeError: no kernel image" in found[0].case and "more" not in found[0].case
+
+
+def forgets_the_bias(*args):
+    return ops._fp4_linear(*args[:6], None, *args[7:])
+
+
+def loses_nan(*args):
+    return ops._fp4_linear(*args).nan_to_num()
+
+
+def rounds_twice(*args):
+    return ops._fp4_linear(*args).to(torch.float8_e4m3fn).to(args[-1])
+
+
+@pytest.mark.parametrize("broken", [forgets_the_bias, loses_nan, rounds_twice])
+def test_a_wrong_product_is_seen(broken):
+    assert failures("fp4_linear", broken)
+
+
+def test_refusals_are_recorded():
+    results = list(conformance.check("mine", "fp4_linear", Implementation(raises, lambda *args: "never"), CPU))
+    assert results and all(r.ok and r.refused == "never" and r.error is None for r in results)
+
+
+def test_fused_references_are_not_the_provider_under_test():
+    """What a fused op is compared with runs on the CPU, where no provider is asked."""
+    for op in ("silu_mul_transform_quantize", "rms_norm_transform_quantize"):
+        for format, case, args, reference in itertools.islice(conformance.CASES[op](CPU), 3):
+            codes, scales = reference()
+            assert codes.shape[-1] * 2 == args[0].shape[-1] and scales.device == CPU
+
+
+def test_tables(tmp_path):
+    results = list(conformance.check("mine", "fp4_linear", Implementation(ops._fp4_linear, lambda *args: None), CPU))
+    rows = deep.summary(results)
+    assert [r[:3] for r in rows] == [("mine", "fp4_linear", f) for f in ("int4", "mxfp4", "nvfp4")]
+    assert all(r[4] == r[5] == 0 for r in rows)
+    times = [Time("a", "op", "mxfp4", "1x2", 2.0, 4.0, ""), Time("b", "op", "mxfp4", "1x2", None, 4.0, "Error: no")]
+    assert deep.side_by_side(times) == [["op", "mxfp4", "1x2", "4.0", "2.0 (2.00x)", "Error: no"]]
+
+
+def test_deep_needs_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    run = CliRunner().invoke(app, ["doctor", "--deep"])
+    assert run.exit_code == 1 and "leave --deep out" in run.output
+
+
+@pytest.mark.gpu
+def test_the_report(tmp_path, monkeypatch):
+    """Every provider of this GPU conforms, and the report says so. Times are another matter: left out here."""
+    monkeypatch.setattr(deep, "benchmark", lambda device: iter(()))
+    out = tmp_path / "report.json"
+    run = CliRunner().invoke(app, ["doctor", "--deep", "--out", str(out)])
+    assert run.exit_code == 0, run.output
+    report = json.loads(out.read_text())
+    assert report["conformance"] and all(r["ok"] for r in report["conformance"])
+    assert {"reference", "triton"} <= {r["provider"] for r in report["conformance"]}

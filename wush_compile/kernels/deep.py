@@ -1,0 +1,59 @@
+"""`wush-compile doctor --deep`: conformance, then times, of every provider of a GPU, in one report file to send back."""
+
+import datetime
+import itertools
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .conformance import Result, conformance
+from .timing import Time, benchmark, machine
+
+
+def run(device: torch.device, report: dict, out: Path) -> tuple[list[Result], list[Time]]:
+    """`report`: what `doctor.examine` found. Writes everything to `out` (JSON), at once after the conformance and again
+    with the times: a crash of a kernel leaves what was known before."""
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    results, times = [], []
+
+    def write() -> None:
+        out.write_text(json.dumps({
+            "started": started, "machine": machine(),
+            **report, "self_test": [check._asdict() for check in report["self_test"]],
+            "conformance": [r._asdict() for r in results], "times": [t._asdict() for t in times],
+        }, indent=1, default=str))
+
+    for result in tqdm(conformance(device), desc="conformance", unit="case"):
+        results.append(result)
+    write()
+    with torch.inference_mode():
+        for time in tqdm(benchmark(device), desc="times", unit="case"):
+            times.append(time)
+    write()
+    return results, times
+
+
+def summary(results: list[Result]) -> list[tuple]:
+    """(provider, op, format, cases, refused, failed, largest error) of each provider, op and format."""
+    rows = []
+    key = lambda r: (r.provider, r.op, r.format)                     # noqa: E731
+    for group, members in itertools.groupby(sorted(results, key=key), key=key):
+        members = list(members)
+        errors = [r.error for r in members if r.error is not None]
+        rows.append((*group, len(members), sum(r.refused is not None for r in members), sum(not r.ok for r in members),
+                     f"{max(errors):.2g}" if errors else ""))
+    return rows
+
+
+def side_by_side(times: list[Time]) -> list[list[str]]:
+    """A row for each op, format and shape: the baseline, and each provider's microseconds and share of the baseline."""
+    providers = list(dict.fromkeys(t.provider for t in times))
+    rows = {}
+    for t in times:
+        row = rows.setdefault((t.op, t.format, t.shape), [t.op, t.format, t.shape, f"{t.baseline:.1f}"] + [""] * len(providers))
+        words = t.note if t.microseconds is None else f"{t.microseconds:.1f} ({t.baseline / t.microseconds:.2f}x)"
+        row[4 + providers.index(t.provider)] = words
+    return list(rows.values())

@@ -1,0 +1,136 @@
+"""Times of every provider's quantizer and product on a GPU: CUDA-graph replays, operands rotated out of the L2 cache.
+
+Baselines are measured in the same run: a copy of the quantizer's input (its own bytes at that shape's copy rate are the
+`ideal` time), and cuBLAS in bf16.
+"""
+
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from .. import formats
+from ..formats import FORMATS
+from .conformance import available
+
+QUANTIZER_SHAPES = ((1, 4096), (16, 4096), (1024, 4096), (4096, 4096), (8192, 14336))        # (rows, K)
+WEIGHTS = ((4096, 4096), (28672, 4096))                                                      # (N, K)
+ROWS = (1, 16, 128, 1024, 4096)
+COLD_BYTES = 2.5e8                       # more than any L2: a replay touches this much before it comes back to a buffer
+QUANTIZERS = ("transform_quantize", "rms_norm_transform_quantize", "silu_mul_transform_quantize")
+
+
+class Time(NamedTuple):
+    """Microseconds of one call; `baseline`: of the copy-rate ideal (quantizers) or of bf16 cuBLAS (products)."""
+
+    provider: str
+    op: str
+    format: str
+    shape: str
+    microseconds: float | None
+    baseline: float
+    note: str
+
+
+def time_us(calls: list[Callable[[], object]], replays: int = 5, least: int = 8) -> float:
+    """Median over replays of a CUDA graph of all of `calls`, per call."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    calls = (calls * (least // len(calls) + 1))[: max(least, len(calls))]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def copies(nbytes: float) -> int:
+    return max(2, min(32, int(COLD_BYTES / nbytes) + 1))
+
+
+def _timed(provider, op, format, shape, baseline, calls) -> Time:
+    try:
+        return Time(provider, op, format, shape, time_us(calls), baseline, "")
+    except Exception as failure:                           # the other rows are worth having
+        return Time(provider, op, format, shape, None, baseline, f"{type(failure).__name__}: {str(failure).splitlines()[0]}")
+
+
+def _quantizer_arguments(op: str, x, up, weight, transform, g, format: str) -> tuple:
+    tail = (transform, g, format, "absmax")
+    if op == "transform_quantize":
+        return (x, *tail)
+    return (x, up, *tail) if op == "silu_mul_transform_quantize" else (x, weight, 1e-5, None, "rounded", *tail)
+
+
+def quantizers(device: torch.device, providers: dict) -> Iterator[Time]:
+    """bf16 rows, a matrix a block, absmax; the fused ops too."""
+    for rows, k in QUANTIZER_SHAPES:
+        xs = [torch.randn(rows, k, device=device).bfloat16() for _ in range(copies(2 * rows * k))]
+        ups = [torch.randn(rows, k, device=device).bfloat16() for _ in xs]
+        copy = time_us([lambda a=a, b=b: a.copy_(b) for a, b in zip(ups, xs, strict=True)])
+        weight = torch.randn(k, device=device).bfloat16()
+        for format in ("mxfp4", "nvfp4"):
+            group = FORMATS[format].group_size
+            t = (torch.randn(k // group, group, group, device=device) / group**0.5).bfloat16()
+            g = torch.ones(1, device=device) if format == "nvfp4" else None
+            for op in QUANTIZERS:
+                read = 4 if op == "silu_mul_transform_quantize" else 2
+                ideal = copy * (read + 0.5 + 1 / group) / 4
+                for provider, table in providers.items():
+                    if op not in table or (provider == "reference" and rows > 1024):
+                        continue
+                    calls = [_quantizer_arguments(op, x, up, weight, t, g, format) for x, up in zip(xs, ups, strict=True)]
+                    if table[op].refuses(*calls[0]) is None:
+                        run = table[op].run
+                        yield _timed(provider, op, format, f"{rows}x{k}", ideal, [lambda c=c: run(*c) for c in calls])
+
+
+def products(device: torch.device, providers: dict) -> Iterator[Time]:
+    """bf16 out; activations are quantized already."""
+    for n, k in WEIGHTS:
+        for rows in ROWS:
+            x = torch.randn(rows, k, device=device).bfloat16()
+            wide = [torch.randn(n, k, device=device).bfloat16() for _ in range(min(8, copies(2 * n * k)))]
+            bf16 = time_us([lambda w=w: torch.nn.functional.linear(x, w) for w in wide])
+            for format in ("mxfp4", "nvfp4"):
+                g = torch.ones(1, device=device) if format == "nvfp4" else None
+                q = formats.quantize(x, format, "absmax")
+                weights = [formats.quantize(wide[0], format, "absmax")]
+                weights += [tuple(t.clone() for t in weights[0]) for _ in range(copies(0.53 * n * k) - 1)]
+                for provider, table in providers.items():
+                    if "fp4_linear" not in table or provider == "reference":
+                        continue
+                    calls = [(*q, g, *w, g, None, None, format, torch.bfloat16) for w in weights]
+                    if table["fp4_linear"].refuses(*calls[0]) is None:
+                        run = table["fp4_linear"].run
+                        yield _timed(provider, "fp4_linear", format, f"{rows}x{n}x{k}", bf16,
+                                     [lambda c=c: run(*c) for c in calls])
+
+
+def benchmark(device: torch.device) -> Iterator[Time]:
+    """The quantizers, then the products, of every provider of a CUDA device."""
+    providers = available(device)
+    yield from quantizers(device, providers)
+    yield from products(device, providers)
+
+
+def machine() -> str | None:
+    """Driver, clocks and power as nvidia-smi sees them now; None where it is not."""
+    query = "name,driver_version,clocks.sm,clocks.mem,power.draw,memory.total"
+    try:
+        run = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return f"{query}: {run.stdout.strip()}"
