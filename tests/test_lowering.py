@@ -138,17 +138,29 @@ def hopper(format, kernel, n, k):
     return sass(compiled), compiled.metadata.shared
 
 
+def main_loop(code: str) -> str:
+    """The innermost loop around the tensor core's instructions."""
+    lines = code.splitlines()
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith(".L_x")}
+    products = [i for i, line in enumerate(lines) if "GMMA." in line]
+    ends = ((labels[found[1]], i) for i, line in enumerate(lines) if (found := re.search(r"BRA `\((\.L_x_\d+)\)", line)))
+    start, end = min(((a, b) for a, b in ends if any(a < i < b for i in products)), key=lambda span: span[1] - span[0])
+    return "\n".join(lines[start:end])
+
+
 @both
 def test_hopper_products_stay_in_registers(format):
-    """Weights go from the decoder's registers to the tensor core; nothing spills, nothing exceeds the shared memory."""
+    """Weights go from the decoder's registers to the tensor core, x from where it was loaded to: in the loop nothing is stored
+    in shared memory, nothing spills. What does, costs several times what it computes."""
     for kernel, (n, k) in choices(format, (9, 0)):
         code, shared = hopper(format, kernel, n, k)
-        assert shared <= 227 * 1024 and "STL" not in code, kernel
+        assert shared <= 227 * 1024, kernel
         if isinstance(kernel, triton_linear.Fused):
             products = re.findall(r"[QH]GMMA\.\S+ R\d+, (\S+),", code)
             assert products and all(p.startswith("R") for p in products), kernel
+            assert not re.search(r"\b(STL|LDL)\b" if kernel.packed else r"\b(STL|LDL|STS)\b", main_loop(code)), kernel
         else:
-            assert "IDP" in code                                      # dp4a
+            assert "IDP" in code and "STL" not in code                # dp4a
 
 
 @pytest.mark.parametrize("rule", FORMATS["nvfp4"].scale_rules)

@@ -88,6 +88,26 @@ def test_linear_of_any_width(format, m, n, k):
 
 
 @gpu
+@pytest.mark.parametrize("m", [1, 9, 30, 64, 128, 300, 1100])
+def test_precise_sums(m):
+    """Outlier channels at K = 12288: the fp8 accumulator shows; with `precise` the fp32 sum's error is left."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x = torch.randn(m, 12288, device=DEVICE, generator=generator)
+    x *= torch.exp(1.5 * torch.randn(12288, device=DEVICE, generator=generator))
+    w = 0.02 * torch.randn(512, 12288, device=DEVICE, generator=generator)
+    q, v = formats.quantize(x, "mxfp4", "absmax"), formats.quantize(w, "mxfp4", "absmax")
+    want = exact(*q, *v, "mxfp4")
+    dtype = torch.bfloat16 if m > 512 else torch.float32
+    got = [triton_linear.fp4_linear(*q, None, *v, None, None, None, "mxfp4", dtype, None, precise)
+           for precise in (False, True)]
+    rounding = error(want.bfloat16(), want)
+    if m > 512:
+        assert error(got[1], want) < 1.0001 * rounding
+    else:
+        assert error(got[0], want) < 5e-4 and error(got[1], want) < 2e-5
+
+
+@gpu
 @pytest.mark.parametrize("m", [1, 16, 64, 200])
 def test_every_code_and_sign(m):
     """Products of single codes are exact: column k of x meets column k of w alone."""
@@ -183,6 +203,16 @@ def test_linear_in_a_cuda_graph(format, m):
     got.zero_()
     graph.replay()
     assert torch.equal(got, want)
+
+
+def test_precise_is_an_environment_variable(monkeypatch):
+    for value, expected in ((None, False), ("0", False), ("", False), ("1", True)):
+        monkeypatch.delenv("WUSH_PRECISE", raising=False)
+        if value is not None:
+            monkeypatch.setenv("WUSH_PRECISE", value)
+        assert triton_linear.precise_by_default() is expected
+    assert triton_linear.choose("mxfp4", 128, 4096, 4096, precise=True).bk == 256
+    assert triton_linear.choose("mxfp4", 4096, 4096, 4096, precise=True) == "library"
 
 
 @both

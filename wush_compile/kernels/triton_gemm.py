@@ -127,12 +127,14 @@ def fused_gemm_kernel(
     MX: tl.constexpr, PACKED: tl.constexpr, SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    PROMOTE: tl.constexpr,
 ):
     """out [M, N] from w uint8 [N, K/2], ws int32 [N, K/(4G)] (four scale bytes a word), w_top uint8 [N] (MXFP4: the
     largest byte of each row). x: uint8 [M, K/2] with xs int32 [M, K/(4G)] if PACKED, else e5m2 bytes [M, K] in panels
     (see `expand_fp8_kernel`; NVFP4: bf16, panels of `expand_bf16_kernel`) with x_unit fp32 [M] (MXFP4). parts fp32 [SPLIT, M, N], count int32, all zeros before and after.
     AHEAD: cache lines of a row
-    that are prefetched. Grid (tiles of N times tiles of M, SPLIT)."""
+    that are prefetched. PROMOTE: channels whose products the tensor core adds up itself before the sum goes to fp32 (at most
+    BK/2; 0: all of them). Grid (tiles of N times tiles of M, SPLIT)."""
     G: tl.constexpr = 32 if MX else 16
     HALF: tl.constexpr = BK // 2
     WORDS: tl.constexpr = BK // (4 * G)
@@ -182,8 +184,12 @@ def fused_gemm_kernel(
             x0 = tl.load(at)
             x1 = tl.load(at + 64)
         w0, w1 = _decode(codes, words, picks, top_n, MX, BN, BK)
-        acc = tl.dot(w0, x0, acc)
-        acc = tl.dot(w1, x1, acc)
+        if PROMOTE > 0:
+            acc = tl.dot(w0, x0, acc, max_num_imprecise_acc=PROMOTE)
+            acc = tl.dot(w1, x1, acc, max_num_imprecise_acc=PROMOTE)
+        else:
+            acc = tl.dot(w0, x0, acc)
+            acc = tl.dot(w1, x1, acc)
     if MX:
         acc = acc * (e8m0_factor(top_n) * E5M2_UNIT)[:, None]
         if PACKED:

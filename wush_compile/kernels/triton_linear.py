@@ -13,6 +13,7 @@ MXFP4, the largest scale byte of every row (N bytes), which is found once and re
 
 import functools
 import logging
+import os
 from typing import NamedTuple
 
 import torch
@@ -181,14 +182,33 @@ def _floor_power_of_two(n: int) -> int:
     return 1 << (n.bit_length() - 1)
 
 
+# Fused tiles on Hopper: rows up to -> (where few weight rows leave multiprocessors idle, elsewhere).
+FEW = 8192
+FUSED = {
+    "mxfp4": {
+        16: (Fused(64, 16, 256, 4, 4, 4, False), Fused(64, 16, 256, 2, 4, 4, False)),
+        32: (Fused(64, 32, 256, 4, 4, 4, False), Fused(64, 32, 256, 1, 4, 4, False)),
+        64: (Fused(64, 64, 256, 4, 4, 3, False), Fused(64, 64, 256, 1, 4, 3, False)),
+        128: (Fused(64, 128, 128, 4, 4, 4, False), Fused(64, 128, 128, 1, 4, 4, False)),
+        512: (Fused(128, 256, 128, 2, 8, 3, False), Fused(128, 256, 128, 1, 8, 3, False)),
+    },
+    "nvfp4": {
+        16: (Fused(64, 16, 128, 4, 4, 4, False), Fused(64, 16, 128, 2, 4, 4, False)),
+        32: (Fused(64, 32, 128, 4, 4, 4, False), Fused(64, 32, 128, 2, 4, 4, False)),
+        64: (Fused(64, 64, 128, 4, 4, 4, False), Fused(64, 64, 128, 2, 4, 4, False)),
+        128: (Fused(64, 128, 128, 2, 4, 3, False), Fused(64, 128, 128, 1, 4, 3, False)),
+    },
+}
+
+
 @functools.lru_cache(1024)
 def choose(
-    format: str, rows: int, n: int, k: int, capability: tuple[int, int] = (9, 0)
+    format: str, rows: int, n: int, k: int, capability: tuple[int, int] = (9, 0), precise: bool = False
 ) -> "Gemv | Fused | Scaled | Int4 | str":
     """The kernel for [rows, k] times [n, k] on a device of that compute capability: a tile, "library" or "bf16".
 
-    Measured on an H200 over the linear groups of Llama-3.1-8B (docs/kernels.md); the order of candidates, not their
-    share of a ceiling, is what it rests on. Ampere and Ada take what needs no layout of theirs to have been tested.
+    Measured on an H200 over the linear groups of Llama-3.1-8B (docs/kernels.md). Ampere and Ada take what needs no layout
+    of theirs to have been tested. precise: channels are added up in fp32 at least every 128.
     """
     if format == "int4":
         return Int4(64, 16, 4, 4) if rows <= 16 else Int4(64, 64, 4, 4) if rows <= 64 else Int4(128, 128, 8, 3)
@@ -200,29 +220,15 @@ def choose(
         return Scaled(128, 64 if rows <= 128 else 128, 256 if k % 256 == 0 else 128, 4, 3)
     if k % 128 or (capability < (9, 0) and format == "mxfp4"):
         return "bf16"
-
-    def fused(bn, bm, bk, split, warps, stages, packed):
-        bk = bk if k % bk == 0 else 128
-        return Fused(bn, bm, bk, _power_of_two_divisor(k // bk, split), warps, stages, packed)
-
-    few = n <= 8192                                                     # weight rows that leave multiprocessors idle
-    if format == "nvfp4":
-        if rows <= 16:
-            return fused(64, 16, 128, 4 if few else 2, 4, 4, True)
-        if rows <= 64:
-            return fused(64, 64, 128, 4 if few else 2, 4, 3, True)
-        if rows <= 128:
-            return fused(128, 128, 128, 2 if few else 1, 8, 3, True) if k < 8192 or not few else "bf16"
-        return "bf16"
-    if rows <= 16:
-        return fused(64, 16, 256, 4 if few else 2, 4, 3, True)
-    if rows <= 32:
-        return fused(64, 32, 256, 4 if few else 1, 4, 4, True)
-    if rows <= 64:
-        return fused(64, 64, 256, 4 if few else 1, 4, 3, True)
-    if rows <= 128:
-        return fused(64, 128, 128, 4, 4, 5, False) if few else fused(128, 128, 128, 1, 8, 4, False)
-    return "library" if n * k <= SCRATCH_BYTES else WIDE
+    if precise and format == "mxfp4" and rows > 64:
+        # A second accumulator fits beside this tile's; above, cuBLASLt's own is faster.
+        tile = Fused(64, 128, 256, 2 if n <= FEW else 1, 4, 3, False) if rows <= 512 else None
+    else:
+        tile = next((tiles[n > FEW] for most, tiles in FUSED[format].items() if rows <= most), None)
+    if tile is None:
+        return "bf16" if format == "nvfp4" else "library" if n * k <= SCRATCH_BYTES else WIDE
+    bk = tile.bk if k % tile.bk == 0 else 128
+    return tile._replace(bk=bk, split=_power_of_two_divisor(k // bk, tile.split))
 
 
 def _choose_gemv(rows: int, n: int, k: int, format: str) -> Gemv:
@@ -233,6 +239,11 @@ def _choose_gemv(rows: int, n: int, k: int, format: str) -> Gemv:
     if rows == 2:
         return Gemv(16, 1024, 4) if n > 4096 else Gemv(8, 2048, 4)
     return Gemv(16, 1024, 4) if n > 4096 else Gemv(16, 2048, 4)
+
+
+def precise_by_default() -> bool:
+    """Whether `WUSH_PRECISE` asks for sums in fp32 (1, or anything but 0)."""
+    return os.environ.get("WUSH_PRECISE", "0") not in ("", "0")
 
 
 @functools.cache
@@ -255,6 +266,7 @@ class Operands(NamedTuple):
     bias: Tensor | None
     residual: Tensor | None
     mx: bool
+    precise: bool = False
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -316,8 +328,8 @@ def run_fused(o: Operands, tile: Fused, out: Tensor) -> None:
         row_facts(o.w_scales).top if o.mx else None, o.gw, o.bias, o.residual,
         space.selectors if o.mx else space.pairs, out, parts,
         space.counters(tiles) if split else None, m, n, k, o.mx, tile.packed, gx is not None, *o.flags[1:],
-        tile.bn, tile.bm, tile.bk, tile.split, tile.stages, 8, ahead, pdl, num_warps=tile.warps,
-        num_stages=tile.stages, launch_pdl=pdl,
+        tile.bn, tile.bm, tile.bk, tile.split, tile.stages, 8, ahead, pdl,
+        min(128, tile.bk // 2) if o.mx and o.precise else 0, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
     )
 
 
@@ -343,7 +355,8 @@ def run_library(o: Operands) -> Tensor:
     """bf16 [M, N]; without a bias, since the library rounds before it could be added."""
     x, x_unit = expand_fp8(o.codes, o.scales, o.gx, e4m3=False)
     w, w_unit = expand_fp8(o.w_codes, o.w_scales, o.gw, e4m3=True)
-    y = torch._scaled_mm(x, w.t(), x_unit[:, None], w_unit[None, :], out_dtype=torch.bfloat16, use_fast_accum=True)
+    y = torch._scaled_mm(x, w.t(), x_unit[:, None], w_unit[None, :], out_dtype=torch.bfloat16,
+                         use_fast_accum=not o.precise)
     return y if o.residual is None else y.add_(o.residual)
 
 
@@ -399,9 +412,11 @@ def fp4_linear(
     codes: Tensor, scales: Tensor, global_scale: Tensor | None,
     weight_codes: Tensor, weight_scales: Tensor, weight_global_scale: Tensor | None,
     bias: Tensor | None, residual: Tensor | None, format: str, out_dtype: torch.dtype,
-    kernel: Gemv | Fused | Scaled | Int4 | str | None = None,
+    kernel: Gemv | Fused | Scaled | Int4 | str | None = None, precise: bool | None = None,
 ) -> Tensor:
-    """`wush::fp4_linear` (SPEC §6); `kernel` overrides `choose`."""
+    """`wush::fp4_linear` (SPEC §6); `kernel` overrides `choose`. precise (default: what `WUSH_PRECISE` says): MXFP4 sums
+    go from the tensor core's fp8 accumulator, which drops bits, to fp32 at least every 128 channels."""
+    precise = precise_by_default() if precise is None else precise
     n, k = weight_codes.shape[0], 2 * weight_codes.shape[1]
     shape = (*codes.shape[:-1], n)
     flat = codes.reshape(-1, k // 2)
@@ -409,16 +424,16 @@ def fp4_linear(
         return torch.empty(shape, dtype=out_dtype, device=codes.device)
     if residual is not None and residual.dtype != out_dtype:
         y = fp4_linear(codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, None,
-                       format, out_dtype, kernel)
+                       format, out_dtype, kernel, precise)
         return y + residual
     o = Operands(
         _dense(flat), _dense(scales.reshape(flat.shape[0], -1)), global_scale,
         _dense(weight_codes), _dense(weight_scales), weight_global_scale,
         None if bias is None else bias.contiguous(),
-        None if residual is None else residual.reshape(-1, n).contiguous(), format == "mxfp4",
+        None if residual is None else residual.reshape(-1, n).contiguous(), format == "mxfp4", precise,
     )
     check(o, format, out_dtype)
-    kernel = kernel or choose(format, flat.shape[0], n, k, capability(codes.device.index))
+    kernel = kernel or choose(format, flat.shape[0], n, k, capability(codes.device.index), precise)
     if kernel == "library" and (out_dtype != torch.bfloat16 or bias is not None or n % 16
                                 or not row_facts(o.w_scales).fits_e4m3):
         kernel = WIDE
