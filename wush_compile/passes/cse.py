@@ -5,20 +5,9 @@ AOTAutograd does not merge custom ops in inference graphs, so q, k and v each ar
 
 import operator
 
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
-from .pattern import is_wush, replace
-
-
-def freeze(argument: object) -> object:
-    """An argument as a dictionary key. Literals keep their type: 1, 1.0 and True differ, yet are equal in Python."""
-    if isinstance(argument, Node):
-        return argument
-    if isinstance(argument, dict):
-        return tuple((name, freeze(a)) for name, a in sorted(argument.items()))
-    if isinstance(argument, list | tuple):
-        return tuple(freeze(a) for a in argument)
-    return type(argument), argument
+from .pattern import freeze, is_wush, replace
 
 
 def cse(graph: Graph) -> int:

@@ -22,8 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .. import formats, kernels
 from ..fused_ops import FUSED_REFERENCE
 from ..ops import block_transform
-from .cse import freeze
-from .pattern import arguments, is_wush, op_name, replace, value
+from .pattern import arguments, freeze, is_wush, layout, op_name, replace, value
 
 # What makes tensors out of nothing in `kernels/packaged.py`: equal ones of a program become one.
 _SOURCES = ("arange", "mul", "add", "full", "zeros")
@@ -70,17 +69,6 @@ def _trace(body: Callable, args: tuple, decompositions: dict | None) -> Graph:
         return make_fx(on_tensors, decompositions)(*fakes).graph
 
 
-def _signature(node: Node) -> tuple:
-    """What the traced graph depends on: the op, its literals, and the layout of its tensors."""
-    def of(argument):
-        if not isinstance(argument, Node):
-            return argument
-        fake = value(argument)
-        return str(fake.shape), str(fake.stride()), str(fake.storage_offset()), fake.dtype, fake.device
-
-    return node.target, *map(of, arguments(node).values())
-
-
 def _paste(graph: Graph, node: Node, traced: Graph) -> list[Node]:
     """Replaces a call by a traced graph on the same tensors; the new nodes."""
     tensors = [a for a in arguments(node).values() if isinstance(a, Node)]
@@ -113,7 +101,7 @@ def _replace_by(
     traced: dict[tuple, Graph] = {}                                        # decoder layers are alike: trace one
     new: list[Node] = []
     for node in nodes:
-        key = _signature(node)
+        key = node.target, freeze(arguments(node), layout)
         if key not in traced:
             traced[key] = _trace(body_of(node), tuple(arguments(node).values()), decompositions)
         new += _paste(graph, node, traced[key])

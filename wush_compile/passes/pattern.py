@@ -14,6 +14,7 @@ A pattern is built of
 """
 
 import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -176,11 +177,36 @@ def insert(graph: Graph, where: Node, target, args: tuple, like: Node | None = N
     return node
 
 
+def freeze(argument: object, tensor: Callable = lambda node: node) -> object:
+    """An argument as a dictionary key, its nodes as `tensor` says. Literals keep their type: 1, 1.0 and True differ, yet
+    are equal in Python."""
+    if isinstance(argument, Node):
+        return tensor(argument)
+    if isinstance(argument, dict):
+        return tuple((name, freeze(a, tensor)) for name, a in sorted(argument.items()))
+    if isinstance(argument, list | tuple):
+        return tuple(freeze(a, tensor) for a in argument)
+    return type(argument), argument
+
+
+def layout(node: Node) -> object:
+    """What the code of an op depends on of a tensor: nodes of one layout are interchangeable. Other nodes stand for
+    themselves."""
+    fake = value(node)
+    if not isinstance(fake, torch.Tensor):
+        return node
+    return str(fake.shape), str(fake.stride()), str(fake.storage_offset()), fake.dtype, fake.device
+
+
 def refresh(graph: Graph, changed: set[Node]) -> None:
     """Brings `meta["val"]` up to date behind nodes whose strides changed; a view that no longer is one reshapes."""
-    aten = torch.ops.aten
+    aten, unchanged = torch.ops.aten, set()
     for node in graph.nodes:
         if changed.isdisjoint(node.all_input_nodes) or not (op_name(node) or is_wush(node)):
+            continue
+        # Decoder layers are alike, and what an op returns is found by running its fake kernel, which is slow.
+        signature = node.target, freeze((node.args, node.kwargs), layout), layout(node)
+        if signature in unchanged:
             continue
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
         with torch.no_grad():
@@ -191,7 +217,9 @@ def refresh(graph: Graph, changed: set[Node]) -> None:
                     raise
                 node.target = aten.reshape.default
                 fake = node.target(*args, **kwargs)
-        if not _same(fake, value(node)):
+        if _same(fake, value(node)):
+            unchanged.add(signature)
+        else:
             changed.add(node)
         node.meta["val"] = fake
 
