@@ -15,7 +15,9 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+# Of nvidia-cutlass only the headers are used.
 cuda: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-deps nvidia-cutlass==4.2.0
 	$(BIN)/python csrc/build.py
 
 bench: $(VENV)/ready
