@@ -110,13 +110,18 @@ class Journal:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        if self._lock is not None:
-            if kind is not None and not any(self.path.glob("stage-*.json")):
-                with contextlib.suppress(OSError):
-                    shutil.rmtree(self.path)
-                    if self._made:
-                        self.target.rmdir()
+        try:
+            if self._lock is not None and kind is not None and not self._keeps_something():
+                shutil.rmtree(self.path)
+                if self._made:
+                    self.target.rmdir()
+        except (OSError, CheckpointError):
+            pass                                           # the error of the run counts
+        finally:
             self._unlock()
+
+    def _keeps_something(self) -> bool:
+        return any(self._read(path)["groups"] for path in self.path.glob("stage-*.json"))
 
     def _check_target(self) -> None:
         if self.target.exists() and not self.target.is_dir():
