@@ -50,11 +50,9 @@ struct Tile {
   static constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N;           // of one warp
   static constexpr int STEPS = BK / 64 / WARPS_K;                      // k steps of one warp in a stage
   static constexpr int ROW_BYTES = BK / 2, WORDS = BK / (4 * GROUP);   // of a row: codes; words of four scales
-  static constexpr int X_SCALES = WORDS * shared_scale_rows(BM), W_SCALES = WORDS * shared_scale_rows(BN);   // words
-  static constexpr int X_AT = 0, W_AT = BM * ROW_BYTES, XS_AT = W_AT + BN * ROW_BYTES, WS_AT = XS_AT + 4 * X_SCALES;
-  static constexpr int STAGE_BYTES = (WS_AT + 4 * W_SCALES + 127) / 128 * 128;
-  static constexpr int SUMS_BYTES = 4 * (WARPS_K - 1) * BM * BN;       // reuses the stages at the end
-  static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES > SUMS_BYTES ? STAGES * STAGE_BYTES : SUMS_BYTES;
+  static constexpr int W_AT = BM * ROW_BYTES, XS_AT = W_AT + BN * ROW_BYTES;           // within a stage; x's codes at 0
+  static constexpr int WS_AT = XS_AT + 4 * scale_words(SHAPE, BM, GROUP);
+  static constexpr int STAGE_BYTES = stage_bytes(SHAPE, GROUP), SHARED_BYTES = shared_bytes(SHAPE, GROUP);
   static_assert(WM % 16 == 0 && WN % 16 == 0 && BK % (64 * WARPS_K) == 0 && BK % (4 * GROUP) == 0, "whole fragments");
   static_assert(FORMAT == Format::nvfp4 || STEPS % 2 == 0, "mxfp4: a word of scales is two steps of one warp");
   static_assert(128 % BM == 0 && 128 % BN == 0, "a tile lies in one tile of scales");
@@ -173,7 +171,7 @@ __global__ __launch_bounds__(T::THREADS, T::BLOCKS) void linear_kernel(const __g
     if (tile < tiles_k) {
       char* stage = shared + tile % T::STAGES * T::STAGE_BYTES;
       const uint32_t at = shared_address(stage);
-      load_codes<T, T::BM>(at + T::X_AT, a.x, row0, a.m, tile * T::BK, a.k);
+      load_codes<T, T::BM>(at, a.x, row0, a.m, tile * T::BK, a.k);
       load_codes<T, T::BN>(at + T::W_AT, a.w, col0, a.n, tile * T::BK, a.k);
       load_scales<T, T::BM>(reinterpret_cast<uint32_t*>(stage + T::XS_AT), a.x, row0, a.m, tile * T::BK, a.k);
       load_scales<T, T::BN>(reinterpret_cast<uint32_t*>(stage + T::WS_AT), a.w, col0, a.n, tile * T::BK, a.k);
@@ -201,7 +199,7 @@ __global__ __launch_bounds__(T::THREADS, T::BLOCKS) void linear_kernel(const __g
 #pragma unroll
       for (int i = 0; i < T::WM / 16; i++) {
         const int row = warp_m * T::WM + i * 16 + ldmatrix_a_row(lane), chunk = 2 * step + ldmatrix_a_chunk(lane);
-        load_matrices(x[i], at + T::X_AT + row * T::ROW_BYTES + shared_chunk<T::ROW_BYTES>(row, chunk) * 16);
+        load_matrices(x[i], at + row * T::ROW_BYTES + shared_chunk<T::ROW_BYTES>(row, chunk) * 16);
         const int scale_row = warp_m * T::WM + i * 16 + fragment_scale_a_row(lane);
         xs[i] = x_scales[word * shared_scale_rows(T::BM) + shared_scale_row(scale_row)];
       }

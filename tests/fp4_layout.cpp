@@ -49,6 +49,7 @@ void ldmatrix_b(int* out) {
 
 int choose_sm120(int64_t m, int64_t n, int sms) { return int(sm120::choose(m, n, sms)); }
 int choose_sm100(int64_t m, int64_t n, int sms) { return int(sm100::choose(m, n, sms)); }
+int shared_memory(int tile, int group) { return sm120::shared_bytes(sm120::SHAPES[tile], group); }
 void shapes(int* out) {
   for (const auto& s : sm120::SHAPES)
     for (int v : {s.bm, s.bn, s.bk, s.warps_m, s.warps_n, s.warps_k, s.stages, s.blocks}) *out++ = v;
