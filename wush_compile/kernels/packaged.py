@@ -65,20 +65,26 @@ def _launch(
 
 
 def _in_band(rows, first: int, last: int | None):
-    """1 where first <= rows <= last, else 0; a number where the shapes tell, else an expression."""
+    """1 where first <= rows <= last, else 0; a number where `rows` is one, else an expression.
+
+    Of a dimension that can vary, only an upper bound is believed: tracing takes every dimension for at least 2, and yet
+    the program must be right for 0 and 1. No rows at all is left to the tiles, of which there are none then.
+    """
+    if isinstance(rows, int):
+        return 1
     inside = 1
-    if not statically_known_true(rows >= first):
-        inside = inside * torch.sym_max(0, torch.sym_min(1, rows - (first - 1)))
+    if first > 1:
+        inside = torch.sym_min(inside, rows - (first - 1))
     if last is not None and not statically_known_true(rows <= last):
-        inside = inside * torch.sym_max(0, torch.sym_min(1, last + 1 - rows))
-    return inside
+        inside = torch.sym_min(inside, last + 1 - rows)
+    return torch.sym_max(0, inside)
 
 
 def _bands(rows, kernel_for) -> list[tuple]:
     """(first, last, kernel) of the bands that `rows` can be in, neighbours of one kernel joined."""
     bands: list[tuple] = []
     for first, last in BANDS:
-        if statically_known_true(rows < first) or last is not None and statically_known_true(rows > last):
+        if isinstance(rows, int) and not first <= rows <= (last or rows) or statically_known_true(rows < first):
             continue
         kernel = kernel_for(last or MANY)
         if bands and bands[-1][2] == kernel:
@@ -161,7 +167,7 @@ def fp4_linear(
         here = _in_band(m, first, last)
         if isinstance(kernel, Gemv):
             bk = min(kernel.bk, max(triton.next_power_of_2(k), 128))
-            out = _launch(gemv_kernel, ("out",), (here * _tiles(n, kernel.bn),), kernel.warps,
+            out = _launch(gemv_kernel, ("out",), (here * _tiles(n, kernel.bn), m), kernel.warps,
                           **common | {"w": w.view(torch.int32)}, x=x.view(torch.int32), xs=xs, gx=global_scale, ws=ws,
                           out=out, M=1, MX=mx, SCALED_X=global_scale is not None,
                           BN=kernel.bn, BK=bk)["out"]
