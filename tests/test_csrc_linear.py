@@ -59,6 +59,27 @@ def test_scale_tiles_are_those_of_the_reference(layout, rows, groups):
     assert torch.equal(placed, swizzled.flatten())
 
 
+def test_cutlass_looks_for_scales_there(tmp_path):
+    """The layout that CUTLASS's sm_100 kernels are given, computed by its own headers, is that of the tiles."""
+    compiler, cutlass = shutil.which("c++") or shutil.which("g++"), importlib.util.find_spec("cutlass_library")
+    if _no_nvcc() or compiler is None or cutlass is None:
+        pytest.skip(_no_nvcc() or "needs a C++ compiler and the package nvidia-cutlass")
+    dryrun = subprocess.run([build.find_nvcc()[0], "--dryrun", build.HERE / "library.cu"], capture_output=True, text=True).stderr
+    cuda_headers = re.findall(r'"(?:-I)?(/[^"]+)"', " ".join(re.findall(r"INCLUDES=(.*)", dryrun)))
+    headers = [next(iter(cutlass.submodule_search_locations)) + "/source/include", *cuda_headers]
+    source, library = Path(__file__).with_name("cutlass_scales.cpp"), tmp_path / "scales.so"
+    subprocess.run([compiler, "-std=c++17", "-w", "-shared", "-fPIC", *(f"-I{h}" for h in headers), source, "-o", library],
+                   check=True)
+    for group in (16, 32):
+        for rows, k in ((1, group), (130, 160), (257, 2080)):
+            got = np.full((rows, k // group), -1, np.int64)
+            ctypes.CDLL(str(library)).offsets(group, rows, k, got.ctypes.data_as(ctypes.c_void_p))
+            index = torch.arange(rows * (k // group)).view(rows, -1) + 1
+            digits = [layouts.swizzle_scales((index >> shift & 255).to(torch.uint8)).flatten() for shift in (0, 8, 16)]
+            placed = digits[0].long() + (digits[1].long() << 8) + (digits[2].long() << 16)
+            assert torch.equal(placed[torch.from_numpy(got).flatten()], index.flatten())
+
+
 @pytest.mark.parametrize("row_bytes", [64, 128, 256])
 def test_chunks_are_permuted_and_meet_all_banks(layout, row_bytes):
     """Within a row a permutation; the eight rows of one matrix of ldmatrix lie in eight different groups of four banks."""
