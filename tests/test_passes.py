@@ -3,12 +3,14 @@
 import pytest
 import torch
 from expecttest import TestCase as ExpectTest
+from helpers import quantize
 from models import quantized, tokens
 from pass_harness import PassBackend, run
 from torch import nn
 
 from wush_compile import formats, kernels, passes
 from wush_compile.fused_ops import GAINS
+from wush_compile.modules import named_groups
 from wush_compile.passes.pattern import op_name, value
 from wush_compile.trace import count_ops
 
@@ -402,6 +404,18 @@ def test_what_no_packaged_kernel_takes_says_why(hopper):
     linear = (*wide, None, *wide, None, None, None, "mxfp4", torch.bfloat16)
     assert packaged.refuses("fp4_linear", (9, 0), *linear) is None
     assert "(8, 0)" in packaged.refuses("fp4_linear", (8, 0), *linear)
+
+
+# -- rewrite ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+def test_a_linear_whose_input_is_another_linear_is_rewritten(solver):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 32, bias=False)), x_like(40, 64, dtype=torch.float32)
+    expected = model(x)
+    quantized_model = quantize(model, x, format="mxfp4", transform="hadamard", solver=solver)
+    assert {name for name, _ in named_groups(quantized_model)} == {"0.group", "1.group"}
+    assert (quantized_model(x) - expected).norm() < 0.4 * expected.norm()
 
 
 # -- all of them -----------------------------------------------------------------------------------------------------

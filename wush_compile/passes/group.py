@@ -67,7 +67,7 @@ def _check_ignore(model: nn.Module, config: WushConfig) -> None:
             one_of("module in ignore", pattern, names)
 
 
-def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
+def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
     """(input, weight, bias, transposed) of a linear node, else None."""
     if node.op != "call_function":
         return None
@@ -107,10 +107,10 @@ def find_groups(
     by_source: dict[object, list[Linear]] = {}
     done: set[int] = set()
     for node in graph_module.graph.nodes:
-        operands = _operands(node)
-        if operands is None or operands[1].op != "get_attr" or operands[1].target not in parameters:
+        found = operands(node)
+        if found is None or found[1].op != "get_attr" or found[1].target not in parameters:
             continue
-        source, weight, bias, transposed = operands
+        source, weight, bias, transposed = found
         parameter = parameters[weight.target]
         aliases = names_of[id(parameter)]
         caller = _called_from(node)
@@ -158,7 +158,7 @@ def find_groups(
 
     groups = []
     for linears in by_source.values():
-        source, weight, _, transposed = _operands(linears[0].node)
+        source, weight, _, transposed = operands(linears[0].node)
         shape = parameters[weight.target].shape
         groups.append(LinearGroup(source, tuple(linears), shape[0 if transposed else 1]))
     return groups, skipped

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from ..modules import WushGroup
-from .group import LinearGroup
+from .group import LinearGroup, operands
 
 aten, wush = torch.ops.aten, torch.ops.wush
 
@@ -19,7 +19,7 @@ def rewrite(graph_module: fx.GraphModule, group: LinearGroup, solved: WushGroup,
     graph = graph_module.graph
     by_name = {n.name: n for n in graph.nodes}
     nodes = [by_name[m.node.name] for m in group.linears]
-    source = by_name[group.source.name]
+    source = operands(nodes[0])[0]                         # may be a quantized linear by now, under another name
     graph_module.add_module(label, solved)
 
     def call(target, *args: object) -> fx.Node:
