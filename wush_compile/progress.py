@@ -52,8 +52,8 @@ class Progress:
         """One step of the bar."""
         self._tokens += tokens
         if self._bar is not None:
+            self._describe(refresh=False)
             self._bar.update()
-            self._describe()
 
     def at(self, stage: str, group: str | None = None, loss: float | None = None) -> None:
         """Where the run is; `loss` is the last group's relative loss."""
@@ -61,7 +61,7 @@ class Progress:
         if loss is not None and not math.isnan(loss):
             parts.append(f"loss {loss:.2e}")
         self._at = ", ".join(parts)
-        self._describe()
+        self._describe(refresh=True)
 
     def tokens_per_second(self) -> float:
         """Tokens through a stage, forwards and solves included."""
@@ -82,11 +82,11 @@ class Progress:
             self._log.close()
             self._log = None
 
-    def _describe(self) -> None:
+    def _describe(self, refresh: bool) -> None:
         if self._bar is None or self._bar.disable:
             return
         speed = f", {self.tokens_per_second():.0f} tokens/s" if self._tokens else ""
-        self._bar.set_postfix_str(f"{self._at}{speed}, {memory(self._device) / 2**30:.1f} GiB", refresh=False)
+        self._bar.set_postfix_str(f"{self._at}{speed}, {memory(self._device) / 2**30:.1f} GiB", refresh=refresh)
 
 
 def group_table(reports: Mapping[str, Mapping], width: int = 120) -> str:
@@ -99,7 +99,7 @@ def group_table(reports: Mapping[str, Mapping], width: int = 120) -> str:
         table.add_row(
             name, f"{report['rows']} x {report['width']}", str(report.get("tokens", "")),
             *(f"{report[key]:.3e}" if key in report else "" for key in ("loss", "relative_loss")),
-            f"{tries} times more" if tries else "",
+            f"{tries} times" if tries > 1 else "",
         )
     console = Console(file=io.StringIO(), width=width, no_color=True)
     console.print(table)

@@ -1,0 +1,120 @@
+"""What a run shows and logs, the table at its end, and the clock of its phases; warnings that name a layer."""
+
+import json
+import logging
+import time
+
+import pytest
+import torch
+from test_journal import DATA, IDS, Words, net
+
+import wush_compile as wc
+from wush_compile import calibrate
+from wush_compile.phases import phase, timing
+from wush_compile.progress import Progress, group_table
+
+
+def events(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_bar_says_where_the_run_is(capsys):
+    wc.quantize(net(), DATA)
+    shown = capsys.readouterr().err
+    for part in ("layers.2, out, loss ", "solving a", "tokens/s", "GiB", "30/30"):
+        assert part in shown, part
+    assert shown.count("quantizing:") == shown.count("\r")                             # one bar
+
+
+def test_quiet_is_quiet(capsys):
+    wc.quantize(net(), DATA, progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_log_is_of_json_lines(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    progress = Progress(False, path)
+    model = wc.quantize(net(Words), IDS, progress=progress, out=tmp_path / "out", batch_size=2)
+    progress.close()
+    log = events(path)
+    assert [e["event"] for e in log] == ["run", "stage", *["group", "group", "stage"] * 3, "group", "stage", "finished"]
+    assert all(a["time"] <= b["time"] for a, b in zip(log, log[1:], strict=False))
+    assert log[0]["config"] == wc.WushConfig().to_dict() and log[0]["groups"] == 7
+    report = model.wush_quantization.report
+    for event in log:
+        if event["event"] == "group":
+            assert report[event["group"]].items() <= event.items() and event["stage"]
+    assert {"capture", "forwards", "journal"} <= log[-1]["seconds"].keys()
+
+    progress = Progress(False, path)
+    wc.quantize(net(Words), IDS, progress=progress, out=tmp_path / "out")
+    assert [e["event"] for e in events(path)[len(log):]] == ["run", "resumed", "finished"]
+    monkeypatch.setattr(calibrate, "solve", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        wc.quantize(net(), DATA, progress=progress)
+    assert events(path)[-1]["error"] == "ZeroDivisionError: division by zero"
+
+
+def test_a_smaller_micro_batch_is_logged(tmp_path, monkeypatch):
+    real, calls = calibrate.functional_call, []
+
+    def short(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("simulated")
+        return real(*args)
+
+    monkeypatch.setattr(calibrate, "functional_call", short)
+    progress = Progress(False, tmp_path / "log.jsonl")
+    wc.quantize(net(Words), IDS, progress=progress)
+    [event] = [e for e in events(tmp_path / "log.jsonl") if e["event"] == "batch_size"]
+    assert event["batch_size"] == 2 and event["reason"] == "out of memory"
+
+
+def test_the_table_begins_with_the_worst():
+    table = group_table({
+        "good": {"rows": 8, "width": 4, "tokens": 9, "loss": 1.0, "relative_loss": 0.01, "damping_tries": 1},
+        "bad": {"rows": 8, "width": 4, "tokens": 9, "loss": 0.5, "relative_loss": 0.2, "damping_tries": 3},
+        "free": {"rows": 8, "width": 4, "tokens": 0},
+    })
+    lines = [line.split() for line in table.splitlines()]
+    assert [line[0] for line in lines if line and line[0] in ("good", "bad", "free")] == ["bad", "good", "free"]
+    bad = next(line for line in lines if line and line[0] == "bad")
+    assert bad == ["bad", "8", "x", "4", "9", "5.000e-01", "2.000e-01", "3", "times"]
+
+
+def test_phases_nest_and_charge_the_innermost():
+    with timing() as seconds:
+        with phase("outer"):
+            time.sleep(0.02)
+            with phase("inner"):
+                time.sleep(0.05)
+        with phase("inner"):
+            time.sleep(0.01)
+    with phase("nobody asks"):
+        pass
+    assert seconds.keys() == {"outer", "inner"}
+    assert 0.02 <= seconds["outer"] < 0.05 and seconds["inner"] >= 0.06
+
+
+# -- faults ----------------------------------------------------------------------------------------------------------
+
+def test_a_rank_deficient_moment_is_damped_and_reported(caplog):
+    """Eight rows for 64 channels, and no damping asked for: some is added until the factor exists."""
+    with caplog.at_level(logging.WARNING, "wush_compile"):
+        model = wc.quantize(net(), [DATA[0][:8]], progress=False, damping=0.0)
+    report = model.wush_quantization.report
+    assert report["layers.0.a"]["damping_tries"] > 1
+    assert "layers.0.a: its second moment was not positive definite; damping was added" in caplog.text
+    assert "8 calibration tokens are fewer" in caplog.text
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_damaged_batch_is_named_before_anything_is_solved(bad, monkeypatch):
+    solved = []
+    monkeypatch.setattr(calibrate, "solve", lambda *a, **k: solved.append(1))
+    data = [batch.clone() for batch in DATA]
+    data[2][3, 4] = bad
+    with pytest.raises(wc.WushError, match=r"layers\.0\.a: .* in batch 2, or overflow"):
+        wc.quantize(net(), data, progress=False)
+    assert not solved
