@@ -27,6 +27,7 @@ struct KernelArguments {
   int column_tiles;                     // CTAs side by side
   int row_tiles;                        // tiles of 16 rows that a warp walks
   int64_t scale_rows, scale_blocks;     // rows and blocks whose scales are written, padding included
+  uint32_t identity;                    // 0x3210, where the compiler does not know it
   int mx_carry, mx_below;               // e8m0 byte = ((bits(amax) + carry) >> 23) - below
 };
 
@@ -92,19 +93,16 @@ template <bool NV> __device__ __forceinline__ float group_amax(const float (&v)[
 
 // -- mse -------------------------------------------------------------------------------------------------------------
 
-// N values a lane -> N/2: adds those of the lane `mask` away, either lane keeping one half.
-template <int N> __device__ __forceinline__ void exchange(const float* s, float* half, int mask, bool upper) {
-#pragma unroll
-  for (int i = 0; i < N / 2; i++) {
-    const float other = __shfl_xor_sync(~0u, upper ? s[i] : s[i + N / 2], mask);
-    half[i] = (upper ? s[i + N / 2] : s[i]) + other;
-  }
+// Sum over a group of which this lane has 8 values, neighbours first: the order of formats._tree_sum.
+template <bool NV> __device__ __forceinline__ float tree_sum(const float (&s)[8]) {
+  float sum = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  return NV ? sum : sum + __shfl_xor_sync(~0u, sum, 2);
 }
 
-// Sum of a group's squared errors in the order of formats._tree_sum: element i with i + n/2 at every step.
-template <bool NV>
-__device__ __forceinline__ float squared_error(const float (&y)[8], float inverse, float unit, int t) {
-  float s[8], a4[4], a2[2], a1[1];
+// formats._squared_error.
+__device__ __forceinline__ float squared_error_nv(const float (&y)[8], float inverse, float unit) {
+  float s[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     const float a = fabsf(y[i] * inverse), capped = fminf(a, 8.0f);
@@ -113,19 +111,19 @@ __device__ __forceinline__ float squared_error(const float (&y)[8], float invers
     const float d = (a - fminf((capped + c) - c, 6.0f)) * unit;
     s[i] = d * d;
   }
-  const bool odd = t & 1, upper = t & 2;
-  if constexpr (NV) {                    // 16 values in 2 lanes
-    exchange<8>(s, a4, 1, odd);          // i + 8
-    exchange<4>(a4, a2, 1, odd);         // i + 4
-    exchange<2>(a2, a1, 1, odd);         // i + 2
-    return a1[0] + __shfl_xor_sync(~0u, a1[0], 1);
-  } else {                               // 32 values in 4 lanes
-    exchange<8>(s, a4, 2, upper);        // i + 16: the upper lanes keep values 4..7
-    exchange<4>(a4, a2, 1, odd);         // i + 8: the odd lanes keep the upper two
-    exchange<2>(a2, a1, 2, upper);       // i + 4
-    const float pair = a1[0] + __shfl_xor_sync(~0u, a1[0], 1);      // i + 2
-    return pair + __shfl_xor_sync(~0u, pair, 2);                    // i + 1
+  return tree_sum<true>(s);
+}
+
+// formats._halved_scale_gain.
+__device__ __forceinline__ float halved_scale_gain(const float (&y)[8], float inverse) {
+  float s[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const float v = fabsf(y[i]) * inverse, small = __saturatef(v);
+    const float distance = fabsf(small - ((small + 4194304.0f) - 4194304.0f));       // to the nearest multiple of 1/2
+    s[i] = __fmaf_rn(__saturatef(v - 3.5f), -4.0f, __saturatef(distance - 0.125f));
   }
+  return tree_sum<false>(s);
 }
 
 // -- scales ----------------------------------------------------------------------------------------------------------
@@ -140,7 +138,7 @@ __device__ __forceinline__ uint32_t nv_byte(float amax, float g_over_largest) {
 // inverses[b] = g / e4m3(b).
 template <bool NV, bool MSE>
 __device__ __forceinline__ uint32_t choose_scale(const float (&y)[8], float amax, float g, float g_over_6, float g_over_4,
-                                                 const float* inverses, const KernelArguments& args, int t,
+                                                 const float* inverses, const KernelArguments& args,
                                                  float& inverse) {
   uint32_t byte;
   if constexpr (NV) {
@@ -148,16 +146,14 @@ __device__ __forceinline__ uint32_t choose_scale(const float (&y)[8], float amax
     if constexpr (MSE) {
       const uint32_t narrow = nv_byte(amax, g_over_4);
       const float s0 = e4m3_decode(byte), s1 = e4m3_decode(narrow);
-      const float e1 = squared_error<NV>(y, inverses[narrow], s1, t), e0 = squared_error<NV>(y, inverses[byte], s0, t);
+      const float e1 = squared_error_nv(y, inverses[narrow], s1), e0 = squared_error_nv(y, inverses[byte], s0);
       byte = e1 < e0 ? narrow : byte;
     }
     inverse = inverses[byte];
   } else {
     int b = max((int)((__float_as_uint(amax) + args.mx_carry) >> 23) - args.mx_below, 1);     // at most 254
     if constexpr (MSE) {
-      const int lower = max(b - 1, 1);
-      const float e1 = squared_error<NV>(y, mx_inverse(lower), exp2_exact(lower - b), t);
-      b = e1 < squared_error<NV>(y, mx_inverse(b), 1.0f, t) ? lower : b;
+      b = halved_scale_gain(y, mx_inverse(b)) > 0.0f ? max(b - 1, 1) : b;
     }
     byte = b;
     inverse = mx_inverse(b) * g;
@@ -252,13 +248,14 @@ template <class T, Prologue P> struct Reader {
   const bool (&inside)[BLOCKS];
   const uint4 (&gain)[BLOCKS];
   const char* place[SOURCES][2];                     // of rows g and g + 8
-  int64_t row;
+  const float* inverse_rms;
+  int left;                                          // rows from g on, capped: a walk is short
   uint4 words[SOURCES][BLOCKS][2] = {};              // columns outside stay 0, rows outside keep what is there
   float rms[2] = {0.0f, 0.0f};
 
   __device__ __forceinline__ Reader(const QuantizeArguments& q, const bool (&inside)[BLOCKS], const uint4 (&gain)[BLOCKS],
-                                    int64_t row, int column)
-      : q(q), inside(inside), gain(gain), row(row) {
+                                    int64_t row, int left, int column)
+      : q(q), inside(inside), gain(gain), inverse_rms(q.inverse_rms + row), left(left) {
 #pragma unroll
     for (int s = 0; s < SOURCES; s++) {
 #pragma unroll
@@ -274,7 +271,7 @@ template <class T, Prologue P> struct Reader {
     for (int h = 0; h < 2; h++) {
 #pragma unroll
       for (int s = 0; s < SOURCES; s++)
-        if (row + 8 * h < q.rows && inside[i]) words[s][i][h] = __ldcs(reinterpret_cast<const uint4*>(place[s][h]) + 4 * i);
+        if (8 * h < left && inside[i]) words[s][i][h] = __ldcs(reinterpret_cast<const uint4*>(place[s][h]) + 4 * i);
     }
   }
 
@@ -282,11 +279,12 @@ template <class T, Prologue P> struct Reader {
   __device__ __forceinline__ void advance() {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      if (P == Prologue::rms_norm && row + 8 * h < q.rows) rms[h] = q.inverse_rms[row + 8 * h];
+      if (P == Prologue::rms_norm && 8 * h < left) rms[h] = inverse_rms[8 * h];
 #pragma unroll
       for (int s = 0; s < SOURCES; s++) place[s][h] += 2 * TILE * (s == 0 ? q.stride : q.up_stride);
     }
-    row += TILE;
+    inverse_rms += TILE;
+    left -= TILE;
   }
 
   // The lane's 8 channels of block i of either row, as the quantizer takes them.
@@ -309,24 +307,32 @@ __device__ __forceinline__ bool walk(const KernelArguments& args, const uint4 (&
   bool inside[BLOCKS];
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) inside[i] = column + i * BLOCK < q.width;
-  uint8_t* codes = q.codes + start * (q.width / 2) + column / 2;
+  uint8_t* codes[2] = {q.codes + start * (q.width / 2) + column / 2, q.codes + (start + 8) * (q.width / 2) + column / 2};
   uint8_t* scales = q.scales + (q.swizzled ? swizzled_offset(0, group, groups) : (start + 8 * t) * groups + group);
   const bool whole = q.swizzled || groups % COUNT == 0;      // the scales of a row leave as one word
   bool finite = true;
-  Reader<T, P> reader(q, inside, gain, start, column);
+  int left = min(q.rows - start, (int64_t)1 << 20), scale_left = min(args.scale_rows - start, (int64_t)1 << 20);
+  Reader<T, P> reader(q, inside, gain, start, left, column);
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) reader.load(i);
   reader.advance();
 
 #pragma unroll 1
   for (int tile = 0; tile < args.row_tiles; tile++) {
-    const int64_t row = start + tile * TILE;
     const bool more = tile + 1 < args.row_tiles;
     uint32_t bytes[2] = {0, 0};                            // MX: both scales of a row; NV: of each block the lane's one
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
       float y[2][8];
-      const uint4 words[2] = {reader.get(i, 0), reader.get(i, 1)};
+      uint4 words[2] = {reader.get(i, 0), reader.get(i, 1)};
+      if constexpr (TRANSFORM && P == Prologue::none) {
+        // A load leaves a row's words side by side, a product wants the two rows' in turn: one copy, by an instruction that
+        // the compiler cannot see through. Left to itself it makes one for each of the four products.
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+          words[h] = {__byte_perm(words[h].x, 0, args.identity), __byte_perm(words[h].y, 0, args.identity),
+                      __byte_perm(words[h].z, 0, args.identity), __byte_perm(words[h].w, 0, args.identity)};
+      }
       if constexpr (TRANSFORM && CLEAN) {
         // By masks: a choice between words would put them in local memory.
         const uint32_t left = t < 2 ? ~0u : 0u;
@@ -359,28 +365,29 @@ __device__ __forceinline__ bool walk(const KernelArguments& args, const uint4 (&
         const bool bad = !(amax <= 3.4028235e38f);
         finite &= !bad;
         float inverse, v[8];
-        uint32_t byte = choose_scale<NV, MSE>(y[h], bad ? 0.0f : amax, g, g_over_6, g_over_4, inverses, args, t, inverse);
+        uint32_t byte = choose_scale<NV, MSE>(y[h], bad ? 0.0f : amax, g, g_over_6, g_over_4, inverses, args, inverse);
 #pragma unroll
         for (int j = 0; j < 8; j++) v[j] = y[h][j] * inverse;
         uint32_t packed = e2m1_pack8(v);
         if (bad) byte = NV ? NV_NAN : MX_NAN, packed = 0;
-        const bool valid = row + 8 * h < q.rows && inside[i];
-        if (valid) *reinterpret_cast<uint32_t*>(codes + h * 4 * (int64_t)q.width + i * (BLOCK / 2)) = packed;
+        const bool valid = 8 * h < left && inside[i];
+        if (valid) *reinterpret_cast<uint32_t*>(codes[h] + i * (BLOCK / 2)) = packed;
         bytes[h] |= (valid ? byte : 0) << (NV ? 16 * i : 8 * i);         // padding is 0
       }
     }
     if (more) reader.advance();
-    codes += TILE / 2 * (int64_t)q.width;
+    codes[0] += TILE / 2 * (int64_t)q.width;
+    codes[1] += TILE / 2 * (int64_t)q.width;
 
     // Scales of a row leave together: lane 0 writes those of row g, lane 1 those of row g + 8.
     if constexpr (NV) {
       bytes[0] |= __shfl_xor_sync(~0u, bytes[0], 2) << 8;
       bytes[1] |= __shfl_xor_sync(~0u, bytes[1], 2) << 8;
     }
-    const int64_t r = row + 8 * t;
-    if (t < 2 && r < args.scale_rows && first < args.scale_blocks) {
+    if (t < 2 && 8 * t < scale_left && first < args.scale_blocks) {
       const uint32_t word = __byte_perm(bytes[0], bytes[1], t == 0 ? 0x3210 : 0x7654);
-      uint8_t* place = scales + (q.swizzled ? swizzled_offset(r, 0, groups) : (int64_t)tile * TILE * groups);
+      uint8_t* place = scales;
+      if (q.swizzled) place += swizzled_offset(start + tile * TILE + 8 * t, 0, groups);
       if (whole) {
         if constexpr (NV) *reinterpret_cast<uint32_t*>(place) = word;
         else *reinterpret_cast<uint16_t*>(place) = word;
@@ -390,6 +397,8 @@ __device__ __forceinline__ bool walk(const KernelArguments& args, const uint4 (&
           if (group + i < groups) place[i] = word >> (8 * i);
       }
     }
+    if (!q.swizzled) scales += TILE * (int64_t)groups;
+    left -= TILE, scale_left -= TILE;
   }
   return finite;
 }
@@ -453,6 +462,7 @@ template <class T, bool NV> const char* launch(const KernelArguments& args, int6
 template <bool NV> const char* quantize(const QuantizeArguments& q) {
   constexpr int GROUPS_OF_BLOCK = NV ? 2 : 1;
   KernelArguments args{q};
+  args.identity = 0x3210;
   const int64_t blocks = (q.width + BLOCK - 1) / BLOCK, groups = q.width / (BLOCK / GROUPS_OF_BLOCK);
   args.scale_rows = q.swizzled ? (q.rows + 127) / 128 * 128 : q.rows;
   args.scale_blocks = q.swizzled ? (groups + 3) / 4 * 4 / GROUPS_OF_BLOCK : blocks;

@@ -69,7 +69,7 @@ def test_a_product_that_fails_or_is_wrong_is_refused(monkeypatch):
     """Found out once, by a small product."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(scaled_mm, "_found", {})
-    monkeypatch.setattr(torch, "device", lambda *args: "cpu")
+    monkeypatch.setattr(scaled_mm, "_place", lambda device: torch.device("cpu"))
 
     def broken(*args, **kwargs):
         raise NotImplementedError("not compiled in\nmore")

@@ -5,14 +5,16 @@ product, compared with the exact one, and refused from then on if it fails or is
 the scales, which cuBLASLt reads swizzled (`layouts`); a weight's are swizzled once and remembered with their memory.
 """
 
+import functools
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import formats
-from . import Implementation
+from . import Implementation, cuda
 from .layouts import swizzle_scales
 
 logger = logging.getLogger("wush_compile")
@@ -33,13 +35,26 @@ def unavailable(capability: tuple[int, int]) -> str | None:
     return None
 
 
+@functools.cache
+def _swizzler(device: torch.device) -> Callable[[Tensor], Tensor]:
+    """One kernel where csrc was built for the device, else a few of torch's."""
+    if device.type == "cuda" and cuda.unavailable(torch.cuda.get_device_capability(device)) is None:
+        return cuda.load(cuda.TARGETS[torch.cuda.get_device_capability(device)]).swizzle_scales
+    return swizzle_scales
+
+
+def _swizzled(scales: Tensor, format: str) -> Tensor:
+    """[M, K/G] -> what cuBLASLt reads, flat."""
+    return _swizzler(scales.device)(scales.contiguous()).view(SCALE_DTYPES[format]).flatten()
+
+
 def weight_scales(scales: Tensor, format: str) -> Tensor:
     """Swizzled scales of a weight [N, K/G], remembered with their memory until they are written again."""
     storage, place = scales.untyped_storage(), (scales.storage_offset(), scales.shape)
     version = -1 if scales.is_inference() else scales._version
     known = storage.__dict__.setdefault("_wush_swizzled", {})
     if known.get(place, (None, None))[0] != version:
-        known[place] = version, swizzle_scales(scales).view(SCALE_DTYPES[format]).flatten()
+        known[place] = version, _swizzled(scales, format)
     return known[place][1]
 
 
@@ -75,15 +90,19 @@ def problem(format: str, scaled: bool, device: int) -> str | None:
     return _found[key]
 
 
+def _place(device: int) -> torch.device:
+    return torch.device("cuda", device)
+
+
 def _try(format: str, scaled: bool, device: int) -> str | None:
     """A product that is small enough to check."""
-    place = torch.device("cuda", device)
+    place = _place(device)
     generator = torch.Generator().manual_seed(0)
     x, w = (formats.quantize(torch.randn(rows, 256, generator=generator), format, "absmax") for rows in (48, 64))
     g = torch.full((1,), 0.5, device=place) if scaled else None
     want = formats.dequantize(*x, format).double() @ formats.dequantize(*w, format).double().T * (2 if scaled else 1)
     try:
-        swizzled = [swizzle_scales(s.to(place)).view(SCALE_DTYPES[format]).flatten() for s in (x[1], w[1])]
+        swizzled = [_swizzled(s.to(place), format) for s in (x[1], w[1])]
         got = product(x[0].to(place), swizzled[0], g, w[0].to(place), swizzled[1], None, None, format, torch.bfloat16)
         error = ((got.double().cpu() - want).norm() / want.norm()).item()
     except Exception as failure:                           # not in this build of torch, not on this GPU
@@ -114,7 +133,7 @@ def fp4_linear(
 ) -> Tensor:
     """`wush::fp4_linear` (SPEC §6) by cuBLASLt."""
     rows = codes.reshape(-1, codes.shape[-1])
-    swizzled = swizzle_scales(scales.reshape(-1, scales.shape[-1])).view(SCALE_DTYPES[format]).flatten()
+    swizzled = _swizzled(scales.reshape(-1, scales.shape[-1]), format)
     y = product(rows.contiguous(), swizzled, global_scale, weight_codes.contiguous(), weight_scales(weight_scales_, format),
                 weight_global_scale, bias, format, out_dtype)
     y = y.view(*codes.shape[:-1], weight_codes.shape[0])
