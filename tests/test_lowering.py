@@ -35,7 +35,7 @@ def compile_kernel(kernel, pointers, constants, cc, warps, stages=3, fusion=True
     signature = {p.name: pointers.get(p.name, "constexpr") for p in kernel.params}
     values = {name: constants[name] for name in signature if name not in pointers}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name].startswith("*")
-               or name == "stride"}
+               or name == "pitch"}
     return triton.compile(ASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", cc, 32),
                           options=dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fusion))
 
@@ -76,10 +76,10 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
 
 
 def compile_quantize(format, cc, block, native, tile, rule="absmax"):
-    pointers = dict(x="*bf16", codes="*u8", scales="*u8", M="i32", stride="i32") | ({"t": "*bf16"} if block else {})
-    constants = dict(t=None, global_scale=None, K=4096, B=block, SHARED=False, FORMAT=format, RULE=rule, SCALED=False,
-                     PTX=True, NATIVE=native, WIDE=False, R=tile.rows, W=tile.columns, TILES=tile.tiles,
-                     STAGES=tile.stages,
+    pointers = dict(x="*bf16", codes="*u8", scales="*u8", M="i32", pitch="i32") | ({"t": "*bf16"} if block else {})
+    constants = dict(t=None, global_scale=None, K=4096, STRIDE=4096, B=block, SHARED=False, FORMAT=format, RULE=rule,
+                     SCALED=False, PTX=2 if cc >= 86 else 1, NATIVE=native, WIDE=False, R=tile.rows, W=tile.columns,
+                     TILES=tile.tiles, STAGES=tile.stages,
                      WORDS=triton_quantize.words(tile, True, False, block, 4096), PDL=cc >= 90)
     return compile_kernel(triton_quantize.transform_quantize_kernel, pointers, constants, cc, tile.warps, fusion=False)
 

@@ -150,15 +150,14 @@ def _halved_scale_gain(x: Tensor, inverse: Tensor) -> Tensor:
     Of a value's magnitude v = |x|·inverse the two grids differ below 1, where the halved scale's steps are 1/4 instead of
     1/2, and above 3, its largest value. With r the distance to the nearest multiple of 1/2, the squared error falls by
 
-        r² − (distance to the nearest multiple of 1/4)²    = max(r − 1/8, 0)/2         below 1
+        r² − (distance to the nearest multiple of 1/4)²    = max(r − 1/8, 0)/2         below 1, where r = ¼ − ||v − ½| − ¼|,
         (distance to 3, 4 or 6)² − (v − 3)²                = −2·max(v − 3.5, 0)        up to 5, by less above,
 
     so that no squares are needed. The sum is of twice these, with v counted as 4.5 at most: a loss of 4 is more than what
     31 other values can gain, 1/8 each, so the sign is the exact one.
     """
     v = x.abs() * inverse[..., None]
-    small = v.clamp(max=1)
-    gain = ((small - (small * 2).round() * 0.5).abs() - 0.125).clamp(min=0)
+    gain = (0.125 - ((v - 0.5).abs() - 0.25).abs()).clamp(min=0)
     return _tree_sum(gain - (v - 3.5).clamp(0, 1) * 4)
 
 

@@ -103,9 +103,8 @@ def squared_error(y, inverse, unit, R: tl.constexpr, N: tl.constexpr, G: tl.cons
 
 # The terms of `formats._halved_scale_gain`. Clamping to [0, 1] costs nothing: it is a modifier of additions and products.
 _GAIN_PTX = tl.constexpr(
-    "{ .reg .f32 a, s, r, g, p; abs.f32 a, $1; mul.rn.sat.f32 s, a, $2; add.rn.f32 r, s, 0f4A800000; "
-    "add.rn.f32 r, r, 0fCA800000; sub.rn.f32 r, s, r; abs.f32 r, r; add.rn.sat.f32 g, r, 0fBE000000; "
-    "fma.rn.sat.f32 p, a, $2, 0fC0600000; fma.rn.f32 $0, p, 0fC0800000, g; }"
+    "{ .reg .f32 a, u, g, p; abs.f32 a, $1; fma.rn.f32 u, a, $2, 0fBF000000; abs.f32 u, u; add.rn.f32 u, u, 0fBE800000; "
+    "abs.f32 u, u; sub.rn.sat.f32 g, 0f3E000000, u; fma.rn.sat.f32 p, a, $2, 0fC0600000; fma.rn.f32 $0, p, 0fC0800000, g; }"
 )
 
 
@@ -117,8 +116,7 @@ def halved_scale_gain(y, inverse, PTX: tl.constexpr, R: tl.constexpr, N: tl.cons
         terms = tl.inline_asm_elementwise(_GAIN_PTX, "=f,f,f", [y, factor], dtype=tl.float32, is_pure=True, pack=1)
     else:
         v = tl.abs(y * factor)
-        small = tl.minimum(v, 1.0)
-        gain = tl.maximum(tl.abs(small - ((small + 4194304.0) - 4194304.0)) - 0.125, 0.0)
+        gain = tl.maximum(0.125 - tl.abs(tl.abs(v - 0.5) - 0.25), 0.0)
         terms = gain - tl.minimum(tl.maximum(v - 3.5, 0.0), 1.0) * 4.0
     return tree_sum(terms, R, N, 32)
 
@@ -179,11 +177,11 @@ def group_amax(y, R: tl.constexpr, W: tl.constexpr, G: tl.constexpr, PTX: tl.con
 
 
 @triton.constexpr_function
-def _pack_ptx(values, byte, ptx, native, clip):
+def _pack_ptx(values, byte, ptx, native, most):
     """PTX that leaves the codes of 8 floats, the registers `values`, in register `word`, the first in its low nibble.
 
     byte: the register with the e8m0 byte of their group, if they are not yet multiplied by its inverse, or "".
-    ptx: 2 for sm_86 and later, 1 before. clip: whether any may exceed 6.
+    ptx: 2 for sm_86 and later, 1 before. most: what no magnitude exceeds, 6 or 10, or 0 if any may occur.
 
     Without Blackwell's instruction a magnitude a is rounded by adding c = p * 2^22, p the power of two of max(a, 1), as
     `_step_sum`; c has 214 of p's half steps more, which makes the low byte of sum + (sum >> 22) the code. Of two sums, one
@@ -205,15 +203,17 @@ def _pack_ptx(values, byte, ptx, native, clip):
     for j in range(4):
         for target, value in (("l", values[2 * j]), ("h", values[2 * j + 1])):
             if ptx > 1:                                       # the larger magnitude with the first one's sign, at once
-                lines.append((f"min.xorsign.abs.f32 a, {value}, six; " if clip else f"mov.f32 a, {value}; ")
+                lines.append((f"min.xorsign.abs.f32 a, {value}, six; " if most == 0 else f"mov.f32 a, {value}; ")
                              + "max.xorsign.abs.f32 p, a, one; "
                              f"mov.b32 i, p; and.b32 i, i, 0xFF800000; mov.b32 p, i;")
             else:
-                lines.append(f"abs.f32 a, {value}; " + ("min.f32 a, a, six; " if clip else "") + "max.f32 p, a, one; "
+                lines.append(f"abs.f32 a, {value}; " + ("min.f32 a, a, six; " if most == 0 else "") + "max.f32 p, a, one; "
                              f"mov.b32 i, p; and.b32 i, i, 0x7F800000; mov.b32 p, i;")
             lines.append(f"fma.rn.f32 a, p, c, a; mov.b32 {target}, a;")
         lines.append(f"mad.lo.u32 s{j}, h, 16, l; shr.u32 h, s{j}, 22; add.u32 s{j}, s{j}, h;")
     lines.append("prmt.b32 s0, s0, s1, 0x40; prmt.b32 s2, s2, s3, 0x40; prmt.b32 s0, s0, s2, 0x5410;")
+    if most == 10:                                            # above 7 the code is 8 so far, and must be 7
+        lines.append("and.b32 l, s0, 0x88888888; shr.u32 l, l, 3; sub.u32 s0, s0, l;")
     lines += [f"mov.b32 t{i}, {v};" for i, v in enumerate(values)]
     for i in (0, 1):                                          # the signs of the even values, and of the odd ones
         lines.append(f"prmt.b32 t{i}, t{i}, t{i + 2}, 0x73; prmt.b32 t{i + 4}, t{i + 4}, t{i + 6}, 0x73; "
@@ -225,26 +225,26 @@ def _pack_ptx(values, byte, ptx, native, clip):
 @triton.constexpr_function
 def _bytes_ptx(ptx, native):
     """For `pack_codes`: operands 1..4 are the low nibbles of four bytes, 5..8 the high ones."""
-    return ("{ .reg .b32 word; " + _pack_ptx([f"${i // 2 + 4 * (i % 2) + 1}" for i in range(8)], "", ptx, native, True)
+    return ("{ .reg .b32 word; " + _pack_ptx([f"${i // 2 + 4 * (i % 2) + 1}" for i in range(8)], "", ptx, native, 0)
             + " mov.b32 $0, word; }")
 
 
 @triton.constexpr_function
-def _store_ptx(words, by_group, ptx, native, clip):
-    """For `store_codes`: outputs, then 8 values of each word, value by value; bytes, pointers, and masks of the words."""
-    byte, pointer = 9 * words, (9 + by_group) * words
-    text = f"{{ .reg .b32 word; .reg .b32 w<{words}>; .reg .pred q; "
+def _store_ptx(words, by_group, masked, ptx, native, most):
+    """For `store_codes`: an output without meaning, 8 values for each word, the byte, the pointer, the mask."""
+    after = 8 * words + 1
+    byte, pointer, mask = (f"${after}" if by_group else ""), f"${after + by_group}", f"${after + by_group + 1}"
+    text = f"{{ .reg .b32 word; .reg .b32 w<{words}>; .reg .pred q; mov.b32 $0, 0; "
     for j in range(words):
-        values = [f"${words * (i + 1) + j}" for i in range(8)]
-        text += _pack_ptx(values, f"${byte + j}" if by_group else "", ptx, native, clip) + f" mov.b32 w{j}, word; mov.b32 ${j}, 0; "
-    vector = {1: "b32 [$P], w0", 2: "v2.b32 [$P], {w0, w1}", 4: "v4.b32 [$P], {w0, w1, w2, w3}"}[words]
-    return (text + f"setp.ne.b32 q, ${pointer + words}, 0; @q st.global." + vector.replace("$P", f"${pointer}") + "; }")
+        text += _pack_ptx([f"${8 * j + i + 1}" for i in range(8)], byte, ptx, native, most) + f" mov.b32 w{j}, word; "
+    text += f"setp.ne.b32 q, {mask}, 0; @q " if masked else ""
+    return text + {1: f"st.global.b32 [{pointer}], w0; }}", 2: f"st.global.v2.b32 [{pointer}], {{w0, w1}}; }}",
+                   4: f"st.global.v4.b32 [{pointer}], {{w0, w1, w2, w3}}; }}"}[words]
 
 
 @triton.constexpr_function
-def _store_constraints(words, by_group):
-    operands = ["=r"] * words + ["f"] * (8 * words) + ["r"] * (words * by_group) + ["l"] * words + ["r"] * words
-    return ",".join(operands)
+def _store_constraints(words, by_group, masked):
+    return ",".join(["=r"] + ["f"] * (8 * words) + ["r"] * by_group + ["l"] + ["r"] * masked)
 
 
 @triton.jit
@@ -260,52 +260,71 @@ def pack_codes(v, PTX: tl.constexpr, NATIVE: tl.constexpr, R: tl.constexpr, W: t
 
 
 @triton.jit
-def _eighths(y, R: tl.constexpr, W: tl.constexpr):
-    """[R, W] -> eight [R, W/8]: of eight neighbours the first, the second, ..."""
-    even, odd = tl.split(tl.reshape(y, (R, W // 8, 2, 2, 2)))
-    y04_26 = tl.split(even)
-    y15_37 = tl.split(odd)
-    y0, y4 = tl.split(y04_26[0])
-    y2, y6 = tl.split(y04_26[1])
-    y1, y5 = tl.split(y15_37[0])
-    y3, y7 = tl.split(y15_37[1])
+def _eighths(y, R: tl.constexpr, N: tl.constexpr):
+    """[R, N, 8] -> eight [R, N]."""
+    even, odd = tl.split(tl.reshape(y, (R, N, 2, 2, 2)))
+    y04, y26 = tl.split(even)
+    y15, y37 = tl.split(odd)
+    y0, y4 = tl.split(y04)
+    y2, y6 = tl.split(y26)
+    y1, y5 = tl.split(y15)
+    y3, y7 = tl.split(y37)
     return y0, y1, y2, y3, y4, y5, y6, y7
 
 
 @triton.jit
+def _neighbours(y, WORDS: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    """[R, 8*WORDS*N] -> 8*WORDS tensors [R, N]: of so many neighbours the first, the second, ..."""
+    if WORDS == 1:
+        parts = _eighths(tl.reshape(y, (R, N, 8)), R, N)
+    elif WORDS == 2:
+        a, b = tl.split(tl.permute(tl.reshape(y, (R, N, 2, 8)), (0, 1, 3, 2)))
+        parts = _eighths(a, R, N) + _eighths(b, R, N)
+    else:
+        ab, cd = tl.split(tl.permute(tl.reshape(y, (R, N, 2, 2, 8)), (0, 1, 3, 4, 2)))          # [R, N, 2, 8] each
+        a, b = tl.split(tl.permute(ab, (0, 1, 3, 2)))
+        c, d = tl.split(tl.permute(cd, (0, 1, 3, 2)))
+        parts = _eighths(a, R, N) + _eighths(b, R, N) + _eighths(c, R, N) + _eighths(d, R, N)
+    return parts
+
+
+@triton.jit
 def store_codes(
-    pointer, inside, y, byte, BY_GROUP: tl.constexpr, CLIP: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr,
+    pointer, inside, y, byte, BY_GROUP: tl.constexpr, MOST: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr,
     WORDS: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):
-    """Codes of y fp32 [R, W] to `pointer` [R, W/8], each to 4 bytes, where `inside` [R, W/8], by assembly; a store of
-    Triton's would first move them between threads. Every thread must hold 8*WORDS consecutive columns.
+    """Codes of y fp32 [R, W] to `pointer` [R, W/(8*WORDS)], 4*WORDS bytes each, where `inside` (None: everywhere), by
+    assembly: a store of Triton's would first move them between threads.
 
-    BY_GROUP: of y * 2^(127 - byte), for |y| with bits below MX_LIMIT; byte [R, W/32]."""
-    v0, v1, v2, v3, v4, v5, v6, v7 = _eighths(y, R, W)
-    address = pointer.to(tl.int64, bitcast=True)
-    mask = inside.to(tl.int32)
+    BY_GROUP: of y * 2^(127 - byte), for |y| with bits below MX_LIMIT; byte [R, W/32]. MOST: as `_pack_ptx`."""
+    MASKED: tl.constexpr = inside is not None
+    N: tl.constexpr = W // (8 * WORDS)
+    operands = _neighbours(y, WORDS, R, N)
     if BY_GROUP:
         # Spread over the group's channels first: so the bytes lie with the threads that hold the channels.
         spread = tl.reshape(tl.broadcast_to(byte[:, :, None], (R, W // 32, 32)), (R, W))
-        bytes, _, _, _, _, _, _, _ = _eighths(spread, R, W)
-        tl.inline_asm_elementwise(
-            _store_ptx(WORDS, 1, PTX, NATIVE, CLIP), _store_constraints(WORDS, 1),
-            [v0, v1, v2, v3, v4, v5, v6, v7, bytes, address, mask], dtype=tl.int32, is_pure=False, pack=WORDS,
-        )
-    else:
-        tl.inline_asm_elementwise(
-            _store_ptx(WORDS, 0, PTX, NATIVE, True), _store_constraints(WORDS, 0),
-            [v0, v1, v2, v3, v4, v5, v6, v7, address, mask], dtype=tl.int32, is_pure=False, pack=WORDS,
-        )
+        operands += (_neighbours(spread, WORDS, R, N)[0],)
+    operands += (pointer.to(tl.int64, bitcast=True),)
+    if MASKED:
+        operands += (inside.to(tl.int32),)
+    tl.inline_asm_elementwise(
+        _store_ptx(WORDS, BY_GROUP, MASKED, PTX, NATIVE, MOST), _store_constraints(WORDS, BY_GROUP, MASKED), operands,
+        dtype=tl.int32, is_pure=False, pack=1,
+    )
 
 
 @triton.jit
 def store_bytes(pointer, inside, byte):
-    """int32 `byte` to uint8 `pointer` where `inside`, by assembly, by whichever threads hold it."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred q; setp.ne.b32 q, $3, 0; @q st.global.b8 [$1], $2; mov.b32 $0, 0; }", "=r,l,r,r",
-        [pointer.to(tl.int64, bitcast=True), byte, inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )
+    """int32 `byte` to uint8 `pointer` where `inside` (None: everywhere), by assembly, by whichever threads hold it."""
+    address = pointer.to(tl.int64, bitcast=True)
+    if inside is None:
+        tl.inline_asm_elementwise("st.global.b8 [$1], $2; mov.b32 $0, 0;", "=r,l,r", [address, byte], dtype=tl.int32,
+                                  is_pure=False, pack=1)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred q; setp.ne.b32 q, $3, 0; @q st.global.b8 [$1], $2; mov.b32 $0, 0; }", "=r,l,r,r",
+            [address, byte, inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )
 
 
 @triton.jit

@@ -66,47 +66,63 @@ def _clean(y, x, operand, WIDE: tl.constexpr, G: tl.constexpr, B: tl.constexpr, 
 
 
 @triton.jit
-def _load_rows(x, rows, M, stride, first, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    columns = first + tl.arange(0, W)
-    inside = (rows < M)[:, None]
-    if K % W != 0:
-        inside = inside & (columns < K)[None, :]
-    return tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+def _inside(rows, left, columns, K: tl.constexpr, MASKED: tl.constexpr, EVEN: tl.constexpr):
+    """Which elements of a tile there are; None if all. rows [R, 1] of `left`, columns [1, C] of K, which are all there if EVEN."""
+    inside = None
+    if MASKED:
+        inside = rows < left
+    if not EVEN:
+        inside = columns < K if inside is None else inside & (columns < K)
+    return inside
+
+
+@triton.jit
+def _load_rows(
+    x, row, left, stride, first, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
+):
+    """Rows `row` + 0..R of what x points to, columns `first` + 0..W."""
+    rows = row + tl.arange(0, R)[:, None]
+    columns = tl.arange(0, W)[None, :]
+    inside = _inside(rows, left, first + columns, K, MASKED, K % W == 0)
+    pointers = x + (rows * stride + columns)
+    return tl.load(pointers, mask=inside, other=None if inside is None else 0.0)
 
 
 @triton.jit
 def _store(
-    y, byte, factor, codes, scales, rows, M, first, K: tl.constexpr, GROUPED: tl.constexpr, CLIP: tl.constexpr,
+    y, byte, factor, codes, scales, row, left, first, K: tl.constexpr, GROUPED: tl.constexpr, MOST: tl.constexpr,
     PTX: tl.constexpr, NATIVE: tl.constexpr, WORDS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, G: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """Codes and scale bytes of one tile. WORDS: 4-byte words of codes that a thread holds, 0 if not a constant of the
-    layout; GROUPED: by the bytes alone (`store_codes`)."""
-    row = rows.to(tl.int64)[:, None]
-    inside = (rows < M)[:, None]
-    groups = first // G + tl.arange(0, W // G)[None, :]
-    into = scales + row * (K // G) + groups
-    there = inside & (groups < K // G) if K % W != 0 else inside
+    """Codes and scale bytes of one tile. WORDS: how many 4-byte words of codes a store takes, 0: stored by Triton; GROUPED:
+    by the bytes alone (`store_codes`)."""
+    EVEN: tl.constexpr = K % W == 0
+    rows = row + tl.arange(0, R)[:, None]
+    groups = tl.arange(0, W // G)[None, :]
+    into = scales + (rows * (K // G) + groups)
+    there = _inside(rows, left, first // G + groups, K // G, MASKED, EVEN)
     if WORDS > 0:
-        words = first // 8 + tl.arange(0, W // 8)[None, :]
+        chunks = tl.arange(0, W // (8 * WORDS))[None, :]
         y = y if GROUPED else times_factor(y, factor, R, W, G)
-        whole = inside & (words < K // 8) if K % W != 0 else inside
-        store_codes(codes + row * (K // 2) + words * 4, whole, y, byte, GROUPED, CLIP, PTX, NATIVE, WORDS, R, W)
+        whole = _inside(rows, left, first // (8 * WORDS) + chunks, K // (8 * WORDS), MASKED, EVEN)
+        store_codes(codes + (rows * (K // 2) + chunks * (4 * WORDS)), whole, y, byte, GROUPED, MOST, PTX, NATIVE, WORDS, R, W)
         store_bytes(into, there, byte)
     else:
-        columns = first // 2 + tl.arange(0, W // 2)[None, :]
+        columns = tl.arange(0, W // 2)[None, :]
         packed = pack_codes(times_factor(y, factor, R, W, G), PTX, NATIVE, R, W)
-        tl.store(codes + row * (K // 2) + columns, packed, mask=inside & (columns < K // 2) if K % W != 0 else inside)
+        tl.store(codes + (rows * (K // 2) + columns), packed,
+                 mask=_inside(rows, left, first // 2 + columns, K // 2, MASKED, EVEN))
         tl.store(into, byte.to(tl.uint8), mask=there)
 
 
 @triton.jit
 def _tile(
-    x, operand, g, codes, scales, rows, M, first, K: tl.constexpr, B: tl.constexpr, FORMAT: tl.constexpr,
+    x, operand, g, codes, scales, row, left, first, K: tl.constexpr, B: tl.constexpr, FORMAT: tl.constexpr,
     RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr, CLEAN: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr, CLEAN: tl.constexpr, MASKED: tl.constexpr,
 ):
     """Transform (B > 0), quantize and store one tile x [R, W]; returns the bits of the groups' absolute maxima. Right
-    for results below the limit; CLEAN: for any."""
+    while these are below the kernel's limit; CLEAN: for any."""
     MX: tl.constexpr = FORMAT == "mxfp4"
     G: tl.constexpr = 32 if MX else 16
     y = x.to(tl.float32)
@@ -117,56 +133,74 @@ def _tile(
         bad = amax >= INF_BITS
         byte, factor = group_scales(y, tl.where(bad, 0, amax), g, FORMAT, RULE, SCALED, PTX, R, W)
         byte = tl.where(bad, 255 if MX else 127, byte)
-        _store(y, byte, factor, codes, scales, rows, M, first, K, False, True, PTX, NATIVE, 0, R, W, G)
+        _store(y, byte, factor, codes, scales, row, left, first, K, False, 0, PTX, NATIVE, 0, R, W, G, MASKED)
     else:
         amax = group_amax(y, R, W, G, PTX)
         byte, factor = group_scales(y, amax, g, FORMAT, RULE, SCALED, PTX, R, W)
-        _store(y, byte, factor, codes, scales, rows, M, first, K, MX and not SCALED, RULE != "absmax", PTX, NATIVE, WORDS, R,
-               W, G)
+        _store(y, byte, factor, codes, scales, row, left, first, K, MX and not SCALED and PTX > 0,
+               0 if MX and SCALED else 6 if MX and RULE == "absmax" else 10, PTX,
+               NATIVE, WORDS, R, W, G, MASKED)
     return amax
 
 
 @triton.jit(do_not_specialize=["M"])
 def transform_quantize_kernel(
-    x, t, global_scale, codes, scales, M, stride, K: tl.constexpr, B: tl.constexpr, SHARED: tl.constexpr,
-    FORMAT: tl.constexpr, RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr,
-    WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    x, t, global_scale, codes, scales, M, pitch, K: tl.constexpr, STRIDE: tl.constexpr, B: tl.constexpr,
+    SHARED: tl.constexpr, FORMAT: tl.constexpr, RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr,
+    NATIVE: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
     WORDS: tl.constexpr, PDL: tl.constexpr,
 ):
-    """x [M, K] (rows `stride` apart), t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G]; grid
+    """x [M, K], its rows STRIDE apart (0: `pitch`), t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G]; grid
     (columns/W, rows/(R*TILES)). B = 0: no transform."""
     start_next(PDL)
     wait_inputs(PDL)
+    G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
+    stride = STRIDE if STRIDE > 0 else pitch
     first = tl.program_id(0) * W
-    g = 1.0
+    start = tl.program_id(1) * (R * TILES)
+    left = M - start
+    x += start.to(tl.int64) * stride + first
+    codes += start.to(tl.int64) * (K // 2) + first // 2
+    scales += start.to(tl.int64) * (K // G) + first // G
+    g = tl.full((), 1.0, tl.float32)
     if SCALED:
         g = tl.load(global_scale)
     operand = 0.0
     if B > 0:
         operand = _load_operand(t, first, SHARED, B, W, K)
-    start = tl.program_id(1) * (R * TILES)
-    largest = tl.zeros((R, W // (32 if FORMAT == "mxfp4" else 16)), tl.int32)
+    # NaN, Inf, huge values and saturated scales are rare: what they take is done in a second pass over the rows, which
+    # overwrites the first.
+    limit = MX_LIMIT
+    if FORMAT == "nvfp4":
+        limit = tl.minimum(float_bits(2680.0 / g), INF_BITS)
     if TILES == 1:
-        rows = start + tl.arange(0, R)
-        tile = _load_rows(x, rows, M, stride, first, K, R, W)
-        largest = _tile(tile, operand, g, codes, scales, rows, M, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
-                        R, W, WORDS, False)
+        tile = _load_rows(x, 0, left, stride, first, K, R, W, True)
+        largest = _tile(tile, operand, g, codes, scales, 0, left, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
+                        R, W, WORDS, False, True)
+        if tl.max(tl.reshape(largest, (R * W // G,)), axis=0) >= limit:
+            tl.debug_barrier()
+            tile = _load_rows(x, 0, left, stride, first, K, R, W, True)
+            _tile(tile, operand, g, codes, scales, 0, left, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE, R, W,
+                  WORDS, True, True)
     else:
-        for i in tl.range(0, TILES, num_stages=STAGES):
-            rows = start + i * R + tl.arange(0, R)
-            tile = _load_rows(x, rows, M, stride, first, K, R, W)
-            amax = _tile(tile, operand, g, codes, scales, rows, M, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
-                         R, W, WORDS, False)
+        # Whole tiles need no masks; what is left of the rows is treated with the exceptions.
+        done = tl.minimum(left // R, TILES)
+        largest = tl.zeros((R, W // G), tl.int32)
+        for i in tl.range(0, done, num_stages=STAGES):
+            tile = _load_rows(x, i * R, left, stride, first, K, R, W, False)
+            amax = _tile(tile, operand, g, codes, scales, i * R, left, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE,
+                         WIDE, R, W, WORDS, False, False)
             largest = tl.maximum(largest, amax)
-    # NaN, Inf and huge values are rare: what they take is done in a second pass over the rows, which overwrites the first.
-    limit: tl.constexpr = MX_LIMIT if FORMAT == "mxfp4" else INF_BITS
-    if tl.max(tl.reshape(largest, (R * W // (32 if FORMAT == "mxfp4" else 16),)), axis=0) >= limit:
-        tl.debug_barrier()
-        for i in tl.range(0, TILES, num_stages=1):
-            rows = start + i * R + tl.arange(0, R)
-            tile = _load_rows(x, rows, M, stride, first, K, R, W)
-            _tile(tile, operand, g, codes, scales, rows, M, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
-                  R, W, WORDS, True)
+        if tl.max(tl.reshape(largest, (R * W // G,)), axis=0) >= limit:
+            done = 0
+            tl.debug_barrier()
+        for i in tl.range(done, tl.minimum(tl.cdiv(left, R), TILES), num_stages=1):
+            tile = _load_rows(x, i * R, left, stride, first, K, R, W, True)
+            _tile(tile, operand, g, codes, scales, i * R, left, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE, R,
+                  W, WORDS, True, True)
+
+
+MOST_ROWS = 1024                        # of a program: offsets within it are int32
 
 
 class Tile(NamedTuple):
@@ -192,7 +226,7 @@ def choose_tile(rows: int, width: int, block: int) -> Tile:
 
 
 def words(tile: Tile, cuda: bool, wide: bool, block: int, width: int) -> int:
-    """How many 4-byte words of codes of one row a thread is known to hold side by side; 0 without a GPU."""
+    """How many 4-byte words of codes a thread holds side by side, which it then stores at once; 0 without a GPU."""
     if not cuda:
         return 0
     if block == 0 or wide or tile.rows < 16 * tile.warps:
@@ -225,7 +259,7 @@ def transform_quantize(
     rows = x.reshape(-1, width)
     if rows.numel() == 0:
         return codes, scales
-    if rows.stride(-1) != 1:
+    if rows.stride(-1) != 1 or rows.stride(0) * MOST_ROWS >= 2**31:
         rows = rows.contiguous()
     block = 0 if transform is None else transform.shape[-1]
     wide = not x.is_cuda or x.dtype == torch.float32 or (transform is not None and transform.dtype != x.dtype)
@@ -234,7 +268,7 @@ def transform_quantize(
     grid = (triton.cdiv(width, tile.columns), triton.cdiv(rows.shape[0], tile.rows * tile.tiles))
     transform_quantize_kernel[grid](
         rows, transform if transform is None else transform.contiguous(), global_scale, codes, scales,
-        rows.shape[0], rows.stride(0), width, block, block > 0 and transform.shape[0] == 1 and width > block,
+        rows.shape[0], rows.stride(0), width, width if rows.stride(0) == width else 0, block, block > 0 and transform.shape[0] == 1 and width > block,
         format, scale_rule, global_scale is not None, assembly(x.device.index) if x.is_cuda else 0,
         x.is_cuda and native_conversion(x.device.index), wide,
         tile.rows, tile.columns, tile.tiles, tile.stages, words(tile, x.is_cuda, wide, block, width), pdl, num_warps=tile.warps, enable_fp_fusion=False,
