@@ -1,9 +1,11 @@
 """The command line and the demonstration, on a tiny random model with a byte tokenizer."""
 
+import json
 import re
 
 import pytest
 import torch
+from helpers import files
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -54,6 +56,23 @@ def test_quantize(quantized):
     assert record.config == wc.WushConfig(format="nvfp4", solver="rtn", ignore=("lm_head", "*.o_proj"))
 
 
+def test_quantize_goes_on_streams_and_logs(tiny, tmp_path):
+    model, text = tiny
+    same = ("--calibration", text, "--window", 64, "--count", 4, "--solver", "rtn", "--device", "cpu")
+    output = run("quantize", model, "--out", tmp_path / "a", *same)
+    lines = [line.split()[0] for line in output.splitlines() if line.strip().startswith("model.layers")]
+    assert len(lines) == 8 and "relative" in output                        # the table of groups
+    log = tmp_path / "log.jsonl"
+    assert run("quantize", model, "--out", tmp_path / "b", *same, "--stream", "--quiet", "--log", log) == ""
+    assert files(tmp_path / "a") == files(tmp_path / "b") and (tmp_path / "a" / "tokenizer.json").exists()
+    assert json.loads(log.read_text().splitlines()[-1])["event"] == "finished"
+    run("quantize", model, "--out", tmp_path / "b", *same, "--quiet")       # finished: nothing to do
+    changed = ("quantize", model, "--out", tmp_path / "b", *same, "--format", "nvfp4", "--quiet")
+    assert "format 'mxfp4', not 'nvfp4'" in run(*changed, code=1)
+    run(*changed, "--restart")
+    assert wc.load(tmp_path / "b").wush_quantization.config.format == "nvfp4"
+
+
 def test_evaluate(tiny, quantized):
     model, text = tiny
     output = run("evaluate", quantized[0], "--text", text, "--reference", model, "--window", 64, "--device", "cpu")
@@ -74,6 +93,9 @@ def test_explain_and_generate(quantized):
     (("explain", "{model}"), "wush"),
     (("quantize", "{model}", "--out", "{empty}/x", "--format", "mxpf4"), "did you mean 'mxfp4'"),
     (("quantize", "{model}", "--calibration", "{model}/none.txt", "--out", "{empty}/x"), "none.txt"),
+    (("quantize", "{model}", "--calibration", "{model}/text.txt", "--window", "9999", "--out", "{empty}/x", "--quiet"),
+     "shorter windows"),
+    (("quantize", "{model}", "--out", "{empty}/x", "--stream"), "pass data"),
     (("evaluate", "{empty}", "--text", "{model}/text.txt"), "no config.json"),
 ])
 def test_errors_are_one_line(tiny, tmp_path, arguments, message):

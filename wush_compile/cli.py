@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import transformers
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -116,6 +117,8 @@ def quantize(
             share_transform=share_transform, ignore=tuple(ignore or WushConfig.ignore), damping=damping, seed=seed,
         )
         text = None if calibration is None else calibration.read_text(encoding="utf-8")
+        if quiet:
+            transformers.utils.logging.disable_progress_bar()
         net, tokenizer = (None, load_tokenizer(model)) if stream else load_model(model)
         data = None
         if text is not None:
