@@ -13,7 +13,7 @@ from wush_compile import formats
 from wush_compile.config import MOMENTS, SOLVERS, TRANSFORMS, WushConfig
 from wush_compile.errors import ConfigError, DataError, NonFiniteError
 from wush_compile.solver import block_size, layer_loss, moment_shape, solve
-from wush_compile.solver.gptq import _rounder, gptq, rotate, round_e2m1, round_group
+from wush_compile.solver.gptq import _rounder, gptq, gptq_conditional, rotate_, round_e2m1, round_group, triangular
 from wush_compile.solver.scales import global_scale
 from wush_compile.solver.transforms import (
     apply_blockwise, cholesky_, damped_cholesky, diagonal_blocks, hadamard_matrix, random_orthogonal, wush_transform,
@@ -220,10 +220,9 @@ def spans_agree(device):
     config = WushConfig()
     h = damped(x).to(device)
     factor, columns = torch.linalg.cholesky(h), w.T.to(device, torch.float64).contiguous()
-    t, inverse = (random_orthogonal(7, 32, 0, "a").to(device) * 2, random_orthogonal(7, 32, 0, "a").to(device) / 2)
-    known = rotate(t, inverse, diagonal_blocks(factor, 32))
-    results = [gptq(columns, factor, 32, lambda b, _: known.block(b), config.format, "mse", None, span=span)
-               for span in (32, 64, 96, 512)]
+    t = random_orthogonal(7, 32, 0, "a").to(device) * torch.arange(1, 8, device=device)[:, None, None]
+    w_tilde, unit = apply_blockwise(columns, torch.linalg.inv(t).mT), rotate_(factor, t, 32)
+    results = [gptq(w_tilde, unit, config.format, "mse", None, span=span) for span in (32, 64, 96, 512)]
     for codes, scales, error in results[1:]:
         assert torch.equal(codes, results[0][0]) and torch.equal(scales, results[0][1])
         torch.testing.assert_close(error, results[0][2], rtol=1e-9, atol=1e-12)
@@ -232,6 +231,51 @@ def spans_agree(device):
 
 def test_spans_agree():
     spans_agree("cpu")
+
+
+def rotated_factor(device):
+    """U of H and T is that of T H Tᵀ, with or without transforms, however many rows are rotated at a time."""
+    x, _ = problem(k=192)
+    h = damped(x).to(device)
+    own = random_orthogonal(6, 32, 0, "a").to(device) * torch.arange(1, 7, device=device)[:, None, None]
+    for t, block in ((own, 32), (hadamard_matrix(64).to(device)[None], 64), (None, 16)):
+        wide = block_diagonal(None if t is None else t.cpu(), 192).to(device)
+        expected = torch.linalg.cholesky(wide @ h @ wide.T)
+        with pytest.MonkeyPatch.context() as patch:
+            for chunk in (2**25, 64 * 192):
+                patch.setattr(sys.modules["wush_compile.solver.gptq"], "CHUNK_ELEMENTS", chunk)
+                unit = rotate_(torch.linalg.cholesky(h), t, block)
+                torch.testing.assert_close(unit.tril(), expected / expected.diagonal(), rtol=1e-8, atol=1e-10)
+                assert not diagonal_blocks(unit, block).triu(1).any()
+    m = torch.randn(5, 32, 32, dtype=torch.float64, device=device, generator=torch.Generator(device).manual_seed(0))
+    m[1] *= 10 ** torch.linspace(0, -7, 32, device=device)                 # a condition number beyond one Cholesky's reach
+    lower, q = triangular(m)
+    eye = torch.eye(32, dtype=torch.float64, device=device).expand(5, -1, -1)
+    torch.testing.assert_close(q @ q.mT, eye, rtol=0, atol=1e-13)
+    torch.testing.assert_close(lower @ q.mT, m, rtol=1e-12, atol=1e-13)
+    assert lower.triu(1).abs().max() == 0
+
+
+def test_rotated_factor():
+    rotated_factor("cpu")
+
+
+@pytest.mark.gpu
+def test_rotated_factor_on_a_gpu():
+    rotated_factor("cuda")
+
+
+def test_both_formulations_agree():
+    """Transforms that do not wait for their block, as if they did."""
+    x, w = problem(n=70, k=192)
+    factor, columns = torch.linalg.cholesky(damped(x)), w.T.to(torch.float64).contiguous()
+    t = random_orthogonal(6, 32, 0, "a") * torch.arange(1, 7)[:, None, None]
+    inverse = torch.linalg.inv(t)
+    for span in (32, 128):
+        there = gptq_conditional(columns, factor, 32, lambda b, _: (t[b], inverse[b]), "mxfp4", "mse", None, span)
+        here = gptq(apply_blockwise(columns, inverse.mT), rotate_(factor.clone(), t, 32), "mxfp4", "mse", None, span)
+        assert torch.equal(here[0], there[0]) and torch.equal(here[1], there[1])
+        torch.testing.assert_close(apply_blockwise(here[2], t.mT), there[2], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.gpu

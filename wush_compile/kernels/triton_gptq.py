@@ -54,12 +54,12 @@ def _int4_scale(x, amax, RULE: tl.constexpr, R: tl.constexpr):
     return gaussian
 
 
-@triton.jit(do_not_specialize=["N", "stride"])
+@triton.jit(do_not_specialize=["N", "row_stride", "column_stride"])
 def round_group_kernel(
-    w, z, unit, global_scale, codes, scales, error, N, stride, FORMAT: tl.constexpr, RULE: tl.constexpr,
+    w, z, unit, global_scale, codes, scales, error, N, row_stride, column_stride, FORMAT: tl.constexpr, RULE: tl.constexpr,
     SCALED: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
 ):
-    """w, z, error float64 [G, N] and codes uint8 [G, N], dense; scales [N]; unit float64 [G, G], rows `stride` apart."""
+    """w, z, error float64 [G, N] and codes uint8 [G, N], dense; scales [N]; unit float64 [G, G] by its strides."""
     rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     inside = rows < N
     columns = tl.arange(0, G)
@@ -74,7 +74,7 @@ def round_group_kernel(
     shift = residual - weight
     for i in range(G - 1):
         j = G - 1 - i
-        u = tl.load(unit + j.to(tl.int64) * stride + columns, mask=columns < j, other=0.0)     # [G]
+        u = tl.load(unit + j.to(tl.int64) * row_stride + columns * column_stride, mask=columns < j, other=0.0)     # [G]
         shift -= _column(shift, columns, j)[:, None] * u[None, :]
     updated = (weight + shift).to(tl.float32)
 
@@ -121,7 +121,7 @@ def round_group_kernel(
         e = tl.load(w + j.to(tl.int64) * N + rows, mask=inside, other=0.0) - value
         tl.store(codes + j.to(tl.int64) * N + rows, code.to(tl.uint8), mask=inside)
         tl.store(error + j.to(tl.int64) * N + rows, e, mask=inside)
-        u = tl.load(unit + j.to(tl.int64) * stride + columns, mask=columns < j, other=0.0)
+        u = tl.load(unit + j.to(tl.int64) * row_stride + columns * column_stride, mask=columns < j, other=0.0)
         residual += e[:, None] * u[None, :]
 
 
@@ -132,13 +132,13 @@ def round_group(
     """One quantization group of all rows, from its last channel to its first; fills codes, scales and error.
 
     w float64 [G, N]: the weights, transposed; z float64 [G, N]: what each channel would be rounded from if no later one
-    of the group had an error; unit float64 [G, G]: the group's diagonal block of the unit lower factor, its rows dense;
+    of the group had an error; unit float64 [G, G]: the group's diagonal block of the unit lower factor;
     g: fp32 [1] or None. codes uint8 [G, N], one a byte; scales [N] in the format's dtype; error float64 [G, N]: w - Q(w).
     """
-    assert all(t.is_contiguous() for t in (w, z, codes, scales, error)) and unit.stride(1) == 1
+    assert all(t.is_contiguous() for t in (w, z, codes, scales, error))
     rows = w.shape[1]
     round_group_kernel[(triton.cdiv(rows, ROWS),)](
-        w, z, unit, g, codes, scales, error, rows, unit.stride(0), format, rule, g is not None,
+        w, z, unit, g, codes, scales, error, rows, *unit.stride(), format, rule, g is not None,
         FORMATS[format].group_size, ROWS, num_warps=WARPS, enable_fp_fusion=False,
     )
 

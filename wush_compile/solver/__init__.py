@@ -17,7 +17,7 @@ from ..config import WushConfig
 from ..errors import ConfigError, DataError, NonFiniteError
 from ..phases import phase
 from .choose import CLOSED_FORM, Transforms, uses_conditional_moments
-from .gptq import Rotation, gptq, rotate
+from .gptq import gptq, gptq_conditional, rotate_
 from .layer_loss import layer_loss
 from .scales import global_scale, has_free_global_scale
 from .transforms import apply_blockwise, damped_cholesky, diagonal_blocks
@@ -95,39 +95,40 @@ def solve(
     if not on_the_way or has_free_global_scale(config.format, rule):
         with phase("transforms"):
             t, inverse = transforms.all(w, factor if conditional and not on_the_way else None)
+    power = w.square().sum()
     w_tilde = group_max = rms = None
-    if config.solver == "rtn" or has_free_global_scale(config.format, rule):
+    if not on_the_way or has_free_global_scale(config.format, rule):
         w_tilde = apply_blockwise(w, None if inverse is None else inverse.mT)   # W̃ᵀ [K, N]
     if has_free_global_scale(config.format, rule):
         group_max, rms = _group_max(w_tilde, config), w_tilde.square().mean().sqrt()
     g = global_scale(config.format, rule, group_max, rms, w.device)
 
-    if config.solver == "rtn":
-        w_tilde = w.clone() if w_tilde is w else w_tilde                    # its error takes its place
-        with phase("packing"):
-            packed, scale, error = _round_to_nearest(w_tilde, config.format, rule, g)
-        error = apply_blockwise(error, None if t is None else t.to(torch.float64).mT)
-    else:
+    if on_the_way:
         del w_tilde
-        roots, found, known = diagonal_blocks(factor, block), {}, None
-        if not on_the_way:
-            known = rotate(None if t is None else t.to(torch.float64), inverse, roots)
+        found = {}
 
-        def rotation_of(b: int, updated: Tensor | None) -> Rotation:
-            if known is not None:
-                return known.block(b)
+        def transform_of(b: int, updated: Tensor) -> tuple[Tensor, Tensor]:
             with phase("transforms"):
                 found[b], own = transforms.one(b, factor, updated)
-            return rotate(found[b][0].to(torch.float64), own[0], roots[b])
+            return found[b][0].to(torch.float64), own[0]
 
         with phase("GPTQ"):
-            codes, scale, error = gptq(w, factor, block, rotation_of, config.format, rule, g, updated_weights=on_the_way)
-        with phase("packing"):
+            codes, scale, error = gptq_conditional(w, factor, block, transform_of, config.format, rule, g)
+        t = torch.cat([found[b] for b in sorted(found)])
+        packed = formats.pack(codes)
+    else:
+        del w
+        wide = None if t is None else t.to(torch.float64)
+        if config.solver == "rtn":
+            with phase("packing"):
+                packed, scale, error = _round_to_nearest(w_tilde, config.format, rule, g)
+        else:
+            with phase("GPTQ"):
+                codes, scale, error = gptq(w_tilde, rotate_(factor, wide, block), config.format, rule, g)
             packed = formats.pack(codes)
-        if on_the_way:
-            t = torch.cat([found[b] for b in sorted(found)])
+        error = apply_blockwise(error, None if wide is None else wide.mT)
     report["damping_tries"] = max(report["damping_tries"], transforms.damping_tries)
-    report["weight_error"] = float(error.square().sum() / w.square().sum().clamp(min=1e-300))
+    report["weight_error"] = float(error.square().sum() / power.clamp(min=1e-300))
     if config.format == "nvfp4":
         report["weight_scales_saturated"] = int((scale == 0x7E).sum())
         report["weight_scales_subnormal"] = int((scale < 0x08).sum())

@@ -5,49 +5,61 @@ from the last channel to the first, the value that would make column j zero, giv
 w_j + A_j / L_jj with A_j = Σ_{i>j} d_i L_ij; it is rounded, and its own error enters the A of the channels before it.
 
 In the transformed basis W̃ = W T⁻¹, D = D̃ T. T L is block lower triangular, and T_b L_bb = L̃_b Qᵀ with L̃_b lower and
-Q orthogonal; so ‖D L‖ of block b is ‖D̃_b L̃_b + A_b Q‖: within a block everything happens in these rotated
-coordinates, between blocks the errors are kept in the original ones. All is float64, transposed to [channels, rows].
+Q orthogonal: with the Q of all blocks, T L Q is the lower factor of T H Tᵀ, and GPTQ of W̃ with it is that of W with H.
+Where a transform is only known when its block is reached, everything happens in these rotated coordinates within a block,
+and between blocks the errors are kept in the original ones. All is float64, transposed to [channels, rows].
 
-On a GPU the channels of a quantization group are one kernel (`kernels.triton_gptq`), and what the blocks beyond a span
-of channels add to A is one matrix product for the span.
+On a GPU the channels of a quantization group are one kernel (`kernels.triton_gptq`). Errors reach the channels of the same
+span group by group, and those of earlier spans in one matrix product for each span.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import formats
+from .transforms import apply_blockwise, diagonal_blocks
 
-# Channels whose A takes the errors of all later spans in one matrix product. One block at a time would read those errors
-# K/B times; a wider span is itself updated K/B times. On a CPU both are in the noise, and a span is one block.
-CUDA_SPAN = 256
-
-
-class Rotation(NamedTuple):
-    """Transform blocks in the coordinates where their factor is triangular again; all float64."""
-
-    transform: Tensor | None    # T_b [.., B, B]; None for the identity
-    inverse: Tensor | None      # T_b⁻¹
-    q: Tensor | None            # Q of T_b L_bb = L̃_b Qᵀ
-    unit: Tensor                # U [.., B, B]: L̃_b = U diag(diagonal)
-    diagonal: Tensor            # [.., B]
-
-    def block(self, b: int) -> "Rotation":
-        """The b-th one alone, of many."""
-        return Rotation(*(None if t is None else t[b] for t in self))
+SPAN = 256
+# Entries of L that are rotated at a time.
+CHUNK_ELEMENTS = 2**25
 
 
-def rotate(transform: Tensor | None, inverse: Tensor | None, diagonal_blocks: Tensor) -> Rotation:
-    """transform, inverse: [.., B, B], broadcast, or None; diagonal_blocks [.., B, B]: L_bb."""
-    q, lower = None, diagonal_blocks
-    if transform is not None:
-        q, r = torch.linalg.qr((transform @ diagonal_blocks).mT)            # T L = Rᵀ Qᵀ
-        lower = r.mT
-        transform, inverse = (t.expand_as(lower) for t in (transform, inverse))
-    diagonal = lower.diagonal(dim1=-2, dim2=-1)
-    return Rotation(transform, inverse, q, lower / diagonal[..., None, :], diagonal)
+def triangular(m: Tensor) -> tuple[Tensor, Tensor]:
+    """float64 [.., B, B] -> (L̃ lower, Q orthogonal) with m = L̃ Qᵀ."""
+    if m.is_cuda and m.dim() == 3:
+        # The library's QR takes one matrix after the other there. Cholesky's of m mᵀ, twice, is as orthogonal.
+        first, failed = torch.linalg.cholesky_ex(m @ m.mT)
+        rows = torch.linalg.solve_triangular(first, m, upper=False)
+        second, again = torch.linalg.cholesky_ex(rows @ rows.mT)
+        if not (failed | again).any():
+            return first @ second, torch.linalg.solve_triangular(second, rows, upper=False).mT
+    q, r = torch.linalg.qr(m.mT)
+    return r.mT, q
+
+
+def rotate_(factor: Tensor, transform: Tensor | None, block: int) -> Tensor:
+    """L [K, K], in its place -> U: T L Q = U diag(..) is the lower factor of T H Tᵀ, U has ones on its diagonal.
+
+    transform: float64 [K/B, B, B], [1, B, B] or None. Neither of L nor of U is anything above the diagonal blocks read.
+    """
+    blocks = diagonal_blocks(factor, block)                                 # [K/B, B, B], a view
+    lower, q = (blocks.clone(), None) if transform is None else triangular(transform @ blocks)
+    diagonal = lower.diagonal(dim1=-2, dim2=-1)                             # [K/B, B]
+    size = factor.shape[0]
+    step = max(1, CHUNK_ELEMENTS // (size * block)) * block
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        part = factor[start:stop, :stop]
+        if transform is None:
+            part /= diagonal.flatten()[:stop]
+            continue
+        left = transform if transform.shape[0] == 1 else transform[start // block : stop // block]
+        columns = apply_blockwise(part, left).unflatten(1, (-1, block)).transpose(0, 1)           # [stop/B, rows, B]
+        part.copy_((columns @ (q / diagonal[:, None, :])[: stop // block]).transpose(0, 1).flatten(1))
+    blocks.copy_(lower / diagonal[:, None, :])
+    return factor
 
 
 def round_group(
@@ -113,49 +125,74 @@ def _group_rounder(device: torch.device) -> Callable[..., None]:
     return round_group
 
 
-def gptq(
-    w: Tensor, factor: Tensor, block: int, rotation_of: Callable[[int, Tensor | None], Rotation],
-    format: str, rule: str, g: Tensor | None, updated_weights: bool = False, span: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All blocks, from the last to the first.
+def _round_channels(
+    w: Tensor, z: Tensor, unit: Tensor, format: str, rule: str, g: Tensor | None, codes: Tensor, scales: Tensor,
+    error: Tensor,
+) -> None:
+    """`round_group` for any number of groups, from the last to the first; scales [channels/G, N]."""
+    group, round_one = formats.FORMATS[format].group_size, _group_rounder(w.device)
+    for start in range(w.shape[0] - group, -1, -group):
+        here = slice(start, start + group)
+        round_one(w[here], z[here], unit[here, here], format, rule, g, codes[here], scales[start // group], error[here])
+        if start:
+            z[:start].addmm_(unit[here, :start].T, error[here])
 
-    w [K, N]: Wᵀ; factor [K, K]: L, of which blocks above the diagonal ones are not read; both float64.
-    `rotation_of(b, weights)` gives block b's `Rotation`; with `updated_weights` it is handed the block's weights [B, N]
-    at the optimum given all that is already quantized (Algorithm 2), else None. Returns codes uint8 [N, K], one a byte;
-    scales [N, K/G]; Wᵀ − Q(W)ᵀ in the original basis, float64 [K, N]. `span`: see CUDA_SPAN.
-    """
-    channels, rows = w.shape
+
+def _results(w: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for codes [K, N], scales [K/G, N] and the error [K, N]."""
     fmt = formats.FORMATS[format]
-    group = fmt.group_size
-    span = max(block, span or (CUDA_SPAN if w.is_cuda else 0))
-    round_one = _group_rounder(w.device)
-    error = torch.empty_like(w)
-    codes = torch.empty((channels, rows), dtype=torch.uint8, device=w.device)
-    scales = torch.empty((channels // group, rows), dtype=fmt.scale_dtype, device=w.device)
-    for stop in range(channels, 0, -span):
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    scales = torch.empty((w.shape[0] // fmt.group_size, w.shape[1]), dtype=fmt.scale_dtype, device=w.device)
+    return codes, scales, torch.empty_like(w)
+
+
+def gptq(
+    w: Tensor, unit: Tensor, format: str, rule: str, g: Tensor | None, span: int = SPAN
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All channels, from the last to the first.
+
+    w float64 [K, N]: W̃ᵀ; unit [K, K]: U. Returns codes uint8 [N, K], one a byte; scales [N, K/G]; W̃ᵀ − Q(W̃)ᵀ [K, N].
+    """
+    codes, scales, error = _results(w, format)
+    group = formats.FORMATS[format].group_size
+    for stop in range(w.shape[0], 0, -span):
+        start = max(0, stop - span)
+        here = slice(start, stop)
+        z = torch.addmm(w[here], unit[stop:, here].T, error[stop:])         # what gets rounded, were the span without error
+        _round_channels(w[here], z, unit[here, here], format, rule, g, codes[here],
+                        scales[start // group : stop // group], error[here])
+    return codes.T.contiguous(), scales.T.contiguous(), error
+
+
+def gptq_conditional(
+    w: Tensor, factor: Tensor, block: int, transform_of: Callable[[int, Tensor], tuple[Tensor, Tensor]], format: str,
+    rule: str, g: Tensor | None, span: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All blocks, from the last to the first, each with a transform that depends on those before it (Algorithm 2).
+
+    w float64 [K, N]: Wᵀ; factor [K, K]: L. `transform_of(b, weights)` gives (T_b, T_b⁻¹), float64 [B, B], from block b's
+    weights [B, N] at the optimum given all that is already quantized. Returns as `gptq`, but the error of the weights in
+    the original basis, Wᵀ − Q(W)ᵀ.
+    """
+    codes, scales, error = _results(w, format)
+    group = formats.FORMATS[format].group_size
+    span = max(block, span or (SPAN if w.is_cuda else 0))                   # few large products pay off on a GPU
+    for stop in range(w.shape[0], 0, -span):
         first = max(0, stop - span)
         a_span = factor[stop:, first:stop].T @ error[stop:]                 # Aᵀ [S, N], from all later spans
         for start in range(stop - block, first - 1, -block):
             here = slice(start, start + block)
-            w_block, a = w[here], a_span[start - first : start - first + block]                    # [B, N]
-            updated = None
-            if updated_weights:
-                updated = w_block + torch.linalg.solve_triangular(factor[here, here].mT, a, upper=True)
-            r = rotation_of(start // block, updated)
-            if r.transform is not None:
-                w_block, a = r.inverse.mT @ w_block, r.q.mT @ a
-            z = w_block + a / r.diagonal[:, None]                           # what gets rounded, as it stands
-            block_error = error[here] if r.transform is None else torch.empty_like(w_block)
-            for low in range(block - group, -1, -group):
-                members = slice(low, low + group)
-                round_one(
-                    w_block[members], z[members], r.unit[members, members], format, rule, g,
-                    codes[start + low : start + low + group], scales[(start + low) // group], block_error[members],
-                )
-                if low:
-                    z[:low].addmm_(r.unit[members, :low].T, block_error[members])
-            if r.transform is not None:
-                torch.mm(r.transform.mT, block_error, out=error[here])
+            diagonal_block, a = factor[here, here], a_span[start - first : start - first + block]
+            updated = w[here] + torch.linalg.solve_triangular(diagonal_block.mT, a, upper=True)    # [B, N]
+            t, inverse = transform_of(start // block, updated)
+            lower, q = triangular(t @ diagonal_block)
+            diagonal = lower.diagonal()
+            w_tilde = inverse.mT @ w[here]
+            z = w_tilde + (q.mT @ a) / diagonal[:, None]
+            e = torch.empty_like(w_tilde)
+            _round_channels(w_tilde, z, lower / diagonal, format, rule, g, codes[here],
+                            scales[start // group : (start + block) // group], e)
+            torch.mm(t.mT, e, out=error[here])
             if start > first:
                 a_span[: start - first].addmm_(factor[here, first:start].T, error[here])
     return codes.T.contiguous(), scales.T.contiguous(), error
