@@ -250,8 +250,9 @@ class Calibration:
         """finite: bool [batches, groups], of the moments after each batch."""
         if not finite.all():
             batch, group = (~finite).nonzero()[0].tolist()
+            where = f"{self.batches[batch]}" + (f" of rank {self.team.rank}" if self.team.size > 1 else "")
             raise NonFiniteError(
-                f"{self.groups[numbers[group]].name}: its calibration inputs hold NaN or Inf in {self.batches[batch]}, or "
+                f"{self.groups[numbers[group]].name}: its calibration inputs hold NaN or Inf in {where}, or "
                 "overflow fp32 when squared; repair the data or the model, or put the layer in ignore"
             )
 
@@ -326,7 +327,7 @@ class Calibration:
                 self._solve(number)
             if self.journal is not None:
                 with phase("journal"):
-                    self.journal.commit(number, {self.groups[i].name: self.solved[i] for i in own})
+                    self.journal.commit(number, {self.groups[i].name: self.solved[i] for i in own}, self.team)
             self.progress.event("stage", stage=stage.name, tokens_per_second=round(self.progress.tokens_per_second(), 1))
             if number < self.last and self.activations is not None:
                 self._fitting(number, lambda number=number: self._propagate(number))

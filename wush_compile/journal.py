@@ -37,6 +37,7 @@ from .modules import WushGroup
 from .passes.group import LinearGroup
 from .quantization import Quantization
 from .shards import Shards, sha256_of
+from .team import Alone
 from .tensors import ModelTensors
 
 log = logging.getLogger("wush_compile")
@@ -72,7 +73,8 @@ def fingerprint_of_model(model: nn.Module, names: Iterable[str], tensors: ModelT
 
     with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
         hashes = list(pool.map(one, sorted(names)))
-    return hashlib.sha256(json.dumps([type(model).__name__, settings, hashes], default=str, sort_keys=True).encode()).hexdigest()
+    described = json.dumps([type(model).__name__, settings, hashes], default=str, sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 # -- the journal -----------------------------------------------------------------------------------------------------
@@ -169,8 +171,8 @@ class Journal:
             yield
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(
-                f"{self.target} could not be written ({getattr(error, 'strerror', None) or error}); finished layers are kept: "
-                "make room and give the same command again"
+                f"{self.target} could not be written ({getattr(error, 'strerror', None) or error}); finished layers are "
+                "kept: make room and give the same command again"
             ) from error
 
     def _write_json(self, path: Path, value: object) -> None:
@@ -191,8 +193,8 @@ class Journal:
         identity = {"config": config.to_dict(), **identity}
         found = self._read(self.path / MANIFEST)
         if found is None:
-            self._manifest = {**identity, "environment": dict(environment), "batch_size": batch_size, "micro_batch": batch_size,
-                              "events": []}
+            self._manifest = {**identity, "environment": dict(environment), "batch_size": batch_size,
+                              "micro_batch": batch_size, "events": []}
             if self._writes:
                 self._write_json(self.path / MANIFEST, self._manifest)
             return
@@ -315,8 +317,9 @@ class Journal:
             for buffer, pieces in parts(group)
         ]
 
-    def commit(self, number: int, solved: Mapping[str, object]) -> None:
-        """Makes a stage finished: writes its shard, then its record. `solved`: its groups by name, with their reports."""
+    def commit(self, number: int, solved: Mapping[str, object], team: Alone) -> None:
+        """Makes a stage finished: the first process writes its shard, then its record. `solved`: its groups by name, with
+        their reports."""
         name = self._file_names.get(number)
         path = None if name is None else self.path / name
         if self._writes:
@@ -334,6 +337,7 @@ class Journal:
                     key: {"transform_block_size": one.group.block_size, "report": one.report} for key, one in solved.items()
                 },
             })
+        team.smallest(number)                              # the others read what has been written
         if path is not None and path.exists():
             self._shards.add(path)
 

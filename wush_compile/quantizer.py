@@ -69,7 +69,7 @@ def _without_data(
             f"{type(model).__name__} cannot sample its own calibration text: pass data, an iterable of its inputs"
         )
     if next(model.parameters()).is_meta:
-        raise DataError("a streamed model cannot sample its own calibration text: pass data, or quantize it without streaming")
+        raise DataError("a streamed model cannot sample its own calibration text: pass data, or do not stream")
 
     def sample() -> Tensor:
         with _lent(model, device):
