@@ -14,7 +14,7 @@ import triton.language as tl
 from .triton_expand import E5M2_UNIT, decode_bf16
 from .triton_formats import e8m0_factor
 from .triton_gemv import finish
-from .triton_launch import prefetch, start_next, wait_inputs
+from .triton_launch import start_next, wait_inputs
 
 
 @triton.jit
@@ -22,26 +22,26 @@ def _decode_fp8(w, e):
     """Packed codes uint8, the groups' exponents relative to the row's largest int32 -> e5m2 bytes of the channels 0..3
     of every 8, and of 4..7.
 
-    Right where four consecutive bytes of a row share a register, as in the operand layout of 8-bit products. The table
-    of the eight magnitudes, raised by the group's exponent (`E5M2_TOP` is in the constants), sits in two registers;
-    `prmt` looks four codes up at once. Its own sign mode, on a table of 0x80, gives 0xFF for negative codes. """
+    Right where four consecutive bytes of a row share a register, as in the operand layout of 8-bit products. The tables of
+    the eight magnitudes, raised by the group's exponent (`E5M2_TOP` is in the constants), sit in registers; `prmt` looks
+    four codes up at once, and gives 0, the sign of the table's byte, where a code's own sign bit is set. So one look-up
+    finds the positive codes, one the negative ones: half of their byte, so that it has no sign yet. """
     a, b = tl.inline_asm_elementwise(
-        """{ .reg .b32 l, h, m, n, s, t;
-        mov.b32 t, 0x80808080;
+        """{ .reg .b32 l, h, m, n, p, q, v;
         mad.lo.u32 l, $3, 0x04040400, 0x72706C00;
         mad.lo.u32 h, $3, 0x04040404, 0x7A787674;
-        and.b32 m, $2, 0x77777777;
-        shr.u32 n, m, 16;
-        prmt.b32 m, l, h, m;
-        prmt.b32 n, l, h, n;
-        prmt.b32 s, t, t, $2;
-        shl.b32 s, s, 7;
-        lop3.b32 $0, s, 0x80808080, m, 0xEA;
-        shr.u32 s, $2, 16;
-        prmt.b32 s, t, t, s;
-        shl.b32 s, s, 7;
-        lop3.b32 $1, s, 0x80808080, n, 0xEA; }""",
-        "=r,=r,r,r,r,r,r", [w, e], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4,
+        mad.lo.u32 m, $3, 0x02020200, 0x79787640;
+        mad.lo.u32 n, $3, 0x02020202, 0x7D7C7B7A;
+        xor.b32 v, $2, 0x88888888;
+        prmt.b32 p, l, h, $2;
+        prmt.b32 q, m, n, v;
+        mad.lo.u32 $0, q, 2, p;
+        shr.u32 p, $2, 16;
+        shr.u32 q, v, 16;
+        prmt.b32 p, l, h, p;
+        prmt.b32 q, m, n, q;
+        mad.lo.u32 $1, q, 2, p; }""",
+        "=&r,=&r,r,r,r,r,r", [w, e], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4,
     )
     return a.to(tl.float8e5, bitcast=True), b.to(tl.float8e5, bitcast=True)
 
@@ -91,21 +91,32 @@ def _scale_words(scales, row, word, selectors, WORDS: tl.constexpr, R: tl.conste
 
 
 @triton.jit
-def _spread(t, R: tl.constexpr, N: tl.constexpr, TIMES: tl.constexpr):
-    """[R, N] -> [R, N*TIMES], each element TIMES times."""
-    return tl.reshape(tl.broadcast_to(t[:, :, None], (R, N, TIMES)), (R, N * TIMES))
+def _to_lanes(w, R: tl.constexpr, C: tl.constexpr, B: tl.constexpr):
+    """[R, C] -> the same with the 4 by 4 units of B columns in every 16*B transposed.
+
+    A lane of four has every fourth unit of an operand's row. Transposed it has four that were neighbours: the bytes of one
+    scale, which is then decoded once for them, and one wide load. x has the same order (`triton_expand`)."""
+    return tl.reshape(tl.permute(tl.reshape(w, (R, C // (16 * B), 4, 4, B)), (0, 1, 3, 2, 4)), (R, C))
+
+
+@triton.jit
+def _over_lanes(t, R: tl.constexpr, C: tl.constexpr, B: tl.constexpr):
+    """A group's value for each of its bytes: [R, C/(4*B)] -> [R, C], in the order of `_to_lanes`."""
+    t = tl.reshape(t, (R, C // (16 * B), 4))[:, :, None, :, None]
+    return tl.reshape(tl.broadcast_to(t, (R, C // (16 * B), 4, 4, B)), (R, C))
 
 
 @triton.jit
 def _decode(w, words, selectors, top, MX: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
     """Packed tile [R, BK/2], its scale words [R, BK/G] -> two operand tiles [R, BK/2], the same channels for x and
     w."""
+    C: tl.constexpr = BK // 2
     if MX:
         e = tl.maximum(_pick(words, selectors) - top[:, None], -26)
-        return _decode_fp8(w, _spread(e, R, BK // 32, 16))
+        return _decode_fp8(_to_lanes(w, R, C, 4), _over_lanes(e, R, C, 4))
     else:
-        factor = _e4m3_factor(_spread(words, R, BK // 16, 8), _spread(selectors, R, BK // 16, 8))
-        a, b = decode_bf16(w)
+        factor = _e4m3_factor(_over_lanes(words, R, C, 2), _over_lanes(selectors, R, C, 2))
+        a, b = decode_bf16(_to_lanes(w, R, C, 2))
         return a * factor, b * factor
 
 
@@ -126,14 +137,12 @@ def fused_gemm_kernel(
     x, xs, x_unit, gx, w, ws, w_top, gw, bias, residual, selectors, out, parts, count, M, N: tl.constexpr, K: tl.constexpr,
     MX: tl.constexpr, PACKED: tl.constexpr, SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
-    PROMOTE: tl.constexpr,
+    STAGES: tl.constexpr, GROUP: tl.constexpr, PROMOTE: tl.constexpr, PDL: tl.constexpr,
 ):
     """out [M, N] from w uint8 [N, K/2], ws int32 [N, K/(4G)] (four scale bytes a word), w_top uint8 [N] (MXFP4: the
     largest byte of each row). x: uint8 [M, K/2] with xs int32 [M, K/(4G)] if PACKED, else e5m2 bytes [M, K] in panels
     (see `expand_fp8_kernel`; NVFP4: bf16, panels of `expand_bf16_kernel`) with x_unit fp32 [M] (MXFP4). parts fp32 [SPLIT, M, N], count int32, all zeros before and after.
-    AHEAD: cache lines of a row
-    that are prefetched. PROMOTE: channels whose products the tensor core adds up itself before the sum goes to fp32 (at most
+    PROMOTE: channels whose products the tensor core adds up itself before the sum goes to fp32 (at most
     BK/2; 0: all of them). Grid (tiles of N times tiles of M, SPLIT)."""
     G: tl.constexpr = 32 if MX else 16
     HALF: tl.constexpr = BK // 2
@@ -153,12 +162,8 @@ def fused_gemm_kernel(
     m = tile_m * BM + tl.arange(0, BM)
     row_n = tl.minimum(n, N - 1)
     row_m = tl.minimum(m, M - 1)
-    start_next(PDL)
-    if AHEAD > 0:
-        line = 128 * tl.arange(0, AHEAD)
-        prefetch(w, row_n.to(tl.int64)[:, None] * (K // 2) + (start // 2 + line)[None, :])
-        prefetch(ws, row_n.to(tl.int64) * (K // G) + start // G)
     wait_inputs(PDL)
+    start_next(PDL)
     top_n = row_n
     top_m = row_m
     if MX:
@@ -203,7 +208,7 @@ def fused_gemm_kernel(
         finish(acc, n[:, None], m[None, :], N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL, mask)
     else:
         part = parts + m.to(tl.int64)[None, :] * N + n[:, None]
-        stride = M.to(tl.int64) * N
+        stride = tl.cast(M, tl.int64) * N                    # M may be a constant
         tl.store(part + split * stride, acc, mask=mask, cache_modifier=".cg")
         tl.debug_barrier()
         arrived = tl.atomic_add(count + tile_m * tiles_n + tile_n, 1, sem="acq_rel")
