@@ -1,6 +1,8 @@
 """Streaming, offloading and micro-batches: the same bytes as in memory, with only one stage's weights at a time."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -12,8 +14,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import wush_compile as wc
 from wush_compile.activations import Activations
+from wush_compile.capture import capture
+from wush_compile.data import normalize
 from wush_compile.errors import CheckpointError, DataError, NonFiniteError
-from wush_compile.microbatch import regroup
+from wush_compile.microbatch import TOKENS, choose_rows, regroup
+from wush_compile.passes.partition import partition
 from wush_compile.shards import Shards
 from wush_compile.streaming import CheckpointTensors, open_checkpoint
 
@@ -159,6 +164,19 @@ def test_activations_in_files(tmp_path):
     assert same_tensors(one, two) and not list(tmp_path.iterdir())
 
 
+def test_activations_that_find_no_room(tmp_path, monkeypatch):
+    with pytest.raises(wc.WushError, match="nowhere cannot take .* another activations_dir"):
+        wc.quantize(plain("llama"), DATA[:1], progress=False, activations_dir=tmp_path / "nowhere")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(wc.WushError, match="No space left"):
+        Activations([{}], torch.device("cpu"), True, tmp_path).write(0, {"x": torch.ones(3)})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("directory", [False, True])
 def test_offloaded_values_come_back(directory, tmp_path):
     x = torch.randn(3, 5).to(torch.bfloat16)
@@ -186,6 +204,24 @@ def test_regrouped_batches_hold_the_same_sequences():
     assert [g.tokens() for g in regroup(batches, None)] == [24, 16, 5]
     odd = [(torch.randn(4, 3),), {"input_ids": tokens(2, 8), "position_ids": torch.arange(8)[None]}]
     assert [g.inputs is b for g, b in zip(regroup(odd, 1), odd, strict=True)] == [True, True]
+
+
+def test_the_micro_batch_follows_free_memory(monkeypatch):
+    model = plain("llama")
+    batches = normalize([tokens(64, 32)], model=model)
+    captured = capture(model, batches)
+    stages, placeholders = partition(captured.graph_module), captured.placeholders()
+
+    def chosen(free, batches=batches, device="cuda"):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+        return choose_rows(batches, stages, placeholders, torch.device(device))
+
+    assert chosen(2**40) == 64 and chosen(1) == 1
+    assert chosen(2**40, normalize([tokens(99, 32)] * 9, model=model)) == TOKENS // 32
+    sizes = [chosen(free * 2**16) for free in range(1, 200)]
+    assert sizes == sorted(sizes) and set(sizes) == {1, 2, 4, 8, 16, 32, 64}
+    assert chosen(2**21) == chosen(2**20) * 2
+    assert chosen(2**40, device="cpu") is None and chosen(2**40, [(torch.randn(4, 3),)]) is None
 
 
 def test_micro_batches_are_batches_of_that_size():

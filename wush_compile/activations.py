@@ -5,7 +5,6 @@ and already unlinked, so that the disk is free again as soon as a value is dropp
 values travel while a GPU computes this one's.
 """
 
-import contextlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import WushError
 
 class _Stored(NamedTuple):
     """An offloaded tensor; dimensions it only repeats along (of masks) are stored once."""
@@ -104,12 +104,12 @@ class Activations:
         """An empty tensor whose memory is a file without a name."""
         if shape.numel() == 0:
             return torch.empty(shape, dtype=dtype)
-        descriptor, path = tempfile.mkstemp(prefix="activations-", dir=self.directory)
+        size = shape.numel() * dtype.itemsize
         try:
-            # Reserved here, not while it is written: a full disk is then an error and not a bus error.
-            os.posix_fallocate(descriptor, 0, shape.numel() * dtype.itemsize)
-            return torch.from_file(path, shared=True, size=shape.numel(), dtype=dtype).view(shape)
-        finally:
-            os.close(descriptor)
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+            with tempfile.NamedTemporaryFile(prefix="activations-", dir=self.directory) as file:
+                # Reserved here, not while it is written: a full disk is then an error and not a bus error.
+                os.posix_fallocate(file.fileno(), 0, size)
+                return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype).view(shape)
+        except OSError as error:
+            raise WushError(f"{self.directory} cannot take {size} bytes of the values between layers ({error.strerror}): "
+                            "make room, or give another activations_dir") from error
