@@ -351,6 +351,28 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: list[dict], device: str, path: pathlib.Path) -> None:
+    """Speed-up of a whole layer over bf16 against the number of rows, for both formats."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    layer = [row for row in rows if row["group"] == "layer"]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for format in ("mxfp4", "nvfp4"):
+        axes.plot([row["M"] for row in layer], [row[f"{format} speed-up"] for row in layer], marker="o", label=format.upper())
+    axes.axhline(1, color="gray", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("rows")
+    axes.set_ylabel("speed-up over bf16")
+    axes.set_title(f"Linear layers of a Llama-3.1-8B decoder layer, {device}")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 BENCHMARKS = {"quantize": bench_quantize, "linear": bench_linear, "parts": bench_parts,
               "tune-quantize": tune_quantize, "tune-linear": tune_linear}
 
@@ -360,6 +382,7 @@ def main() -> None:
     parser.add_argument("what", nargs="+", choices=BENCHMARKS)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     parser.add_argument("--tuned", type=pathlib.Path, help="tune-linear.json, whose best kernels `linear` then takes")
+    parser.add_argument("--plot", type=pathlib.Path, help="where `linear` draws its speed-ups (.svg, .png; matplotlib)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -371,6 +394,8 @@ def main() -> None:
         (args.out / f"{name}.md").write_text(f"{environment()}\n\n{markdown(rows)}\n")
         if not name.startswith("tune"):
             print(markdown(rows), flush=True)
+        if name == "linear" and args.plot:
+            plot(rows, torch.cuda.get_device_name(), args.plot)
 
 
 if __name__ == "__main__":

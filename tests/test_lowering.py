@@ -63,15 +63,14 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
         return compile_kernel(int4_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
     if isinstance(kernel, triton_linear.Gemv):
         pointers = dict(x="*i32", xs="*u8", w="*i32", ws="*u8", out="*bf16")
-        constants = dict(PLAIN, N=n, K=k, M=1, MX=mx, BN=kernel.bn, BK=kernel.bk,
-                         AHEAD=16 * pdl, PDL=pdl, EARLY=False)
+        constants = dict(PLAIN, N=n, K=k, M=1, MX=mx, BN=kernel.bn, BK=kernel.bk, PDL=pdl)
         return compile_kernel(gemv_kernel, pointers, constants, cc, kernel.warps)
     pointers = dict(x="*u8" if kernel.packed else "*fp8e5" if mx else "*bf16", w="*u8", ws="*i32", selectors="*i32", out="*bf16", M="i32")
     pointers |= dict(xs="*i32") if kernel.packed else dict(x_unit="*fp32") if mx else {}
     pointers |= (dict(w_top="*u8") if mx else {}) | (dict(parts="*fp32", count="*i32") if kernel.split > 1 else {})
     constants = dict(PLAIN, xs=None, x_unit=None, w_top=None, parts=None, count=None, N=n, K=k, MX=mx,
                      PACKED=kernel.packed, BN=kernel.bn, BM=kernel.bm, BK=kernel.bk, SPLIT=kernel.split,
-                     STAGES=kernel.stages, GROUP=8, AHEAD=8 * pdl, PDL=pdl, PROMOTE=promote)
+                     STAGES=kernel.stages, GROUP=8, PDL=pdl, PROMOTE=promote)
     return compile_kernel(fused_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
 
 

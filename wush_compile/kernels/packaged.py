@@ -56,6 +56,9 @@ def _launch(
 ) -> dict[str, Tensor]:
     """A launch as a node of the graph that is traced: what it writes, by the parameter's name."""
     arguments = {name: PLAIN[name] for name in kernel.arg_names if name in PLAIN} | arguments
+    if "stride" in kernel.arg_names:
+        arguments["stride"] = arguments.pop("pitch")
+        del arguments["STRIDE"]
     if sorted(arguments) != sorted(kernel.arg_names):
         raise TypeError(f"{kernel.__name__} takes {kernel.arg_names}, not {sorted(arguments)}")
     launched = TraceableTritonKernelWrapper(kernel, None, grid)
@@ -117,7 +120,7 @@ def transform_quantize(
         written = _launch(
             transform_quantize_kernel, ("codes", "scales"), grid, tile.warps,
             x=rows, t=None if transform is None else transform.contiguous(), global_scale=global_scale, codes=codes,
-            scales=scales, M=m, stride=rows.stride(0), K=width, B=block,
+            scales=scales, M=m, pitch=rows.stride(0), K=width, STRIDE=width if rows.stride(0) == width else 0, B=block,
             SHARED=block > 0 and transform.shape[0] == 1 and width > block, FORMAT=format, RULE=scale_rule,
             SCALED=global_scale is not None, PTX=2 if capability >= (8, 6) else 1, NATIVE=capability >= (10, 0), WIDE=wide, R=tile.rows,
             W=tile.columns, TILES=tile.tiles, STAGES=tile.stages,
@@ -192,7 +195,7 @@ def _fused(tile: Fused, here, most, x, xs, gx, ws, top, space: Workspace, out: T
         expanded = _launch(
             expand_fp8_kernel, ("out", "unit"), (here * m,), 4, codes=x.view(torch.int32), scales=xs, g=gx,
             unit=x.new_empty(m, dtype=torch.float32), out=x.new_empty((m, k // 4), dtype=torch.int32), rows=m, K=k,
-            KG=groups, E4=False, SCALED=gx is not None, R=1, C=min(groups, 128),
+            KG=groups, E4=False, SCALED=gx is not None, R=1, C=min(groups, 128), LANES=True,
         )
         x, unit, gx = expanded["out"].view(torch.float8_e5m2), expanded["unit"], None
     elif not tile.packed:

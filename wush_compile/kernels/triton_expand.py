@@ -64,17 +64,18 @@ def _look_up(w, low, high):
 @triton.jit
 def expand_fp8_kernel(
     codes, scales, g, unit, out, rows, K: tl.constexpr, KG: tl.constexpr, E4: tl.constexpr, SCALED: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):
     """codes int32 [rows, K/8], scales uint8 [rows, K/32] -> out int32 (fp8 bytes) [rows, K/4] and unit fp32 [rows], by
     which a row's bytes are multiplied (1/g in it where SCALED). KG = K/32 rounded up to a power of two; C groups a
     step.
 
-    Every 128 channels are stored as two halves, the channels 0..3 of every 8 and the channels 4..7: the order in which
-    a look-up gives them, here and in the fused product. Both operands of a product have it, so that it cancels. Where
-    K is not a multiple of 128, the halves are those of its last, shorter part. Grid (rows/R)."""
-    start_next(PDL)
+    Every 128 channels are stored as two halves, the channels 0..3 of every 8 and the channels 4..7: the order in which a
+    look-up gives them. LANES, for the fused product (K % 128 = 0): in a half the first words of its four groups come first,
+    then the second ones (`triton_gemm._to_lanes`). Both operands of a product have the same order, so that it cancels.
+    Where K is not a multiple of 128, the halves are those of its last, shorter part. Grid (rows/R, programs for a row)."""
     wait_inputs(PDL)
+    start_next(PDL)
     r = tl.program_id(0) * R + tl.arange(0, R)
     row = tl.minimum(r, rows - 1).to(tl.int64)
     every = tl.arange(0, KG)
@@ -85,7 +86,7 @@ def expand_fp8_kernel(
         factor = factor * tl.div_rn(1.0, tl.load(g))
     tl.store(unit + r, factor, mask=r < rows)
     word = tl.arange(0, 4)[None, None, :]
-    for i in tl.range(0, tl.cdiv(K // 32, C)):
+    for i in tl.range(tl.program_id(1), tl.cdiv(K // 32, C), tl.num_programs(1)):
         group = i * C + tl.arange(0, C)
         inside = (r < rows)[:, None] & (group < K // 32)[None, :]                              # [R, C]
         b = tl.load(scales + row[:, None] * (K // 32) + group[None, :], mask=inside, other=0).to(tl.int32)
@@ -95,10 +96,15 @@ def expand_fp8_kernel(
         low = tl.broadcast_to(low[:, :, None], (R, C, 4))
         high = tl.broadcast_to(high[:, :, None], (R, C, 4))
         first, second = _look_up(w, low, high)
+        if LANES:
+            at = out + row[:, None] * (K // 4) + (group // 4 * 32 + group % 4)[None, :]
+            at = at[:, :, None] + word * 4
+        else:
+            at = out + row[:, None] * (K // 4) + (group // 4 * 32 + group % 4 * 4)[None, :]
+            at = at[:, :, None] + word
         half = tl.where(group >= K // 128 * 4, K % 128 // 32 * 4, 16)                          # words of a half
-        at = out + row[:, None] * (K // 4) + (group // 4 * 32 + group % 4 * 4)[None, :]
-        tl.store(at[:, :, None] + word, first, mask=inside[:, :, None])
-        tl.store((at + half[None, :])[:, :, None] + word, second, mask=inside[:, :, None])
+        tl.store(at, first, mask=inside[:, :, None])
+        tl.store(at + half[None, :, None], second, mask=inside[:, :, None])
 
 
 @triton.jit
@@ -123,10 +129,11 @@ def expand_bf16_kernel(
     PANELS: tl.constexpr, PDL: tl.constexpr,
 ):
     """codes uint8 [rows, K/2], scales uint8 [rows, K/G] -> out bf16 [rows, K], exact; grid (rows/R, K/(2*C)). PANELS:
-    of every 128 channels the even ones come first, then the odd ones (K % 128 = 0)."""
+    of every 128 channels the even ones come first, then the odd ones, either in the order of `triton_gemm._to_lanes`
+    (K % 128 = 0)."""
     G: tl.constexpr = 32 if MX else 16
-    start_next(PDL)
     wait_inputs(PDL)
+    start_next(PDL)
     r = tl.program_id(0) * R + tl.arange(0, R)
     inside = (r < rows)[:, None]
     row = tl.minimum(r, rows - 1).to(tl.int64)[:, None]
@@ -141,7 +148,8 @@ def expand_bf16_kernel(
     low = low.to(tl.float32) * 9.223372036854775808e18 * 9.223372036854775808e18 * factor
     high = high.to(tl.float32) * 9.223372036854775808e18 * 9.223372036854775808e18 * factor
     if PANELS:
-        at = out + row * K + (c // 64 * 128 + c % 64)[None, :]
+        lane = c // 64 * 128 + c % 64 // 32 * 32 + c % 8 // 2 * 8 + c % 32 // 8 * 2 + c % 2
+        at = out + row * K + lane[None, :]
         inside = inside & (c < K // 2)[None, :]
         tl.store(at, low.to(tl.bfloat16), mask=inside)
         tl.store(at + 64, high.to(tl.bfloat16), mask=inside)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .triton_formats import e4m3_factor, e8m0_factor
-from .triton_launch import prefetch, start_next, wait_inputs
+from .triton_launch import start_next, wait_inputs
 
 
 @triton.jit
@@ -116,21 +116,13 @@ def finish(y, n, m, N, gx, gw, bias, residual, out, SCALED_X: tl.constexpr, SCAL
 def gemv_kernel(
     x, xs, gx, w, ws, gw, bias, residual, out, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
     MX: tl.constexpr, SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
-    EARLY: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):
-    """x int32 [M, K/8], xs uint8 [M, K/G], w int32 [N, K/8], ws uint8 [N, K/G] -> out [M, N], M = 1, 2 or 4; AHEAD:
-    cache lines of a row that are prefetched; grid (N/BN)."""
+    """x int32 [M, K/8], xs uint8 [M, K/G], w int32 [N, K/8], ws uint8 [N, K/G] -> out [M, N], M = 1, 2 or 4; grid
+    (N/BN). Weights are read before the kernel waits for its inputs."""
     G: tl.constexpr = 32 if MX else 16
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
-    start_next(PDL)
-    if AHEAD > 0:
-        line = 128 * tl.arange(0, AHEAD)
-        prefetch(w, row * (K // 2) + line[None, :])
-        prefetch(ws, row * (K // G))
-    if not EARLY:
-        wait_inputs(PDL)
     acc0 = tl.zeros((BN, BK // G), tl.float32)
     acc1 = acc0
     acc2 = acc0
@@ -145,8 +137,8 @@ def gemv_kernel(
         else:
             code = tl.load(w + row * (K // 8) + words[None, :], mask=(words < K // 8)[None, :], other=0)
             byte = tl.load(ws + row * (K // G) + groups[None, :], mask=(groups < K // G)[None, :], other=1).to(tl.int32)
-        if EARLY:
-            wait_inputs(PDL)
+        wait_inputs(PDL)                     # in every step, since once it has returned it costs nothing
+        start_next(PDL)
         factor = e8m0_factor(byte) if MX else e4m3_factor(byte)
         parts = _weight_bytes(code)
         acc0 += _row(parts, x, xs, 0, first, K, G, BN, BK, MX) * factor

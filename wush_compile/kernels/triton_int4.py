@@ -28,8 +28,8 @@ def int4_gemm_kernel(
 ):
     """x uint8 [M, K/2], xs bf16 [M, K/32], w uint8 [N, K/2], ws bf16 [N, K/32] -> out [M, N]; grid (tiles of M times tiles
     of N)."""
-    start_next(PDL)
     wait_inputs(PDL)
+    start_next(PDL)
     tiles_m = tl.cdiv(M, BM)
     m = (tl.program_id(0) % tiles_m) * BM + tl.arange(0, BM)
     n = (tl.program_id(0) // tiles_m) * BN + tl.arange(0, BN)

@@ -1,8 +1,8 @@
 """Starting a kernel while the one in front of it still runs (programmatic dependent launch, sm_90 and later).
 
-One rule keeps it safe: before `wait_inputs` a kernel neither reads nor writes memory; it only asks for the weights it
-will need (`prefetch`), so that they travel while the quantizer in front is at work. When `wait_inputs` returns, all
-kernels in front have ended, since each of them waited too.
+Two rules keep it safe. Before `wait_inputs` a kernel writes nothing, and reads nothing but a weight that was there before
+its predecessor was launched (`triton_linear.settled`). `start_next` comes after it, so that a kernel runs beside its direct
+predecessor at most. When `wait_inputs` returns, all kernels in front have ended, since each of them waited too.
 """
 
 import functools
@@ -30,10 +30,3 @@ def wait_inputs(PDL: tl.constexpr):
     """Returns when the kernels in front have ended and what they wrote can be read."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def prefetch(pointer, offset):
-    """Asks for the cache lines `offset` (int64 tensor) bytes after a pointer; nothing is read."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
-                              [pointer.to(tl.int64, bitcast=True) + offset], dtype=tl.int32, is_pure=False, pack=1)

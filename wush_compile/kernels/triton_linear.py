@@ -62,7 +62,6 @@ class Scaled(NamedTuple):
     stages: int
 
 
-EARLY = False
 class Int4(NamedTuple):
     """Tile of the int4 product: weight rows, activation rows; warps, depth of the load pipeline."""
 
@@ -137,6 +136,17 @@ def _known(scales: Tensor) -> RowFacts | None:
     return found if version == _version(scales) else None
 
 
+def settled(t: Tensor) -> bool:
+    """Whether a weight has been used before and not been written since: only such a one may be read while the kernel in
+    front still runs, which might be the one that writes it. A weight's first use is remembered with its memory."""
+    seen = getattr(t.untyped_storage(), "_wush_settled", None)
+    if seen is None:
+        seen = t.untyped_storage()._wush_settled = {}
+    known = seen.get(_place(t)) == _version(t)
+    seen[_place(t)] = _version(t)
+    return known
+
+
 class Workspace:
     """Constants and arrival counters of a device.
 
@@ -176,10 +186,6 @@ def workspace(device: torch.device) -> Workspace:
 
 def _power_of_two_divisor(n: int, limit: int) -> int:
     return min(n & -n, limit)
-
-
-def _floor_power_of_two(n: int) -> int:
-    return 1 << (n.bit_length() - 1)
 
 
 # Fused tiles on Hopper: rows up to -> (where few weight rows leave multiprocessors idle, elsewhere).
@@ -280,28 +286,26 @@ class Operands(NamedTuple):
 def run_gemv(o: Operands, tile: Gemv, out: Tensor) -> None:
     m, n, k = o.sizes
     bk = min(tile.bk, max(triton.next_power_of_2(k), 128))
-    pdl = overlaps(out.device.index)
+    pdl = overlaps(out.device.index) and settled(o.w_codes) and settled(o.w_scales)
     gemv_kernel[(triton.cdiv(n, tile.bn),)](
         o.codes.view(torch.int32), o.scales, o.gx, o.w_codes.view(torch.int32), o.w_scales, o.gw, o.bias, o.residual,
-        out, n, k, m, o.mx, *o.flags, tile.bn, bk, _ahead(k // 2) if pdl and not EARLY else 0, pdl, EARLY,
+        out, n, k, m, o.mx, *o.flags, tile.bn, bk, pdl,
         num_warps=tile.warps, launch_pdl=pdl,
     )
 
 
-def _ahead(nbytes: int) -> int:
-    """Cache lines of a row that a kernel asks for before it waits: a power of two, at most 32."""
-    return min(32, _floor_power_of_two(max(nbytes // 128, 1)))
-
-
-def expand_fp8(codes: Tensor, scales: Tensor, g: Tensor | None, e4m3: bool) -> tuple[Tensor, Tensor]:
-    """MXFP4 rows -> (fp8 bytes [rows, K], channels in the kernel's own order, unit fp32 [rows], which holds 1/g)."""
+def expand_fp8(
+    codes: Tensor, scales: Tensor, g: Tensor | None, e4m3: bool, lanes: bool = False
+) -> tuple[Tensor, Tensor]:
+    """MXFP4 rows -> (fp8 bytes [rows, K], channels in one of the kernel's orders, unit fp32 [rows], which holds 1/g)."""
     rows, k = codes.shape[0], 2 * codes.shape[1]
     out = torch.empty((rows, k), dtype=torch.float8_e4m3fn if e4m3 else torch.float8_e5m2, device=codes.device)
     unit = torch.empty(rows, dtype=torch.float32, device=codes.device)
     groups = triton.next_power_of_2(k // 32)
-    expand_fp8_kernel[(rows,)](
+    step = min(groups, 128 if rows >= 512 else 32)          # few rows: several programs for each
+    expand_fp8_kernel[(rows, 1 if rows >= 512 else triton.cdiv(k // 32, step))](
         codes.view(torch.int32), scales, g, unit, out.view(torch.int32), rows, k, groups, e4m3, g is not None,
-        1, min(groups, 128), overlaps(codes.device.index), num_warps=4, launch_pdl=overlaps(codes.device.index),
+        1, step, lanes, overlaps(codes.device.index), num_warps=4, launch_pdl=overlaps(codes.device.index),
     )
     return out, unit
 
@@ -313,7 +317,7 @@ def run_fused(o: Operands, tile: Fused, out: Tensor) -> None:
     if tile.packed:
         x, gx = o.codes, o.gx
     elif o.mx:
-        x, unit = expand_fp8(o.codes, o.scales, o.gx, e4m3=False)
+        x, unit = expand_fp8(o.codes, o.scales, o.gx, e4m3=False, lanes=True)
         gx = None
     else:
         x, gx = expand_bf16(o.codes, o.scales, o.mx, panels=True), o.gx
@@ -321,15 +325,15 @@ def run_fused(o: Operands, tile: Fused, out: Tensor) -> None:
     if tiles > Workspace.RING:
         tile = tile._replace(split=1)
     split, pdl = tile.split > 1, overlaps(out.device.index)
-    ahead = _ahead(k // tile.split // 2) if pdl and m <= tile.bm else 0
     parts = torch.empty((tile.split, m, n), dtype=torch.float32, device=out.device) if split else None
     fused_gemm_kernel[(tiles, tile.split)](
         x, o.scales.view(torch.int32) if tile.packed else None, unit, gx, o.w_codes, o.w_scales.view(torch.int32),
         row_facts(o.w_scales).top if o.mx else None, o.gw, o.bias, o.residual,
         space.selectors if o.mx else space.pairs, out, parts,
         space.counters(tiles) if split else None, m, n, k, o.mx, tile.packed, gx is not None, *o.flags[1:],
-        tile.bn, tile.bm, tile.bk, tile.split, tile.stages, 8, ahead, pdl,
-        min(128, tile.bk // 2) if o.mx and o.precise else 0, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
+        tile.bn, tile.bm, tile.bk, tile.split, tile.stages, 8,
+        min(128, tile.bk // 2) if o.mx and o.precise else 0, pdl, num_warps=tile.warps, num_stages=tile.stages,
+        launch_pdl=pdl,
     )
 
 
