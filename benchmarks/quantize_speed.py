@@ -174,7 +174,8 @@ def measure(
     if len(everybody) > 1:
         torch.distributed.all_gather_object(everybody, state.hexdigest())
     losses = [report["relative_loss"] for report in quantization_of(model).report.values()]
-    return {"seconds": total, "phases": {**seconds, "everything else": total - sum(seconds.values())}, "losses": losses, "sha256": sorted(set(everybody)),
+    return {"seconds": total, "phases": {**seconds, "everything else": total - sum(seconds.values())},
+            "losses": losses, "sha256": sorted(set(everybody)),
             "peak_allocated": torch.cuda.max_memory_allocated(), "peak_reserved": torch.cuda.max_memory_reserved()}
 
 
@@ -186,7 +187,8 @@ def show(result: dict) -> None:
         floor = result["floors"].get(phase)
         print(f"| {phase} | {seconds:.3f} | " + (f"{floor:.3f} | {seconds / floor:.1f} |" if floor else "| |"))
     print(f"| all | {result['seconds']:.2f} | {sum(result['floors'].values()):.2f} | |")
-    print(f"peak GPU memory {result['peak_allocated'] / 1e9:.2f} GB allocated, {result['peak_reserved'] / 1e9:.2f} GB reserved")
+    allocated, reserved = result["peak_allocated"] / 1e9, result["peak_reserved"] / 1e9
+    print(f"peak GPU memory {allocated:.2f} GB allocated, {reserved:.2f} GB reserved")
     print(f"sha256 of the codes and scales, every process: {', '.join(s[:16] for s in result['sha256'])}; "
           f"mean relative loss {sum(result['losses']) / len(result['losses']):.4f}")
     if result["layers"] < result["all_layers"]:
@@ -216,7 +218,8 @@ def main() -> None:
     options = {"format": args.format, "moments": args.moments, "batch_size": args.batch_size}
     rates = ceilings(device)
     if rank == 0:
-        print(json.dumps({**common.environment(device), **{k: f"{v / 1e12:.3f}e12/s" for k, v in rates.items()}}), flush=True)
+        shown = {name: f"{rate / 1e12:.3f}e12/s" for name, rate in rates.items()}
+        print(json.dumps({**common.environment(device), **shown}), flush=True)
     layers = args.layers or shape["num_hidden_layers"]
     results = []
 

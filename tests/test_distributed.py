@@ -14,7 +14,7 @@ from models import plain, tokens
 
 import wush_compile as wc
 from wush_compile import calibrate
-from wush_compile.distributed import Ranks, assign, digest, merge_samples
+from wush_compile.distributed import Ranks, assign, join, merge_samples
 from wush_compile.errors import NonFiniteError, WushError
 from wush_compile.team import Alone
 
@@ -59,19 +59,20 @@ def broken(*args):
 
 def errors(rank: int, monkeypatch) -> list[str]:
     """What each process says of data that cannot be dealt out, and of failures of the second one alone."""
-    def attempt(batches=None) -> str:
+    def attempt(work, *arguments, **settings) -> str:
         with pytest.raises(WushError) as caught:
-            wc.quantize(plain("llama", torch.float32), batches or data(), **SETTINGS)
+            work(*arguments, **settings)
         return f"{caught.type.__name__}: {caught.value}"
 
     different = data()
     different[0][0, 0] += rank
-    said = [attempt(different), attempt([data()[0][:1]])]
+    said = [attempt(join(torch.device("cpu")).share, [{"input_ids": b} for b in batches])
+            for batches in (different, [data()[0][:1]])]
     for owner, name in ((calibrate.Calibration, "_check_finite"), (calibrate, "solve_group")):
         with monkeypatch.context() as patch:
             if rank == 1:
                 patch.setattr(owner, name, broken)
-            said.append(attempt())
+            said.append(attempt(wc.quantize, plain("llama", torch.float32, layers=1), data(), **SETTINGS))
     return said
 
 
@@ -81,10 +82,18 @@ def worker(mode: str, out: str) -> None:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as monkeypatch:
         if mode == "die" and rank == 1:
-            monkeypatch.setattr(calibrate, "solve_group", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+            solve = calibrate.solve_group
+
+            def killed(group, *args):
+                if "layers.1" in group.name:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return solve(group, *args)
+
+            monkeypatch.setattr(calibrate, "solve_group", killed)
         said = errors(rank, monkeypatch) if mode == "work" else []
         watch = Watch(monkeypatch)
-        model = wc.quantize(plain("llama", torch.float32), data(), **SETTINGS)
+        journal = None if mode == "work" else f"{out}/checkpoint"
+        model = wc.quantize(plain("llama", torch.float32), data(), out=journal, **SETTINGS)
     torch.save({"state": model.state_dict(), "moments": watch.moments}, f"{out}/{rank}.pt")
     Path(f"{out}/{rank}.json").write_text(json.dumps({"forwarded": watch.forwarded, "said": said}))
 
@@ -118,10 +127,28 @@ def kl(model: torch.nn.Module, reference: torch.nn.Module) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def test_two_processes_are_one(tmp_path, monkeypatch):
-    for status, error in launch("work", tmp_path):
+def finished(mode: str, out: Path) -> tuple[list[dict], list[dict]]:
+    """What each of two processes reports, and its tensors."""
+    for status, error in launch(mode, out):
         assert status == 0, error[-3000:]
-    reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    return ([json.loads((out / f"{rank}.json").read_text()) for rank in range(2)],
+            [torch.load(out / f"{rank}.pt") for rank in range(2)])
+
+
+def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert list(one) == list(other)
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype and tensor.shape == other[name].shape, name
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8)), name
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return finished("work", tmp_path_factory.mktemp("two"))
+
+
+def test_two_processes_are_one(two, monkeypatch):
+    reports, results = two
     for rank, report in enumerate(reports):
         differ, few, forward, solve = report["said"]
         assert differ.startswith("DataError") and "different calibration data" in differ
@@ -130,7 +157,6 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
 
     watch = Watch(monkeypatch)
     alone = wc.quantize(plain("llama", torch.float32), data(), **SETTINGS)
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     forwarded = [report["forwarded"] for report in reports]
     # The embedding once, the first layer twice, the last one, which nobody reads, once.
     assert sum(forwarded) == watch.forwarded == 4 * WINDOWS * LENGTH
@@ -142,20 +168,28 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
         assert (moment - watch.moments[i]).norm() <= 1e-5 * watch.moments[i].norm()
 
     states = [r["state"] for r in results]
-    assert list(states[0]) == list(states[1]) == list(alone.state_dict())
-    for name, tensor in states[0].items():
-        assert tensor.dtype == states[1][name].dtype
-        assert torch.equal(tensor.reshape(-1).view(torch.uint8), states[1][name].reshape(-1).view(torch.uint8)), name
+    assert list(states[0]) == list(alone.state_dict())
+    assert_same_state(*states)
     reference = plain("llama", torch.float32)
     expected = kl(alone, reference)
     alone.load_state_dict(states[0])
     assert kl(alone, reference) == pytest.approx(expected, rel=0.02)
 
 
-def test_a_death_ends_the_others(tmp_path):
+def test_a_death_ends_the_others_and_the_journal_goes_on(two, tmp_path):
     (status, error), (killed, _) = launch("die", tmp_path)
     assert killed == -signal.SIGKILL and status == 1
     assert "WushError: rank 0 lost another process" in error and "start the same command again" in error
+    kept = sorted(path.name for path in (tmp_path / "checkpoint" / ".wush").glob("stage-*.json"))
+    assert kept == ["stage-00000.json", "stage-00001.json"]                # the embedding and the first layer
+    before = [(tmp_path / "checkpoint" / ".wush" / name).read_bytes() for name in kept]
+
+    _, results = finished("resume", tmp_path)
+    assert [(tmp_path / "checkpoint" / ".wush" / name).read_bytes() for name in kept] == before
+    _, uninterrupted = two
+    for result in results:
+        assert_same_state(result["state"], uninterrupted[0]["state"])
+    assert_same_state(wc.load(tmp_path / "checkpoint").state_dict(), results[0]["state"])
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------
@@ -187,10 +221,3 @@ def test_groups_are_spread():
     assert assign({0: 4096, 1: 4096, 2: 4096, 3: 14336}, 2) == {3: 0, 0: 1, 1: 1, 2: 1}
     assert set(assign({0: 64, 1: 64, 2: 64, 3: 64}, 4).values()) == {0, 1, 2, 3}
     assert assign({}, 2) == {}
-
-
-def test_digest_sees_names_shapes_and_values():
-    x = torch.arange(6)
-    seen = [digest([b]) for b in ({"a": x}, {"b": x}, {"a": x.view(2, 3)}, {"a": x + 1}, {"a": x.to(torch.bfloat16)}, (x,))]
-    assert len(set(seen)) == len(seen)
-    assert digest([{"a": x}]) == digest([{"a": x.clone()}])

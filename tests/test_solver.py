@@ -191,7 +191,7 @@ def agrees_with_the_oracle(format, rule, groups, device):
     for transform, moments in cases:
         config = WushConfig(format=format, weight_scale_rule=rule, transform=transform, moments=moments,
                             transform_block_size=block)
-        moment = (x.T @ x).to(device)                                   # of the CPU everywhere: its sums decide nothing here
+        moment = (x.T @ x).to(device)                                   # the CPU's sums on every device
         solution = solve(w.to(device), config, moment=moment, count=len(x), sample=x[:64].to(device), name="a")
         t = block_diagonal(None if solution.transform is None else solution.transform.cpu(), width)
         g = solution.weight_global_scale

@@ -1,13 +1,12 @@
-"""One calibration by several processes, each with a device of its own: `torchrun --nproc-per-node 2 -m wush_compile ...`.
+"""One calibration by several processes, each with a device of its own: `torchrun --nproc-per-node 2 script.py`.
 
 The windows are dealt out, moments are summed where their group will be solved, a stage's groups are solved on different
-ranks, and every rank gets the bytes of all. Processes meet between these steps: a rank that failed says so there, and the
-others stop with its error instead of waiting for it.
+ranks, and every rank gets the bytes of all. Processes meet between these steps: a rank that failed says so there, and
+the others stop with its error instead of waiting for it.
 """
 
 import contextlib
 import copy
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from .data import Batch
 from .errors import DataError, WushError
+from .journal import fingerprint_of_data
 from .microbatch import sequences
 from .ops import LARGEST_SHARE, _sample_largest
 from .passes.observe import Observation
@@ -84,17 +84,6 @@ def merge_samples(samples: list[Tensor], counts: list[int]) -> Tensor:
     return merged
 
 
-def digest(batches: Iterable[Batch]) -> str:
-    """A hash of the batches' names, shapes and values."""
-    known = hashlib.sha256()
-    for batch in batches:
-        for name, value in batch.items() if isinstance(batch, Mapping) else enumerate(batch):
-            known.update(f"{name} {getattr(value, 'shape', value)}".encode())
-            if isinstance(value, Tensor):
-                known.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return known.hexdigest()
-
-
 class Ranks(Alone):
     """The team of a process group, of which every process calls the same methods in the same order."""
 
@@ -114,8 +103,8 @@ class Ranks(Alone):
         except RuntimeError as error:
             self._over = True
             raise WushError(
-                f"rank {self.rank} lost another process of the job, which has died or cannot be reached; with --out the "
-                "finished stages are kept: start the same command again"
+                f"rank {self.rank} lost another process of the job, which has died or cannot be reached; with --out "
+                "the finished stages are kept: start the same command again"
             ) from error
 
     def _exchange(self, mine: object, error: Exception | None = None) -> list:
@@ -140,14 +129,15 @@ class Ranks(Alone):
 
     def share(self, batches: list[Batch]) -> list[Batch]:
         """This rank's stretch of all sequences; of batches, where they cannot be taken apart."""
-        if len(set(self._exchange(digest(batches)))) > 1:
-            raise DataError("the processes have different calibration data: give all of them the same, they deal it out")
+        if len(set(self._exchange(fingerprint_of_data(batches)))) > 1:
+            raise DataError("the processes have different calibration data: give each the same, of which it takes its part")
         counts = [sequences(batch) for batch in batches]
         cut = None not in counts
         counts = counts if cut else [1] * len(batches)
         total = sum(counts)
         if total < self.size:
-            raise DataError(f"{total} calibration {'windows' if cut else 'batches'} for {self.size} processes: each needs one")
+            kind = "windows" if cut else "batches"
+            raise DataError(f"{total} calibration {kind} for {self.size} processes: each needs one")
         first, last = total * self.rank // self.size, total * (self.rank + 1) // self.size
         mine, start = [], 0
         for batch, count in zip(batches, counts, strict=True):
@@ -169,8 +159,8 @@ class Ranks(Alone):
             for position, (i, observation) in enumerate(seen.items()):
                 own, owner = [c[position] for c in counts], self._owners[i]
                 dist.reduce(observation.moment, owner)
-                samples = [torch.empty_like(observation.sample) for _ in range(self.size)] if owner == self.rank else None
-                dist.gather(_bytes(observation.sample), samples and list(map(_bytes, samples)), owner)
+                samples = [torch.empty_like(observation.sample) for _ in range(self.size if owner == self.rank else 0)]
+                dist.gather(_bytes(observation.sample), list(map(_bytes, samples)) or None, owner)
                 observation.count.fill_(sum(own))
                 if samples:
                     observation.sample = merge_samples(samples, own)

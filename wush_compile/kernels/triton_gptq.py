@@ -144,5 +144,5 @@ def round_group(
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernel runs on this device: float64 and the fp32 arithmetic of `formats.py` ask for no more than sm_80."""
+    """Whether the kernel runs on this device: it needs float64 and what Triton itself asks for, sm_80."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -158,7 +158,7 @@ def gptq(
     for stop in range(w.shape[0], 0, -span):
         start = max(0, stop - span)
         here = slice(start, stop)
-        z = torch.addmm(w[here], unit[stop:, here].T, error[stop:])         # what gets rounded, were the span without error
+        z = torch.addmm(w[here], unit[stop:, here].T, error[stop:])         # with the errors of all later spans
         _round_channels(w[here], z, unit[here, here], format, rule, g, codes[here],
                         scales[start // group : stop // group], error[here])
     return codes.T.contiguous(), scales.T.contiguous(), error

@@ -31,7 +31,7 @@ def random_orthogonal(blocks: int, size: int, seed: int, name: str) -> Tensor:
 
 
 def cholesky_(a: Tensor, panel: int = 2048) -> tuple[Tensor, Tensor]:
-    """Cholesky in place by panels: a float64 [K, K] -> L in a's place, and info, int32 [], not 0 if a is not positive definite.
+    """Cholesky by panels: a float64 [K, K] -> L in its place, and info, int32 [], not 0 if a is not positive definite.
 
     What is above the diagonal blocks of `panel` channels is not to be read. Beside `a` only a panel of columns is in
     memory, where the library's function, which serves matrices no larger than a panel, takes another K².
