@@ -1,4 +1,4 @@
-// Block transform, quantization and packing in one kernel, registers only.
+// Block transform, quantization and packing in one kernel.
 //
 // A warp owns 64 columns (two blocks of 32) and walks tiles of 16 rows. Lane (g, t) = (lane / 4, lane % 4) loads 8
 // neighbouring channels, 8t..8t+7 of a block, of the rows g and g + 8. As they lie, these are its A fragment of
@@ -241,90 +241,128 @@ __device__ __forceinline__ void transform_block(float (&y)[2][8], const uint4& l
   }
 }
 
-// The rows that a warp reads, a tile at a time.
+// Asks for 16 bytes of global memory to be copied to shared memory, or for zeros.
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0) : "memory");
+}
+
+// The rows that a warp reads: tiles on their way are in a ring of shared memory, STAGES deep. A lane reads what it asked for
+// itself, so that nothing has to be synchronized. Rows and columns outside are zeros.
 template <class T, Prologue P> struct Reader {
-  static constexpr int SOURCES = P == Prologue::silu_mul ? 2 : 1;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  static constexpr int DEPTH = 2;                    // 100 KiB of shared memory, and a third of the bandwidth
+#else
+  static constexpr int DEPTH = 4;
+#endif
+  static constexpr int SOURCES = P == Prologue::silu_mul ? 2 : 1, STAGES = DEPTH / SOURCES > 2 ? DEPTH / SOURCES : 2;
+  static constexpr int CHUNK = 32 * 16, STAGE = SOURCES * BLOCKS * 2 * CHUNK, BYTES = WARPS * STAGES * STAGE;
   const QuantizeArguments& q;
-  const bool (&inside)[BLOCKS];
-  const uint4 (&gain)[BLOCKS];
-  const char* place[SOURCES][2];                     // of rows g and g + 8
+  uint32_t ring;                                     // this lane's bytes of the warp's ring
+  const char* place[SOURCES];                        // of row g of the tile to ask for
+  int left;                                          // rows from there on, capped: a walk is short
+  int columns;                                       // channels from the lane's first on
   const float* inverse_rms;
-  int left;                                          // rows from g on, capped: a walk is short
-  uint4 words[SOURCES][BLOCKS][2] = {};              // columns outside stay 0, rows outside keep what is there
   float rms[2] = {0.0f, 0.0f};
 
-  __device__ __forceinline__ Reader(const QuantizeArguments& q, const bool (&inside)[BLOCKS], const uint4 (&gain)[BLOCKS],
-                                    int64_t row, int left, int column)
-      : q(q), inside(inside), gain(gain), inverse_rms(q.inverse_rms + row), left(left) {
+  __device__ __forceinline__ Reader(const QuantizeArguments& q, void* shared, int64_t row, int column, int lane, int warp)
+      : q(q), ring(__cvta_generic_to_shared(shared) + warp * STAGES * STAGE + lane * 16),
+        left(min(q.rows - row, (int64_t)1 << 20)), columns(q.width - column), inverse_rms(q.inverse_rms + row) {
+#pragma unroll
+    for (int s = 0; s < SOURCES; s++)
+      place[s] = static_cast<const char*>(s == 0 ? q.x : q.up) + 2 * (row * stride(s) + column);
+  }
+
+  __device__ __forceinline__ int64_t stride(int source) const { return source == 0 ? q.stride : q.up_stride; }
+
+  // Asks for the next tile, the i-th.
+  __device__ __forceinline__ void ask(int i) {
 #pragma unroll
     for (int s = 0; s < SOURCES; s++) {
 #pragma unroll
-      for (int h = 0; h < 2; h++)
-        place[s][h] = static_cast<const char*>(s == 0 ? q.x : q.up) +
-                      2 * ((row + 8 * h) * (s == 0 ? q.stride : q.up_stride) + column);
+      for (int h = 0; h < 2; h++) {
+#pragma unroll
+        for (int block = 0; block < BLOCKS; block++)
+          copy_async(ring + i % STAGES * STAGE + ((s * BLOCKS + block) * 2 + h) * CHUNK,
+                     place[s] + h * 16 * stride(s) + block * BLOCK * 2, 8 * h < left && block * BLOCK < columns);
+      }
+      place[s] += 2 * TILE * stride(s);
     }
-  }
-
-  // Asks for block i of the tile that is next.
-  __device__ __forceinline__ void load(int i) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-#pragma unroll
-      for (int s = 0; s < SOURCES; s++)
-        if (8 * h < left && inside[i]) words[s][i][h] = __ldcs(reinterpret_cast<const uint4*>(place[s][h]) + 4 * i);
-    }
-  }
-
-  // After all blocks of a tile: the one below it is next.
-  __device__ __forceinline__ void advance() {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      if (P == Prologue::rms_norm && 8 * h < left) rms[h] = inverse_rms[8 * h];
-#pragma unroll
-      for (int s = 0; s < SOURCES; s++) place[s][h] += 2 * TILE * (s == 0 ? q.stride : q.up_stride);
-    }
-    inverse_rms += TILE;
     left -= TILE;
+    finish_asking();
   }
 
-  // The lane's 8 channels of block i of either row, as the quantizer takes them.
-  __device__ __forceinline__ uint4 get(int i, int h) const {
-    const uint4 v = words[0][i][h], other = P == Prologue::silu_mul ? words[SOURCES - 1][i][h] : gain[i];
+  // Groups of copies are counted: one is closed for every tile, also where there is none to ask for.
+  __device__ __forceinline__ void finish_asking() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+  // Until the oldest tile is there, all but STAGES - 2 of those asked for.
+  __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory"); }
+
+  __device__ __forceinline__ uint4 word(int i, int s, int block, int h) const {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(ring + i % STAGES * STAGE + ((s * BLOCKS + block) * 2 + h) * CHUNK) : "memory");
+    return v;
+  }
+
+  // Of the i-th tile the lane's 8 channels of a block in row g + 8h, as the quantizer takes them.
+  __device__ __forceinline__ uint4 get(int i, int block, int h, const uint4& gain) const {
+    const uint4 v = word(i, 0, block, h), other = P == Prologue::silu_mul ? word(i, SOURCES - 1, block, h) : gain;
     return {prologue<T, P>(v.x, other.x, rms[h], q), prologue<T, P>(v.y, other.y, rms[h], q),
             prologue<T, P>(v.z, other.z, rms[h], q), prologue<T, P>(v.w, other.w, rms[h], q)};
+  }
+
+  // The rows' norms of the i-th tile, of which `rows` are left.
+  __device__ __forceinline__ void load_norms(int i, int rows) {
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      if (P == Prologue::rms_norm && 8 * h < rows) rms[h] = inverse_rms[i * TILE + 8 * h];
   }
 };
 
 // The tiles of a warp, from `start` on (the lane's first row). False if something is not finite, so that values of NVFP4's
 // pairs of blocks are wrong (0 * NaN): then all is done again with CLEAN, each block without the other.
 template <class T, bool NV, bool TRANSFORM, bool MSE, Prologue P, bool CLEAN>
-__device__ __forceinline__ bool walk(const KernelArguments& args, const uint4 (&b)[BLOCKS][4], const uint4 (&gain)[BLOCKS],
-                                     int first, int64_t start, int t, float g, const float* inverses) {
+__device__ __forceinline__ bool walk(const KernelArguments& args, void* ring, int first, int64_t start, float g,
+                                     const float* inverses) {
   constexpr int PER_BLOCK = NV ? 2 : 1, COUNT = PER_BLOCK * BLOCKS;
   const QuantizeArguments& q = args.q;
+  const int lane = threadIdx.x % 32, t = lane % 4;
   const int column = first * BLOCK + 8 * t, group = first * PER_BLOCK, groups = q.width / (BLOCK / PER_BLOCK);
   const float g_over_6 = __fdiv_rn(g, 6.0f), g_over_4 = __fdiv_rn(g, 4.0f);
   bool inside[BLOCKS];
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) inside[i] = column + i * BLOCK < q.width;
-  uint8_t* codes[2] = {q.codes + start * (q.width / 2) + column / 2, q.codes + (start + 8) * (q.width / 2) + column / 2};
+  uint8_t* codes = q.codes + start * (q.width / 2) + column / 2;
   uint8_t* scales = q.scales + (q.swizzled ? swizzled_offset(0, group, groups) : (start + 8 * t) * groups + group);
   const bool whole = q.swizzled || groups % COUNT == 0;      // the scales of a row leave as one word
   bool finite = true;
   int left = min(q.rows - start, (int64_t)1 << 20), scale_left = min(args.scale_rows - start, (int64_t)1 << 20);
-  Reader<T, P> reader(q, inside, gain, start, left, column);
+  Reader<T, P> reader(q, ring, start, column, lane, threadIdx.x / 32);
 #pragma unroll
-  for (int i = 0; i < BLOCKS; i++) reader.load(i);
-  reader.advance();
+  for (int i = 0; i < Reader<T, P>::STAGES - 1; i++) {
+    if (i < args.row_tiles) reader.ask(i);
+    else reader.finish_asking();
+  }
+  uint4 b[BLOCKS][4], gain[BLOCKS];
+  if constexpr (TRANSFORM) load_transform<T, NV>(b, q, first, lane);
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i++) {
+    gain[i] = {0, 0, 0, 0};
+    if (P == Prologue::rms_norm && q.gain != nullptr && inside[i])
+      gain[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(q.gain) + column + i * BLOCK));
+  }
+  reader.load_norms(0, left);
 
 #pragma unroll 1
   for (int tile = 0; tile < args.row_tiles; tile++) {
-    const bool more = tile + 1 < args.row_tiles;
+    reader.wait();
+    if (tile + Reader<T, P>::STAGES - 1 < args.row_tiles) reader.ask(tile + Reader<T, P>::STAGES - 1);
+    else reader.finish_asking();
     uint32_t bytes[2] = {0, 0};                            // MX: both scales of a row; NV: of each block the lane's one
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
       float y[2][8];
-      uint4 words[2] = {reader.get(i, 0), reader.get(i, 1)};
+      uint4 words[2] = {reader.get(tile, i, 0, gain[i]), reader.get(tile, i, 1, gain[i])};
       if constexpr (TRANSFORM && P == Prologue::none) {
         // A load leaves a row's words side by side, a product wants the two rows' in turn: one copy, by an instruction that
         // the compiler cannot see through. Left to itself it makes one for each of the four products.
@@ -358,7 +396,6 @@ __device__ __forceinline__ bool walk(const KernelArguments& args, const uint4 (&
           }
         }
       }
-      if (more) reader.load(i);                            // on its way while this block is quantized
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const float amax = group_amax<NV>(y[h]);
@@ -371,13 +408,12 @@ __device__ __forceinline__ bool walk(const KernelArguments& args, const uint4 (&
         uint32_t packed = e2m1_pack8(v);
         if (bad) byte = NV ? NV_NAN : MX_NAN, packed = 0;
         const bool valid = 8 * h < left && inside[i];
-        if (valid) *reinterpret_cast<uint32_t*>(codes[h] + i * (BLOCK / 2)) = packed;
+        if (valid) *reinterpret_cast<uint32_t*>(codes + h * (int64_t)q.width * 4 + i * (BLOCK / 2)) = packed;
         bytes[h] |= (valid ? byte : 0) << (NV ? 16 * i : 8 * i);         // padding is 0
       }
     }
-    if (more) reader.advance();
-    codes[0] += TILE / 2 * (int64_t)q.width;
-    codes[1] += TILE / 2 * (int64_t)q.width;
+    if (tile + 1 < args.row_tiles) reader.load_norms(tile + 1, left - TILE);
+    codes += TILE / 2 * (int64_t)q.width;
 
     // Scales of a row leave together: lane 0 writes those of row g, lane 1 those of row g + 8.
     if constexpr (NV) {
@@ -406,28 +442,19 @@ __device__ __forceinline__ bool walk(const KernelArguments& args, const uint4 (&
 template <class T, bool NV, bool TRANSFORM, bool MSE, Prologue P>
 __global__ void __launch_bounds__(32 * WARPS, !MSE && P == Prologue::none ? 4 : 3) quantize_kernel(const __grid_constant__ KernelArguments args) {
   const QuantizeArguments& q = args.q;
-  const int lane = threadIdx.x % 32, t = lane % 4;
   const int first = ((blockIdx.x % args.column_tiles) * WARPS + threadIdx.x / 32) * BLOCKS;       // the warp's blocks
-  const int64_t start = (int64_t)(blockIdx.x / args.column_tiles) * args.row_tiles * TILE + lane / 4;
+  const int64_t start = (int64_t)(blockIdx.x / args.column_tiles) * args.row_tiles * TILE + threadIdx.x % 32 / 4;
   const float g = q.global_scale == nullptr ? 1.0f : *q.global_scale;
 
+  __shared__ __align__(16) uint8_t ring[Reader<T, P>::BYTES];
   __shared__ float inverses[128];
   if constexpr (NV) {
     inverses[threadIdx.x] = __fdiv_rn(g, e4m3_decode(max(threadIdx.x, 1)));
     __syncthreads();
   }
-  uint4 b[BLOCKS][4], gain[BLOCKS];
-  if constexpr (TRANSFORM) load_transform<T, NV>(b, q, first, lane);
-#pragma unroll
-  for (int i = 0; i < BLOCKS; i++) {
-    const int column = (first + i) * BLOCK + 8 * t;
-    gain[i] = {0, 0, 0, 0};
-    if (P == Prologue::rms_norm && q.gain != nullptr && column < q.width)
-      gain[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(q.gain) + column));
-  }
-  const bool finite = walk<T, NV, TRANSFORM, MSE, P, false>(args, b, gain, first, start, t, g, inverses);
+  const bool finite = walk<T, NV, TRANSFORM, MSE, P, false>(args, ring, first, start, g, inverses);
   if constexpr (NV && TRANSFORM) {
-    if (__any_sync(~0u, !finite)) walk<T, NV, TRANSFORM, MSE, P, true>(args, b, gain, first, start, t, g, inverses);
+    if (__any_sync(~0u, !finite)) walk<T, NV, TRANSFORM, MSE, P, true>(args, ring, first, start, g, inverses);
   }
 }
 
