@@ -87,3 +87,14 @@ def test_a_callers_mistake_costs_no_provider(monkeypatch):
 def test_capability_decides():
     assert kernels._triton_unavailable((7, 5)) is not None
     assert doctor.arithmetic("mxfp4", (9, 0)).startswith("emulated") and "native" in doctor.arithmetic("nvfp4", (12, 0))
+
+
+def test_why_there_is_no_gpu(monkeypatch):
+    """No driver, no CUDA in torch: each in one line with its remedy."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "install one with it" in doctor.why_no_gpu()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "no NVIDIA driver" in doctor.why_no_gpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert doctor.why_no_gpu().endswith("the CPU")

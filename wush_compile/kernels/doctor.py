@@ -115,6 +115,15 @@ def self_test(device: torch.device, op: str) -> list[Check]:
     return list(SELF_TESTS[op](device))
 
 
+def why_no_gpu() -> str:
+    """Why kernels of a GPU do not run in this process on the CPU, with the remedy where there is one."""
+    if torch.version.cuda is None:
+        return "not used: this torch is built without CUDA; on a machine with a GPU install one with it (pytorch.org)"
+    if not torch.cuda.is_available():
+        return f"not used: torch {torch.__version__} finds no NVIDIA driver or no GPU; nvidia-smi says which is missing"
+    return "not used: the device is the CPU"
+
+
 def examine(device: torch.device | str | None = None) -> dict:
     """Everything the report has: `device`, `capability`, `versions`, `forced`, `providers` (name -> used or why not),
     `ops` (op -> names in the order in which they are asked), `arithmetic` (format -> words), `self_test` (list of
@@ -130,7 +139,7 @@ def examine(device: torch.device | str | None = None) -> dict:
         providers = {p.name: p.unavailable(capability) or "used" for p in PROVIDERS}
     else:
         name = device.type
-        providers = {p.name: f"does not run on {device.type}" for p in PROVIDERS}
+        providers = {p.name: why_no_gpu() for p in PROVIDERS}
     return {
         "device": name,
         "capability": capability,
