@@ -1,13 +1,14 @@
-"""What the FP4 products of csrc/ must move and compute, and the time that a datasheet's rates then allow at best.
+"""What the kernels of csrc/ must move and compute, and the time that a datasheet's rates then allow at best.
 
     python benchmarks/projection.py                     B200 and RTX 5090, both formats: Markdown tables
 
-Nothing here is measured: bytes and operations are counted, rates are the vendor's, and every time is *projected*, a floor
-that a kernel does not get below. Shapes are the linear groups of one Llama-3.1-8B decoder layer. Counted are:
+Nothing here is measured: bytes and operations are counted, rates are the vendor's, and every time is *projected*, a
+floor that a kernel does not get below. Shapes are the linear groups of one Llama-3.1-8B decoder layer. Counted are:
 
-- bytes: codes and scales of both operands once, the bf16 output once; the rest is taken to stay in the L2 cache;
-- operations: those of the instructions issued, so the rows and columns by which a tile overhangs count too, and the blocks
-  that run while the last ones keep only a part of the GPU busy (waves).
+- bytes of a product: codes and scales of both operands once, the bf16 output once; the rest is taken to stay in the L2
+  cache. Of a quantizer: bf16 in, codes and scales out, the transform once;
+- operations: those of the instructions issued, so the rows and columns by which a tile overhangs count too, and the
+  time in which the last blocks keep only a part of the GPU busy (waves).
 """
 
 import argparse
@@ -31,14 +32,15 @@ class Device(NamedTuple):
 
 
 DEVICES = (
-    Device("B200", 9e15, 2.25e15, 8e12, 148, "NVIDIA DGX B200 datasheet, an eighth of it: 72 PFLOP/s dense FP4, 64 TB/s; 1000 W"),
+    Device("B200", 9e15, 2.25e15, 8e12, 148,
+           "NVIDIA DGX B200 datasheet, an eighth of it: 72 PFLOP/s dense FP4, 64 TB/s; 1000 W"),
     Device("RTX 5090", 1676e12, 209.5e12, 1.792e12, 170,
            "NVIDIA RTX Blackwell GPU architecture whitepaper: half of 3352 TFLOP/s with sparsity; 2407 MHz"),
 )
 
 
 class Tile(NamedTuple):
-    """Rows and columns of the output that a block (on sm_100 `blocks` together) computes, and how many run at a time on a
+    """Rows and columns of the output that a block (or `together` blocks) computes, and how many run at a time on a
     multiprocessor."""
 
     name: str
@@ -63,8 +65,8 @@ def choose(device: Device, m: int, n: int) -> Tile:
 
 
 class Count(NamedTuple):
-    """Of one product: bytes moved, operations of the product itself, share of the issued operations that it is, share of the
-    multiprocessors' time that has blocks, and the two times in seconds."""
+    """Of one product: bytes moved, operations of the product itself, share of the issued operations that it is, share
+    of the multiprocessors' time that has blocks, and the two times in seconds."""
 
     tile: Tile
     moved: int
@@ -87,11 +89,19 @@ def count(device: Device, format: str, m: int, n: int, k: int) -> Count:
     tiles = math.ceil(m / tile.rows) * math.ceil(n / tile.columns)
     useful = m * n / (tiles * tile.rows * tile.columns)
     slots = device.multiprocessors * tile.resident // tile.together
-    # Blocks that share a multiprocessor share its tensor cores: a wave of few blocks takes as long as its busiest one's.
+    # Blocks that share a multiprocessor share its tensor cores: a wave takes as long as the busiest multiprocessor.
     full, rest = divmod(tiles, slots)
     last = math.ceil(rest * tile.together / device.multiprocessors) / tile.resident
     busy = tiles / slots / (full + last)
-    return Count(tile, moved, operations, useful, busy, moved / device.memory, operations / (useful * busy * device.fp4))
+    compute_time = operations / (useful * busy * device.fp4)
+    return Count(tile, moved, operations, useful, busy, moved / device.memory, compute_time)
+
+
+def quantizer_floor(device: Device, format: str, m: int, k: int) -> float:
+    """Of M rows of K channels, a G x G matrix a group: every byte once. Its operations at the bf16 rate take less."""
+    group = GROUP_SIZE[format]
+    moved = m * (2 * k + k // 2 + k // group) + 2 * group * k
+    return max(moved / device.memory, 2 * m * k * group / device.bf16)
 
 
 def bf16_floor(device: Device, m: int, n: int, k: int) -> float:
@@ -101,14 +111,17 @@ def bf16_floor(device: Device, m: int, n: int, k: int) -> float:
 
 def table(device: Device, format: str) -> str:
     lines = [f"{device.name}, {format.upper()}, *projected* floors in µs ({device.source})", "",
-             "| rows | " + " | ".join(GROUPS) + " | layer | bf16's floor | bound |", "|---|" + "---|" * (len(GROUPS) + 3)]
+             "| rows | " + " | ".join(GROUPS) + " | products | quantizers | bf16's floor | bound |",
+             "|---|" + "---|" * (len(GROUPS) + 4)]
     for m in ROWS:
         counts = [count(device, format, m, n, k) for n, k in GROUPS.values()]
         cells = [f"{c.floor * 1e6:.1f} {c.tile.name}" for c in counts]
         total, bf16 = sum(c.floor for c in counts), sum(bf16_floor(device, m, n, k) for n, k in GROUPS.values())
+        quantizers = sum(quantizer_floor(device, format, m, k) for _, k in GROUPS.values())
         memory = sum(c.memory_time >= c.compute_time for c in counts)
         bound = {len(counts): "memory", 0: "arithmetic"}.get(memory, f"memory in {memory} of {len(counts)}")
-        lines.append(f"| {m} | " + " | ".join(cells) + f" | {total * 1e6:.1f} | {bf16 * 1e6:.1f} | {bound} |")
+        cells = [str(m)] + cells + [f"{t * 1e6:.1f}" for t in (total, quantizers, bf16)] + [bound]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 // torch.ops.wush_<target>.fp4_linear and swizzle_scales: checks, outputs, launch. fp4_linear is wush::fp4_linear of
-// wush_compile/ops.py with three arguments more: whether the scales of either operand are swizzled, and `tile` (-1 for the
-// launcher's choice). bias and residual have the output's dtype.
+// wush_compile/ops.py with three arguments more: whether the scales of either operand are swizzled, and `tile` (-1 for
+// the launcher's choice). bias and residual have the output's dtype.
 
 #include <climits>
 
@@ -27,11 +27,13 @@ Operand operand(const Tensor& codes, const Tensor& scales, const std::optional<T
           swizzled ? ScaleLayout::swizzled : ScaleLayout::row_major};
 }
 
-Tensor fp4_linear(Tensor codes, Tensor scales, std::optional<Tensor> global_scale, Tensor weight_codes, Tensor weight_scales,
-                  std::optional<Tensor> weight_global_scale, std::optional<Tensor> bias, std::optional<Tensor> residual,
-                  std::string format, ScalarType out_dtype, bool swizzled, bool weight_swizzled, int64_t tile) {
+Tensor fp4_linear(Tensor codes, Tensor scales, std::optional<Tensor> global_scale, Tensor weight_codes,
+                  Tensor weight_scales, std::optional<Tensor> weight_global_scale, std::optional<Tensor> bias,
+                  std::optional<Tensor> residual, std::string format, ScalarType out_dtype, bool swizzled,
+                  bool weight_swizzled, int64_t tile) {
   STD_TORCH_CHECK(format == "mxfp4" || format == "nvfp4", "format ", format, " has no CUDA kernel");
-  STD_TORCH_CHECK(codes.is_cuda() && codes.dim() >= 1 && weight_codes.dim() == 2, "codes must be [.., K/2] and [N, K/2]");
+  STD_TORCH_CHECK(codes.is_cuda() && codes.dim() >= 1 && weight_codes.dim() == 2,
+                  "codes must be [.., K/2] and [N, K/2]");
   LinearArgs a{};
   a.format = format == "mxfp4" ? Format::mxfp4 : Format::nvfp4;
   const int64_t group = group_size(a.format), rank = codes.dim();

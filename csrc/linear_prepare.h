@@ -1,6 +1,6 @@
-// What sm_100's kernels ask for and callers need not have: swizzled scales, K a multiple of 32 codes and N a multiple of 8
-// outputs (TMA wants rows of whole 16 bytes). Row-major scales are swizzled in the workspace; odd widths, which no layer of
-// a language model has, are padded there by copies. Host code only, the same for every target, so that it is tested on any.
+// What sm_100's kernels ask for and callers need not have: swizzled scales, K a multiple of 32 codes and N a multiple
+// of 8 outputs (TMA wants rows of whole 16 bytes). Row-major scales are swizzled in the workspace; odd widths, which no
+// layer of a language model has, are padded there by copies. Host code only, so that it is tested on any GPU.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -47,8 +47,8 @@ inline cudaError_t pad(void* to, const void* from, int64_t rows, int64_t width, 
                        cudaStream_t stream) {
   const cudaError_t error = cudaMemsetAsync(to, 0, size_t(to_rows * to_width), stream);
   if (error != cudaSuccess) return error;
-  return cudaMemcpy2DAsync(to, size_t(to_width), from, size_t(width), size_t(width), size_t(rows), cudaMemcpyDeviceToDevice,
-                           stream);
+  return cudaMemcpy2DAsync(to, size_t(to_width), from, size_t(width), size_t(width), size_t(rows),
+                           cudaMemcpyDeviceToDevice, stream);
 }
 
 // Prepares, calls run(arguments as the kernel wants them), and brings the output into place; null or what went wrong.
@@ -85,8 +85,8 @@ const char* with_prepared(const LinearArgs& given, cudaStream_t stream, Run run)
   a.n = p.n;
   if (const char* refused = run(a)) return refused;
   if (p.pad_n)
-    error = cudaMemcpy2DAsync(given.out, size_t(given.n * element), a.out, size_t(p.n * element), size_t(given.n * element),
-                              size_t(given.m), cudaMemcpyDeviceToDevice, stream);
+    error = cudaMemcpy2DAsync(given.out, size_t(given.n * element), a.out, size_t(p.n * element),
+                              size_t(given.n * element), size_t(given.m), cudaMemcpyDeviceToDevice, stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

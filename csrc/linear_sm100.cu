@@ -7,6 +7,16 @@
 #include "linear_tiles.h"
 
 namespace wush {
+namespace {
+
+const char* run(const LinearArgs& a, sm100::Choice choice, cudaStream_t stream, bool launch) {
+  const bool mx = a.format == Format::mxfp4, narrow = choice == sm100::Choice::narrow;
+  const auto kernel = mx ? (narrow ? sm100::mxfp4_narrow : sm100::mxfp4_wide)
+                         : (narrow ? sm100::nvfp4_narrow : sm100::nvfp4_wide);
+  return kernel(a, stream, launch);
+}
+
+}  // namespace
 
 int64_t linear_workspace(const LinearArgs& a) { return plan(a).bytes; }
 
@@ -23,12 +33,22 @@ const char* linear(const LinearArgs& given, void* handle) {
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const bool mx = given.format == Format::mxfp4;
   return with_prepared(given, stream, [&](const LinearArgs& a) {
-    const Choice choice = a.tile >= 0 ? Choice(a.tile) : sm100::choose(a.m, a.n, sms);
-    if (choice == Choice::narrow) return mx ? sm100::mxfp4_narrow(a, stream) : sm100::nvfp4_narrow(a, stream);
-    return mx ? sm100::mxfp4_wide(a, stream) : sm100::nvfp4_wide(a, stream);
+    return run(a, a.tile >= 0 ? Choice(a.tile) : sm100::choose(a.m, a.n, sms), stream, true);
   });
 }
 
 }  // namespace wush
+
+// For tests without a device: what CUTLASS says of a product with everything that can be there, or null.
+extern "C" __attribute__((visibility("default")))
+const char* wush_linear_refusal(int format, int tile, int64_t m, int64_t n, int64_t k) {
+  using namespace wush;
+  void* const some = reinterpret_cast<void*>(uintptr_t(4096));
+  LinearArgs a{};
+  a.format = Format(format);
+  a.m = m, a.n = n, a.k = k;
+  a.x = a.w = {some, some, static_cast<const float*>(some), ScaleLayout::swizzled};
+  a.bias = a.residual = a.out = some;
+  return run(a, sm100::Choice(tile), nullptr, false);
+}

@@ -1,8 +1,8 @@
 // sm_100a, sm_103a (family 100f): the block-scaled product by tcgen05, through CUTLASS.
 //
-// Everything between device memory and tensor memory is CUTLASS's: no such GPU was at hand to try descriptors and tensor
-// memory written by hand. Ours is the epilogue, in the order of linear.h, and the layouts handed over: codes as they are,
-// both scales in tiles of 128 x 4 (scale_layout.h), which are CUTLASS's `Sm1xxBlockScaledConfig`.
+// Everything between device memory and tensor memory is CUTLASS's: no such GPU was at hand to try descriptors and
+// tensor memory written by hand. Ours is the epilogue, in the order of linear.h, and the layouts handed over: codes as
+// they are, both scales in tiles of 128 x 4 (fp4_layout.h), which are CUTLASS's `Sm1xxBlockScaledConfig`.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -29,6 +29,7 @@ template <class Element, class Tile, class Cluster, class MainloopSchedule, clas
 struct Kernel {
   using Out = cutlass::bfloat16_t;
   using Row = cutlass::layout::RowMajor;
+  using BlockTile = decltype(shape_div(Tile{}, Cluster{}));          // a pair shares its tile's rows
   static constexpr auto Round = cutlass::FloatRoundStyle::round_to_nearest;
   static constexpr int OutAlignment = 8, CodeAlignment = 32;      // 16 bytes, which TMA asks for
 
@@ -39,7 +40,7 @@ struct Kernel {
 
   using Alpha = cutlass::epilogue::fusion::Sm90ScalarBroadcast<float, Stride<_0, _0, int64_t>, 2, InverseOfProduct>;
   using Beta = cutlass::epilogue::fusion::Sm90ScalarBroadcast<float, Stride<_0, _0, int64_t>>;
-  using Bias = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, Out, float, Stride<_0, _1, int64_t>>;
+  using Bias = cutlass::epilogue::fusion::Sm90RowBroadcast<0, BlockTile, Out, float, Stride<_0, _1, int64_t>>;
   using Scaled = Tree<Apply<cutlass::multiplies, float>, Alpha, cutlass::epilogue::fusion::Sm90AccFetch>;
   using Rounded = Tree<Apply<cutlass::plus, Out>, Scaled, Bias>;
   // beta is 0 or 1: with 0 the residual is not read at all.
@@ -58,7 +59,8 @@ struct Kernel {
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
     cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue, void>>;
 
-  static const char* launch(const LinearArgs& a, cudaStream_t stream) {
+  // Without a device, `launch` false: only whether CUTLASS takes the arguments.
+  static const char* run(const LinearArgs& a, cudaStream_t stream, bool launch) {
     const auto shape = make_shape(int(a.m), int(a.n), int(a.k), 1);
     using Codes = typename Mainloop::ElementA;
     using Scales = typename Mainloop::ElementSF;
@@ -83,12 +85,17 @@ struct Kernel {
            {static_cast<const Out*>(a.bias), Out(0), {}},
            {}},                                                                     // plus
           {}};                                                                      // plus the residual
+    if (launch) {
+      if (cudaGetDevice(&arguments.hw_info.device_id) != cudaSuccess) return "there is no current device";
+      arguments.hw_info.sm_count =
+          cutlass::KernelHardwareInfo::query_device_multiprocessor_count(arguments.hw_info.device_id);
+    }
     Gemm gemm;
     auto status = gemm.can_implement(arguments);
     if (status == cutlass::Status::kSuccess && Gemm::get_workspace_size(arguments) != 0)
       status = cutlass::Status::kErrorWorkspaceNull;
-    if (status == cutlass::Status::kSuccess) status = gemm.initialize(arguments, nullptr, stream);
-    if (status == cutlass::Status::kSuccess) status = gemm.run(stream);
+    if (status == cutlass::Status::kSuccess && launch) status = gemm.initialize(arguments, nullptr, stream);
+    if (status == cutlass::Status::kSuccess && launch) status = gemm.run(stream);
     return status == cutlass::Status::kSuccess ? nullptr : cutlassGetStatusString(status);
   }
 };

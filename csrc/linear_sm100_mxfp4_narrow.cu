@@ -5,9 +5,9 @@
 
 namespace wush::sm100 {
 
-const char* mxfp4_narrow(const LinearArgs& a, cudaStream_t stream) {
+const char* mxfp4_narrow(const LinearArgs& a, cudaStream_t stream, bool launch) {
   return Kernel<MxElement, Shape<_128, _64, _256>, One, cutlass::gemm::KernelTmaWarpSpecialized1SmMxf4Sm100,
-                cutlass::epilogue::TmaWarpSpecialized1Sm>::launch(a, stream);
+                cutlass::epilogue::TmaWarpSpecialized1Sm>::run(a, stream, launch);
 }
 
 }  // namespace wush::sm100

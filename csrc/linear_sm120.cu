@@ -21,7 +21,8 @@ const char* linear(const LinearArgs& given, void* handle) {
   using sm120::Choice;
   const auto stream = static_cast<cudaStream_t>(handle);
   for (const Operand* o : {&given.x, &given.w}) {
-    if (reinterpret_cast<uintptr_t>(o->codes) % (given.k % 32 == 0 ? 16 : 8) != 0) return "codes are not aligned to 16 bytes";
+    const int alignment = given.k % 32 == 0 ? 16 : 8;
+    if (reinterpret_cast<uintptr_t>(o->codes) % alignment != 0) return "codes are not aligned to 16 bytes";
     if (reinterpret_cast<uintptr_t>(o->scales) % 4 != 0) return "scales are not aligned to 4 bytes";
   }
   if (reinterpret_cast<uintptr_t>(given.out) % 8 != 0) return "the output is not aligned to 8 bytes";

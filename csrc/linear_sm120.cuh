@@ -1,9 +1,9 @@
 // sm_120a, sm_121a: the block-scaled product by mma.sync. On sm_90a the same kernel runs with the instruction emulated.
 //
-// A block computes BM x BN of the output over all of K. Tiles of codes and scales come through cp.async, STAGES deep; what
-// lies beyond the operands is zero codes and zero scales, so nothing in the loop knows of tails. WARPS_K warps share a tile
-// of the output and take turns at K's steps: with few rows of x that is where the work for all warps comes from; their sums
-// are added at the end in a fixed order. Scales stay words of four, in memory, in shared memory and in the instruction.
+// A block computes BM x BN of the output over all of K. Tiles of codes and scales come through cp.async, STAGES deep;
+// what lies beyond the operands is zero codes and zero scales, so nothing in the loop knows of tails. WARPS_K warps
+// share a tile of the output and take turns at K's steps: with few rows of x that is where the work for all warps comes
+// from; their sums are added at the end in a fixed order. Scales stay words of four, in memory and in the instruction.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,7 +15,7 @@
 
 namespace wush::sm120 {
 
-// -- copies ------------------------------------------------------------------------------------------------------------
+// -- copies ----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
@@ -26,7 +26,8 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool v
   if constexpr (BYTES == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(from), "r"(bytes), "n"(BYTES) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;"
+                 ::"r"(to), "l"(from), "r"(bytes), "n"(BYTES) : "memory");
 }
 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -60,7 +61,9 @@ struct Tile {
 
 // Rows `row0 ..` of one operand at k0 into a stage.
 template <class T, int ROWS>
-__device__ __forceinline__ void load_codes(uint32_t to, const Operand& o, int64_t row0, int64_t rows, int64_t k0, int64_t k) {
+__device__ __forceinline__ void load_codes(
+    uint32_t to, const Operand& o, int64_t row0, int64_t rows, int64_t k0, int64_t k
+) {
   constexpr int CHUNKS = T::ROW_BYTES / 16;
   const char* codes = static_cast<const char*>(o.codes);
 #pragma unroll
@@ -83,7 +86,9 @@ __device__ __forceinline__ void load_codes(uint32_t to, const Operand& o, int64_
 
 // Words of four scales into a stage; scales beyond K become zero bytes whatever lies there.
 template <class T, int ROWS>
-__device__ __forceinline__ void load_scales(uint32_t* to, const Operand& o, int64_t row0, int64_t rows, int64_t k0, int64_t k) {
+__device__ __forceinline__ void load_scales(
+    uint32_t* to, const Operand& o, int64_t row0, int64_t rows, int64_t k0, int64_t k
+) {
   const uint8_t* scales = static_cast<const uint8_t*>(o.scales);
   const int64_t groups = k / T::GROUP, group0 = k0 / T::GROUP;
   const bool swizzled = o.scale_layout == ScaleLayout::swizzled;
@@ -158,7 +163,8 @@ template <class T>
 __global__ __launch_bounds__(T::THREADS, T::BLOCKS) void linear_kernel(const __grid_constant__ LinearArgs a) {
   extern __shared__ __align__(128) char shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_k = warp / (T::WARPS_M * T::WARPS_N), warp_m = warp % T::WARPS_M, warp_n = warp / T::WARPS_M % T::WARPS_N;
+  const int warp_k = warp / (T::WARPS_M * T::WARPS_N);
+  const int warp_m = warp % T::WARPS_M, warp_n = warp / T::WARPS_M % T::WARPS_N;
 
   // Blocks in order go down eight tiles of x, then to the next tile of w: both stay in the L2 cache.
   const int64_t tiles_m = (a.m + T::BM - 1) / T::BM, tiles_n = (a.n + T::BN - 1) / T::BN;

@@ -43,7 +43,9 @@ __device__ inline float scaled(int quarters, uint32_t sa, uint32_t sb) {
 
 // Not inlined: the callers are unrolled.
 template <Format FORMAT, int BYTE>
-__device__ __noinline__ float4 mma_emulated(float4 c, uint4 a_words, uint2 b_words, uint32_t scale_a, uint32_t scale_b) {
+__device__ __noinline__ float4 mma_emulated(
+    float4 c, uint4 a_words, uint2 b_words, uint32_t scale_a, uint32_t scale_b
+) {
   constexpr int GROUPS = FORMAT == Format::mxfp4 ? 2 : 4, WORDS = 8 / GROUPS;
   const int lane = threadIdx.x % 32;
   const uint32_t a[4] = {a_words.x, a_words.y, a_words.z, a_words.w}, b[2] = {b_words.x, b_words.y};
@@ -74,14 +76,15 @@ __device__ __noinline__ float4 mma_emulated(float4 c, uint4 a_words, uint2 b_wor
 
 #endif
 
-// acc += (A * scale_a)(B * scale_b). Scales: 32-bit words; mxfp4 uses the two bytes from BYTE (0 or 2) on, nvfp4 all four.
+// acc += (A * scale_a)(B * scale_b). Scales: words; mxfp4 uses the two bytes from BYTE (0 or 2) on, nvfp4 all four.
 template <Format FORMAT, int BYTE>
 __device__ __forceinline__ void mma_fp4(
     float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], uint32_t scale_a, uint32_t scale_b
 ) {
 #if WUSH_EMULATE_FP4
-  const float4 d = mma_emulated<FORMAT, BYTE>(make_float4(acc[0], acc[1], acc[2], acc[3]),
-                                              make_uint4(a[0], a[1], a[2], a[3]), make_uint2(b[0], b[1]), scale_a, scale_b);
+  const float4 c = make_float4(acc[0], acc[1], acc[2], acc[3]);
+  const uint4 a_words = make_uint4(a[0], a[1], a[2], a[3]);
+  const float4 d = mma_emulated<FORMAT, BYTE>(c, a_words, make_uint2(b[0], b[1]), scale_a, scale_b);
   acc[0] = d.x, acc[1] = d.y, acc[2] = d.z, acc[3] = d.w;
 #else
   if constexpr (FORMAT == Format::mxfp4)

@@ -3,7 +3,8 @@
 
 template <int GROUP>
 static void table(int rows, int k, long long* out) {
-  const auto layout = cutlass::detail::Sm1xxBlockScaledConfig<GROUP>::tile_atom_to_shape_SFA(cute::make_shape(rows, 128, k, 1));
+  using Config = cutlass::detail::Sm1xxBlockScaledConfig<GROUP>;
+  const auto layout = Config::tile_atom_to_shape_SFA(cute::make_shape(rows, 128, k, 1));
   for (int r = 0; r < rows; r++)
     for (int group = 0; group < k / GROUP; group++) *out++ = layout(r, group * GROUP, 0);
 }

@@ -16,7 +16,9 @@ void offsets(int64_t rows, int64_t groups, int64_t* out) {
 }
 
 int chunk(int row_bytes, int row, int c) {
-  return row_bytes == 64 ? shared_chunk<64>(row, c) : row_bytes == 128 ? shared_chunk<128>(row, c) : shared_chunk<256>(row, c);
+  return row_bytes == 64    ? shared_chunk<64>(row, c)
+         : row_bytes == 128 ? shared_chunk<128>(row, c)
+                            : shared_chunk<256>(row, c);
 }
 
 int scale_row(int row) { return shared_scale_row(row); }

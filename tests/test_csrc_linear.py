@@ -35,7 +35,8 @@ def layout(tmp_path_factory):
         pytest.skip("no C++ compiler")
     path = tmp_path_factory.mktemp("layout") / "layout.so"
     source = Path(__file__).with_name("fp4_layout.cpp")
-    subprocess.run([compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{build.HERE}", source, "-o", path], check=True)
+    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{build.HERE}", source, "-o", path]
+    subprocess.run(command, check=True)
     return ctypes.CDLL(str(path))
 
 
@@ -64,12 +65,13 @@ def test_cutlass_looks_for_scales_there(tmp_path):
     compiler, cutlass = shutil.which("c++") or shutil.which("g++"), importlib.util.find_spec("cutlass_library")
     if _no_nvcc() or compiler is None or cutlass is None:
         pytest.skip(_no_nvcc() or "needs a C++ compiler and the package nvidia-cutlass")
-    dryrun = subprocess.run([build.find_nvcc()[0], "--dryrun", build.HERE / "library.cu"], capture_output=True, text=True).stderr
-    cuda_headers = re.findall(r'"(?:-I)?(/[^"]+)"', " ".join(re.findall(r"INCLUDES=(.*)", dryrun)))
+    dryrun = [build.find_nvcc()[0], "--dryrun", build.HERE / "library.cu"]
+    said = subprocess.run(dryrun, capture_output=True, text=True).stderr
+    cuda_headers = re.findall(r'"(?:-I)?(/[^"]+)"', " ".join(re.findall(r"INCLUDES=(.*)", said)))
     headers = [next(iter(cutlass.submodule_search_locations)) + "/source/include", *cuda_headers]
     source, library = Path(__file__).with_name("cutlass_scales.cpp"), tmp_path / "scales.so"
-    subprocess.run([compiler, "-std=c++17", "-w", "-shared", "-fPIC", *(f"-I{h}" for h in headers), source, "-o", library],
-                   check=True)
+    includes = [f"-I{h}" for h in headers]
+    subprocess.run([compiler, "-std=c++17", "-w", "-shared", "-fPIC", *includes, source, "-o", library], check=True)
     for group in (16, 32):
         for rows, k in ((1, group), (130, 160), (257, 2080)):
             got = np.full((rows, k // group), -1, np.int64)
@@ -80,9 +82,29 @@ def test_cutlass_looks_for_scales_there(tmp_path):
             assert torch.equal(placed[torch.from_numpy(got).flatten()], index.flatten())
 
 
+@pytest.mark.parametrize("target", ["sm_100a", "sm_103a"])
+@both
+def test_cutlass_takes_what_the_preparations_make(target, format):
+    """Every M, N a multiple of 8, K of 32: CUTLASS's own checks, which need no device; an odd width it refuses. Looks
+    at libraries that were built."""
+    path = cuda.libraries().get(target)
+    if path is None:
+        pytest.skip(f"not built: python csrc/build.py --targets {target}")
+    refusal = ctypes.CDLL(str(path)).wush_linear_refusal
+    refusal.argtypes, refusal.restype = [ctypes.c_int] * 2 + [ctypes.c_int64] * 3, ctypes.c_char_p
+    number = list(FORMATS).index(format)
+    for tile in (0, 1):
+        for m in (1, 7, 128, 300, 8192):
+            for n in (8, 40, 4096, 28672):
+                for k in (32, 96, 4096, 14336):
+                    assert refusal(number, tile, m, n, k) is None, (tile, m, n, k)
+        assert refusal(number, tile, 16, 33, 128) is not None
+        assert refusal(number, tile, 16, 64, 48) is not None
+
+
 @pytest.mark.parametrize("row_bytes", [64, 128, 256])
 def test_chunks_are_permuted_and_meet_all_banks(layout, row_bytes):
-    """Within a row a permutation; the eight rows of one matrix of ldmatrix lie in eight different groups of four banks."""
+    """Within a row a permutation; the eight rows of one matrix of ldmatrix lie in eight different quads of banks."""
     for row in range(128):
         assert sorted(layout.chunk(row_bytes, row, c) for c in range(row_bytes // 16)) == list(range(row_bytes // 16))
     for row in range(0, 128, 8):
@@ -97,7 +119,7 @@ def test_scale_words_do_not_meet_in_a_bank(layout, rows):
     assert len(set(at)) == rows and max(at) < layout.scale_rows(rows)
     for first in range(0, rows, 16):                                  # read: A's lanes, 16 rows
         assert len({a % 32 for a in at[first:first + 16]}) == 16
-    side = max(1, rows // 32)                                         # written from a swizzled tile: neighbours in memory
+    side = max(1, rows // 32)                                         # written from a swizzled tile: its neighbours
     for first in range(0, rows, 32):
         written = [at[i % side * 32 + i // side] for i in range(first, min(first + 32, rows))]
         assert max(Counter(a % 32 for a in written).values()) <= (2 if rows == 64 else 1)
@@ -147,7 +169,8 @@ def test_ldmatrix_gives_the_fragments(layout):
 
 
 # BM, BN, BK, warps along M, N, K, stages, blocks on a multiprocessor: the tiles of csrc/linear_tiles.h.
-TILES = {"narrow": (16, 32, 512, 1, 1, 4, 3, 2), "middle": (64, 32, 256, 2, 1, 2, 3, 2), "wide": (128, 128, 128, 2, 4, 1, 4, 1)}
+TILES = {"narrow": (16, 32, 512, 1, 1, 4, 3, 2), "middle": (64, 32, 256, 2, 1, 2, 3, 2),
+         "wide": (128, 128, 128, 2, 4, 1, 4, 1)}
 
 
 def test_the_counted_model_knows_the_tiles(layout):
@@ -227,7 +250,7 @@ def test_sm120_products_are_the_instruction(target, format):
         kind = r"OMMA\.SF\.16864\.F32\.E2M1\.E2M1\." + ("E8" if format == "mxfp4" else r"UE4M3\.4X")
         assert len(products) == len(re.findall(r"\bOMMA", code)) == wm // 16 * (wn // 8) * steps, (tile, len(products))
         assert all(re.fullmatch(kind, p) for p in products), set(products)
-        # The selector of scale bytes is a uniform register: mxfp4's odd steps take the word's upper two bytes, all else 0.
+        # The selector of scale bytes is a uniform register: mxfp4's odd steps take the word's upper two bytes.
         upper = re.findall(r"\bOMMA.*, UR\d+", inside)
         assert len(upper) == (len(products) // 2 if format == "mxfp4" else 0), tile
         assert not re.search(OTHER_PRODUCTS, code)
@@ -245,8 +268,8 @@ def test_sm120_products_are_the_instruction(target, format):
 @pytest.mark.parametrize("tile", ["narrow", "wide"])
 @both
 def test_sm100_products_are_the_instruction(target, format, tile):
-    """tcgen05 with block scales, four a tile of K (256 / 64); the wide kernel's first tile of K is a loop of its own, since
-    its accumulators overlap. Looks at objects that were built: CUTLASS takes its time."""
+    """tcgen05 with block scales, four a tile of K (256 / 64); the wide kernel's first tile of K is a loop of its own,
+    since its accumulators overlap. Looks at objects that were built: CUTLASS takes its time."""
     if _no_nvcc():
         pytest.skip(_no_nvcc())
     source = build.HERE / f"linear_sm100_{format}_{tile}.cu"
@@ -259,7 +282,8 @@ def test_sm100_products_are_the_instruction(target, format, tile):
     (name, code), = ((n, c) for n, c in sass(path).items() if "GemmUniversal" in n)
     products = re.findall(r"\bUTCOMMA\S*", code)
     pair = ".2CTA" if tile == "wide" else ""
-    assert len(products) == (8 if tile == "wide" else 4) and set(products) == {"UTCOMMA" + pair + (".4X" if format == "nvfp4" else "")}, products
+    wanted = "UTCOMMA" + pair + (".4X" if format == "nvfp4" else "")
+    assert len(products) == (8 if tile == "wide" else 4) and set(products) == {wanted}, products
     assert "UTCCP" in code and "UTMALDG" in code                      # scales into tensor memory; tiles by TMA
     assert not re.search(OTHER_PRODUCTS, code) and not re.search(r"\b(LDL|STL)\b", code)
     assert resources(path)[name]["spills"] == 0
@@ -276,7 +300,8 @@ def linear():
         pytest.skip(f"cuda {reason}")
     library = cuda.load(cuda.TARGETS[capability])
 
-    def run(x, w, format, bias=None, residual=None, dtype=torch.float32, swizzled=(False, False), tile=-1, g=(None, None)):
+    def run(x, w, format, bias=None, residual=None, dtype=torch.float32, swizzled=(False, False), tile=-1,
+            g=(None, None)):
         (codes, scales), (weight, weight_scales) = x, w
         if swizzled[0]:
             scales = layouts.swizzle_scales(scales.flatten(0, -2))
@@ -299,7 +324,8 @@ def operand(rows, k, format, seed, wide=False):
     low, high = {("mxfp4", False): (125, 129), ("nvfp4", False): (0x30, 0x3F),
                  ("mxfp4", True): (107, 147), ("nvfp4", True): (0x01, 0x7E)}[format, wide]
     codes = torch.randint(0, 256, (rows, k // 2), dtype=torch.uint8, generator=generator)
-    scales = torch.randint(low, high + 1, (rows, k // FORMATS[format].group_size), dtype=torch.uint8, generator=generator)
+    groups = k // FORMATS[format].group_size
+    scales = torch.randint(low, high + 1, (rows, groups), dtype=torch.uint8, generator=generator)
     return codes.to(DEVICE), scales.to(DEVICE)
 
 
@@ -314,16 +340,16 @@ def scalar(g):
 
 
 # Every tail of M and N, one or several tiles of each, K shorter and longer than a stage and than the pipeline.
-SHAPES = [(1, 32, 512), (1, 128, 4096), (2, 8, 32), (7, 33, 96), (15, 31, 1024), (16, 257, 2080), (17, 64, 256), (33, 100, 544),
-          (64, 96, 4096), (65, 129, 1056), (100, 1, 512), (127, 255, 128), (128, 128, 128), (129, 300, 640), (257, 384, 1536),
-          (1100, 130, 288), (3, 4096, 64)]
+SHAPES = [(1, 32, 512), (1, 128, 4096), (2, 8, 32), (7, 33, 96), (15, 31, 1024), (16, 257, 2080), (17, 64, 256),
+          (33, 100, 544), (64, 96, 4096), (65, 129, 1056), (100, 1, 512), (127, 255, 128), (128, 128, 128),
+          (129, 300, 640), (257, 384, 1536), (1100, 130, 288), (3, 4096, 64)]
 ODD = [(5, 40, 16), (9, 64, 48), (17, 65, 80), (130, 200, 336), (66, 31, 1040), (1, 129, 2064)]      # nvfp4 only
 
 
 @gpu
 @pytest.mark.parametrize("format, m, n, k", [("mxfp4", *s) for s in SHAPES] + [("nvfp4", *s) for s in SHAPES + ODD])
 def test_products_are_exact(linear, format, m, n, k):
-    """Sums that fp32 holds exactly come out exactly, whatever their order, from every tile and every layout of scales."""
+    """Sums that fp32 holds exactly come out exactly, whatever their order, from every tile and layout of scales."""
     x, w = operand(m, k, format, 1), operand(n, k, format, 2)
     sums, _ = product(x, w, format)
     assert torch.equal(sums, sums.float().double())
@@ -351,7 +377,7 @@ def test_epilogue_rounds_where_the_op_does(linear, format):
                         for r in (None, residual):
                             y = sums
                             if gx is not None or gw is not None:
-                                y = y * (1.0 / (gx * gw if gx is not None and gw is not None else gx if gw is None else gw))
+                                y = y * (1.0 / (gx if gw is None else gw if gx is None else gx * gw))
                             y = (y if b is None else y + b.float()).to(dtype)
                             y = y if r is None else y + r
                             for tile in range(linear.tiles):
@@ -456,9 +482,13 @@ def test_wrong_operands_are_errors(linear):
     x, w = operand(4, 64, "mxfp4", 13), operand(8, 64, "mxfp4", 14)
     run = linear.library.fp4_linear
     dtype = linear.dtypes[0]
-    for change, message in (({1: x[1][:3]}, "elements"), ({4: w[1].cpu()}, "another device"), ({0: x[0][:, :24]}, "contiguous|channels"),
-                            ({6: torch.zeros(7, device=DEVICE, dtype=dtype)}, "elements"), ({8: "int4"}, "no CUDA kernel"),
-                            ({6: torch.zeros(8, device=DEVICE, dtype=torch.float64)}, "dtype"), ({12: 7}, "no such tile")):
+    changes = (
+        ({1: x[1][:3]}, "elements"), ({4: w[1].cpu()}, "another device"), ({0: x[0].T.contiguous().T}, "contiguous"),
+        ({0: x[0][:, :16].contiguous(), 1: x[1][:, :1].contiguous()}, "channels"), ({8: "int4"}, "no CUDA kernel"),
+        ({6: torch.zeros(7, device=DEVICE, dtype=dtype)}, "elements"), ({12: 7}, "no such tile"),
+        ({6: torch.zeros(8, device=DEVICE, dtype=torch.float64)}, "dtype"),
+    )
+    for change, message in changes:
         args = [*x, None, *w, None, None, None, "mxfp4", dtype, False, False, -1]
         for i, value in change.items():
             args[i] = value
