@@ -113,6 +113,20 @@ def finish(y, n, m, N, gx, gw, bias, residual, out, SCALED_X: tl.constexpr, SCAL
 
 
 @triton.jit
+def _load_weights(w, ws, row, first, K: tl.constexpr, G: tl.constexpr, BK: tl.constexpr):
+    """Codes int32 [BN, BK/8] and scale bytes int32 [BN, BK/G] of BK channels; beyond K codes 0 and bytes 1."""
+    words = first // 8 + tl.arange(0, BK // 8)
+    groups = first // G + tl.arange(0, BK // G)
+    if K == BK:
+        code = tl.load(w + row * (K // 8) + words[None, :])
+        byte = tl.load(ws + row * (K // G) + groups[None, :])
+    else:
+        code = tl.load(w + row * (K // 8) + words[None, :], mask=(words < K // 8)[None, :], other=0)
+        byte = tl.load(ws + row * (K // G) + groups[None, :], mask=(groups < K // G)[None, :], other=1)
+    return code, byte.to(tl.int32)
+
+
+@triton.jit
 def gemv_kernel(
     x, xs, gx, w, ws, gw, bias, residual, out, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
     MX: tl.constexpr, SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -127,20 +141,15 @@ def gemv_kernel(
     acc1 = acc0
     acc2 = acc0
     acc3 = acc0
+    code, byte = _load_weights(w, ws, row, 0, K, G, BK)
+    wait_inputs(PDL)
+    start_next(PDL)
     for i in tl.range(0, tl.cdiv(K, BK), num_stages=1):
         first = i * BK
-        words = first // 8 + tl.arange(0, BK // 8)
-        groups = first // G + tl.arange(0, BK // G)
-        if K % BK == 0:
-            code = tl.load(w + row * (K // 8) + words[None, :])
-            byte = tl.load(ws + row * (K // G) + groups[None, :]).to(tl.int32)
-        else:
-            code = tl.load(w + row * (K // 8) + words[None, :], mask=(words < K // 8)[None, :], other=0)
-            byte = tl.load(ws + row * (K // G) + groups[None, :], mask=(groups < K // G)[None, :], other=1).to(tl.int32)
-        wait_inputs(PDL)                     # in every step, since once it has returned it costs nothing
-        start_next(PDL)
         factor = e8m0_factor(byte) if MX else e4m3_factor(byte)
         parts = _weight_bytes(code)
+        if BK < K:                                            # the next step's, while this one computes
+            code, byte = _load_weights(w, ws, row, first + BK, K, G, BK)
         acc0 += _row(parts, x, xs, 0, first, K, G, BN, BK, MX) * factor
         if M > 1:
             acc1 += _row(parts, x, xs, 1, first, K, G, BN, BK, MX) * factor
