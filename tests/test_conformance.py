@@ -7,9 +7,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from wush_compile import ops
+from wush_compile import fused_ops, ops
 from wush_compile.cli import app
-from wush_compile.kernels import Implementation, conformance, deep
+from wush_compile.kernels import Implementation, conformance, deep, timing
 from wush_compile.kernels.timing import Time
 
 CPU = torch.device("cpu")
@@ -103,6 +103,23 @@ def test_tables(tmp_path):
     assert deep.side_by_side(times) == [["op", "mxfp4", "1x2", "4.0", "2.0 (2.00x)", "Error: no"]]
 
 
+def test_the_benchmark_asks_every_provider(monkeypatch):
+    """Once round without a clock, on a CPU: every op of a provider with arguments that it takes, failures as rows."""
+    takes = {op: Implementation(run, lambda *args: None) for op, run in (ops.REFERENCE | fused_ops.FUSED_REFERENCE).items()}
+    table = {"mine": takes, "broken": {"fp4_linear": Implementation(raises, lambda *args: None)},
+             "refuses": {"fp4_linear": Implementation(raises, lambda *args: "never")}}
+    monkeypatch.setattr(timing, "available", lambda device: table)
+    monkeypatch.setattr(timing, "QUANTIZER_SHAPES", ((3, 96),))
+    monkeypatch.setattr(timing, "WEIGHTS", ((32, 96),))
+    monkeypatch.setattr(timing, "ROWS", (1, 5))
+    times = list(timing.benchmark(CPU, timing.Plan(timing.run_once, lambda nbytes: 2)))
+    assert sum(t.provider == "mine" and t.microseconds == 1.0 for t in times) == 2 * 3 + 2 * 2
+    assert sum(t.provider == "broken" and t.note == "RuntimeError: no kernel image" for t in times) == 2 * 2
+    assert len(times) == 14
+    few = list(timing.benchmark(CPU, timing.Plan(timing.run_once, lambda nbytes: 1, lambda index: index == 1)))
+    assert {t.shape for t in few} == {"5x32x96"}
+
+
 def test_deep_needs_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is one")
@@ -114,6 +131,7 @@ def test_deep_needs_a_gpu():
 def test_the_report(tmp_path, monkeypatch):
     """Every provider of this GPU conforms, and the report says so. Times are another matter: left out here."""
     monkeypatch.setattr(deep, "benchmark", lambda device: iter(()))
+    monkeypatch.setattr(deep, "compile_all", lambda device: None)
     out = tmp_path / "report.json"
     run = CliRunner().invoke(app, ["doctor", "--deep", "--out", str(out)])
     assert run.exit_code == 0, run.output

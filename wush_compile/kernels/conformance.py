@@ -95,21 +95,24 @@ Case = tuple[str, str, tuple, Callable[[], object]]
 
 
 def quantizer_cases(device: torch.device) -> Iterator[Case]:
-    """Every format, rule, dtype and shape without a transform; transforms of integers, a block each and shared."""
+    """Values without a transform, small integers with one: a matrix a block and one for all. Every dtype and rule at one
+    shape, bf16 with absmax and mse at all."""
     reference = ops.REFERENCE["transform_quantize"]
     for format, fmt in FORMATS.items():
+        group = fmt.group_size
         for rows, k in SHAPES:
-            for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                for rule in fmt.scale_rules:
+            fully = rows == 37
+            for dtype in (torch.bfloat16, torch.float16, torch.float32) if fully else (torch.bfloat16,):
+                for rule in fmt.scale_rules if fully else ("absmax", "mse"):
                     g = number(None if format == "int4" else 3.0 if rule == "paper" else 0.37, device)
                     args = (spread(rows, k, dtype, device), None, g, format, rule)
                     yield format, f"{rows}x{k} {_name(dtype)} {rule}", args, functools.partial(reference, *args)
-                x = whole((rows, k), 24, dtype, device)
-                for blocks, rule in ((k // fmt.group_size, "absmax"), (1, "mse"), (k // fmt.group_size, "mse")):
-                    t = whole((blocks, fmt.group_size, fmt.group_size), 3, dtype, device)
-                    args = (x, t, None, format, rule)
-                    yield (format, f"{rows}x{k} {_name(dtype)} {rule}, {blocks} matrices", args,
-                           functools.partial(reference, *args))
+                for blocks, rule in ((k // group, "absmax"), (k // group, "mse"), (1, "absmax")):
+                    if fully or blocks > 1:
+                        t = whole((blocks, group, group), 3, dtype, device)
+                        args = (whole((rows, k), 24, dtype, device), t, None, format, rule)
+                        yield (format, f"{rows}x{k} {_name(dtype)} {rule}, {blocks} matrices", args,
+                               functools.partial(reference, *args))
 
 
 def silu_mul_cases(device: torch.device) -> Iterator[Case]:
@@ -191,9 +194,14 @@ def _compare(op: str, implementation: Implementation, args: tuple, want, device:
     return error, TOLERATED.get(op, 0.0)
 
 
-def check(provider: str, op: str, implementation: Implementation, device: torch.device) -> Iterator[Result]:
-    """All cases of an op through one implementation; what it refuses and what it fails at are results too."""
-    for format, case, args, reference in CASES[op](device):
+def check(
+    provider: str, op: str, implementation: Implementation, device: torch.device,
+    mine: Callable[[int], bool] = lambda index: True,
+) -> Iterator[Result]:
+    """The cases of an op through one implementation; what it refuses and what it fails at are results too."""
+    for index, (format, case, args, reference) in enumerate(CASES[op](device)):
+        if not mine(index):
+            continue
         start = time.perf_counter()
         refused = implementation.refuses(*args)
         if refused is not None:
@@ -214,9 +222,9 @@ def available(device: torch.device) -> dict[str, dict[str, Implementation]]:
     return table | {"reference": takes_all}
 
 
-def conformance(device: torch.device) -> Iterator[Result]:
-    """Every provider of a CUDA device, op by op."""
+def conformance(device: torch.device, mine: Callable[[int], bool] = lambda index: True) -> Iterator[Result]:
+    """Every provider of a CUDA device, op by op; of each op's cases those whose number is `mine`."""
     for provider, implementations in available(device).items():
         for op in CASES:
             if op in implementations:
-                yield from check(provider, op, implementations[op], device)
+                yield from check(provider, op, implementations[op], device, mine)

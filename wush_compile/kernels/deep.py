@@ -1,15 +1,46 @@
 """`wush-compile doctor --deep`: conformance, then times, of every provider of a GPU, in one report file to send back."""
 
+import concurrent.futures
 import datetime
 import itertools
 import json
+import logging
+import multiprocessing
+import os
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from .conformance import Result, conformance
-from .timing import Time, benchmark, machine
+from .timing import Plan, Time, benchmark, machine, run_once
+
+logger = logging.getLogger("wush_compile")
+
+# Kernels are compiled by so many processes at a time; each takes a core and some hundred MiB of the GPU's memory.
+PROCESSES = 12
+
+
+def _compile_part(device: str, part: int, parts: int) -> None:
+    """Runs every so manieth case once, so that its kernels are in Triton's cache; failures show when it counts."""
+    def mine(index: int) -> bool:
+        return index % parts == part
+
+    where = torch.device(device)
+    for _ in conformance(where, mine):
+        pass
+    for _ in benchmark(where, Plan(run_once, lambda nbytes: 1, mine)):
+        pass
+
+
+def compile_all(device: torch.device) -> None:
+    """All kernels that the conformance suite and the benchmark will ask for, side by side: it is most of their time."""
+    parts = max(1, min(PROCESSES, (os.cpu_count() or 1) - 1))
+    with concurrent.futures.ProcessPoolExecutor(parts, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(_compile_part, str(device), part, parts) for part in range(parts)]
+        for job in tqdm(concurrent.futures.as_completed(jobs), desc="compiling", unit="process", total=parts):
+            if job.exception():
+                logger.warning("compiling ahead failed (%s): it happens one by one instead", job.exception())
 
 
 def run(device: torch.device, report: dict, out: Path) -> tuple[list[Result], list[Time]]:
@@ -18,6 +49,7 @@ def run(device: torch.device, report: dict, out: Path) -> tuple[list[Result], li
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     results, times = [], []
+    compile_all(device)
 
     def write() -> None:
         out.write_text(json.dumps({

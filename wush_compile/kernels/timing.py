@@ -4,6 +4,7 @@ Baselines are measured in the same run: a copy of the quantizer's input (its own
 `ideal` time), and cuBLAS in bf16.
 """
 
+import itertools
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
@@ -60,9 +61,23 @@ def copies(nbytes: float) -> int:
     return max(2, min(32, int(COLD_BYTES / nbytes) + 1))
 
 
-def _timed(provider, op, format, shape, baseline, calls) -> Time:
+class Plan(NamedTuple):
+    """How calls are measured, how many operands they rotate among, which of the cases are done."""
+
+    measure: Callable[[list[Callable[[], object]]], float] = time_us
+    copies: Callable[[float], int] = copies
+    mine: Callable[[int], bool] = lambda index: True
+
+
+def run_once(calls: list[Callable[[], object]]) -> float:
+    """In place of a measurement, where kernels are only to be compiled."""
+    calls[0]()
+    return 1.0
+
+
+def _timed(plan: Plan, provider, op, format, shape, baseline, calls) -> Time:
     try:
-        return Time(provider, op, format, shape, time_us(calls), baseline, "")
+        return Time(provider, op, format, shape, plan.measure(calls), baseline, "")
     except Exception as failure:                           # the other rows are worth having
         return Time(provider, op, format, shape, None, baseline, f"{type(failure).__name__}: {str(failure).splitlines()[0]}")
 
@@ -74,56 +89,54 @@ def _quantizer_arguments(op: str, x, up, weight, transform, g, format: str) -> t
     return (x, up, *tail) if op == "silu_mul_transform_quantize" else (x, weight, 1e-5, None, "rounded", *tail)
 
 
-def quantizers(device: torch.device, providers: dict) -> Iterator[Time]:
+def quantizers(device: torch.device, providers: dict, plan: Plan = Plan()) -> Iterator[Time]:
     """bf16 rows, a matrix a block, absmax; the fused ops too."""
-    for rows, k in QUANTIZER_SHAPES:
-        xs = [torch.randn(rows, k, device=device).bfloat16() for _ in range(copies(2 * rows * k))]
+    for index, (rows, k) in enumerate(QUANTIZER_SHAPES):
+        if not plan.mine(index):
+            continue
+        xs = [torch.randn(rows, k, device=device).bfloat16() for _ in range(plan.copies(2 * rows * k))]
         ups = [torch.randn(rows, k, device=device).bfloat16() for _ in xs]
-        copy = time_us([lambda a=a, b=b: a.copy_(b) for a, b in zip(ups, xs, strict=True)])
+        copy = plan.measure([lambda a=a, b=b: a.copy_(b) for a, b in zip(ups, xs, strict=True)])
         weight = torch.randn(k, device=device).bfloat16()
-        for format in ("mxfp4", "nvfp4"):
+        for format, op in itertools.product(("mxfp4", "nvfp4"), QUANTIZERS):
             group = FORMATS[format].group_size
             t = (torch.randn(k // group, group, group, device=device) / group**0.5).bfloat16()
             g = torch.ones(1, device=device) if format == "nvfp4" else None
-            for op in QUANTIZERS:
-                read = 4 if op == "silu_mul_transform_quantize" else 2
-                ideal = copy * (read + 0.5 + 1 / group) / 4
-                for provider, table in providers.items():
-                    if op not in table or (provider == "reference" and rows > 1024):
-                        continue
-                    calls = [_quantizer_arguments(op, x, up, weight, t, g, format) for x, up in zip(xs, ups, strict=True)]
-                    if table[op].refuses(*calls[0]) is None:
-                        run = table[op].run
-                        yield _timed(provider, op, format, f"{rows}x{k}", ideal, [lambda c=c: run(*c) for c in calls])
+            read = 4 if op == "silu_mul_transform_quantize" else 2
+            ideal = copy * (read + 0.5 + 1 / group) / 4
+            calls = [_quantizer_arguments(op, x, up, weight, t, g, format) for x, up in zip(xs, ups, strict=True)]
+            for provider, table in providers.items():
+                if op in table and provider != "reference" and table[op].refuses(*calls[0]) is None:
+                    run = table[op].run
+                    yield _timed(plan, provider, op, format, f"{rows}x{k}", ideal, [lambda c=c: run(*c) for c in calls])
 
 
-def products(device: torch.device, providers: dict) -> Iterator[Time]:
+def products(device: torch.device, providers: dict, plan: Plan = Plan()) -> Iterator[Time]:
     """bf16 out; activations are quantized already."""
-    for n, k in WEIGHTS:
-        for rows in ROWS:
-            x = torch.randn(rows, k, device=device).bfloat16()
-            wide = [torch.randn(n, k, device=device).bfloat16() for _ in range(min(8, copies(2 * n * k)))]
-            bf16 = time_us([lambda w=w: torch.nn.functional.linear(x, w) for w in wide])
-            for format in ("mxfp4", "nvfp4"):
-                g = torch.ones(1, device=device) if format == "nvfp4" else None
-                q = formats.quantize(x, format, "absmax")
-                weights = [formats.quantize(wide[0], format, "absmax")]
-                weights += [tuple(t.clone() for t in weights[0]) for _ in range(copies(0.53 * n * k) - 1)]
-                for provider, table in providers.items():
-                    if "fp4_linear" not in table or provider == "reference":
-                        continue
-                    calls = [(*q, g, *w, g, None, None, format, torch.bfloat16) for w in weights]
-                    if table["fp4_linear"].refuses(*calls[0]) is None:
-                        run = table["fp4_linear"].run
-                        yield _timed(provider, "fp4_linear", format, f"{rows}x{n}x{k}", bf16,
-                                     [lambda c=c: run(*c) for c in calls])
+    for index, ((n, k), rows) in enumerate(itertools.product(WEIGHTS, ROWS)):
+        if not plan.mine(index):
+            continue
+        x = torch.randn(rows, k, device=device).bfloat16()
+        wide = [torch.randn(n, k, device=device).bfloat16() for _ in range(min(8, plan.copies(2 * n * k)))]
+        bf16 = plan.measure([lambda w=w: torch.nn.functional.linear(x, w) for w in wide])
+        for format in ("mxfp4", "nvfp4"):
+            g = torch.ones(1, device=device) if format == "nvfp4" else None
+            q = formats.quantize(x, format, "absmax")
+            weights = [formats.quantize(wide[0], format, "absmax")]
+            weights += [tuple(t.clone() for t in weights[0]) for _ in range(plan.copies(0.53 * n * k) - 1)]
+            calls = [(*q, g, *w, g, None, None, format, torch.bfloat16) for w in weights]
+            for provider, table in providers.items():
+                if "fp4_linear" in table and provider != "reference" and table["fp4_linear"].refuses(*calls[0]) is None:
+                    run = table["fp4_linear"].run
+                    yield _timed(plan, provider, "fp4_linear", format, f"{rows}x{n}x{k}", bf16,
+                                 [lambda c=c: run(*c) for c in calls])
 
 
-def benchmark(device: torch.device) -> Iterator[Time]:
-    """The quantizers, then the products, of every provider of a CUDA device."""
+def benchmark(device: torch.device, plan: Plan = Plan()) -> Iterator[Time]:
+    """The quantizers, then the products, of every provider of a CUDA device but the reference."""
     providers = available(device)
-    yield from quantizers(device, providers)
-    yield from products(device, providers)
+    yield from quantizers(device, providers, plan)
+    yield from products(device, providers, plan)
 
 
 def machine() -> str | None:
