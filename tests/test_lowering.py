@@ -198,7 +198,8 @@ def test_choice_is_a_pure_function_of_the_shape():
     assert triton_linear.choose("mxfp4", 3000, 4096, 4096) == "library"
     assert triton_linear.choose("mxfp4", 3000, 2**18, 4096) == triton_linear.WIDE          # too large for the scratch
     assert triton_linear.choose("mxfp4", 300, 128, 576) == "bf16"
-    for rows, (n, k), format in itertools.product(ROWS, SHAPES, ("mxfp4", "nvfp4")):
+    rows = (*ROWS, 3, 5, 24, 48, 96, 192, 256, 384, 768, 1024, 1536, 2048, 4096)
+    for rows, (n, k), format in itertools.product(rows, (*SHAPES, (6144, 4096), (4096, 640)), ("mxfp4", "nvfp4")):
         kernel = triton_linear.choose(format, rows, n, k)
         if isinstance(kernel, triton_linear.Fused):
             assert k % (kernel.bk * kernel.split) == 0

@@ -205,6 +205,14 @@ def test_linear_in_a_cuda_graph(format, m):
     assert torch.equal(got, want)
 
 
+def test_a_weight_is_settled_from_its_second_use_until_it_is_written():
+    w = torch.zeros(8, 64, dtype=torch.uint8)
+    assert not triton_linear.settled(w) and triton_linear.settled(w) and triton_linear.settled(w.view(8, 64))
+    assert not triton_linear.settled(w[4:]) and triton_linear.settled(w[4:])
+    w[0] = 3
+    assert not triton_linear.settled(w[4:]) and not triton_linear.settled(w) and triton_linear.settled(w)
+
+
 def test_precise_is_an_environment_variable(monkeypatch):
     for value, expected in ((None, False), ("0", False), ("", False), ("1", True)):
         monkeypatch.delenv("WUSH_PRECISE", raising=False)
