@@ -8,7 +8,16 @@ import torch
 from expecttest import assert_expected_inline
 from models import VOCABULARY, plain, tokens
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import wush_compile as wc
 from wush_compile.calibrate import calibrate
@@ -139,6 +148,20 @@ model.embed_tokens: belongs to Embedding, not to a linear layer
 model.layers.0.self_attn.extra: not reached by the traced forward
 model.layers.0.mlp.experts.gate_up_proj: 3-D weight of Qwen3MoeExperts: MoE experts are not supported
 model.layers.0.mlp.experts.down_proj: 3-D weight of Qwen3MoeExperts: MoE experts are not supported""")
+
+
+def test_cross_attention_of_several_layers():
+    """Keys and values of every decoder layer read the encoder's output: a group for each layer."""
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(BartConfig(
+        vocab_size=VOCABULARY, d_model=64, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=32)).eval()
+    data = [{"input_ids": tokens(2, 12, seed=s), "decoder_input_ids": tokens(2, 7, seed=s + 9)} for s in range(3)]
+    expected = model(**data[0]).logits
+    quantize(model, data, solver="rtn")
+    cross = [[m.name for m in g.members] for _, g in named_groups(model) if "encoder_attn.k" in g.members[0].name]
+    assert cross == [[f"model.decoder.layers.{i}.encoder_attn.{p}_proj" for p in "kv"] for i in range(2)]
+    assert ((model(**data[0]).logits - expected).norm() / expected.norm()).item() < 0.5
 
 
 class Odd(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from ..config import WushConfig
 from ..errors import ConfigError, one_of
+from .partition import assign_stages
 
 aten = torch.ops.aten
 
@@ -28,7 +29,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linears with the same input node, in graph order: one second moment, one transform, one packed buffer."""
+    """Linears of a stage with the same input node, in graph order: one second moment, one transform, one packed buffer."""
 
     source: fx.Node
     linears: tuple[Linear, ...]
@@ -103,6 +104,7 @@ def find_groups(
     attributes = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n.target in parameters]
     uses = Counter(id(parameters[n.target]) for n in attributes for _ in n.users)
 
+    stage_of, _ = assign_stages(graph_module.graph)        # layers that read one tensor (cross-attention) share nothing
     skipped: dict[str, str] = {}
     by_source: dict[object, list[Linear]] = {}
     done: set[int] = set()
@@ -135,7 +137,7 @@ def find_groups(
         elif width % config.group_size:
             reason = f"width {width} is not a multiple of {config.format}'s group of {config.group_size}"
         else:
-            key = source if config.share_transform else node
+            key = (source, stage_of[node]) if config.share_transform else node
             rows = parameter.shape[1 if transposed else 0]
             by_source.setdefault(key, []).append(Linear(node, name, owned, bias_name, rows, transposed))
             done.add(id(parameter))

@@ -28,7 +28,7 @@ def _layer_of(node: fx.Node) -> str | None:
     return next((path for path, _ in stack if _INDEXED.search(path)), None)
 
 
-def _assign(graph: fx.Graph) -> tuple[dict[fx.Node, int], list[str]]:
+def assign_stages(graph: fx.Graph) -> tuple[dict[fx.Node, int], list[str]]:
     """Stage number of every computing node, never falling along the graph, and the stages' names."""
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     layers = [_layer_of(n) for n in nodes]
@@ -47,7 +47,7 @@ def _assign(graph: fx.Graph) -> tuple[dict[fx.Node, int], list[str]]:
 def partition(graph_module: fx.GraphModule) -> list[Stage]:
     """The graph cut at the borders of repeated layers, in execution order."""
     graph = graph_module.graph
-    stage_of, names = _assign(graph)
+    stage_of, names = assign_stages(graph)
     output = next(n for n in graph.nodes if n.op == "output")
     stages = []
     for number, name in enumerate(names):
