@@ -107,8 +107,9 @@ std::tuple<Tensor, Tensor> run(QuantizeArguments& q, const Tensor& x, const std:
   return {codes, scales};
 }
 
-std::tuple<Tensor, Tensor> transform_quantize(Tensor x, std::optional<Tensor> transform, std::optional<Tensor> global_scale,
-                                              std::string format, std::string scale_rule, bool swizzled) {
+std::tuple<Tensor, Tensor> transform_quantize(Tensor x, std::optional<Tensor> transform,
+                                              std::optional<Tensor> global_scale, std::string format,
+                                              std::string scale_rule, bool swizzled) {
   QuantizeArguments q{};
   const Rows rows = rows_of(x);
   q.x = rows.tensor.const_data_ptr();
@@ -118,8 +119,9 @@ std::tuple<Tensor, Tensor> transform_quantize(Tensor x, std::optional<Tensor> tr
 
 std::tuple<Tensor, Tensor> rms_norm_transform_quantize(Tensor x, std::optional<Tensor> weight, double eps,
                                                        std::optional<Tensor> eps_tensor, std::string gain,
-                                                       std::optional<Tensor> transform, std::optional<Tensor> global_scale,
-                                                       std::string format, std::string scale_rule, bool swizzled) {
+                                                       std::optional<Tensor> transform,
+                                                       std::optional<Tensor> global_scale, std::string format,
+                                                       std::string scale_rule, bool swizzled) {
   QuantizeArguments q{};
   const Rows rows = rows_of(x);
   const int64_t width = x.size(-1);
@@ -171,7 +173,8 @@ std::tuple<Tensor, Tensor> silu_mul_transform_quantize(Tensor gate, Tensor up, s
 
 WUSH_LIBRARY(WUSH_NAMESPACE, m) {
   m.def("transform_quantize(Tensor x, " WUSH_QUANTIZER);
-  m.def("rms_norm_transform_quantize(Tensor x, Tensor? weight, float eps, Tensor? eps_tensor, str gain, " WUSH_QUANTIZER);
+  m.def("rms_norm_transform_quantize(Tensor x, Tensor? weight, float eps, Tensor? eps_tensor, str gain, "
+        WUSH_QUANTIZER);
   m.def("silu_mul_transform_quantize(Tensor gate, Tensor up, " WUSH_QUANTIZER);
 }
 

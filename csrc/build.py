@@ -9,8 +9,8 @@ A source is a .cu or .cpp file of this directory. Lines at its top say what it n
     // targets: sm_120a sm_121a         only for these (default: all)
     // uses: cutlass                    the headers of the PyPI package nvidia-cutlass
 
-An object's name holds a hash of all that it is made from: the source, the headers of this directory that it includes, the
-command, the compiler's version. What ptxas says of registers, shared memory and spills is kept beside it (`.log`).
+An object's name holds a hash of all that it is made from: the source, the headers of this directory that it includes,
+the command, the compiler's version. What ptxas says of registers, shared memory and spills is kept beside it (`.log`).
 Only torch's headers are needed, of any build of torch, a CPU-only one too; the libraries run with every torch from
 `TORCH_TARGET` on, since they use its stable ABI alone.
 """

@@ -26,9 +26,9 @@ constexpr uint32_t MX_NAN = 0xFF, NV_NAN = 0x7F;
 
 // fp32 -> fp32 whose low bits hold the code of |v| (0..7), nearest, ties to even, saturating at 6; NaN -> 0.
 //
-// Each stretch of even spacing is cut out by a saturating multiply-add (to [0, 1]) and counted by an addition that rounds
-// to an integer: 2^23 has a spacing of 1. All three roundings are one: at most one stretch is neither 0 nor full, and
-// those before it count an even number, so that its ties stay ties to even. Seven instructions, none of them integer,
+// Each stretch of even spacing is cut out by a saturating multiply-add (to [0, 1]) and counted by an addition that
+// rounds to an integer: 2^23 has a spacing of 1. All three roundings are one: at most one stretch is neither 0 nor full,
+// and those before it count an even number, so that its ties stay ties to even. Seven instructions, none of them integer,
 // which on Hopper run at twice the rate of integer ones.
 __device__ __forceinline__ float e2m1_magnitude(float v) {
   const float a = fabsf(v);
@@ -60,7 +60,8 @@ __device__ __forceinline__ uint32_t e2m1_pack8(const float (&v)[8]) {
   }
   // Low bytes hold codes, high bytes signs: gather four at a time, even values to low nibbles, odd to high ones.
   auto gather = [](const uint32_t(&w)[8], int first, uint32_t pair) {
-    return __byte_perm(__byte_perm(w[first], w[first + 2], pair), __byte_perm(w[first + 4], w[first + 6], pair), 0x5410);
+    const uint32_t low = __byte_perm(w[first], w[first + 2], pair);
+    return __byte_perm(low, __byte_perm(w[first + 4], w[first + 6], pair), 0x5410);
   };
   const uint32_t codes = gather(u, 0, 0x0040) + (gather(u, 1, 0x0040) << 4);
   return codes | ((gather(s, 0, 0x0073) >> 4) & 0x08080808u) | (gather(s, 1, 0x0073) & 0x80808080u);

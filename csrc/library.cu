@@ -16,7 +16,8 @@ extern "C" __attribute__((visibility("default"))) const char* wush_problem() {
   cudaRuntimeGetVersion(&runtime);
   if (driver / 1000 < runtime / 1000) {
     snprintf(sentence, sizeof sentence,
-             "built with CUDA %d.%d, the driver supports %d.%d: update the driver, or build with an older nvcc (12.9 is enough)",
+             "built with CUDA %d.%d, the driver supports %d.%d: update the driver, or build with an older nvcc "
+             "(12.9 is enough)",
              runtime / 1000, runtime % 1000 / 10, driver / 1000, driver % 1000 / 10);
     return sentence;
   }
@@ -24,7 +25,7 @@ extern "C" __attribute__((visibility("default"))) const char* wush_problem() {
   cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaSuccess) error = cudaGetDevice(&before);
   cudaError_t last = error;
-  for (int device = 0; error == cudaSuccess && device < count; device++) {       // one of the library's architecture will do
+  for (int device = 0; error == cudaSuccess && device < count; device++) {       // one that it was built for will do
     cudaFuncAttributes attributes;
     cudaSetDevice(device);
     last = cudaFuncGetAttributes(&attributes, probe);

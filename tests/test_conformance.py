@@ -105,7 +105,8 @@ def test_tables(tmp_path):
 
 def test_the_benchmark_asks_every_provider(monkeypatch):
     """Once round without a clock, on a CPU: every op of a provider with arguments that it takes, failures as rows."""
-    takes = {op: Implementation(run, lambda *args: None) for op, run in (ops.REFERENCE | fused_ops.FUSED_REFERENCE).items()}
+    every = ops.REFERENCE | fused_ops.FUSED_REFERENCE
+    takes = {op: Implementation(run, lambda *args: None) for op, run in every.items()}
     table = {"mine": takes, "broken": {"fp4_linear": Implementation(raises, lambda *args: None)},
              "refuses": {"fp4_linear": Implementation(raises, lambda *args: "never")}}
     monkeypatch.setattr(timing, "available", lambda device: table)

@@ -81,7 +81,7 @@ def resources(path: pathlib.Path) -> dict[str, dict[str, int]]:
 
 @pytest.mark.parametrize("target", build.TARGETS)
 def test_the_quantizer_builds(nvcc, target):
-    """One quantizer for every target: nothing spills, and three CTAs of 128 threads find registers on a multiprocessor."""
+    """One quantizer for every target: nothing spills, and three CTAs of 128 threads find room on a multiprocessor."""
     path = build.compile_object(build.HERE / "quantize_mxfp4.cu", target)
     kernels_of = {name: used for name, used in resources(path).items() if "quantize_kernel" in name}
     assert len(kernels_of) == 24                      # 2 dtypes, with and without transform, mse or not, 3 prologues
@@ -107,7 +107,7 @@ def test_objects_are_cached(nvcc):
 
 
 def test_a_header_makes_another_object(tmp_path, monkeypatch):
-    """The name of an object depends on the headers that its source includes, through headers too, and on nothing else."""
+    """The name of an object depends on the headers that its source includes, through headers too, and on no others."""
     monkeypatch.setattr(build, "_command", lambda *args: ["nvcc"])
     for name, text in {"a.cu": '#include "b.h"\n', "b.h": '#include "c.h"\n', "c.h": "1\n", "d.h": "2\n"}.items():
         (tmp_path / name).write_text(text)
@@ -142,7 +142,7 @@ def test_without_nvcc_one_sentence(monkeypatch, capsys):
 # -- provider --------------------------------------------------------------------------------------------------------
 
 def test_a_cpu_only_torch_loads_the_library(nvcc):
-    """The stable ABI: a library built with these headers loads without libtorch_cuda; ops are there, kernels are not."""
+    """The stable ABI: a library built with these headers loads without libtorch_cuda; its ops are there."""
     path = build.build(["sm_90a"])[0]
     code = (f"import torch; torch.ops.load_library({str(path)!r}); "
             "print(torch.ops.wush_sm_90a.transform_quantize.default._schema)")
@@ -189,7 +189,8 @@ def test_without_a_driver_the_library_says_so(nvcc):
 
 # -- quantizers, on a GPU --------------------------------------------------------------------------------------------
 
-RULES = [("mxfp4", rule, g) for rule in FORMATS["mxfp4"].scale_rules for g in ((3.0,) if rule == "paper" else (None, 0.7))]
+RULES = [("mxfp4", rule, g) for rule in FORMATS["mxfp4"].scale_rules
+         for g in ((3.0,) if rule == "paper" else (None, 0.7))]
 RULES += [("nvfp4", rule, g) for rule in FORMATS["nvfp4"].scale_rules for g in (None, 0.37, 512.0)]
 rules = pytest.mark.parametrize("format, rule, g", RULES)
 
@@ -309,8 +310,9 @@ def test_transform_of_real_numbers_differs_at_ties_only(library, format):
     got = cuda.transform_quantize(x, t, None, format, "absmax")
     want = ops._transform_quantize(x, t, None, format, "absmax")
     share = (got[0] != want[0]).float().mean().item()
-    print(f"{format}: {share:.1e} of the code bytes, {(got[1] != want[1]).float().mean().item():.1e} of the scales differ")
-    assert share < 2e-5 and (got[1] != want[1]).float().mean().item() < 2e-5
+    scales = (got[1] != want[1]).float().mean().item()
+    print(f"{format}: {share:.1e} of the code bytes, {scales:.1e} of the scales differ")
+    assert share < 2e-5 and scales < 2e-5
 
 
 @gpu
@@ -379,7 +381,7 @@ def test_silu_mul_is_the_reference(library, format, m, k):
 @pytest.mark.parametrize("gain", fused_ops.GAINS)
 @pytest.mark.parametrize("m, k", [(1, 256), (37, 1536), (515, 4096)])
 def test_rms_norm_is_the_reference(library, format, gain, m, k):
-    """Rows whose sum of squares is the same in every order are exact; on real numbers a last bit of the norm can show."""
+    """Rows whose sum of squares is the same in every order are exact; else the last bit of a norm can show."""
     x = torch.randint(-4, 5, (m, k), generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
     weight = None if gain == "none" else torch.randn(k, device=DEVICE).bfloat16()
     for eps, pointer in ((1e-5, None), (0.0, torch.tensor(1e-5, device=DEVICE))):

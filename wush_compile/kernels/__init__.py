@@ -3,7 +3,8 @@
 A provider has for each op a function and a predicate that says, from the arguments alone, why it does not take a call.
 `dispatch` asks the providers in order. One that fails at run time is left out from then on, with one warning that names
 it.
-`WUSH_PROVIDER=reference` (or `scaled_mm`, `cuda`, `triton`) forces one: then nothing else is asked first, and its errors are raised.
+`WUSH_PROVIDER=reference` (or `scaled_mm`, `cuda`, `triton`) forces one: then nothing else is asked first, and its
+errors are raised.
 """
 
 import functools
@@ -28,7 +29,7 @@ class Implementation(NamedTuple):
 
 
 class Mendable(str):
-    """Why a provider is unavailable, where that is a fault of the installation and not of the device: worth a warning."""
+    """Why a provider is unavailable, where that is a fault of the installation and not of the device: a warning."""
 
 
 class Provider(NamedTuple):

@@ -21,14 +21,15 @@ from . import PROVIDERS, Implementation, layouts
 # (rows, K): a single group, odd counts of groups, no whole tile of anything, and sizes that fill a GPU.
 SHAPES = ((1, 32), (3, 96), (37, 576), (128, 1024), (257, 4096))
 # (rows, N, K) of products.
-PRODUCTS = ((1, 256, 512), (2, 200, 1024), (5, 72, 96), (17, 264, 1024), (64, 512, 2048), (130, 136, 544), (300, 1040, 1024))
+PRODUCTS = ((1, 256, 512), (2, 200, 1024), (5, 72, 96), (17, 264, 1024), (64, 512, 2048), (130, 136, 544),
+            (300, 1040, 1024))
 # A product rounded once to bf16 has 1.7e-3; fp8 accumulators on Hopper add up to 4e-4.
 PRODUCT_ERROR = {torch.bfloat16: 2.2e-3, torch.float32: 5e-4}
 POISON = 0xEE
 
 
 class Result(NamedTuple):
-    """One call compared. `error`: share of values that differ, or relative error of a product; `refused`: why not run."""
+    """One call compared. `error`: share of values that differ, or a product's relative error. `refused`: why not."""
 
     provider: str
     op: str
@@ -41,7 +42,7 @@ class Result(NamedTuple):
 
 
 def poison(device: torch.device, *tensors: Tensor) -> None:
-    """Allocates blocks of these tensors' sizes, fills them and frees them: the next outputs of those sizes lie there."""
+    """Allocates blocks of these tensors' sizes, fills them, frees them: the next outputs of those sizes lie there."""
     blocks = [torch.empty(t.numel() * t.element_size(), dtype=torch.uint8, device=device).fill_(POISON)
               for t in tensors for _ in range(2)]
     del blocks
@@ -95,8 +96,8 @@ Case = tuple[str, str, tuple, Callable[[], object]]
 
 
 def quantizer_cases(device: torch.device) -> Iterator[Case]:
-    """Values without a transform, small integers with one: a matrix a block and one for all. Every dtype and rule at one
-    shape, bf16 with absmax and mse at all."""
+    """Values without a transform, small integers with one: a matrix a block and one for all. Every dtype and rule at
+    one shape, bf16 with absmax and mse at all."""
     reference = ops.REFERENCE["transform_quantize"]
     for format, fmt in FORMATS.items():
         group = fmt.group_size
@@ -147,11 +148,13 @@ def product_cases(device: torch.device) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     for format in FORMATS:
         for rows, n, k in PRODUCTS:
-            x, w = (formats.quantize(torch.randn(m, k, generator=generator).to(device), format, "mse") for m in (rows, n))
+            x, w = (formats.quantize(torch.randn(m, k, generator=generator).to(device), format, "mse")
+                    for m in (rows, n))
             if format != "int4" and rows > 16:
                 x[1][rows - 1, 1] = w[1][n // 2, 0] = 0xFF if format == "mxfp4" else 0x7F
             exact = formats.dequantize(*x, format).double() @ formats.dequantize(*w, format).double().T
-            bias, residual = (torch.randn(size, generator=generator).to(device, torch.bfloat16) for size in ((n,), (rows, n)))
+            bias, residual = (torch.randn(size, generator=generator).to(device, torch.bfloat16)
+                              for size in ((n,), (rows, n)))
             scaled = format == "nvfp4"
             gx, gw = (number(v, device) if scaled else None for v in (0.5, 4.0))
             for dtype in (torch.bfloat16, torch.float32):
@@ -173,7 +176,7 @@ CASES = {
     "rms_norm_transform_quantize": rms_norm_cases,
     "fp4_linear": product_cases,
 }
-# The norm's last bit may differ where an implementation divides or takes the root in another way; of the codes few show it.
+# A norm's last bit may differ where an implementation divides or takes the root in another way; few codes show it.
 TOLERATED = {"rms_norm_transform_quantize": 1e-3}
 
 
@@ -184,7 +187,8 @@ def _compare(op: str, implementation: Implementation, args: tuple, want, device:
     if op == "fp4_linear":
         dtype = args[-1]
         poison(device, torch.empty(want.shape, dtype=dtype, device=device))
-        return relative_error(implementation.run(*args), want), PRODUCT_ERROR[dtype] * (2.0 if args[7] is not None else 1.0)
+        roundings = 1 if args[7] is None else 2                # of a residual's sum too
+        return relative_error(implementation.run(*args), want), roundings * PRODUCT_ERROR[dtype]
     poison(device, *want)
     error = share_different(implementation.run(*args), want)
     if "swizzled" in inspect.signature(implementation.run).parameters:

@@ -1,4 +1,4 @@
-"""`wush-compile doctor --deep`: conformance, then times, of every provider of a GPU, in one report file to send back."""
+"""`wush-compile doctor --deep`: conformance, then times, of every provider of a GPU, in one report to send back."""
 
 import concurrent.futures
 import datetime
@@ -85,7 +85,8 @@ def side_by_side(times: list[Time]) -> list[list[str]]:
     providers = list(dict.fromkeys(t.provider for t in times))
     rows = {}
     for t in times:
-        row = rows.setdefault((t.op, t.format, t.shape), [t.op, t.format, t.shape, f"{t.baseline:.1f}"] + [""] * len(providers))
+        case = [t.op, t.format, t.shape, f"{t.baseline:.1f}"]
+        row = rows.setdefault(tuple(case[:3]), case + [""] * len(providers))
         words = t.note if t.microseconds is None else f"{t.microseconds:.1f} ({t.baseline / t.microseconds:.2f}x)"
         row[4 + providers.index(t.provider)] = words
     return list(rows.values())

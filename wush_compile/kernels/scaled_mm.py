@@ -1,8 +1,9 @@
-"""`torch.nn.functional.scaled_mm` (cuBLASLt) as a provider of `wush::fp4_linear`: the vendor's FP4 product on Blackwell.
+"""`torch.nn.functional.scaled_mm` (cuBLASLt) as a provider of `wush::fp4_linear`: the vendor's product on Blackwell.
 
-Which formats it takes depends on the GPU, on torch and on how torch was built: each is tried once on a device with a small
-product, compared with the exact one, and refused from then on if it fails or is wrong. Operands go in as they are but for
-the scales, which cuBLASLt reads swizzled (`layouts`); a weight's are swizzled once and remembered with their memory.
+Which formats it takes depends on the GPU, on torch and on how torch was built: each is tried once on a device with a
+small product, compared with the exact one, and refused from then on if it fails or is wrong. Operands go in as they are
+but for the scales, which cuBLASLt reads swizzled (`layouts`); a weight's are swizzled once and remembered with their
+memory.
 """
 
 import functools
@@ -20,8 +21,8 @@ from .layouts import swizzle_scales
 logger = logging.getLogger("wush_compile")
 
 SCALE_DTYPES = {"mxfp4": torch.float8_e8m0fnu, "nvfp4": torch.float8_e4m3fn}
-# Below, a product is a read of the weight, and swizzling the activation's scales costs as much: a kernel that reads them
-# as they are is left to it. Not measured: no Blackwell was at hand.
+# Below, a product is a read of the weight, and swizzling the activation's scales costs as much: it is left to kernels
+# that read them as they are. Not measured: no Blackwell was at hand.
 LEAST_ROWS = 64
 RECIPES = {"mxfp4": "BlockWise1x32", "nvfp4": "BlockWise1x16"}
 
@@ -134,8 +135,8 @@ def fp4_linear(
     """`wush::fp4_linear` (SPEC §6) by cuBLASLt."""
     rows = codes.reshape(-1, codes.shape[-1])
     swizzled = _swizzled(scales.reshape(-1, scales.shape[-1]), format)
-    y = product(rows.contiguous(), swizzled, global_scale, weight_codes.contiguous(), weight_scales(weight_scales_, format),
-                weight_global_scale, bias, format, out_dtype)
+    y = product(rows.contiguous(), swizzled, global_scale, weight_codes.contiguous(),
+                weight_scales(weight_scales_, format), weight_global_scale, bias, format, out_dtype)
     y = y.view(*codes.shape[:-1], weight_codes.shape[0])
     return y if residual is None else y + residual.to(out_dtype)
 

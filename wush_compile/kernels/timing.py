@@ -79,7 +79,8 @@ def _timed(plan: Plan, provider, op, format, shape, baseline, calls) -> Time:
     try:
         return Time(provider, op, format, shape, plan.measure(calls), baseline, "")
     except Exception as failure:                           # the other rows are worth having
-        return Time(provider, op, format, shape, None, baseline, f"{type(failure).__name__}: {str(failure).splitlines()[0]}")
+        note = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+        return Time(provider, op, format, shape, None, baseline, note)
 
 
 def _quantizer_arguments(op: str, x, up, weight, transform, g, format: str) -> tuple:
@@ -143,7 +144,8 @@ def machine() -> str | None:
     """Driver, clocks and power as nvidia-smi sees them now; None where it is not."""
     query = "name,driver_version,clocks.sm,clocks.mem,power.draw,memory.total"
     try:
-        run = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        run = subprocess.run(command, capture_output=True, text=True)
     except OSError:
         return None
     return f"{query}: {run.stdout.strip()}"
