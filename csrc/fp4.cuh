@@ -1,4 +1,4 @@
-// MXFP4 and NVFP4 in a kernel: e2m1, scale bytes, the layout of scales that Blackwell's tensor cores read.
+// MXFP4 and NVFP4 in a kernel: e2m1 and scale bytes.
 //
 // The counterpart of wush_compile/formats.py, bit for bit. Sources are compiled with -fmad=false; where a fused
 // multiply-add is exact it is written as one.
@@ -11,7 +11,6 @@
 
 namespace wush {
 
-constexpr int MX_GROUP = 32, NV_GROUP = 16;
 constexpr uint32_t MX_NAN = 0xFF, NV_NAN = 0x7F;
 
 // Whether this GPU has the conversion to e2m1 (cvt.rn.satfinite.e2m1x2.f32).
@@ -68,12 +67,6 @@ __device__ __forceinline__ uint32_t e2m1_pack8(const float (&v)[8]) {
 #endif
 }
 
-// Code (0..15) -> fp32.
-__device__ __forceinline__ float e2m1_decode(uint32_t code) {
-  const uint32_t c = code & 7, double_value = c + (c > 4 ? c - 4 : 0) + (c > 6 ? 2 : 0);
-  return __uint_as_float(__float_as_uint(0.5f * double_value) | (code & 8) << 28);
-}
-
 // -- scale bytes -----------------------------------------------------------------------------------------------------
 
 // 2^n, exact, for n in [-127, 127]; 2^-127 is subnormal.
@@ -90,22 +83,6 @@ __device__ __forceinline__ uint32_t e4m3_encode(float x) {
 // e4m3 byte, positive, not NaN -> fp32: in fp32's fields the byte is the value times 2^-120, subnormals too.
 __device__ __forceinline__ float e4m3_decode(uint32_t byte) {
   return __fmul_rn(__uint_as_float(byte << 20), 1.329227995784916e36f);
-}
-
-// e8m0 byte, not 0 and not NaN -> fp32.
-__device__ __forceinline__ float e8m0_decode(uint32_t byte) { return __uint_as_float(byte << 23); }
-
-// -- layout ----------------------------------------------------------------------------------------------------------
-
-// Scales as Blackwell's tensor cores read them (kernels/layouts.py): tiles of 128 rows x 4 groups, padded with zeros;
-// in one, row r and group c are at byte (r % 32) * 16 + (r / 32) * 4 + c.
-__host__ __device__ __forceinline__ int64_t swizzled_size(int64_t rows, int64_t groups) {
-  return (rows + 127) / 128 * 128 * ((groups + 3) / 4 * 4);
-}
-
-__host__ __device__ __forceinline__ int64_t swizzled_offset(int64_t row, int64_t group, int64_t groups) {
-  const int64_t tile = row / 128 * ((groups + 3) / 4) + group / 4;
-  return tile * 512 + (row % 32) * 16 + (row % 128 / 32) * 4 + group % 4;
 }
 
 }  // namespace wush

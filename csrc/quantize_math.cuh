@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "fp4.cuh"
+#include "fp4_layout.h"
 #include "quantize.h"
 
 namespace wush {
