@@ -76,8 +76,9 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
 
 def compile_quantize(format, cc, block, native, tile, rule="absmax"):
     pointers = dict(x="*bf16", codes="*u8", scales="*u8", M="i32", pitch="i32") | ({"t": "*bf16"} if block else {})
-    constants = dict(t=None, global_scale=None, K=4096, STRIDE=4096, B=block, SHARED=False, FORMAT=format, RULE=rule,
-                     SCALED=False, PTX=2 if cc >= 86 else 1, NATIVE=native, WIDE=False, R=tile.rows, W=tile.columns,
+    constants = dict(t=None, global_scale=None, up=None, weight=None, bias=None, mean=None, scale=None, up_pitch=0, K=4096,
+                     STRIDE=4096, B=block, SHARED=False, FORMAT=format, RULE=rule, SCALED=False, SWIZZLED=False,
+                     PROLOGUE=None, PTX=2 if cc >= 86 else 1, NATIVE=native, WIDE=False, R=tile.rows, W=tile.columns,
                      TILES=tile.tiles, STAGES=tile.stages,
                      WORDS=triton_quantize.words(tile, True, False, block, 4096), PDL=cc >= 90)
     return compile_kernel(triton_quantize.transform_quantize_kernel, pointers, constants, cc, tile.warps, fusion=False)

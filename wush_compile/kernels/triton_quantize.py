@@ -14,11 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats import FORMATS
+from .layouts import swizzled_shape
 from .triton_formats import (
     ABS_BITS, INF_BITS, MX_LIMIT, drop_bad, float_bits, group_amax, group_scales, pack_codes, store_bytes, store_codes,
     times_factor,
 )
 from .triton_launch import overlaps, start_next, wait_inputs
+from .triton_prologue import gated, normed
 
 
 @triton.jit
@@ -89,42 +91,91 @@ def _load_rows(
 
 
 @triton.jit
-def _store(
-    y, byte, factor, codes, scales, row, left, first, K: tl.constexpr, GROUPED: tl.constexpr, MOST: tl.constexpr,
-    PTX: tl.constexpr, NATIVE: tl.constexpr, WORDS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, G: tl.constexpr,
-    MASKED: tl.constexpr,
+def _load_tile(
+    source, row, left, first, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
+    PROLOGUE: tl.constexpr,
 ):
-    """Codes and scale bytes of one tile. WORDS: how many 4-byte words of codes a store takes, 0: stored by Triton; GROUPED:
-    by the bytes alone (`store_codes`)."""
-    EVEN: tl.constexpr = K % W == 0
+    """The tile that is transformed and quantized: of x, or what PROLOGUE makes of x and its other operands."""
+    x, up, weight, bias, mean, scale, stride, up_stride = source
+    tile = _load_rows(x, row, left, stride, first, K, R, W, MASKED)
+    if PROLOGUE is not None:
+        if up is not None:
+            tile = gated(tile, _load_rows(up, row, left, up_stride, first, K, R, W, MASKED), PROLOGUE)
+        else:
+            rows = row + tl.arange(0, R)[:, None]
+            columns = first + tl.arange(0, W)[None, :]
+            if weight is not None:
+                weight = tl.load(weight + columns, mask=columns < K, other=0.0)
+            if bias is not None:
+                bias = tl.load(bias + columns, mask=columns < K, other=0.0)
+            if mean is not None:
+                mean = tl.load(mean + rows, mask=rows < left, other=0.0)
+            scale = tl.load(scale + rows, mask=rows < left, other=0.0)
+            tile = normed(tile, mean, scale, weight, bias, PROLOGUE)
+    return tile
+
+
+@triton.jit
+def _store_scales(
+    scales, byte, row, left, shift, first, K: tl.constexpr, G: tl.constexpr, PTX: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    MASKED: tl.constexpr, SWIZZLED: tl.constexpr,
+):
+    """Scale bytes of one tile, int32 [R, W/G], to rows of K/G; or SWIZZLED, as `layouts.swizzle_scales`, with the padding that
+    lies in the tile; then `scales` points `shift` rows before row 0."""
+    N: tl.constexpr = K // G
     rows = row + tl.arange(0, R)[:, None]
-    groups = tl.arange(0, W // G)[None, :]
-    into = scales + (rows * (K // G) + groups)
-    there = _inside(rows, left, first // G + groups, K // G, MASKED, EVEN)
+    groups = first // G + tl.arange(0, W // G)[None, :]
+    if SWIZZLED:
+        WIDE: tl.constexpr = (N + 3) // 4 * 4
+        EVEN: tl.constexpr = WIDE == N and N % (W // G) == 0
+        there = _inside(rows, left, groups, N, MASKED, EVEN)
+        if there is not None:
+            byte = tl.where(there, byte, 0)
+        rows += shift
+        offset = rows // 128 * (WIDE * 128) + rows % 32 * 16 + rows // 32 % 4 * 4 + groups // 4 * 512 + groups % 4
+        there = _inside(rows, tl.cdiv(left + shift, 128) * 128, groups, WIDE, MASKED, EVEN)
+    else:
+        offset = rows * N + tl.arange(0, W // G)[None, :]
+        there = _inside(rows, left, groups, N, MASKED, N % (W // G) == 0)
+    if PTX:
+        store_bytes(scales + offset, there, byte)
+    else:
+        tl.store(scales + offset, byte.to(tl.uint8), mask=there)
+
+
+@triton.jit
+def _store_values(
+    codes, y, byte, factor, row, left, first, K: tl.constexpr, GROUPED: tl.constexpr, MOST: tl.constexpr,
+    PTX: tl.constexpr, NATIVE: tl.constexpr, WORDS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, G: tl.constexpr,
+    MASKED: tl.constexpr, EVEN: tl.constexpr,
+):
+    """Codes of one tile. WORDS: how many 4-byte words of them a store takes, 0: stored by Triton, as in packages; GROUPED: by the bytes alone
+    (`store_codes`)."""
+    rows = row + tl.arange(0, R)[:, None]
     if WORDS > 0:
         chunks = tl.arange(0, W // (8 * WORDS))[None, :]
         y = y if GROUPED else times_factor(y, factor, R, W, G)
-        whole = _inside(rows, left, first // (8 * WORDS) + chunks, K // (8 * WORDS), MASKED, EVEN)
-        store_codes(codes + (rows * (K // 2) + chunks * (4 * WORDS)), whole, y, byte, GROUPED, MOST, PTX, NATIVE, WORDS, R, W)
-        store_bytes(into, there, byte)
+        there = _inside(rows, left, first // (8 * WORDS) + chunks, K // (8 * WORDS), MASKED, EVEN)
+        store_codes(codes + (rows * (K // 2) + chunks * (4 * WORDS)), there, y, byte, GROUPED, MOST, PTX, NATIVE, WORDS, R, W)
     else:
         columns = tl.arange(0, W // 2)[None, :]
         packed = pack_codes(times_factor(y, factor, R, W, G), PTX, NATIVE, R, W)
         tl.store(codes + (rows * (K // 2) + columns), packed,
                  mask=_inside(rows, left, first // 2 + columns, K // 2, MASKED, EVEN))
-        tl.store(into, byte.to(tl.uint8), mask=there)
 
 
 @triton.jit
 def _tile(
-    x, operand, g, codes, scales, row, left, first, K: tl.constexpr, B: tl.constexpr, FORMAT: tl.constexpr,
+    x, operand, g, codes, scales, row, left, shift, first, K: tl.constexpr, B: tl.constexpr, FORMAT: tl.constexpr,
     RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr, CLEAN: tl.constexpr, MASKED: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr, SWIZZLED: tl.constexpr, CLEAN: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """Transform (B > 0), quantize and store one tile x [R, W]; returns the bits of the groups' absolute maxima. Right
     while these are below the kernel's limit; CLEAN: for any."""
     MX: tl.constexpr = FORMAT == "mxfp4"
     G: tl.constexpr = 32 if MX else 16
+    EVEN: tl.constexpr = K % W == 0 and not (SWIZZLED and K // G % 4 != 0)
     y = x.to(tl.float32)
     if B > 0:
         y = _dot(x, operand, WIDE, R, W)
@@ -133,35 +184,54 @@ def _tile(
         bad = amax >= INF_BITS
         byte, factor = group_scales(y, tl.where(bad, 0, amax), g, FORMAT, RULE, SCALED, PTX, R, W)
         byte = tl.where(bad, 255 if MX else 127, byte)
-        _store(y, byte, factor, codes, scales, row, left, first, K, False, 0, PTX, NATIVE, 0, R, W, G, MASKED)
+        _store_values(codes, y, byte, factor, row, left, first, K, False, 0, PTX, NATIVE, 0, R, W, G, MASKED, EVEN)
     else:
         amax = group_amax(y, R, W, G, PTX)
         byte, factor = group_scales(y, amax, g, FORMAT, RULE, SCALED, PTX, R, W)
-        _store(y, byte, factor, codes, scales, row, left, first, K, MX and not SCALED and PTX > 0,
-               0 if MX and SCALED else 6 if MX and RULE == "absmax" else 10, PTX,
-               NATIVE, WORDS, R, W, G, MASKED)
+        _store_values(codes, y, byte, factor, row, left, first, K, MX and not SCALED and PTX > 0,
+                      0 if MX and SCALED else 6 if MX and RULE == "absmax" else 10, PTX, NATIVE, WORDS, R, W, G, MASKED, EVEN)
+    _store_scales(scales, byte, row, left, shift, first, K, G, PTX if WORDS > 0 else 0, R, W, MASKED, SWIZZLED)
     return amax
 
 
 @triton.jit(do_not_specialize=["M"])
 def transform_quantize_kernel(
-    x, t, global_scale, codes, scales, M, pitch, K: tl.constexpr, STRIDE: tl.constexpr, B: tl.constexpr,
-    SHARED: tl.constexpr, FORMAT: tl.constexpr, RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr,
-    NATIVE: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
-    WORDS: tl.constexpr, PDL: tl.constexpr,
+    x, up, weight, bias, mean, scale, t, global_scale, codes, scales, M, pitch, up_pitch, K: tl.constexpr,
+    STRIDE: tl.constexpr, B: tl.constexpr, SHARED: tl.constexpr, FORMAT: tl.constexpr, RULE: tl.constexpr,
+    SCALED: tl.constexpr, SWIZZLED: tl.constexpr, PROLOGUE: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr,
+    WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, WORDS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """x [M, K], its rows STRIDE apart (0: `pitch`), t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G]; grid
-    (columns/W, rows/(R*TILES)). B = 0: no transform."""
-    start_next(PDL)
+    """x [M, K], its rows STRIDE apart (0: `pitch`), t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G]. A program
+    takes W columns and R*TILES rows; neighbours take the next columns. B = 0: no transform.
+
+    PROLOGUE: None, or what is done to x first (`triton_prologue`); `up` [M, K], rows `up_pitch` apart, and the vectors of a
+    norm are None where it has none."""
     wait_inputs(PDL)
+    start_next(PDL)
     G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
+    N: tl.constexpr = (K // G + 3) // 4 * 4 if SWIZZLED else K // G                 # scales in a row
+    COLUMNS: tl.constexpr = (N * G + W - 1) // W
     stride = STRIDE if STRIDE > 0 else pitch
-    first = tl.program_id(0) * W
-    start = tl.program_id(1) * (R * TILES)
+    first = tl.program_id(0) % COLUMNS * W
+    start = tl.program_id(0) // COLUMNS * (R * TILES)
     left = M - start
-    x += start.to(tl.int64) * stride + first
-    codes += start.to(tl.int64) * (K // 2) + first // 2
-    scales += start.to(tl.int64) * (K // G) + first // G
+    row = start.to(tl.int64)
+    x += row * stride + first
+    if up is not None:
+        up += row * up_pitch + first
+    if mean is not None:
+        mean += start
+    if scale is not None:
+        scale += start
+    codes += row * (K // 2) + first // 2
+    shift = 0
+    if SWIZZLED:
+        shift = start % 128 if R * TILES % 128 != 0 else 0
+        scales += (row - shift) * N
+    else:
+        scales += row * N + first // G
+    source = (x, up, weight, bias, mean, scale, stride, up_pitch)
     g = tl.full((), 1.0, tl.float32)
     if SCALED:
         g = tl.load(global_scale)
@@ -174,30 +244,31 @@ def transform_quantize_kernel(
     if FORMAT == "nvfp4":
         limit = tl.minimum(float_bits(2680.0 / g), INF_BITS)
     if TILES == 1:
-        tile = _load_rows(x, 0, left, stride, first, K, R, W, True)
-        largest = _tile(tile, operand, g, codes, scales, 0, left, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
-                        R, W, WORDS, False, True)
+        tile = _load_tile(source, 0, left, first, K, R, W, True, PROLOGUE)
+        largest = _tile(tile, operand, g, codes, scales, 0, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
+                        R, W, WORDS, SWIZZLED, False, True)
         if tl.max(tl.reshape(largest, (R * W // G,)), axis=0) >= limit:
             tl.debug_barrier()
-            tile = _load_rows(x, 0, left, stride, first, K, R, W, True)
-            _tile(tile, operand, g, codes, scales, 0, left, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE, R, W,
-                  WORDS, True, True)
+            tile = _load_tile(source, 0, left, first, K, R, W, True, PROLOGUE)
+            _tile(tile, operand, g, codes, scales, 0, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE, R, W,
+                  WORDS, SWIZZLED, True, True)
     else:
         # Whole tiles need no masks; what is left of the rows is treated with the exceptions.
         done = tl.minimum(left // R, TILES)
         largest = tl.zeros((R, W // G), tl.int32)
         for i in tl.range(0, done, num_stages=STAGES):
-            tile = _load_rows(x, i * R, left, stride, first, K, R, W, False)
-            amax = _tile(tile, operand, g, codes, scales, i * R, left, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE,
-                         WIDE, R, W, WORDS, False, False)
+            tile = _load_tile(source, i * R, left, first, K, R, W, False, PROLOGUE)
+            amax = _tile(tile, operand, g, codes, scales, i * R, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE,
+                         WIDE, R, W, WORDS, SWIZZLED, False, False)
             largest = tl.maximum(largest, amax)
         if tl.max(tl.reshape(largest, (R * W // G,)), axis=0) >= limit:
             done = 0
             tl.debug_barrier()
-        for i in tl.range(done, tl.minimum(tl.cdiv(left, R), TILES), num_stages=1):
-            tile = _load_rows(x, i * R, left, stride, first, K, R, W, True)
-            _tile(tile, operand, g, codes, scales, i * R, left, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE, R,
-                  W, WORDS, True, True)
+        end = tl.cdiv(left + shift, 128) * 128 - shift if SWIZZLED else left
+        for i in tl.range(done, tl.minimum(tl.cdiv(end, R), TILES), num_stages=1):
+            tile = _load_tile(source, i * R, left, first, K, R, W, True, PROLOGUE)
+            _tile(tile, operand, g, codes, scales, i * R, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE, R,
+                  W, WORDS, SWIZZLED, True, True)
 
 
 MOST_ROWS = 1024                        # of a program: offsets within it are int32
@@ -247,31 +318,55 @@ def native_conversion(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= (10, 0)
 
 
-def transform_quantize(
-    x: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str, scale_rule: str,
-    tile: Tile | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`wush::transform_quantize` for mxfp4 and nvfp4 (SPEC §6); x bf16, fp16 or fp32, its last dimension dense."""
-    width = x.shape[-1]
-    group = FORMATS[format].group_size
-    codes = torch.empty((*x.shape[:-1], width // 2), dtype=torch.uint8, device=x.device)
-    scales = torch.empty((*x.shape[:-1], width // group), dtype=torch.uint8, device=x.device)
-    rows = x.reshape(-1, width)
-    if rows.numel() == 0:
-        return codes, scales
+class Prologue(NamedTuple):
+    """What is done to x before it is quantized: the name of `triton_prologue`, and its other operands."""
+
+    name: str | None = None
+    up: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    mean: Tensor | None = None
+    scale: Tensor | None = None
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x [.., K] as rows [M, K] whose elements are next to each other, a view if possible."""
+    rows = x.reshape(-1, x.shape[-1])
     if rows.stride(-1) != 1 or rows.stride(0) * MOST_ROWS >= 2**31:
         rows = rows.contiguous()
+    return rows
+
+
+def transform_quantize(
+    x: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str, scale_rule: str,
+    tile: Tile | None = None, swizzled: bool = False, prologue: Prologue = Prologue(),
+) -> tuple[Tensor, Tensor]:
+    """`wush::transform_quantize` for mxfp4 and nvfp4 (SPEC §6); x bf16, fp16 or fp32, its last dimension dense.
+
+    swizzled: the scales, of all rows, as `layouts.swizzle_scales` has them, padding written."""
+    width = x.shape[-1]
+    groups = width // FORMATS[format].group_size
+    rows = dense_rows(x)
+    count = rows.shape[0]
+    codes = torch.empty((*x.shape[:-1], width // 2), dtype=torch.uint8, device=x.device)
+    shape = swizzled_shape(count, groups) if swizzled else (*x.shape[:-1], groups)
+    scales = torch.empty(shape, dtype=torch.uint8, device=x.device)
+    if scales.numel() == 0:
+        return codes, scales
+    up = None if prologue.up is None else dense_rows(prologue.up)
     block = 0 if transform is None else transform.shape[-1]
     wide = not x.is_cuda or x.dtype == torch.float32 or (transform is not None and transform.dtype != x.dtype)
-    tile = tile or choose_tile(rows.shape[0], width, block)
+    tile = tile or choose_tile(count, width, block)
     pdl = x.is_cuda and overlaps(x.device.index)
-    grid = (triton.cdiv(width, tile.columns), triton.cdiv(rows.shape[0], tile.rows * tile.tiles))
+    covered = (-(-groups // 4) * 4 * FORMATS[format].group_size, -(-count // 128) * 128) if swizzled else (width, count)
+    grid = (triton.cdiv(covered[0], tile.columns) * triton.cdiv(covered[1], tile.rows * tile.tiles),)
     transform_quantize_kernel[grid](
-        rows, transform if transform is None else transform.contiguous(), global_scale, codes, scales,
-        rows.shape[0], rows.stride(0), width, width if rows.stride(0) == width else 0, block, block > 0 and transform.shape[0] == 1 and width > block,
-        format, scale_rule, global_scale is not None, assembly(x.device.index) if x.is_cuda else 0,
-        x.is_cuda and native_conversion(x.device.index), wide,
-        tile.rows, tile.columns, tile.tiles, tile.stages, words(tile, x.is_cuda, wide, block, width), pdl, num_warps=tile.warps, enable_fp_fusion=False,
-        **({"launch_pdl": True} if pdl else {}),
+        rows, up, prologue.weight, prologue.bias, prologue.mean, prologue.scale,
+        transform if transform is None else transform.contiguous(), global_scale, codes, scales,
+        count, rows.stride(0), 0 if up is None else up.stride(0), width, width if rows.stride(0) == width else 0, block,
+        block > 0 and transform.shape[0] == 1 and width > block, format, scale_rule, global_scale is not None, swizzled,
+        prologue.name, assembly(x.device.index) if x.is_cuda else 0, x.is_cuda and native_conversion(x.device.index), wide,
+        tile.rows, tile.columns, tile.tiles, tile.stages, words(tile, x.is_cuda, wide, block, width), pdl,
+        num_warps=tile.warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
     )
     return codes, scales
