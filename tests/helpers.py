@@ -1,6 +1,7 @@
 """Tiny random models, quantized by plain rounding, and comparisons that tolerate nothing."""
 
 import hashlib
+import inspect
 from pathlib import Path
 
 import torch
@@ -35,6 +36,21 @@ def branches(dtype: torch.dtype = torch.float32, **settings) -> tuple[nn.Module,
 def quantize(model: nn.Module, *data: Tensor, **settings) -> nn.Module:
     """`wush_compile.quantize` by rounding to nearest, without a progress bar."""
     return wc.quantize(model, list(data), progress=False, **{"solver": "rtn", **settings})
+
+
+def emulates_rounding() -> bool:
+    """Whether Inductor's C++ code heeds `emulate_precision_casts`, by which a compiled model gives eager's bits on a CPU:
+    torch 2.13 does, 2.11 keeps fp32 between the ops that it fuses."""
+    from torch._inductor.codegen import cpp
+
+    return "emulate_precision_casts" in inspect.getsource(cpp)
+
+
+def like_eager(actual: Tensor, expected: Tensor, exact: bool) -> bool:
+    """Whether a compiled result is eager's: bit for bit, or else up to the codes that other rounding may flip."""
+    if exact:
+        return torch.equal(actual, expected)
+    return bool((actual.float() - expected.float()).norm() <= 0.1 * expected.float().norm())
 
 
 def same_tensors(a: nn.Module, b: nn.Module) -> bool:

@@ -15,6 +15,31 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+
+class Pair(nn.Module):
+    """Two siblings, a linear behind them, a residual: nothing in it that Inductor could round differently from eager."""
+
+    def __init__(self, width: int = 256):
+        super().__init__()
+        self.left = nn.Linear(width, width + 128, dtype=torch.bfloat16)
+        self.right = nn.Linear(width, 128, bias=False, dtype=torch.bfloat16)
+        self.down = nn.Linear(width + 256, width, bias=False, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        return x + self.down(torch.cat((self.left(x), self.right(x)), -1))
+
+
+def pair_rows(*lead: int, width: int = 256) -> torch.Tensor:
+    """Random rows of that width in bf16, the same for the same leading sizes."""
+    return torch.randn(*lead, width, generator=torch.Generator().manual_seed(sum(lead))).bfloat16()
+
+
+def pair(layers: int = 1, **settings) -> nn.Module:
+    """Quantized `Pair`s in a row."""
+    torch.manual_seed(0)
+    return quantize(nn.Sequential(*(Pair() for _ in range(layers))), pair_rows(32), **{"transform": "hadamard", **settings})
+
+
 KINDS = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),

@@ -41,6 +41,10 @@ def layer_of(node: Node) -> int | None:
     return None
 
 
+def _callable_name(target) -> str:
+    return getattr(target, "__name__", str(target))          # a function's `str` holds its address
+
+
 class _Printer:
     """Names nodes by their op, symbols by their order of appearance; within a layer, tensors by their path in it."""
 
@@ -61,7 +65,7 @@ class _Printer:
             if node.target is operator.getitem:
                 self.names[node] = f"{self._argument(node.args[0])}[{node.args[1]}]"
                 continue
-            base = node.target._opname if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+            base = node.target._opname if isinstance(node.target, torch._ops.OpOverload) else _callable_name(node.target)
             base = base.rpartition(".")[2] if node.op != "call_function" else re.sub(r"\W+", "_", base)
             number, counts[base] = counts[base], counts[base] + 1
             self.names[node] = f"{base}_{number}" if number else base
@@ -93,6 +97,15 @@ class _Printer:
             return self._size(argument)
         return repr(argument)
 
+    def _launch(self, node: Node) -> str:
+        """A packaged launch: `kernel[grid](argument=.., ..)`, without the numbers under which this process keeps it."""
+        from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+        kernel, (grid,) = kernel_side_table.get_kernel(node.kwargs["kernel_idx"]), node.kwargs["grid"]
+        sizes = ", ".join(self._size(g.meta["val"] if isinstance(g, Node) else g) for g in grid)
+        arguments = ", ".join(f"{name}={self._argument(a)}" for name, a in sorted(node.kwargs["kwargs"].items()))
+        return f"triton.{getattr(kernel, 'fn', kernel).__name__}[{sizes}]({arguments})"
+
     def line(self, node: Node) -> str:
         if node.op == "output":
             return f"return {self._argument(node.args[0])}"
@@ -100,11 +113,13 @@ class _Printer:
         if isinstance(target, torch._ops.OpOverload):
             target = f"{target.namespace}.{target._opname}"
         elif callable(target):
-            target = getattr(target, "__name__", str(target))
+            target = _callable_name(target)
         arguments = [self._argument(a) for a in node.args]
         arguments += [f"{k}={self._argument(v)}" for k, v in node.kwargs.items()]
         if node.op == "get_attr":
             return f"{self.names[node]} = self.{node.target}"
+        if str(target).startswith("triton_kernel_wrapper"):
+            return f"{self.names[node]} = {self._launch(node)}"
         return f"{self.names[node]} = {target}({', '.join(arguments)})  # {self._value(node.meta.get('val'))}"
 
 
