@@ -2,7 +2,7 @@
 
 1. Run every batch through the stage with observers in its graph: second moments and samples of each group's input.
 2. Solve each group, and rewrite its linears in the stage's graph into quantized ones.
-3. Hand the solved groups to the journal, if there is one.
+3. Hand the solved groups to the journal, if there is one: it writes them during step 4.
 4. Run every batch through the rewritten stage: the next stage sees what the *quantized* model produces.
 
 Nothing is installed in the model here. A stage's weights are brought to the compute device when it is reached and dropped
@@ -327,10 +327,13 @@ class Calibration:
                 self._solve(number)
             if self.journal is not None:
                 with phase("journal"):
-                    self.journal.commit(number, {self.groups[i].name: self.solved[i] for i in own}, self.team)
-            self.progress.event("stage", stage=stage.name, tokens_per_second=round(self.progress.tokens_per_second(), 1))
+                    self.journal.commit(number, {self.groups[i].name: self.solved[i] for i in own})
             if number < self.last and self.activations is not None:
                 self._fitting(number, lambda number=number: self._propagate(number))
+            if self.journal is not None:
+                with phase("journal"):
+                    self.journal.settle(self.team)
+            self.progress.event("stage", stage=stage.name, tokens_per_second=round(self.progress.tokens_per_second(), 1))
             self._loaded = None
             for i in own:
                 self.solved[i].group.to(self.tensors.home)

@@ -93,6 +93,7 @@ class Journal:
         self._lock: int | None = None
         self._manifest: dict = {}
         self._shards = Shards()
+        self._writer, self._written = ThreadPoolExecutor(1), None
 
     def __enter__(self) -> "Journal":
         if not self._writes:
@@ -112,6 +113,7 @@ class Journal:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
+        self._writer.shutdown()
         try:
             if self._lock is not None and kind is not None and not self._keeps_something():
                 shutil.rmtree(self.path)
@@ -317,29 +319,35 @@ class Journal:
             for buffer, pieces in parts(group)
         ]
 
-    def commit(self, number: int, solved: Mapping[str, object], team: Alone) -> None:
-        """Makes a stage finished: the first process writes its shard, then its record. `solved`: its groups by name, with
+    def commit(self, number: int, solved: Mapping[str, object]) -> None:
+        """Begins to write a stage's shard and then its record, while the caller goes on. `solved`: its groups by name, with
         their reports."""
-        name = self._file_names.get(number)
-        path = None if name is None else self.path / name
+        self._pending = number
         if self._writes:
-            if path is not None:
-                tensors = self._tensors.load(self._others[number], torch.device("cpu"))
-                for one in solved.values():
-                    tensors |= {key: tensor.cpu() for key, tensor in split_group(one.group).items()}
-                with self._writing(), replaced_file(path) as partial:
-                    save_file({key: _own(tensor) for key, tensor in tensors.items()}, partial, metadata={"format": "pt"})
-            self._write_json(self._record(number), {
-                "after": sha256_of(self._record(number - 1)) if number else "",
-                "file": name,
-                "sha256": None if path is None else sha256_of(path),
-                "groups": {
-                    key: {"transform_block_size": one.group.block_size, "report": one.report} for key, one in solved.items()
-                },
-            })
-        team.smallest(number)                              # the others read what has been written
-        if path is not None and path.exists():
-            self._shards.add(path)
+            tensors = self._tensors.load(self._others[number], torch.device("cpu"))
+            for one in solved.values():
+                tensors |= {key: tensor.cpu() for key, tensor in split_group(one.group).items()}
+            groups = {key: {"transform_block_size": one.group.block_size, "report": one.report}
+                      for key, one in solved.items()}
+            self._written = self._writer.submit(self._store, number, tensors, groups)
+
+    def _store(self, number: int, tensors: dict[str, Tensor], groups: dict) -> None:
+        name, sha = self._file_names.get(number), None
+        if name is not None:
+            with self._writing(), replaced_file(self.path / name) as partial:
+                save_file({key: _own(tensor) for key, tensor in tensors.items()}, partial, metadata={"format": "pt"})
+            sha = sha256_of(self.path / name)
+        after = sha256_of(self._record(number - 1)) if number else ""
+        self._write_json(self._record(number), {"after": after, "file": name, "sha256": sha, "groups": groups})
+
+    def settle(self, team: Alone) -> None:
+        """Waits until the committed stage is finished, for all processes."""
+        if self._written is not None:
+            self._written.result()
+        team.smallest(self._pending)
+        name = self._file_names.get(self._pending)
+        if name is not None and (self.path / name).exists():
+            self._shards.add(self.path / name)
 
     # -- the end ---------------------------------------------------------------------------------------------------------
 
