@@ -1,5 +1,7 @@
 """Each pass alone and all together: the graph before and after, equal bits, no effect on foreign graphs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from expecttest import TestCase as ExpectTest
@@ -391,6 +393,28 @@ def test_equal_constants_of_a_package_are_made_once(hopper):
     made = [op_name(n) for n in graph.nodes if op_name(n) in ("arange", "full", "zeros")]
     assert len(made) == len({(n.target, str(n.args)) for n in graph.nodes if op_name(n) in ("arange", "full", "zeros")})
     assert made.count("arange") == 1
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_inductor_finds_in_the_kernels_what_the_launches_declare(format, hopper, monkeypatch):
+    import triton
+    from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
+    from triton.backends.compiler import GPUTarget
+
+    target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
+    monkeypatch.setattr(triton.runtime.driver, "_active", target)
+    graph = on_gpu(exported(Product(format), x_like(5, 256)))
+    passes.run(graph, passes.PACKAGING)
+    seen = set()
+    for node in graph.nodes:
+        if "triton_kernel_wrapper" in str(node.target):
+            name = kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
+            arguments = torch.fx.map_arg(node.kwargs["kwargs"], value)
+            indices = node.kwargs["kernel_idx"], node.kwargs["constant_args_idx"]
+            written = set(get_mutated_tensors(*indices, arguments, {}))
+            assert written - {"count"} == set(node.kwargs["tensors_to_clone"]), name
+            seen.add(name)
+    assert len(seen) == 4
 
 
 def test_what_no_packaged_kernel_takes_says_why(hopper):

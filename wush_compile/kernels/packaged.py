@@ -22,7 +22,7 @@ from .triton_gemm import fused_gemm_kernel
 from .triton_gemv import gemv_kernel
 from .triton_linear import WIDE, Fused, Gemv, Scaled, Workspace, choose
 from .triton_provider import IMPLEMENTATIONS
-from .triton_quantize import choose_tile, transform_quantize_kernel
+from .triton_quantize import choose_tile, dense_rows, transform_quantize_kernel
 from .triton_scaled import scaled_gemm_kernel
 
 # (first, last) number of rows; the kernel that suits the last serves the band.
@@ -56,9 +56,6 @@ def _launch(
 ) -> dict[str, Tensor]:
     """A launch as a node of the graph that is traced: what it writes, by the parameter's name."""
     arguments = {name: PLAIN[name] for name in kernel.arg_names if name in PLAIN} | arguments
-    if "stride" in kernel.arg_names:
-        arguments["stride"] = arguments.pop("pitch")
-        del arguments["STRIDE"]
     if sorted(arguments) != sorted(kernel.arg_names):
         raise TypeError(f"{kernel.__name__} takes {kernel.arg_names}, not {sorted(arguments)}")
     launched = TraceableTritonKernelWrapper(kernel, None, grid)
@@ -108,22 +105,22 @@ def transform_quantize(
 ) -> tuple[Tensor, Tensor]:
     """`wush::transform_quantize` for a device of that compute capability."""
     width, lead = x.shape[-1], x.shape[:-1]
-    rows = x.reshape(-1, width)
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    rows = dense_rows(x)
     m = rows.shape[0]
     codes = x.new_empty((m, width // 2), dtype=torch.uint8)
     scales = x.new_empty((m, width // FORMATS[format].group_size), dtype=torch.uint8)
     block = 0 if transform is None else transform.shape[-1]
     wide = x.dtype == torch.float32 or transform is not None and transform.dtype != x.dtype
+    plain = dict(up=None, weight=None, bias=None, mean=None, scale=None, up_pitch=0, SWIZZLED=False, PROLOGUE=None)
     for first, last, tile in _bands(m, lambda rows: choose_tile(rows, width, block)):
-        grid = (_tiles(width, tile.columns), _in_band(m, first, last) * _tiles(m, tile.rows * tile.tiles))
+        grid = (_tiles(width, tile.columns) * _in_band(m, first, last) * _tiles(m, tile.rows * tile.tiles),)
         written = _launch(
             transform_quantize_kernel, ("codes", "scales"), grid, tile.warps,
             x=rows, t=None if transform is None else transform.contiguous(), global_scale=global_scale, codes=codes,
             scales=scales, M=m, pitch=rows.stride(0), K=width, STRIDE=width if rows.stride(0) == width else 0, B=block,
             SHARED=block > 0 and transform.shape[0] == 1 and width > block, FORMAT=format, RULE=scale_rule,
-            SCALED=global_scale is not None, PTX=2 if capability >= (8, 6) else 1, NATIVE=capability >= (10, 0), WIDE=wide, R=tile.rows,
-            W=tile.columns, TILES=tile.tiles, STAGES=tile.stages,
+            SCALED=global_scale is not None, PTX=2 if capability >= (8, 6) else 1, NATIVE=capability >= (10, 0),
+            WIDE=wide, R=tile.rows, W=tile.columns, TILES=tile.tiles, STAGES=tile.stages, **plain,
         )
         codes, scales = written["codes"], written["scales"]
     return codes.view(*lead, codes.shape[-1]), scales.view(*lead, scales.shape[-1])
@@ -164,6 +161,8 @@ def fp4_linear(
     added = None if residual is None or late is not None else residual.reshape(-1, n).contiguous()
     space = Workspace(x.device)                            # its constants; equal ones of a program become one
     top = ws.amax(-1) if mx else None                      # uint8 [N]: see `triton_linear.row_facts`
+    x_words = x.view(torch.int32)
+    ws_words = ws.view(torch.int32) if k % 128 == 0 else None
     common = dict(w=w, gw=weight_global_scale, bias=bias, residual=added, N=n, K=k,
                   SCALED_W=weight_global_scale is not None, BIAS=bias is not None, RESIDUAL=added is not None)
     for first, last, kernel in _bands(m, lambda rows: _kernel(format, rows, n, k, capability)):
@@ -171,7 +170,7 @@ def fp4_linear(
         if isinstance(kernel, Gemv):
             bk = min(kernel.bk, max(triton.next_power_of_2(k), 128))
             out = _launch(gemv_kernel, ("out",), (here * _tiles(n, kernel.bn), m), kernel.warps,
-                          **common | {"w": w.view(torch.int32)}, x=x.view(torch.int32), xs=xs, gx=global_scale, ws=ws,
+                          **common | {"w": w.view(torch.int32)}, x=x_words, xs=xs, gx=global_scale, ws=ws,
                           out=out, M=1, MX=mx, SCALED_X=global_scale is not None,
                           BN=kernel.bn, BK=bk)["out"]
         elif isinstance(kernel, Scaled):
@@ -181,19 +180,22 @@ def fp4_linear(
                           M=m, G=32 if mx else 16, SCALED_X=global_scale is not None, BM=kernel.bm, BN=kernel.bn,
                           BK=kernel.bk, STAGES=kernel.stages)["out"]
         else:
-            out = _fused(kernel, here, m if last is None else last, x, xs, global_scale, ws, top, space, out, common)
+            most = m if last is None else last
+            out = _fused(kernel, here, most, x, x_words, xs, global_scale, ws_words, top, space, out, common)
     y = out.view(*lead, n)
     return y if late is None else y + late
 
 
-def _fused(tile: Fused, here, most, x, xs, gx, ws, top, space: Workspace, out: Tensor, common: dict) -> Tensor:
+def _fused(
+    tile: Fused, here, most, x, x_words, xs, gx, ws_words, top, space: Workspace, out: Tensor, common: dict
+) -> Tensor:
     """`out` as the fused product of at most `most` rows leaves it."""
     m, n, k, mx = x.shape[0], common["N"], common["K"], top is not None
     unit = parts = count = None
     if not tile.packed and mx:
         groups = triton.next_power_of_2(k // 32)
         expanded = _launch(
-            expand_fp8_kernel, ("out", "unit"), (here * m,), 4, codes=x.view(torch.int32), scales=xs, g=gx,
+            expand_fp8_kernel, ("out", "unit"), (here * m,), 4, codes=x_words, scales=xs, g=gx,
             unit=x.new_empty(m, dtype=torch.float32), out=x.new_empty((m, k // 4), dtype=torch.int32), rows=m, K=k,
             KG=groups, E4=False, SCALED=gx is not None, R=1, C=min(groups, 128), LANES=True,
         )
@@ -211,7 +213,7 @@ def _fused(tile: Fused, here, most, x, xs, gx, ws, top, space: Workspace, out: T
     return _launch(
         fused_gemm_kernel, ("out", "parts"), (here * _tiles(n, tile.bn) * _tiles(m, tile.bm), tile.split), tile.warps,
         tile.stages, **common, x=x, xs=xs.view(torch.int32) if tile.packed else None, x_unit=unit, gx=gx,
-        ws=ws.view(torch.int32), w_top=top, selectors=space.selectors if mx else space.pairs,
+        ws=ws_words, w_top=top, selectors=space.selectors if mx else space.pairs,
         out=out, parts=parts, count=count, M=m, MX=mx, PACKED=tile.packed, SCALED_X=gx is not None, BN=tile.bn,
         BM=tile.bm, BK=tile.bk, SPLIT=tile.split, STAGES=tile.stages, GROUP=8,
     )["out"]
