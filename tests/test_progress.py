@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from models import plain
 from test_journal import DATA, IDS, Words, net
 
 import wush_compile as wc
@@ -24,6 +25,11 @@ def test_the_bar_says_where_the_run_is(capsys):
     for part in ("layers.2, out, loss ", "solving a", "tokens/s", "GiB", "30/30"):
         assert part in shown, part
     assert shown.count("quantizing:") == shown.count("\r")                             # one bar
+
+
+def test_without_data_the_bar_counts_groups(capsys):
+    wc.quantize(plain("llama"), solver="rtn", transform="hadamard")
+    assert "8/8" in capsys.readouterr().err
 
 
 def test_quiet_is_quiet(capsys):

@@ -271,13 +271,16 @@ class Calibration:
         def one(i: int) -> Solved:
             self.progress.at(stage.name, f"solving {self.groups[i].name.rpartition('.')[2]}")
             with phase("solve"):
-                return solve_group(self.groups[i], loaded, self.config, seen.pop(i, None))
+                solved = solve_group(self.groups[i], loaded, self.config, seen.pop(i, None))
+            self.progress.at(stage.name, self.groups[i].name, solved.report.get("relative_loss"))
+            if self.activations is None:
+                self.progress.advance()
+            return solved
 
         for i, solved in self.team.solve(own, one).items():
             self.solved[i] = solved
             rewrite(stage.graph_module, self.groups[i], solved.group, f"wush_group_{i}")
             report = solved.report
-            self.progress.at(stage.name, self.groups[i].name, report.get("relative_loss"))
             self.progress.event("group", stage=stage.name, group=self.groups[i].name, **report)
             if report.get("damping_tries", 0) > 1:
                 log.warning("%s: its second moment was not positive definite; damping was added %d times", self.groups[i].name,
