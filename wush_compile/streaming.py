@@ -4,8 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from . import hf
 from .checkpoint import weight_files
@@ -14,14 +13,14 @@ from .shards import Shards
 
 
 class CheckpointTensors:
-    """The parameters and buffers of a model on the meta device, read from the files of a checkpoint when they are needed.
+    """The parameters and buffers of a transformers model on the meta device, read from the files of a checkpoint when they are needed.
 
     As `tensors.ModelTensors`; solved groups are left in the journal.
     """
 
     device = home = torch.device("meta")
 
-    def __init__(self, model: PreTrainedModel, shards: Shards):
+    def __init__(self, model: nn.Module, shards: Shards):
         self._shards = shards
         self._tensors = {
             name: tensor.detach() for named in (model.named_parameters, model.named_buffers)
@@ -50,7 +49,7 @@ class CheckpointTensors:
         return loaded
 
 
-def _sources(model: PreTrainedModel, shards: Shards) -> dict[str, str]:
+def _sources(model: nn.Module, shards: Shards) -> dict[str, str]:
     """Name in the model -> name in the files: its own, a tied one, or one with or without the model's prefix."""
     prefix, sources = f"{model.base_model_prefix}.", {}
     aliases: dict[int, list[str]] = {}
@@ -72,7 +71,7 @@ def _sources(model: PreTrainedModel, shards: Shards) -> dict[str, str]:
     return sources
 
 
-def open_checkpoint(directory: str | Path) -> tuple[PreTrainedModel, CheckpointTensors]:
+def open_checkpoint(directory: str | Path) -> tuple[nn.Module, CheckpointTensors]:
     """(a causal language model without its weights, where they come from) of a directory of safetensors."""
     path = Path(directory)
     if not (path / "config.json").is_file():
