@@ -13,7 +13,7 @@ from .shards import Shards
 
 
 class CheckpointTensors:
-    """The parameters and buffers of a transformers model on the meta device, read from the files of a checkpoint when they are needed.
+    """The parameters and buffers of a transformers model on the meta device, read from its files when they are needed.
 
     As `tensors.ModelTensors`; solved groups are left in the journal.
     """
