@@ -282,8 +282,8 @@ def test_sm100_products_are_the_instruction(target, format, tile):
     (name, code), = ((n, c) for n, c in sass(path).items() if "GemmUniversal" in n)
     products = re.findall(r"\bUTCOMMA\S*", code)
     pair = ".2CTA" if tile == "wide" else ""
-    wanted = "UTCOMMA" + pair + (".4X" if format == "nvfp4" else "")
-    assert len(products) == (8 if tile == "wide" else 4) and set(products) == {wanted}, products
+    block16 = "" if format == "mxfp4" else ".4X" if target == "sm_100a" else ".BLOCK16"
+    assert len(products) == (8 if tile == "wide" else 4) and set(products) == {"UTCOMMA" + pair + block16}, products
     assert "UTCCP" in code and "UTMALDG" in code                      # scales into tensor memory; tiles by TMA
     assert not re.search(OTHER_PRODUCTS, code) and not re.search(r"\b(LDL|STL)\b", code)
     assert resources(path)[name]["spills"] == 0
