@@ -76,7 +76,7 @@ def e8m0_factor(byte):
 
 @triton.jit
 def _pairs(x, R: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr):
-    """[R, N, 2*HALF] -> [R, N, HALF], element 2i plus element 2i + 1. A sum of two has no order, whatever the layout."""
+    """[R, N, 2*HALF] -> [R, N, HALF], element 2i plus 2i + 1: a sum of two has no order, whatever the layout."""
     return tl.sum(tl.reshape(x, (R, N, HALF, 2)), axis=3)
 
 
@@ -101,10 +101,11 @@ def squared_error(y, inverse, unit, R: tl.constexpr, N: tl.constexpr, G: tl.cons
     return tree_sum(tl.fma(d, d, 0.0), R, N, G)
 
 
-# The terms of `formats._halved_scale_gain`. Clamping to [0, 1] costs nothing: it is a modifier of additions and products.
+# The terms of `formats._halved_scale_gain`. Clamping to [0, 1] costs nothing: it modifies additions and products.
 _GAIN_PTX = tl.constexpr(
-    "{ .reg .f32 a, u, g, p; abs.f32 a, $1; fma.rn.f32 u, a, $2, 0fBF000000; abs.f32 u, u; add.rn.f32 u, u, 0fBE800000; "
-    "abs.f32 u, u; sub.rn.sat.f32 g, 0f3E000000, u; fma.rn.sat.f32 p, a, $2, 0fC0600000; fma.rn.f32 $0, p, 0fC0800000, g; }"
+    "{ .reg .f32 a, u, g, p; abs.f32 a, $1; fma.rn.f32 u, a, $2, 0fBF000000; abs.f32 u, u; "
+    "add.rn.f32 u, u, 0fBE800000; abs.f32 u, u; sub.rn.sat.f32 g, 0f3E000000, u; "
+    "fma.rn.sat.f32 p, a, $2, 0fC0600000; fma.rn.f32 $0, p, 0fC0800000, g; }"
 )
 
 
@@ -184,9 +185,9 @@ def _pack_ptx(values, byte, ptx, native, most):
     ptx: 2 for sm_86 and later, 1 before. most: what no magnitude exceeds, 6 or 10, or 0 if any may occur.
 
     Without Blackwell's instruction a magnitude a is rounded by adding c = p * 2^22, p the power of two of max(a, 1), as
-    `_step_sum`; c has 214 of p's half steps more, which makes the low byte of sum + (sum >> 22) the code. Of two sums, one
-    16 times, the integer sum is taken first: their fields do not meet. In a group's own units p is the power of two of
-    max(a, 2^(byte - 127)), and c has so many half steps more or less that the exponent's share is the same. """
+    `_step_sum`; c has 214 of p's half steps more, which makes the low byte of sum + (sum >> 22) the code. Of two sums,
+    one 16 times, the integer sum is taken first: their fields do not meet. In a group's own units p is the power of two
+    of max(a, 2^(byte - 127)), and c has so many half steps more or less that the exponent's share is the same. """
     if native:
         lines = [f"{{ .reg .b8 t0, t1, t2, t3; .reg .b32 i; .reg .f32 f; .reg .f32 v<8>;"]
         if byte:
@@ -207,7 +208,8 @@ def _pack_ptx(values, byte, ptx, native, most):
                              + "max.xorsign.abs.f32 p, a, one; "
                              f"mov.b32 i, p; and.b32 i, i, 0xFF800000; mov.b32 p, i;")
             else:
-                lines.append(f"abs.f32 a, {value}; " + ("min.f32 a, a, six; " if most == 0 else "") + "max.f32 p, a, one; "
+                clip = "min.f32 a, a, six; " if most == 0 else ""
+                lines.append(f"abs.f32 a, {value}; {clip}max.f32 p, a, one; "
                              f"mov.b32 i, p; and.b32 i, i, 0x7F800000; mov.b32 p, i;")
             lines.append(f"fma.rn.f32 a, p, c, a; mov.b32 {target}, a;")
         lines.append(f"mad.lo.u32 s{j}, h, 16, l; shr.u32 h, s{j}, 22; add.u32 s{j}, s{j}, h;")

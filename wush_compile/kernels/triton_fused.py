@@ -1,4 +1,4 @@
-"""The fused ops (`fused_ops.py`) in Triton: the quantizer's kernel with a prologue; a norm's row statistics in one before it."""
+"""The fused ops (`fused_ops.py`) in Triton: the quantizer with a prologue; row statistics in a kernel before it."""
 
 import torch
 import triton

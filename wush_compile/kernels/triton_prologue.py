@@ -1,7 +1,7 @@
-"""What may stand in front of the quantizer, inside its kernel: norms and gated activations, rounded where the graph rounds.
+"""What may stand in front of the quantizer, in its kernel: norms and gated activations, rounded where the graph rounds.
 
-Each is a function of one tile, fp32 inside, one rounding to the model dtype for every operation of the graph it replaces
-(`fused_ops.py` has the definitions). Norms take their rows' statistics from `row_statistics`, which runs before.
+Each is a function of one tile, fp32 inside, with one rounding to the model dtype for every operation of the graph it
+replaces (`fused_ops.py` has the definitions). Norms take their rows' statistics from a kernel that runs before.
 """
 
 import triton

@@ -1,5 +1,8 @@
 """The Triton provider's ops and what they refuse: pure functions of the arguments."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from ..formats import FORMATS
@@ -87,12 +90,26 @@ def refuses_observe(x, mask, moment, count, sample, seed=0) -> str | None:
     return None
 
 
+def _there(run: Callable) -> Callable:
+    """`run` with its first argument's device current: a kernel is launched on the current one."""
+    @functools.wraps(run, updated=())
+    def guarded(first, *args):
+        if first.device.index == torch.cuda.current_device():
+            return run(first, *args)
+        with torch.cuda.device(first.device):
+            return run(first, *args)
+
+    return guarded
+
+
 IMPLEMENTATIONS = {
-    "observe": Implementation(triton_gram.observe, refuses_observe),
-    "transform_quantize": Implementation(triton_quantize.transform_quantize, refuses_transform_quantize),
-    "rms_norm_transform_quantize": Implementation(triton_fused.rms_norm_transform_quantize, refuses_rms_norm),
-    "layer_norm_transform_quantize": Implementation(triton_fused.layer_norm_transform_quantize, refuses_layer_norm),
-    "silu_mul_transform_quantize": Implementation(triton_fused.silu_mul_transform_quantize, refuses_silu_mul),
-    "gelu_mul_transform_quantize": Implementation(triton_fused.gelu_mul_transform_quantize, refuses_gelu_mul),
-    "fp4_linear": Implementation(triton_linear.fp4_linear, refuses_fp4_linear),
+    "observe": Implementation(_there(triton_gram.observe), refuses_observe),
+    "transform_quantize": Implementation(_there(triton_quantize.transform_quantize), refuses_transform_quantize),
+    "rms_norm_transform_quantize": Implementation(_there(triton_fused.rms_norm_transform_quantize), refuses_rms_norm),
+    "layer_norm_transform_quantize": Implementation(
+        _there(triton_fused.layer_norm_transform_quantize), refuses_layer_norm
+    ),
+    "silu_mul_transform_quantize": Implementation(_there(triton_fused.silu_mul_transform_quantize), refuses_silu_mul),
+    "gelu_mul_transform_quantize": Implementation(_there(triton_fused.gelu_mul_transform_quantize), refuses_gelu_mul),
+    "fp4_linear": Implementation(_there(triton_linear.fp4_linear), refuses_fp4_linear),
 }

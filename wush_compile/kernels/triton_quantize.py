@@ -24,11 +24,12 @@ from .triton_prologue import gated, normed
 
 
 @triton.jit
-def _load_operand(t, first, SHARED: tl.constexpr, B: tl.constexpr, W: tl.constexpr, K: tl.constexpr):
+def load_operand(t, first, SHARED: tl.constexpr, B: tl.constexpr, W: tl.constexpr, K: tl.constexpr):
     """[W, W]: entry (k, n) is T_b[c, k] where column k and c, the output in column n, are of one block b, else 0.
 
-    A tensor core leaves columns 8j + 2t and 8j + 2t + 1 of the product with lane t of four. Output (W/4)t + 2j + i is put into
-    column 8j + 2t + i: so a lane has W/4 consecutive outputs, and what follows takes place within its registers."""
+    A tensor core leaves columns 8j + 2t and 8j + 2t + 1 of the product with lane t of four. Output (W/4)t + 2j + i is
+    put into column 8j + 2t + i: so a lane has W/4 consecutive outputs, and what follows takes place in its registers.
+    """
     k = tl.arange(0, W)
     n = tl.arange(0, W)
     c = (n // 2 % 4) * (W // 4) + n // 8 * 2 + n % 2
@@ -42,7 +43,7 @@ def _load_operand(t, first, SHARED: tl.constexpr, B: tl.constexpr, W: tl.constex
 
 
 @triton.jit
-def _dot(x, operand, WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+def dot(x, operand, WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
     """fp32 x @ operand, its columns in the order of the outputs. WIDE: in fp32 throughout, for fp32 inputs and for the
     interpreter, whose bf16 dot is wrong."""
     if WIDE:
@@ -59,7 +60,7 @@ def _clean(y, x, operand, WIDE: tl.constexpr, G: tl.constexpr, B: tl.constexpr, 
     blocks that had others are marked."""
     if B > 0 and W > B:
         finite = (float_bits(x.to(tl.float32)) & ABS_BITS) < INF_BITS
-        y = _dot(tl.where(finite, x, 0.0).to(x.dtype), operand, WIDE, R, W)
+        y = dot(tl.where(finite, x, 0.0).to(x.dtype), operand, WIDE, R, W)
         bad = tl.max(tl.reshape(tl.where(finite, 0, 1), (R, W // B, B)), axis=2)             # [R, W/B]
         bad = tl.reshape(tl.broadcast_to(bad[:, :, None], (R, W // B, B)), (R, W))
         y = tl.where(bad != 0, float("inf"), y)
@@ -69,7 +70,7 @@ def _clean(y, x, operand, WIDE: tl.constexpr, G: tl.constexpr, B: tl.constexpr, 
 
 @triton.jit
 def _inside(rows, left, columns, K: tl.constexpr, MASKED: tl.constexpr, EVEN: tl.constexpr):
-    """Which elements of a tile there are; None if all. rows [R, 1] of `left`, columns [1, C] of K, which are all there if EVEN."""
+    """Which elements of a tile there are, None if all: rows [R, 1] of `left`, columns [1, C] of K, all if EVEN."""
     inside = None
     if MASKED:
         inside = rows < left
@@ -79,7 +80,7 @@ def _inside(rows, left, columns, K: tl.constexpr, MASKED: tl.constexpr, EVEN: tl
 
 
 @triton.jit
-def _load_rows(
+def load_rows(
     x, row, left, stride, first, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
 ):
     """Rows `row` + 0..R of what x points to, columns `first` + 0..W."""
@@ -97,10 +98,10 @@ def _load_tile(
 ):
     """The tile that is transformed and quantized: of x, or what PROLOGUE makes of x and its other operands."""
     x, up, weight, bias, mean, scale, stride, up_stride = source
-    tile = _load_rows(x, row, left, stride, first, K, R, W, MASKED)
+    tile = load_rows(x, row, left, stride, first, K, R, W, MASKED)
     if PROLOGUE is not None:
         if up is not None:
-            tile = gated(tile, _load_rows(up, row, left, up_stride, first, K, R, W, MASKED), PROLOGUE)
+            tile = gated(tile, load_rows(up, row, left, up_stride, first, K, R, W, MASKED), PROLOGUE)
         else:
             rows = row + tl.arange(0, R)[:, None]
             columns = first + tl.arange(0, W)[None, :]
@@ -117,11 +118,11 @@ def _load_tile(
 
 @triton.jit
 def _store_scales(
-    scales, byte, row, left, shift, first, K: tl.constexpr, G: tl.constexpr, PTX: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    MASKED: tl.constexpr, SWIZZLED: tl.constexpr,
+    scales, byte, row, left, shift, first, K: tl.constexpr, G: tl.constexpr, PTX: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr, MASKED: tl.constexpr, SWIZZLED: tl.constexpr,
 ):
-    """Scale bytes of one tile, int32 [R, W/G], to rows of K/G; or SWIZZLED, as `layouts.swizzle_scales`, with the padding that
-    lies in the tile; then `scales` points `shift` rows before row 0."""
+    """Scale bytes of one tile, int32 [R, W/G], to rows of K/G; or SWIZZLED, as `layouts.swizzle_scales`, with the
+    padding that lies in the tile; then `scales` points `shift` rows before row 0."""
     N: tl.constexpr = K // G
     rows = row + tl.arange(0, R)[:, None]
     groups = first // G + tl.arange(0, W // G)[None, :]
@@ -149,14 +150,15 @@ def _store_values(
     PTX: tl.constexpr, NATIVE: tl.constexpr, WORDS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, G: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr,
 ):
-    """Codes of one tile. WORDS: how many 4-byte words of them a store takes, 0: stored by Triton, as in packages; GROUPED: by the bytes alone
-    (`store_codes`)."""
+    """Codes of one tile. WORDS: how many 4-byte words of them a store takes, 0: stored by Triton, as in packages;
+    GROUPED: by the bytes alone (`store_codes`)."""
     rows = row + tl.arange(0, R)[:, None]
     if WORDS > 0:
         chunks = tl.arange(0, W // (8 * WORDS))[None, :]
         y = y if GROUPED else times_factor(y, factor, R, W, G)
         there = _inside(rows, left, first // (8 * WORDS) + chunks, K // (8 * WORDS), MASKED, EVEN)
-        store_codes(codes + (rows * (K // 2) + chunks * (4 * WORDS)), there, y, byte, GROUPED, MOST, PTX, NATIVE, WORDS, R, W)
+        pointers = codes + (rows * (K // 2) + chunks * (4 * WORDS))
+        store_codes(pointers, there, y, byte, GROUPED, MOST, PTX, NATIVE, WORDS, R, W)
     else:
         columns = tl.arange(0, W // 2)[None, :]
         packed = pack_codes(times_factor(y, factor, R, W, G), PTX, NATIVE, R, W)
@@ -178,7 +180,7 @@ def _tile(
     EVEN: tl.constexpr = K % W == 0 and not (SWIZZLED and K // G % 4 != 0)
     y = x.to(tl.float32)
     if B > 0:
-        y = _dot(x, operand, WIDE, R, W)
+        y = dot(x, operand, WIDE, R, W)
     if CLEAN:
         y, amax = _clean(y, x, operand, WIDE, G, B, R, W)
         bad = amax >= INF_BITS
@@ -188,8 +190,9 @@ def _tile(
     else:
         amax = group_amax(y, R, W, G, PTX)
         byte, factor = group_scales(y, amax, g, FORMAT, RULE, SCALED, PTX, R, W)
-        _store_values(codes, y, byte, factor, row, left, first, K, MX and not SCALED and PTX > 0,
-                      0 if MX and SCALED else 6 if MX and RULE == "absmax" else 10, PTX, NATIVE, WORDS, R, W, G, MASKED, EVEN)
+        MOST: tl.constexpr = 0 if MX and SCALED else 6 if MX and RULE == "absmax" else 10
+        _store_values(codes, y, byte, factor, row, left, first, K, MX and not SCALED and PTX > 0, MOST, PTX, NATIVE,
+                      WORDS, R, W, G, MASKED, EVEN)
     _store_scales(scales, byte, row, left, shift, first, K, G, PTX if WORDS > 0 else 0, R, W, MASKED, SWIZZLED)
     return amax
 
@@ -199,14 +202,14 @@ def transform_quantize_kernel(
     x, up, weight, bias, mean, scale, t, global_scale, codes, scales, M, pitch, up_pitch, K: tl.constexpr,
     STRIDE: tl.constexpr, B: tl.constexpr, SHARED: tl.constexpr, FORMAT: tl.constexpr, RULE: tl.constexpr,
     SCALED: tl.constexpr, SWIZZLED: tl.constexpr, PROLOGUE: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr,
-    WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, WORDS: tl.constexpr,
-    PDL: tl.constexpr,
+    WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    WORDS: tl.constexpr, PDL: tl.constexpr,
 ):
-    """x [M, K], its rows STRIDE apart (0: `pitch`), t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G]. A program
-    takes W columns and R*TILES rows; neighbours take the next columns. B = 0: no transform.
+    """x [M, K], its rows STRIDE apart (0: `pitch`), t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G].
+    A program takes W columns and R*TILES rows; neighbours take the next columns. B = 0: no transform.
 
-    PROLOGUE: None, or what is done to x first (`triton_prologue`); `up` [M, K], rows `up_pitch` apart, and the vectors of a
-    norm are None where it has none."""
+    PROLOGUE: None, or what is done to x first (`triton_prologue`); `up` [M, K], rows `up_pitch` apart, and the vectors
+    of a norm are None where it has none."""
     wait_inputs(PDL)
     start_next(PDL)
     G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
@@ -237,7 +240,7 @@ def transform_quantize_kernel(
         g = tl.load(global_scale)
     operand = 0.0
     if B > 0:
-        operand = _load_operand(t, first, SHARED, B, W, K)
+        operand = load_operand(t, first, SHARED, B, W, K)
     # NaN, Inf, huge values and saturated scales are rare: what they take is done in a second pass over the rows, which
     # overwrites the first.
     limit = MX_LIMIT
@@ -245,21 +248,27 @@ def transform_quantize_kernel(
         limit = tl.minimum(float_bits(2680.0 / g), INF_BITS)
     if TILES == 1:
         tile = _load_tile(source, 0, left, first, K, R, W, True, PROLOGUE)
-        largest = _tile(tile, operand, g, codes, scales, 0, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
-                        R, W, WORDS, SWIZZLED, False, True)
+        largest = _tile(
+            tile, operand, g, codes, scales, 0, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
+            R, W, WORDS, SWIZZLED, False, True,
+        )
         if tl.max(tl.reshape(largest, (R * W // G,)), axis=0) >= limit:
             tl.debug_barrier()
             tile = _load_tile(source, 0, left, first, K, R, W, True, PROLOGUE)
-            _tile(tile, operand, g, codes, scales, 0, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE, R, W,
-                  WORDS, SWIZZLED, True, True)
+            _tile(
+                tile, operand, g, codes, scales, 0, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
+                R, W, WORDS, SWIZZLED, True, True,
+            )
     else:
         # Whole tiles need no masks; what is left of the rows is treated with the exceptions.
         done = tl.minimum(left // R, TILES)
         largest = tl.zeros((R, W // G), tl.int32)
         for i in tl.range(0, done, num_stages=STAGES):
             tile = _load_tile(source, i * R, left, first, K, R, W, False, PROLOGUE)
-            amax = _tile(tile, operand, g, codes, scales, i * R, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE,
-                         WIDE, R, W, WORDS, SWIZZLED, False, False)
+            amax = _tile(
+                tile, operand, g, codes, scales, i * R, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE,
+                WIDE, R, W, WORDS, SWIZZLED, False, False,
+            )
             largest = tl.maximum(largest, amax)
         if tl.max(tl.reshape(largest, (R * W // G,)), axis=0) >= limit:
             done = 0
@@ -267,8 +276,10 @@ def transform_quantize_kernel(
         end = tl.cdiv(left + shift, 128) * 128 - shift if SWIZZLED else left
         for i in tl.range(done, tl.minimum(tl.cdiv(end, R), TILES), num_stages=1):
             tile = _load_tile(source, i * R, left, first, K, R, W, True, PROLOGUE)
-            _tile(tile, operand, g, codes, scales, i * R, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE, R,
-                  W, WORDS, SWIZZLED, True, True)
+            _tile(
+                tile, operand, g, codes, scales, i * R, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE,
+                WIDE, R, W, WORDS, SWIZZLED, True, True,
+            )
 
 
 MOST_ROWS = 1024                        # of a program: offsets within it are int32
@@ -365,8 +376,8 @@ def transform_quantize(
         transform if transform is None else transform.contiguous(), global_scale, codes, scales,
         count, rows.stride(0), 0 if up is None else up.stride(0), width, width if rows.stride(0) == width else 0, block,
         block > 0 and transform.shape[0] == 1 and width > block, format, scale_rule, global_scale is not None, swizzled,
-        prologue.name, assembly(x.device.index) if x.is_cuda else 0, x.is_cuda and native_conversion(x.device.index), wide,
-        tile.rows, tile.columns, tile.tiles, tile.stages, words(tile, x.is_cuda, wide, block, width), pdl,
+        prologue.name, assembly(x.device.index) if x.is_cuda else 0, x.is_cuda and native_conversion(x.device.index),
+        wide, tile.rows, tile.columns, tile.tiles, tile.stages, words(tile, x.is_cuda, wide, block, width), pdl,
         num_warps=tile.warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
     )
     return codes, scales
