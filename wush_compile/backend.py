@@ -18,8 +18,8 @@ from .errors import one_of
 from .trace import GraphTrace, Recorder, readable_name, trace_graphs
 
 _ROOT = Path(__file__).parent
-SOURCES = (
-    *sorted((_ROOT / "passes").glob("*.py")),
+SOURCES = (                                                  # what a graph's code depends on; kernels: what they refuse
+    *sorted((_ROOT / "passes").glob("*.py")), *sorted((_ROOT / "kernels").glob("*.py")),
     *(_ROOT / name for name in ("backend.py", "fused_ops.py", "ops.py", "formats.py")),
 )
 _LINEAR_OPS = ("linear", "mm", "addmm", "matmul", "bmm")
@@ -159,8 +159,9 @@ def preview(model: torch.nn.Module, *args, **kwargs) -> GraphTrace:
 def fuse(program: torch.export.ExportedProgram, *, inline: bool = False) -> torch.export.ExportedProgram:
     """Runs the execution passes on an exported program, in place, and returns it; its signature stays as it is.
 
-    inline: also replace every wush op by the arithmetic that defines it, so that what is packaged from the program
-    (`torch._inductor.aoti_compile_and_package`) runs where wush_compile is not installed, C++ included.
+    inline: also replace every wush op by what needs no Python at run time, the arithmetic that defines it or launches of
+    Triton kernels, so that what is packaged from the program (`torch._inductor.aoti_compile_and_package`) runs where
+    wush_compile is not installed, C++ included. Package it in the same process: kernels are not saved with a program.
     """
     recorder = Recorder()
     names = None

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import BuiltinFunctionType
 
 import rich
 import torch
@@ -45,6 +46,13 @@ def _callable_name(target) -> str:
     return getattr(target, "__name__", str(target))          # a function's `str` holds its address
 
 
+def _node_name(target) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return target._opname
+    name = _callable_name(target)
+    return f"size_{name}" if isinstance(target, BuiltinFunctionType) else name       # Python's mul is not that of tensors
+
+
 class _Printer:
     """Names nodes by their op, symbols by their order of appearance; within a layer, tensors by their path in it."""
 
@@ -65,7 +73,7 @@ class _Printer:
             if node.target is operator.getitem:
                 self.names[node] = f"{self._argument(node.args[0])}[{node.args[1]}]"
                 continue
-            base = node.target._opname if isinstance(node.target, torch._ops.OpOverload) else _callable_name(node.target)
+            base = _node_name(node.target)
             base = base.rpartition(".")[2] if node.op != "call_function" else re.sub(r"\W+", "_", base)
             number, counts[base] = counts[base], counts[base] + 1
             self.names[node] = f"{base}_{number}" if number else base
