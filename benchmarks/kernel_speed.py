@@ -1,7 +1,7 @@
-"""Times the Triton kernels against copies and cuBLAS in the same run: CUDA-graph replays, weights rotated out of L2.
+"""Times the Triton products against cuBLAS in the same run: CUDA-graph replays, weights rotated out of L2.
 
-    python benchmarks/kernel_speed.py quantize linear parts --out results        the tables, as Markdown and JSON
-    python benchmarks/kernel_speed.py tune-quantize tune-linear --out results    every candidate tile: `choose` is made from it
+    python benchmarks/kernel_speed.py linear parts --out results                 the tables, as Markdown and JSON
+    python benchmarks/kernel_speed.py tune-linear --out results                  every candidate tile: `choose` is made from it
     python benchmarks/kernel_speed.py linear --tuned results/tune-linear.json    the table with each shape's best candidate
 
 Speed-ups are over bf16 `F.linear` on the same shapes; the 4-bit side includes the transform and the quantization of its
@@ -24,7 +24,6 @@ import triton
 from wush_compile.formats import FORMATS
 from wush_compile.kernels import triton_linear, triton_quantize
 from wush_compile.kernels.triton_linear import Fused, Gemv
-from wush_compile.kernels.triton_quantize import Tile
 
 GROUPS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}     # name: (N, K)
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
@@ -75,39 +74,6 @@ def random_weight(n: int, k: int, format: str) -> tuple[torch.Tensor, torch.Tens
 
 def random_transform(k: int, block: int) -> torch.Tensor:
     return (torch.randn(k // block, block, block, device="cuda") / block**0.5).bfloat16()
-
-
-# -- quantize --------------------------------------------------------------------------------------------------------
-
-def quantize_time(m: int, k: int, format: str, rule: str, kind: str, tile: Tile | None = None) -> float:
-    """kind: "blocks" (a matrix each), "shared" or "none"."""
-    block = FORMATS[format].group_size
-    t = None if kind == "none" else random_transform(k if kind == "blocks" else block, block)
-    g = torch.ones(1, device="cuda") if format == "nvfp4" else None
-    xs = [torch.randn(m, k, device="cuda").bfloat16() for _ in range(copies(2 * m * k))]
-    return time_us([lambda x=x: triton_quantize.transform_quantize(x, t, g, format, rule, tile) for x in xs])
-
-
-def copy_time(m: int, k: int) -> float:
-    pairs = [(torch.empty(m, k, dtype=torch.bfloat16, device="cuda"), torch.randn(m, k, device="cuda").bfloat16())
-             for _ in range(copies(4 * m * k))]
-    return time_us([lambda a=a, b=b: a.copy_(b) for a, b in pairs])
-
-
-def bench_quantize() -> list[dict]:
-    """Share of the time that a copy of the same bytes takes at that shape's measured rate."""
-    rows = []
-    for m, k in ((1, 4096), (16, 4096), (64, 4096), (1024, 4096), (4096, 4096), (8192, 4096), (8192, 14336)):
-        copy = copy_time(m, k)
-        for format in ("mxfp4", "nvfp4"):
-            ideal = copy * (2.5 + 1 / FORMATS[format].group_size) / 4
-            row = {"M": m, "K": k, "format": format, "copy us": copy, "copy TB/s": 4e-6 * m * k / copy,
-                   "ideal us": ideal}
-            for kind, rule in (("none", "absmax"), ("shared", "absmax"), ("blocks", "absmax"), ("blocks", "mse")):
-                us = quantize_time(m, k, format, rule, kind)
-                row[f"{kind} {rule} us"], row[f"{kind} {rule} share"] = us, ideal / us
-            rows.append(row)
-    return rows
 
 
 # -- linear ----------------------------------------------------------------------------------------------------------
@@ -259,53 +225,34 @@ def _compile_rows(kernel, m: int) -> int:
 def _compile(job) -> str | None:
     """Runs a candidate once in a process of its own, so that its kernel is in Triton's cache."""
     try:
-        if job[0] == "linear":
-            _, format, m, n, k, kernel = job
-            g = torch.ones(1, device="cuda") if format == "nvfp4" else None
-            q = (torch.zeros(m, k // 2, dtype=torch.uint8, device="cuda"),
-                 torch.ones(m, k // FORMATS[format].group_size, dtype=torch.uint8, device="cuda"))
-            w = random_weight(n, k, format)
-            for _ in range(2):              # a weight's second use may start early, which is another compilation
-                triton_linear.fp4_linear(*q, g, *w, g, None, None, format, torch.bfloat16, kernel)
-        else:
-            _, format, rule, kind, m, k, tile = job
-            block = FORMATS[format].group_size
-            t = None if kind == "none" else random_transform(k if kind == "blocks" else block, block)
-            g = torch.ones(1, device="cuda") if format == "nvfp4" else None
-            triton_quantize.transform_quantize(torch.zeros(m, k, device="cuda").bfloat16(), t, g, format, rule, tile)
+        format, m, n, k, kernel = job
+        g = torch.ones(1, device="cuda") if format == "nvfp4" else None
+        q = (torch.zeros(m, k // 2, dtype=torch.uint8, device="cuda"),
+             torch.ones(m, k // FORMATS[format].group_size, dtype=torch.uint8, device="cuda"))
+        w = random_weight(n, k, format)
+        for _ in range(2):                  # a weight's second use may start early, which is another compilation
+            triton_linear.fp4_linear(*q, g, *w, g, None, None, format, torch.bfloat16, kernel)
         torch.cuda.synchronize()
     except Exception as error:                                       # a candidate that does not compile is a result
         return f"{job}: {type(error).__name__} {str(error)[:200]}"
 
 
-def compile_all(jobs: list) -> list[str]:
+def compile_all(jobs: list, compile=_compile) -> list[str]:
+    """Every job in a process of its own; what `compile` says of those that failed."""
     jobs = list(dict.fromkeys(jobs))
     start = time.time()
     with concurrent.futures.ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
-        failed = [f for f in pool.map(_compile, jobs) if f]
+        failed = [f for f in pool.map(compile, jobs) if f]
     print(f"compiled {len(jobs)} in {time.time() - start:.0f} s, failed {len(failed)}", *failed[:8], sep="\n",
           flush=True)
     return failed
-
-
-def quantize_tiles(m: int, kind: str) -> list[Tile]:
-    if kind == "none":
-        shapes = [(1, 512, 1, 1, 1), (1, 1024, 1, 1, 4), (1, 256, 1, 1, 1)] if m <= 4 else [
-            (16, 256, 1, 1, 4), (8, 512, 1, 1, 4), (32, 256, 1, 1, 8), (32, 128, 1, 1, 4), (16, 128, 1, 1, 2),
-            (4, 512, 1, 1, 2)]
-    elif m <= 64:
-        shapes = [(16, 64, 1, 1, 1), (16, 64, 1, 1, 2), (16, 64, 1, 1, 4), (16, 128, 1, 1, 4)]
-    else:
-        shapes = [(64, 64, 1, 1, 4), (128, 64, 1, 1, 4), (32, 64, 1, 1, 2), (64, 64, 4, 3, 4), (64, 64, 8, 3, 4),
-                  (64, 64, 8, 4, 4), (64, 64, 4, 2, 4), (64, 128, 1, 1, 4), (128, 64, 1, 1, 8)]
-    return [Tile(*s) for s in shapes]
 
 
 def tune_linear() -> list[dict]:
     cases = [(f, m, *GROUPS[g], c) for f in ("mxfp4", "nvfp4") for m in TUNED_ROWS if f == "mxfp4" or m <= 256
              for g in GROUPS for c in candidates(f, m) if _fits(c, GROUPS[g][1])]
     cases.sort(key=lambda c: (c[0], c[2:4], c[1]))
-    failed = compile_all([("linear", f, _compile_rows(c, m), n, k, c) for f, m, n, k, c in cases])
+    failed = compile_all([(f, _compile_rows(c, m), n, k, c) for f, m, n, k, c in cases])
     rows, held, sets = [], None, []
     for (f, m, n, k), group in itertools.groupby(cases, key=lambda c: c[:4]):
         if held != (f, n, k):
@@ -321,28 +268,6 @@ def tune_linear() -> list[dict]:
     return rows
 
 
-def tune_quantize() -> list[dict]:
-    shapes = ((1, 4096), (1, 14336), (16, 4096), (64, 4096), (1024, 4096), (4096, 4096), (8192, 4096), (8192, 14336))
-    kinds = (("mxfp4", "absmax", "blocks"), ("nvfp4", "absmax", "blocks"), ("mxfp4", "absmax", "none"),
-             ("mxfp4", "mse", "blocks"))
-    cases = [(f, r, kind, m, k, t) for f, r, kind in kinds for m, k in shapes for t in quantize_tiles(m, kind)]
-    compile_all([("quantize", f, r, kind, min(m, 1024), k, t) for f, r, kind, m, k, t in cases])
-    rows = []
-    for (f, r, kind, m, k), group in itertools.groupby(cases, key=lambda c: c[:5]):
-        ideal = copy_time(m, k) * (2.5 + 1 / FORMATS[f].group_size) / 4
-        timed = []
-        for *_, t in group:
-            try:
-                timed.append((quantize_time(m, k, f, r, kind, t), repr(tuple(t))))
-            except Exception as error:
-                print("failed", f, r, kind, t, str(error)[:200])
-        timed.sort()
-        rows.append({"format": f, "rule": r, "kind": kind, "M": m, "K": k, "ideal us": ideal, "all": timed})
-        best = "  ".join(f"{us:.1f} {c}" for us, c in timed[:4])
-        print(f"{f} {r} {kind} M={m} K={k} ideal {ideal:.1f} | {ideal / timed[0][0]:.0%} | {best}", flush=True)
-    return rows
-
-
 # -- output ----------------------------------------------------------------------------------------------------------
 
 def markdown(rows: list[dict]) -> str:
@@ -352,6 +277,15 @@ def markdown(rows: list[dict]) -> str:
         cells = (row.get(key, "") for key in keys)
         lines.append("| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |")
     return "\n".join(lines)
+
+
+def write(name: str, rows: list[dict], out: pathlib.Path) -> None:
+    """A benchmark's rows as JSON and Markdown, with what they were measured on."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
+    (out / f"{name}.md").write_text(f"{environment()}\n\n{markdown(rows)}\n")
+    if not name.startswith("tune"):
+        print(markdown(rows), flush=True)
 
 
 def plot(rows: list[dict], device: str, path: pathlib.Path) -> None:
@@ -376,8 +310,7 @@ def plot(rows: list[dict], device: str, path: pathlib.Path) -> None:
     figure.savefig(path)
 
 
-BENCHMARKS = {"quantize": bench_quantize, "linear": bench_linear, "parts": bench_parts,
-              "tune-quantize": tune_quantize, "tune-linear": tune_linear}
+BENCHMARKS = {"linear": bench_linear, "parts": bench_parts, "tune-linear": tune_linear}
 
 
 def main() -> None:
@@ -387,16 +320,12 @@ def main() -> None:
     parser.add_argument("--tuned", type=pathlib.Path, help="tune-linear.json, whose best kernels `linear` then takes")
     parser.add_argument("--plot", type=pathlib.Path, help="where `linear` draws its speed-ups (.svg, .png; matplotlib)")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     if args.tuned:
         read_tuned(args.tuned)
     for name in args.what:
         rows = BENCHMARKS[name]()
-        (args.out / f"{name}.json").write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
-        (args.out / f"{name}.md").write_text(f"{environment()}\n\n{markdown(rows)}\n")
-        if not name.startswith("tune"):
-            print(markdown(rows), flush=True)
+        write(name, rows, args.out)
         if name == "linear" and args.plot:
             plot(rows, torch.cuda.get_device_name(), args.plot)
 
