@@ -7,8 +7,6 @@ wush backend. The second table is what the dispatcher takes to call an op of our
 """
 
 import argparse
-import os
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -33,10 +31,12 @@ def llama(layers: int) -> torch.nn.Module:
 
 
 def compile_seconds(model: torch.nn.Module, backend: str) -> float:
-    """First call minus second call."""
+    """First call minus second call, from cold caches."""
+    from torch._inductor.utils import fresh_cache
+
     torch._dynamo.reset()
     run, ids, seconds = torch.compile(model, backend=backend, dynamic=False), torch.randint(97, (2, 9)), []
-    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+    with torch.no_grad(), fresh_cache():
         for _ in range(2):
             start = time.perf_counter()
             run(ids, use_cache=False)
@@ -100,17 +100,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        model = llama(options.layers)
-        plain = compile_seconds(model, "inductor")
-        model = wc.quantize(model, solver="rtn", transform="hadamard", progress=False)
-        spent: Counter = Counter()
-        original, passes.EXECUTION = passes.EXECUTION, timed_passes(spent)
-        try:
-            wush = compile_seconds(model, "wush")
-        finally:
-            passes.EXECUTION = original
+    model = llama(options.layers)
+    plain = compile_seconds(model, "inductor")
+    model = wc.quantize(model, solver="rtn", transform="hadamard", progress=False)
+    spent: Counter = Counter()
+    original, passes.EXECUTION = passes.EXECUTION, timed_passes(spent)
+    try:
+        wush = compile_seconds(model, "wush")
+    finally:
+        passes.EXECUTION = original
     ours = sum(spent.values())
     where = environment(torch.device("cpu"))
     print(f"{options.layers} layers; {', '.join(map(' '.join, where.items()))}\n")
