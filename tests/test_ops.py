@@ -294,6 +294,26 @@ def test_observe_moment_and_count(block, dtype):
     assert torch.equal(moment.double(), full) and count.item() == 37
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", [None, 32])
+def test_observe_does_not_wait_for_the_gpu(block):
+    """And sees there what it sees on a CPU."""
+    batches = [torch.randn(70, 64).bfloat16() for _ in range(3)]
+    state = [s.cuda() for s in new_state(64, block, 32, torch.bfloat16)]
+    moved = [b.cuda() for b in batches]
+    wush.observe(moved[0], None, *state, 5)                               # the first call finds out what the device can do
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x in moved[1:]:
+            wush.observe(x, None, *state, 5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    moment, count, sample = observed(*batches, block=block, rows=32, seed=5)
+    torch.testing.assert_close(state[0].cpu(), moment, rtol=1e-5, atol=1e-4)
+    assert count == state[1].cpu() and torch.equal(state[2].cpu()[:28], sample[:28])
+    assert set(map(tuple, state[2].cpu()[28:].tolist())) == set(map(tuple, sample[28:].tolist()))
+
+
 @pytest.mark.parametrize("block", [None, 16])
 def test_observe_accumulates_in_fp32(block):
     """Of fp32 values: |error| ≤ (n + 1)·2⁻²⁴ · Σ|x||x| for n rows, whatever the order of the sums."""
