@@ -98,7 +98,9 @@ def timed(call, repeats: int) -> float:
 def measure(kind: str, layers: int, batches: list[int], contexts: list[int], prefill: int) -> list[dict]:
     from transformers import StaticCache
 
-    backend = "inductor" if kind == "bf16" else "wush"
+    from wush_compile.backend import wush
+
+    backend = "inductor" if kind == "bf16" else wush                  # as backend="wush" of an installed package
     model = build(kind, layers)
     memory = torch.cuda.memory_allocated() / 2**30
     rows = []

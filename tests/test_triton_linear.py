@@ -213,6 +213,22 @@ def test_a_weight_is_settled_from_its_second_use_until_it_is_written():
     assert not triton_linear.settled(w[4:]) and not triton_linear.settled(w) and triton_linear.settled(w)
 
 
+def test_powers_of_two_are_known():
+    g = torch.tensor([0.25])
+    assert triton_linear.is_power_of_two(None) and triton_linear.is_power_of_two(g)
+    g.fill_(10)
+    assert not triton_linear.is_power_of_two(g)
+    assert not any(triton_linear.is_power_of_two(torch.tensor([v])) for v in (0.0, -2.0, 3.0, float("nan"), float("inf")))
+
+
+@pytest.mark.parametrize("n, k", [(16, 4096), (256, 64), (28672, 4096), (4096, 14336), (10**6, 2**20)])
+def test_parts_cover_the_weight(n, k):
+    parts = triton_linear._parts(n, k)
+    assert [i for p in parts for i in (p.start, p.stop)][1:-1:2] == [p.start for p in parts[1:]]
+    assert parts[0].start == 0 and parts[-1].stop == n
+    assert all((p.stop - p.start) * k <= triton_linear.SCRATCH_BYTES or p.stop - p.start <= 256 for p in parts)
+
+
 def test_precise_is_an_environment_variable(monkeypatch):
     for value, expected in ((None, False), ("0", False), ("", False), ("1", True)):
         monkeypatch.delenv("WUSH_PRECISE", raising=False)
@@ -240,6 +256,20 @@ def test_wrong_operands_are_errors(format):
     ):
         with pytest.raises(ValueError, match=message):
             triton_linear.check(triton_linear.Operands(**good | {name: bad}), format, torch.bfloat16)
+
+
+@gpu
+@pytest.mark.parametrize("g", [0.25, 10.0, None])
+def test_global_scales_of_the_library(g):
+    """A power of two goes into the operands, another one comes after the sum: one rounding either way."""
+    c, s, wc, ws = operands("nvfp4", 300, 512, 1024)
+    g = None if g is None else scalar(g)
+    residual = torch.randn(300, 512, device=DEVICE).bfloat16()
+    got = triton_linear.fp4_linear(c, s, g, wc, ws, g, None, residual, "nvfp4", torch.bfloat16, "bf16")
+    want = exact(c, s, wc, ws, "nvfp4") / (1 if g is None else g.item() ** 2)
+    plain = triton_linear.fp4_linear(c, s, g, wc, ws, g, None, None, "nvfp4", torch.bfloat16, "bf16")
+    assert error(plain, want) < 1.01 * error(want.bfloat16(), want)
+    assert torch.equal(got, plain + residual)
 
 
 @gpu

@@ -62,21 +62,11 @@ def _look_up(w, low, high):
 
 
 @triton.jit
-def expand_fp8_kernel(
-    codes, scales, g, unit, out, rows, K: tl.constexpr, KG: tl.constexpr, E4: tl.constexpr, SCALED: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+def _expand_fp8(
+    r, part, parts, codes, scales, g, unit, out, rows, K: tl.constexpr, KG: tl.constexpr, E4: tl.constexpr,
+    SCALED: tl.constexpr, R: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr,
 ):
-    """codes int32 [rows, K/8], scales uint8 [rows, K/32] -> out int32 (fp8 bytes) [rows, K/4] and unit fp32 [rows], by
-    which a row's bytes are multiplied (1/g in it where SCALED). KG = K/32 rounded up to a power of two; C groups a
-    step.
-
-    Every 128 channels are stored as two halves, the channels 0..3 of every 8 and the channels 4..7: the order in which a
-    look-up gives them. LANES, for the fused product (K % 128 = 0): in a half the first words of its four groups come first,
-    then the second ones (`triton_gemm._to_lanes`). Both operands of a product have the same order, so that it cancels.
-    Where K is not a multiple of 128, the halves are those of its last, shorter part. Grid (rows/R, programs for a row)."""
-    wait_inputs(PDL)
-    start_next(PDL)
-    r = tl.program_id(0) * R + tl.arange(0, R)
+    """The rows r [R] of `expand_fp8_kernel`, of their steps every `parts`-th from `part` on."""
     row = tl.minimum(r, rows - 1).to(tl.int64)
     every = tl.arange(0, KG)
     byte = tl.load(scales + row[:, None] * (K // 32) + every[None, :], mask=(every < K // 32)[None, :], other=0)
@@ -86,7 +76,7 @@ def expand_fp8_kernel(
         factor = factor * tl.div_rn(1.0, tl.load(g))
     tl.store(unit + r, factor, mask=r < rows)
     word = tl.arange(0, 4)[None, None, :]
-    for i in tl.range(tl.program_id(1), tl.cdiv(K // 32, C), tl.num_programs(1)):
+    for i in tl.range(part, tl.cdiv(K // 32, C), parts):
         group = i * C + tl.arange(0, C)
         inside = (r < rows)[:, None] & (group < K // 32)[None, :]                              # [R, C]
         b = tl.load(scales + row[:, None] * (K // 32) + group[None, :], mask=inside, other=0).to(tl.int32)
@@ -108,6 +98,41 @@ def expand_fp8_kernel(
 
 
 @triton.jit
+def expand_fp8_kernel(
+    codes, scales, g, unit, out, rows, K: tl.constexpr, KG: tl.constexpr, E4: tl.constexpr, SCALED: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+):
+    """codes int32 [rows, K/8], scales uint8 [rows, K/32] -> out int32 (fp8 bytes) [rows, K/4] and unit fp32 [rows], by
+    which a row's bytes are multiplied (1/g in it where SCALED). KG = K/32 rounded up to a power of two; C groups a
+    step.
+
+    Every 128 channels are stored as two halves, the channels 0..3 of every 8 and the channels 4..7: the order in which a
+    look-up gives them. LANES, for the fused product (K % 128 = 0): in a half the first words of its four groups come first,
+    then the second ones (`triton_gemm._to_lanes`). Both operands of a product have the same order, so that it cancels.
+    Where K is not a multiple of 128, the halves are those of its last, shorter part. Grid (rows/R, programs for a row)."""
+    wait_inputs(PDL)
+    _expand_fp8(tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1), tl.num_programs(1), codes, scales, g, unit, out,
+                rows, K, KG, E4, SCALED, R, C, LANES)
+    start_next(PDL)
+
+
+@triton.jit(do_not_specialize=["M"])
+def expand_both_kernel(
+    x, xs, gx, x_unit, x_out, w, ws, gw, w_unit, w_out, M, N: tl.constexpr, K: tl.constexpr, KG: tl.constexpr,
+    SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
+):
+    """Both operands of a product in one launch: x [M, K] to e5m2 and w [N, K] to e4m3, as `expand_fp8_kernel`; grid
+    (M + N)."""
+    wait_inputs(PDL)
+    r = tl.program_id(0)
+    if r < M:
+        _expand_fp8(r + tl.arange(0, 1), 0, 1, x, xs, gx, x_unit, x_out, M, K, KG, False, SCALED_X, 1, C, False)
+    else:
+        _expand_fp8(r - M + tl.arange(0, 1), 0, 1, w, ws, gw, w_unit, w_out, N, K, KG, True, SCALED_W, 1, C, False)
+    start_next(PDL)
+
+
+@triton.jit
 def decode_bf16(w):
     """uint8, two codes -> bf16 values of the low and of the high one, times 2^-126. Byte by byte: right in any
     layout."""
@@ -125,15 +150,15 @@ def decode_bf16(w):
 
 @triton.jit
 def expand_bf16_kernel(
-    codes, scales, out, rows, K: tl.constexpr, MX: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    codes, scales, g, out, rows, K: tl.constexpr, MX: tl.constexpr, SCALED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     PANELS: tl.constexpr, PDL: tl.constexpr,
 ):
-    """codes uint8 [rows, K/2], scales uint8 [rows, K/G] -> out bf16 [rows, K], exact; grid (rows/R, K/(2*C)). PANELS:
+    """codes uint8 [rows, K/2], scales uint8 [rows, K/G] -> out bf16 [rows, K], exact without g, and with one that is a
+    power of two; grid (rows/R, K/(2*C)). SCALED: divided by g. PANELS:
     of every 128 channels the even ones come first, then the odd ones, either in the order of `triton_gemm._to_lanes`
     (K % 128 = 0)."""
     G: tl.constexpr = 32 if MX else 16
     wait_inputs(PDL)
-    start_next(PDL)
     r = tl.program_id(0) * R + tl.arange(0, R)
     inside = (r < rows)[:, None]
     row = tl.minimum(r, rows - 1).to(tl.int64)[:, None]
@@ -142,6 +167,8 @@ def expand_bf16_kernel(
     w = tl.load(codes + row * (K // 2) + c[None, :], mask=(c < K // 2)[None, :], other=0)
     byte = tl.load(scales + row * (K // G) + group[None, :], mask=(group < K // G)[None, :], other=1).to(tl.int32)
     factor = e8m0_factor(byte) if MX else e4m3_factor(byte)
+    if SCALED:
+        factor = factor * tl.div_rn(1.0, tl.load(g))
     factor = tl.reshape(tl.broadcast_to(factor[:, :, None], (R, 2 * C // G, G // 2)), (R, C))
     low, high = decode_bf16(w)
     # The bit pattern is the value times 2^-126; the two halves of 2^126 keep every factor in fp32's range.
@@ -157,3 +184,4 @@ def expand_bf16_kernel(
         k = tl.program_id(1) * (2 * C) + tl.arange(0, 2 * C)
         both = tl.reshape(tl.join(low, high), (R, 2 * C))
         tl.store(out + row * K + k[None, :], both.to(tl.bfloat16), mask=inside & (k < K)[None, :])
+    start_next(PDL)

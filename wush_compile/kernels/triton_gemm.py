@@ -163,7 +163,6 @@ def fused_gemm_kernel(
     row_n = tl.minimum(n, N - 1)
     row_m = tl.minimum(m, M - 1)
     wait_inputs(PDL)
-    start_next(PDL)
     top_n = row_n
     top_m = row_m
     if MX:
@@ -219,3 +218,4 @@ def fused_gemm_kernel(
             finish(total, n[:, None], m[None, :], N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL,
                    mask)
             tl.store(count + tile_m * tiles_n + tile_n, 0)
+    start_next(PDL)

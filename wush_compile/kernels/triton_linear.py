@@ -13,6 +13,7 @@ MXFP4, the largest scale byte of every row (N bytes), which is found once and re
 
 import functools
 import logging
+import math
 import os
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import triton
 from torch import Tensor
 
 from ..formats import FORMATS
-from .triton_expand import expand_bf16_kernel, expand_fp8_kernel
+from .triton_expand import expand_bf16_kernel, expand_both_kernel, expand_fp8_kernel
 from .triton_gemm import fused_gemm_kernel
 from .triton_gemv import gemv_kernel
 from .triton_int4 import int4_gemm_kernel
@@ -73,7 +74,7 @@ class Int4(NamedTuple):
 
 # The fused kernel for many rows, where the library cannot be used.
 WIDE = Fused(128, 128, 128, 1, 8, 4, False)
-# Memory that one call may take for expanded weights; larger weights are decoded in registers at every batch size.
+# Memory that one call may take for expanded weights; a larger weight goes to the library in parts.
 SCRATCH_BYTES = 2**28
 # Octaves below a row's largest scale byte that e4m3 still holds exactly.
 E4M3_WINDOW = 14
@@ -88,33 +89,21 @@ class RowFacts(NamedTuple):
     fits_e4m3: bool
 
 
-def _row_facts(scales: Tensor, known: bool) -> RowFacts:
-    top = scales.amax(-1)
-    if not known:
-        return RowFacts(top, False)
-    # Byte 1 is what groups of zeros have; where the row is not itself that small it is worth nothing.
-    low = torch.where((scales > 1) | (top[:, None] < 32), scales, 255).amin(-1)
-    return RowFacts(top, bool((top.to(torch.int16) - low.to(torch.int16) <= E4M3_WINDOW).all()))
+def _memory(t: Tensor) -> dict:
+    """What is remembered of a tensor: kept with its memory, empty again once it has been written."""
+    storage = t.untyped_storage()
+    if not hasattr(storage, "_wush_memory"):
+        storage._wush_memory = {}
+    place, version = (t.storage_offset(), t.shape), -1 if t.is_inference() else t._version
+    known, facts = storage._wush_memory.get(place, (None, None))
+    if known != version:
+        facts = {}
+        storage._wush_memory[place] = version, facts
+    return facts
 
 
-def row_facts(scales: Tensor) -> RowFacts:
-    """`RowFacts` of weight scales uint8 [N, K/32], remembered with their memory until they are written again.
-
-    The first call reads one number back from the device; inside a CUDA graph's capture, where that is impossible,
-    nothing is remembered and the row is taken not to fit. """
-    if scales.is_cuda and torch.cuda.is_current_stream_capturing():
-        found = _known(scales)
-        if found is None:
-            _warn_capturing()
-        return found or _row_facts(scales, known=False)
-    found = _known(scales)
-    if found is None:
-        found = _row_facts(scales, known=True)
-        storage = scales.untyped_storage()
-        if not hasattr(storage, "_wush_rows"):
-            storage._wush_rows = {}
-        storage._wush_rows[_place(scales)] = (_version(scales), found)
-    return found
+def _capturing(t: Tensor) -> bool:
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -123,28 +112,40 @@ def _warn_capturing() -> None:
                    "that graph; run the model once before capturing")
 
 
-def _version(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
+def row_facts(scales: Tensor) -> RowFacts:
+    """`RowFacts` of weight scales uint8 [N, K/32]; remembered.
+
+    The first call reads one number back from the device; inside a CUDA graph's capture, where that is impossible,
+    nothing is remembered and the row is taken not to fit. """
+    memory = _memory(scales)
+    if "rows" not in memory:
+        top = scales.amax(-1)
+        if _capturing(scales):
+            _warn_capturing()
+            return RowFacts(top, False)
+        # Byte 1 is what groups of zeros have; where the row is not itself that small it is worth nothing.
+        low = torch.where((scales > 1) | (top[:, None] < 32), scales, 255).amin(-1)
+        memory["rows"] = RowFacts(top, bool((top.to(torch.int16) - low.to(torch.int16) <= E4M3_WINDOW).all()))
+    return memory["rows"]
 
 
-def _place(t: Tensor) -> tuple:
-    return t.storage_offset(), t.shape
-
-
-def _known(scales: Tensor) -> RowFacts | None:
-    version, found = getattr(scales.untyped_storage(), "_wush_rows", {}).get(_place(scales), (None, None))
-    return found if version == _version(scales) else None
+def is_power_of_two(g: Tensor | None) -> bool:
+    """Whether dividing by a global scale only changes exponents; remembered. False where it cannot be looked at."""
+    if g is None:
+        return True
+    memory = _memory(g)
+    if "power" not in memory:
+        if _capturing(g):
+            return False
+        memory["power"] = math.frexp(g.item())[0] == 0.5
+    return memory["power"]
 
 
 def settled(t: Tensor) -> bool:
-    """Whether a weight has been used before and not been written since: only such a one may be read while the kernel in
-    front still runs, which might be the one that writes it. A weight's first use is remembered with its memory."""
-    seen = getattr(t.untyped_storage(), "_wush_settled", None)
-    if seen is None:
-        seen = t.untyped_storage()._wush_settled = {}
-    known = seen.get(_place(t)) == _version(t)
-    seen[_place(t)] = _version(t)
-    return known
+    """Whether a weight has been used before and not been written since; a use is remembered. Only such a one may be read
+    while the kernel in front still runs, which might be the one that writes it."""
+    memory = _memory(t)
+    return "used" in memory or memory.setdefault("used") is not None
 
 
 class Workspace:
@@ -232,7 +233,7 @@ def choose(
     else:
         tile = next((tiles[n > FEW] for most, tiles in FUSED[format].items() if rows <= most), None)
     if tile is None:
-        return "bf16" if format == "nvfp4" else "library" if n * k <= SCRATCH_BYTES else WIDE
+        return "bf16" if format == "nvfp4" else "library"
     bk = tile.bk if k % tile.bk == 0 else 128
     return tile._replace(bk=bk, split=_power_of_two_divisor(k // bk, tile.split))
 
@@ -320,11 +321,13 @@ def run_fused(o: Operands, tile: Fused, out: Tensor) -> None:
         x, unit = expand_fp8(o.codes, o.scales, o.gx, e4m3=False, lanes=True)
         gx = None
     else:
-        x, gx = expand_bf16(o.codes, o.scales, o.mx, panels=True), o.gx
+        x, gx = expand_bf16(o.codes, o.scales, None, o.mx, panels=True), o.gx
     tiles = triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm)
     if tiles > Workspace.RING:
         tile = tile._replace(split=1)
-    split, pdl = tile.split > 1, overlaps(out.device.index)
+    # Programs that start early, while the quantizer's still run, crowd on the multiprocessors that are free: only behind an
+    # expansion, which lets the next kernel start when it ends, is it worth it.
+    split, pdl = tile.split > 1, not tile.packed and overlaps(out.device.index)
     parts = torch.empty((tile.split, m, n), dtype=torch.float32, device=out.device) if split else None
     fused_gemm_kernel[(tiles, tile.split)](
         x, o.scales.view(torch.int32) if tile.packed else None, unit, gx, o.w_codes, o.w_scales.view(torch.int32),
@@ -355,36 +358,69 @@ def run_scaled(o: Operands, tile: Scaled, out: Tensor) -> None:
     )
 
 
+def _parts(n: int, row_bytes: int) -> list[slice]:
+    """Rows of a weight in parts whose expansion fits the scratch."""
+    step = max(SCRATCH_BYTES // row_bytes // 256 * 256, 256)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def expand_both(o: Operands, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x in e5m2 [M, K], its unit [M], those rows of w in e4m3 and their unit: `expand_fp8` of both in one launch."""
+    w_codes, w_scales = o.w_codes[rows], o.w_scales[rows]
+    (m, _, k), n, device = o.sizes, w_codes.shape[0], o.codes.device
+    x = torch.empty((m, k), dtype=torch.float8_e5m2, device=device)
+    w = torch.empty((n, k), dtype=torch.float8_e4m3fn, device=device)
+    x_unit, w_unit = (torch.empty(size, dtype=torch.float32, device=device) for size in (m, n))
+    groups, pdl = triton.next_power_of_2(k // 32), overlaps(device.index)
+    expand_both_kernel[(m + n,)](
+        o.codes.view(torch.int32), o.scales, o.gx, x_unit, x.view(torch.int32), w_codes.view(torch.int32), w_scales, o.gw,
+        w_unit, w.view(torch.int32), m, n, k, groups, o.gx is not None, o.gw is not None, min(groups, 128), pdl,
+        num_warps=4, launch_pdl=pdl,
+    )
+    return x, x_unit, w, w_unit
+
+
 def run_library(o: Operands) -> Tensor:
     """bf16 [M, N]; without a bias, since the library rounds before it could be added."""
-    x, x_unit = expand_fp8(o.codes, o.scales, o.gx, e4m3=False)
-    w, w_unit = expand_fp8(o.w_codes, o.w_scales, o.gw, e4m3=True)
-    y = torch._scaled_mm(x, w.t(), x_unit[:, None], w_unit[None, :], out_dtype=torch.bfloat16,
-                         use_fast_accum=not o.precise)
+    m, n, k = o.sizes
+    y = torch.empty((m, n), dtype=torch.bfloat16, device=o.codes.device)
+    for rows in _parts(n, k):
+        x, x_unit, w, w_unit = expand_both(o, rows)
+        torch._scaled_mm(x, w.t(), x_unit[:, None], w_unit[None, :], out_dtype=torch.bfloat16,
+                         use_fast_accum=not o.precise, out=y[:, rows])
     return y if o.residual is None else y.add_(o.residual)
 
 
-def expand_bf16(codes: Tensor, scales: Tensor, mx: bool, panels: bool = False) -> Tensor:
-    """Packed rows -> bf16 [rows, K], exact, without the global scale; `panels` as in the kernel."""
+def expand_bf16(codes: Tensor, scales: Tensor, g: Tensor | None, mx: bool, panels: bool = False) -> Tensor:
+    """Packed rows -> bf16 [rows, K], exact if g, by which they are divided, is a power of two; `panels` as in the kernel."""
     rows, k = codes.shape[0], 2 * codes.shape[1]
     out = torch.empty((rows, k), dtype=torch.bfloat16, device=codes.device)
-    block = 1 if rows <= 64 else 8
+    block, pdl = 1 if rows <= 64 else 8, overlaps(codes.device.index)
     expand_bf16_kernel[(triton.cdiv(rows, block), triton.cdiv(k, 1024))](
-        codes, scales, out, rows, k, mx, block, 512, panels, overlaps(codes.device.index), num_warps=4,
-        launch_pdl=overlaps(codes.device.index),
+        codes, scales, g, out, rows, k, mx, g is not None, block, 512, panels, pdl, num_warps=4, launch_pdl=pdl,
     )
     return out
 
 
 def run_bf16(o: Operands, out_dtype: torch.dtype) -> Tensor:
-    x, w = expand_bf16(o.codes, o.scales, o.mx), expand_bf16(o.w_codes, o.w_scales, o.mx)
-    y = torch.mm(x, w.t(), out_dtype=torch.float32)
-    g = o.gx if o.gw is None else o.gw if o.gx is None else o.gx * o.gw
-    if g is not None:
-        y = y * (1.0 / g)
-    if o.bias is not None:
-        y = y + o.bias.to(torch.float32)
-    y = y.to(out_dtype)
+    m, n, k = o.sizes
+    # The library's own rounding is the only one where nothing but powers of two comes after the sum.
+    direct = out_dtype == torch.bfloat16 and o.bias is None and is_power_of_two(o.gx) and is_power_of_two(o.gw)
+    x = expand_bf16(o.codes, o.scales, o.gx if direct else None, o.mx)
+    y = torch.empty((m, n), dtype=torch.bfloat16 if direct else torch.float32, device=x.device)
+    for rows in _parts(n, 2 * k):
+        w = expand_bf16(o.w_codes[rows], o.w_scales[rows], o.gw if direct else None, o.mx)
+        if direct:
+            torch.mm(x, w.t(), out=y[:, rows])
+        else:
+            y[:, rows] = torch.mm(x, w.t(), out_dtype=torch.float32)
+    if not direct:
+        g = o.gx if o.gw is None else o.gw if o.gx is None else o.gx * o.gw
+        if g is not None:
+            y = y * (1.0 / g)
+        if o.bias is not None:
+            y = y + o.bias.to(torch.float32)
+        y = y.to(out_dtype)
     return y if o.residual is None else y + o.residual
 
 
