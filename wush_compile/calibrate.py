@@ -37,7 +37,7 @@ from .phases import phase
 from .progress import Progress
 from .solver import layer_loss, solve
 from .team import ALONE, Alone
-from .tensors import ModelTensors
+from .tensors import Loader, ModelTensors
 
 log = logging.getLogger("wush_compile")
 LOSS_ROWS = 512
@@ -143,6 +143,7 @@ class Calibration:
         self.last = max(number for number, own in enumerate(self.groups_in) if own)
         self.last_use = {name: number for number, stage in enumerate(self.stages) for name in stage.inputs}
         self._loaded: tuple[int, dict[str, Tensor]] | None = None
+        self.loader = Loader(tensors, device)
         self.windows = None if batches is None else team.share(batches)
 
         def choose() -> int | None:
@@ -211,13 +212,16 @@ class Calibration:
 
     # -- a stage ---------------------------------------------------------------------------------------------------------
 
+    def _names(self, number: int) -> list[str]:
+        """The model's tensors that a stage uses."""
+        return [name for name in _used(self.stages[number]) if name in self.tensors]
+
     def _load(self, number: int) -> dict[str, Tensor]:
         """The weights of a stage on the compute device, and what is solved of it; no other stage's."""
         if self._loaded is None or self._loaded[0] != number:
             self._loaded = None
-            names = [name for name in _used(self.stages[number]) if name in self.tensors]
             with phase("transfers"):
-                loaded = self.tensors.load(names, self.device)
+                loaded = self.loader.take(number, self._names(number))
                 for i in self.groups_in[number]:
                     if self.solved[i] is not None:
                         group = self.solved[i].group
@@ -332,6 +336,7 @@ class Calibration:
                 with phase("journal"):
                     self.journal.commit(number, {self.groups[i].name: self.solved[i] for i in own})
             if number < self.last and self.activations is not None:
+                self.loader.start(number + 1, self._names(number + 1))
                 self._fitting(number, lambda number=number: self._propagate(number))
             if self.journal is not None:
                 with phase("journal"):
@@ -340,6 +345,7 @@ class Calibration:
             self._loaded = None
             for i in own:
                 self.solved[i].group.to(self.tensors.home)
+        self.loader.close()
         return self.solved, self.stages
 
 

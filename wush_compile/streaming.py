@@ -10,6 +10,7 @@ from . import hf
 from .checkpoint import weight_files
 from .errors import CheckpointError, NonFiniteError
 from .shards import Shards
+from .tensors import finite
 
 
 class CheckpointTensors:
@@ -42,10 +43,10 @@ class CheckpointTensors:
             tensor = found[self._sources[name]].to(like.dtype) if name in self._sources else like
             if tensor.shape != like.shape:
                 raise CheckpointError(f"{name} is {list(tensor.shape)} in the file, {list(like.shape)} by config.json")
-            if name in self._weights and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            loaded[name] = tensor = tensor.to(device)
+            if name in self._weights and not finite(tensor):
                 raise NonFiniteError(f"the weight {name} has NaN or Inf: the checkpoint is damaged, or was cast to a dtype "
                                      "too small")
-            loaded[name] = tensor.to(device)
         return loaded
 
 

@@ -1,9 +1,16 @@
-"""Where the weights of a stage come from. `streaming.py` has the same for a checkpoint on disk."""
+"""Where the weights of a stage come from, and how they get to the device. `streaming.py` has the former for a checkpoint."""
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether a tensor has no NaN and no Inf: its extremes would carry them, and a CPU finds those fifty times faster than
+    it tests every value."""
+    return not tensor.is_floating_point() or tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 class ModelTensors:
@@ -26,3 +33,48 @@ class ModelTensors:
     def load(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         """The tensors of these names on a device: the model's own where they are there already."""
         return {name: self._tensors[name].to(device) for name in names}
+
+
+class Loader:
+    """Brings tensors to a device; to a GPU also ahead of time, while it computes: from pageable memory or files that takes a
+    thread of its own."""
+
+    def __init__(self, tensors: ModelTensors, device: torch.device):
+        self._tensors, self._device = tensors, device
+        self._ahead: tuple[Hashable, Future] | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and device != tensors.device else None
+        self._thread = ThreadPoolExecutor(1, "loader") if self._stream is not None else None
+
+    def start(self, key: Hashable, names: list[str]) -> None:
+        """Begins to load what `take` will ask for by this key; one key at a time."""
+        if self._thread is not None:
+            self._drop()
+            self._ahead = key, self._thread.submit(self._load, names)
+
+    def take(self, key: Hashable, names: list[str]) -> dict[str, Tensor]:
+        """The tensors of these names on the device. Errors are those of loading."""
+        if self._ahead is None or self._ahead[0] != key:
+            self._drop()
+            return self._tensors.load(names, self._device)
+        future, self._ahead = self._ahead[1], None
+        loaded, arrived = future.result()
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(arrived)
+        for tensor in loaded.values():
+            tensor.record_stream(current)
+        return loaded
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._drop()
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _drop(self) -> None:
+        if self._ahead is not None:
+            self._ahead[1].exception()                     # waits: what it loads is freed before more is
+            self._ahead = None
+
+    def _load(self, names: list[str]) -> tuple[dict[str, Tensor], torch.cuda.Event]:
+        with torch.cuda.stream(self._stream):
+            return self._tensors.load(names, self._device), self._stream.record_event()
