@@ -15,6 +15,8 @@ import functools
 import logging
 import math
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -112,6 +114,28 @@ def _warn_capturing() -> None:
                    "that graph; run the model once before capturing")
 
 
+def _lasting(make: Callable, device: torch.device):
+    """`make()`, whose tensors may be kept. While Inductor warms a CUDA graph up, what a thread allocates belongs to the
+    graph, which takes it back unasked: another thread's memory does not."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return make()
+    stream = torch.cuda.current_stream(device)
+
+    def elsewhere():
+        with torch.cuda.stream(stream), torch.no_grad():
+            return make()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(elsewhere).result()
+
+
+def _row_facts(scales: Tensor) -> RowFacts:
+    top = scales.amax(-1)
+    # Byte 1 is what groups of zeros have; where the row is not itself that small it is worth nothing.
+    low = torch.where((scales > 1) | (top[:, None] < 32), scales, 255).amin(-1)
+    return RowFacts(top, bool((top.to(torch.int16) - low.to(torch.int16) <= E4M3_WINDOW).all()))
+
+
 def row_facts(scales: Tensor) -> RowFacts:
     """`RowFacts` of weight scales uint8 [N, K/32]; remembered.
 
@@ -119,13 +143,10 @@ def row_facts(scales: Tensor) -> RowFacts:
     nothing is remembered and the row is taken not to fit. """
     memory = _memory(scales)
     if "rows" not in memory:
-        top = scales.amax(-1)
         if _capturing(scales):
             _warn_capturing()
-            return RowFacts(top, False)
-        # Byte 1 is what groups of zeros have; where the row is not itself that small it is worth nothing.
-        low = torch.where((scales > 1) | (top[:, None] < 32), scales, 255).amin(-1)
-        memory["rows"] = RowFacts(top, bool((top.to(torch.int16) - low.to(torch.int16) <= E4M3_WINDOW).all()))
+            return RowFacts(scales.amax(-1), False)
+        memory["rows"] = _lasting(functools.partial(_row_facts, scales), scales.device)
     return memory["rows"]
 
 
@@ -177,7 +198,7 @@ _workspaces: dict[int, Workspace] = {}
 def workspace(device: torch.device) -> Workspace:
     found = _workspaces.get(device.index)
     if found is None:
-        found = Workspace(device)
+        found = _lasting(functools.partial(Workspace, device), device)
         if not torch.cuda.is_current_stream_capturing():     # a graph's own memory must not outlive it here
             _workspaces[device.index] = found
     return found
