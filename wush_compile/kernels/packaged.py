@@ -203,8 +203,8 @@ def _fused(
     elif not tile.packed:
         block = 1 if most is not m and most <= 64 else 8
         x = _launch(
-            expand_bf16_kernel, ("out",), (here * _tiles(m, block), _tiles(k, 1024)), 4, codes=x, scales=xs,
-            out=x.new_empty((m, k), dtype=torch.bfloat16), rows=m, K=k, MX=False, R=block, C=512, PANELS=True,
+            expand_bf16_kernel, ("out",), (here * _tiles(m, block), _tiles(k, 1024)), 4, codes=x, scales=xs, g=None,
+            out=x.new_empty((m, k), dtype=torch.bfloat16), rows=m, K=k, MX=False, SCALED=False, R=block, C=512, PANELS=True,
         )["out"]
     if tile.split > 1:                                     # as large as the band needs: M may be far beyond it
         parts = x.new_empty((tile.split, most, n), dtype=torch.float32)

@@ -56,6 +56,6 @@ def fuse_activation(graph: Graph) -> int:
         x, *quantizer = arguments(node).values()
         if only_user(x, node) and (found := _gated(x)) is not None:
             target, prologue = found
-            replace(node, insert(graph, node, target, (*prologue, *quantizer), like=node))
+            replace(node, insert(graph, node, target, (*prologue, *quantizer), val=value(node)))
             fused += 1
     return fused

@@ -37,7 +37,7 @@ def fuse_epilogue(graph: Graph) -> int:
             taken = _as_argument(linear, other, node)
             if taken is not None:
                 args = tuple((arguments(linear) | taken).values())
-                replace(node, insert(graph, node, torch.ops.wush.fp4_linear.default, args, like=node))
+                replace(node, insert(graph, node, torch.ops.wush.fp4_linear.default, args, val=value(node)))
                 fused += 1
                 break
     return fused

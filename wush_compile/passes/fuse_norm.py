@@ -90,6 +90,6 @@ def fuse_norm(graph: Graph) -> int:
         found = _rms_norm(x) or _layer_norm(x)
         if found is not None:
             target, prologue = found
-            replace(node, insert(graph, node, target, (*prologue, *quantizer), like=node))
+            replace(node, insert(graph, node, target, (*prologue, *quantizer), val=value(node)))
             fused += 1
     return fused

@@ -58,7 +58,9 @@ def merge_siblings(graph: Graph) -> int:
         members = sorted(members, key=lambda m: m[0])
         if not _chain(members):
             continue
-        merged = insert(graph, first, torch.ops.wush.fp4_linear.default, common)
+        *lead, _ = value(first).shape
+        y = value(first).new_empty((*lead, members[-1][1]))                # [.., N]
+        merged = insert(graph, first, torch.ops.wush.fp4_linear.default, common, val=y)
         if len(members) > 1:
             sizes = [stop - start for start, stop, _ in members]
             split = insert(graph, first, torch.ops.aten.split_with_sizes.default, (merged, sizes, -1))

@@ -161,16 +161,16 @@ def only_user(node: Node, user: Node) -> bool:
     return all(u is user or op_name(u) == "_assert_tensor_metadata" for u in node.users)
 
 
-def insert(graph: Graph, where: Node, target, args: tuple, like: Node | None = None) -> Node:
+def insert(graph: Graph, where: Node, target, args: tuple, val: object = None) -> Node:
     """A new call before `where`, with `where`'s place in the module tree.
 
-    Its recorded value is that of `like`, if the layout is known to be the same, else what its fake kernel says.
+    val: what is recorded of it, where that is known; else its fake kernel is asked, which takes longer.
     """
     with graph.inserting_before(where):
         node = graph.call_function(target, args)
     node.meta = {k: where.meta[k] for k in ("stack_trace", "nn_module_stack", "source_fn_stack") if k in where.meta}
-    if like is not None:
-        node.meta["val"] = value(like)
+    if val is not None:
+        node.meta["val"] = val
     else:
         with torch.no_grad():
             node.meta["val"] = target(*torch.fx.map_arg(args, value))
