@@ -243,6 +243,16 @@ def test_generate_with_static_and_dynamic_caches():
     assert torch.equal(model.generate(ids, **settings), expected)
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_generate_compiled_with_and_without_dynamic_shapes(dynamic):
+    model = quantized("llama", layers=1)
+    settings = dict(max_new_tokens=3, do_sample=False)
+    expected = model.generate(tokens(2, 6), **settings)
+    model.forward = torch.compile(model.forward, backend="wush", dynamic=dynamic, options=EXACT)
+    assert torch.equal(model.generate(tokens(2, 6), **settings), expected)
+    assert counters["stats"]["unique_graphs"] >= 1
+
+
 def test_a_static_decode_loop_of_64_tokens_compiles_two_graphs():
     from transformers import StaticCache
 
