@@ -91,14 +91,30 @@ def tree_sum(x, R: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
     return tl.sum(x, axis=2)
 
 
+# A term of `formats._squared_error`: ((v - e2m1(v)) * unit)^2 of v = $1 * $2, unit $3; p is the signed power of two of
+# max(|v|, 1), and adding p * 2^22 rounds to e2m1's spacing there.
+_ERROR_PTX = tl.constexpr(
+    "{ .reg .f32 v, p, t; .reg .b32 b; mul.rn.f32 v, $1, $2; max.xorsign.abs.f32 p, v, 0f3F800000; mov.b32 b, p; "
+    "and.b32 b, b, 0xFF800000; mov.b32 p, b; fma.rn.f32 t, p, 0f4A800000, v; fma.rn.f32 t, p, 0fCA800000, t; "
+    "min.xorsign.abs.f32 t, t, 0f40C00000; sub.rn.f32 v, v, t; mul.rn.f32 v, v, $3; mul.rn.f32 $0, v, v; }"
+)
+
+
 @triton.jit
-def squared_error(y, inverse, unit, R: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
+def squared_error(y, inverse, unit, PTX: tl.constexpr, R: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
     """`formats._squared_error` of [R, N, G] with factors [R, N]."""
-    a = tl.abs(y * inverse[:, :, None])
-    c, total = _step_sum(tl.minimum(a, 8.0))
-    d = (a - tl.minimum(total - c, 6.0)) * unit[:, :, None]
-    # Not d * d: where a compiler may contract, it would take the product and the first sum for one operation.
-    return tree_sum(tl.fma(d, d, 0.0), R, N, G)
+    factor = tl.broadcast_to(inverse[:, :, None], (R, N, G))
+    weight = tl.broadcast_to(unit[:, :, None], (R, N, G))
+    if PTX > 1:
+        terms = tl.inline_asm_elementwise(_ERROR_PTX, "=f,f,f,f", [y, factor, weight], dtype=tl.float32, is_pure=True,
+                                          pack=1)
+    else:
+        a = tl.abs(y * factor)
+        c, total = _step_sum(tl.minimum(a, 8.0))
+        d = (a - tl.minimum(total - c, 6.0)) * weight
+        # Not d * d: where a compiler may contract, it would take the product and the first sum for one operation.
+        terms = tl.fma(d, d, 0.0)
+    return tree_sum(terms, R, N, G)
 
 
 # The terms of `formats._halved_scale_gain`. Clamping to [0, 1] costs nothing: it modifies additions and products.
@@ -145,15 +161,17 @@ def _nv_byte(amax, g, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def nv_scale(y, amax, g, RULE: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
-    """e4m3 bytes (int32 [R, N]) of groups y [R, N, 16]; g: the global scale, fp32."""
+def nv_scale(y, amax, g, RULE: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PTX: tl.constexpr = 0):
+    """e4m3 bytes (int32 [R, N]) of groups y [R, N, 16]; g: the global scale, fp32. PTX, as `pack_codes`, is for values
+    of at most 2^100 times their scale."""
     byte = _nv_byte(amax, g, 6.0)
     if RULE == "mse":
         narrow = _nv_byte(amax, g, 4.0)
         s0 = e4m3_decode(byte)
         s1 = e4m3_decode(narrow)
-        better = squared_error(y, tl.div_rn(g, s1), s1, R, N, 16) < squared_error(y, tl.div_rn(g, s0), s0, R, N, 16)
-        byte = tl.where(better, narrow, byte)
+        e0 = squared_error(y, tl.div_rn(g, s0), s0, PTX, R, N, 16)
+        e1 = squared_error(y, tl.div_rn(g, s1), s1, PTX, R, N, 16)
+        byte = tl.where(e1 < e0, narrow, byte)
     return byte
 
 
@@ -182,7 +200,7 @@ def _pack_ptx(values, byte, ptx, native, most):
     """PTX that leaves the codes of 8 floats, the registers `values`, in register `word`, the first in its low nibble.
 
     byte: the register with the e8m0 byte of their group, if they are not yet multiplied by its inverse, or "".
-    ptx: 2 for sm_86 and later, 1 before. most: what no magnitude exceeds, 6 or 10, or 0 if any may occur.
+    ptx: 2 or 3 for sm_86 and later, 1 before. most: what no magnitude exceeds, 6 or 10, or 0 if any may occur.
 
     Without Blackwell's instruction a magnitude a is rounded by adding c = p * 2^22, p the power of two of max(a, 1), as
     `_step_sum`; c has 214 of p's half steps more, which makes the low byte of sum + (sum >> 22) the code. Of two sums,
@@ -195,7 +213,7 @@ def _pack_ptx(values, byte, ptx, native, most):
         lines += [f"mul.rn.f32 v{i}, {v}, f;" if byte else f"mov.f32 v{i}, {v};" for i, v in enumerate(values)]
         lines += [f"cvt.rn.satfinite.e2m1x2.f32 t{j}, v{2 * j + 1}, v{2 * j};" for j in range(4)]
         return " ".join(lines) + " mov.b32 word, {t0, t1, t2, t3}; }"
-    lines = ["{ .reg .f32 a, p, c, one, six; .reg .b32 i, l, h; .reg .b32 s<4>, t<8>;"]
+    lines = ["{ .reg .f32 a, p, c, one, six; .reg .b32 i, l, h; .reg .b32 s<4>;"]
     if byte:
         lines.append(f"shl.b32 i, {byte}, 23; mov.b32 one, i; add.u32 i, i, 0x01400000; mov.b32 six, i; "
                      f"shl.b32 i, {byte}, 1; sub.u32 i, {0x4A800000 + 214 + 254}, i; mov.b32 c, i;")
@@ -216,12 +234,42 @@ def _pack_ptx(values, byte, ptx, native, most):
     lines.append("prmt.b32 s0, s0, s1, 0x40; prmt.b32 s2, s2, s3, 0x40; prmt.b32 s0, s0, s2, 0x5410;")
     if most == 10:                                            # above 7 the code is 8 so far, and must be 7
         lines.append("and.b32 l, s0, 0x88888888; shr.u32 l, l, 3; sub.u32 s0, s0, l;")
+    return " ".join(lines) + " mov.b32 word, s0; } " + _signs_ptx(values)
+
+
+@triton.constexpr_function
+def _pack_by_sums_ptx(values, byte):
+    """As `_pack_ptx`, with additions and products in place of integer instructions: for a share of the words, so that
+    neither of the two kinds of arithmetic units waits for the other. Any magnitude may occur.
+
+    The code of a magnitude v is the number of steps of 1/2 up to 2, of 1 from 2 to 4 and of 2 from 4 to 6
+    (`formats._e2m1_steps`), each rounded half to even by adding it to an even integer above 2^23. Four codes go into
+    one sum, which is multiplied by 16 in between."""
+    lines = ["{ .reg .f32 a, u, s, half; .reg .b32 i, t<2>;"]
+    if byte:
+        lines.append(f"shl.b32 i, {byte}, 23; sub.u32 i, 0x7E800000, i; mov.b32 half, i;")
+    else:
+        lines.append("mov.f32 half, 0f3F000000;")
+    for j in (0, 1):
+        for k in (3, 2, 1, 0):
+            lines.append("mov.f32 s, 0f4B000000;" if k == 3 else "fma.rn.f32 s, s, 0f41800000, 0fCCF00000;")
+            lines.append(f"abs.f32 a, {values[4 * j + k]}; mul.rn.sat.f32 u, a, half; fma.rn.f32 s, u, 0f40800000, s; "
+                         "fma.rn.sat.f32 u, a, half, 0fBF800000; fma.rn.f32 s, u, 0f40000000, s; "
+                         "fma.rn.sat.f32 u, a, half, 0fC0000000; add.rn.f32 s, u, s;")
+        lines.append(f"mov.b32 t{j}, s;")
+    return " ".join(lines) + " prmt.b32 word, t0, t1, 0x5410; }"
+
+
+@triton.constexpr_function
+def _signs_ptx(values):
+    """PTX that adds the signs of 8 floats to the codes of their magnitudes in register `word`."""
+    lines = ["{ .reg .b32 t<8>;"]
     lines += [f"mov.b32 t{i}, {v};" for i, v in enumerate(values)]
-    for i in (0, 1):                                          # the signs of the even values, and of the odd ones
+    for i in (0, 1):                                          # of the even values, and of the odd ones
         lines.append(f"prmt.b32 t{i}, t{i}, t{i + 2}, 0x73; prmt.b32 t{i + 4}, t{i + 4}, t{i + 6}, 0x73; "
                      f"prmt.b32 t{i}, t{i}, t{i + 4}, 0x5410;")
-    lines.append("shr.u32 t0, t0, 4; lop3.b32 s0, t0, 0x08080808, s0, 0xEA; lop3.b32 word, t1, 0x80808080, s0, 0xEA; }")
-    return " ".join(lines)
+    return " ".join(lines) + (" shr.u32 t0, t0, 4; lop3.b32 word, t0, 0x08080808, word, 0xEA; "
+                              "lop3.b32 word, t1, 0x80808080, word, 0xEA; }")
 
 
 @triton.constexpr_function
@@ -238,7 +286,12 @@ def _store_ptx(words, by_group, masked, ptx, native, most):
     byte, pointer, mask = (f"${after}" if by_group else ""), f"${after + by_group}", f"${after + by_group + 1}"
     text = f"{{ .reg .b32 word; .reg .b32 w<{words}>; .reg .pred q; mov.b32 $0, 0; "
     for j in range(words):
-        text += _pack_ptx([f"${8 * j + i + 1}" for i in range(8)], byte, ptx, native, most) + f" mov.b32 w{j}, word; "
+        values = [f"${8 * j + i + 1}" for i in range(8)]
+        if ptx > 2 and not native and j % 2:
+            text += _pack_by_sums_ptx(values, byte) + _signs_ptx(values)
+        else:
+            text += _pack_ptx(values, byte, ptx, native, most)
+        text += f" mov.b32 w{j}, word; "
     text += f"setp.ne.b32 q, {mask}, 0; @q " if masked else ""
     return text + {1: f"st.global.b32 [{pointer}], w0; }}", 2: f"st.global.v2.b32 [{pointer}], {{w0, w1}}; }}",
                    4: f"st.global.v4.b32 [{pointer}], {{w0, w1, w2, w3}}; }}"}[words]
@@ -251,8 +304,8 @@ def _store_constraints(words, by_group, masked):
 
 @triton.jit
 def pack_codes(v, PTX: tl.constexpr, NATIVE: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """fp32 [R, W] -> two codes a byte, uint8 [R, W/2]. PTX: by assembly, 2 for sm_86 and later, 1
-    before, 0 in the interpreter; NATIVE: Blackwell's."""
+    """fp32 [R, W] -> two codes a byte, uint8 [R, W/2]. PTX: by assembly, above 1 for sm_86 and later,
+    1 before, 0 in the interpreter; NATIVE: Blackwell's."""
     low, high = tl.split(tl.reshape(v, (R, W // 2, 2)))
     if PTX:
         return tl.inline_asm_elementwise(
@@ -298,7 +351,8 @@ def store_codes(
     """Codes of y fp32 [R, W] to `pointer` [R, W/(8*WORDS)], 4*WORDS bytes each, where `inside` (None: everywhere), by
     assembly: a store of Triton's would first move them between threads.
 
-    BY_GROUP: of y * 2^(127 - byte), for |y| with bits below MX_LIMIT; byte [R, W/32]. MOST: as `_pack_ptx`."""
+    BY_GROUP: of y * 2^(127 - byte), for |y| with bits below MX_LIMIT; byte [R, W/32]. MOST: as `_pack_ptx`.
+    PTX: 3 to do every other word by `_pack_by_sums_ptx`."""
     MASKED: tl.constexpr = inside is not None
     N: tl.constexpr = W // (8 * WORDS)
     operands = _neighbours(y, WORDS, R, N)
@@ -351,7 +405,7 @@ def group_scales(
         if SCALED:
             factor = factor * g
     else:
-        byte = nv_scale(groups, amax, g, RULE, R, N)
+        byte = nv_scale(groups, amax, g, RULE, R, N, PTX)
         factor = tl.div_rn(g, e4m3_decode(byte))
     return byte, factor
 

@@ -24,6 +24,14 @@ from .triton_prologue import gated, normed
 
 
 @triton.jit
+def prefetch(pointers, PTX: tl.constexpr):
+    """Asks for the cache lines that hold these addresses; nothing is read."""
+    if PTX:
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
+                                  [pointers.to(tl.int64, bitcast=True)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def load_operand(t, first, SHARED: tl.constexpr, B: tl.constexpr, W: tl.constexpr, K: tl.constexpr):
     """[W, W]: entry (k, n) is T_b[c, k] where column k and c, the output in column n, are of one block b, else 0.
 
@@ -184,7 +192,7 @@ def _tile(
     if CLEAN:
         y, amax = _clean(y, x, operand, WIDE, G, B, R, W)
         bad = amax >= INF_BITS
-        byte, factor = group_scales(y, tl.where(bad, 0, amax), g, FORMAT, RULE, SCALED, PTX, R, W)
+        byte, factor = group_scales(y, tl.where(bad, 0, amax), g, FORMAT, RULE, SCALED, 0, R, W)
         byte = tl.where(bad, 255 if MX else 127, byte)
         _store_values(codes, y, byte, factor, row, left, first, K, False, 0, PTX, NATIVE, 0, R, W, G, MASKED, EVEN)
     else:
@@ -238,6 +246,9 @@ def transform_quantize_kernel(
     g = tl.full((), 1.0, tl.float32)
     if SCALED:
         g = tl.load(global_scale)
+    if TILES > 1:
+        # The first rows travel while the matrices do.
+        prefetch(x + tl.minimum(tl.arange(0, 2 * R), left - 1) * stride, PTX)
     operand = 0.0
     if B > 0:
         operand = load_operand(t, first, SHARED, B, W, K)
@@ -298,13 +309,17 @@ class Tile(NamedTuple):
 def choose_tile(rows: int, width: int, block: int) -> Tile:
     """The tile for x [rows, width] with transform blocks of `block` (0: none)."""
     if block == 0:
-        return Tile(1, 512, 1, 1, 2) if rows <= 4 else Tile(16, 256, 1, 1, 4)
+        if rows <= 4:
+            return Tile(1, 512, 1, 1, 2)
+        return Tile(4, 512, 1, 1, 2) if rows * width <= 2**20 else Tile(4, 1024, 1, 1, 4)
     columns = max(64, block)
     if rows <= 64:
-        return Tile(16, columns, 1, 1, 1 if block <= 64 else 4)
+        return Tile(16, max(32, block) if rows <= 16 else columns, 1, 1, 1 if block <= 64 else 4)
     if columns > 64:
         return Tile(64, columns, 1, 1, 4 if columns == 128 else 8)
-    return Tile(64, 64, 4, 3, 4) if rows * width <= 2**24 else Tile(64, 64, 8, 3, 4)
+    if rows * width <= 2**22:
+        return Tile(64, 64, 1, 1, 4)
+    return Tile(64, 64, 4, 3, 4) if rows * width <= 2**26 else Tile(64, 64, 8, 3, 4)
 
 
 def words(tile: Tile, cuda: bool, wide: bool, block: int, width: int) -> int:
