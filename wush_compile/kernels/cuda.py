@@ -63,8 +63,13 @@ def unavailable(capability: tuple[int, int]) -> str | None:
 
 # -- ops -------------------------------------------------------------------------------------------------------------
 
+@functools.cache
+def _device_target(index: int) -> str:
+    return TARGETS[torch.cuda.get_device_capability(index)]
+
+
 def _target(x: Tensor) -> str:
-    return TARGETS[torch.cuda.get_device_capability(x.device)]
+    return _device_target(x.device.index)
 
 
 def _refuses(x: Tensor, transform: Tensor | None, format: str) -> str | None:
