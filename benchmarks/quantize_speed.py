@@ -1,7 +1,7 @@
 """Times the Triton quantizer, its fused variants and the second moments: CUDA-graph replays, inputs rotated out of L2.
 
-    python benchmarks/quantize_speed.py quantize fused moments --out results      the tables, as Markdown and JSON
-    python benchmarks/quantize_speed.py tune --out results                        every candidate tile: for `choose_tile`
+    python benchmarks/quantize_speed.py quantize fused moments --out results     the tables, as Markdown and JSON
+    python benchmarks/quantize_speed.py tune --out results                       every candidate tile: for `choose_tile`
 
 A share is that of the time a copy of the same bytes would take at the rate measured for a copy of that shape.
 """

@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .triton_launch import overlaps
 from .triton_prologue import row_statistics_kernel
 from .triton_quantize import Prologue, dense_rows, transform_quantize
 
@@ -17,9 +18,10 @@ def row_statistics(x: Tensor, eps: float | Tensor, centered: bool) -> tuple[Tens
     scale = torch.empty(count, dtype=torch.float32, device=x.device)
     mean = torch.empty_like(scale) if centered else None
     columns = min(ROW_COLUMNS, triton.next_power_of_2(width))
+    pdl = overlaps(x.device.index)
     row_statistics_kernel[(count,)](
         rows, eps, mean, scale, count, rows.stride(0), width, centered, isinstance(eps, Tensor), 1, columns,
-        num_warps=max(1, min(8, columns // 512)),
+        pdl, num_warps=max(1, min(8, columns // 512)), **({"launch_pdl": True} if pdl else {}),
     )
     return mean, scale
 

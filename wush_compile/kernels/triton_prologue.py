@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from .triton_launch import start_next, wait_inputs
+
 SQRT1_2 = tl.constexpr(0.7071067811865476)
 # The tanh approximation of GELU: tanh(BETA * (x + KAPPA * x^3)).
 GELU_BETA = tl.constexpr(0.7978845608028654)
@@ -67,10 +69,12 @@ def normed(x, mean, scale, weight, bias, KIND: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def row_statistics_kernel(
     x, eps, mean, scale, M, stride, K: tl.constexpr, CENTERED: tl.constexpr, EPS_TENSOR: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr,
+    C: tl.constexpr, PDL: tl.constexpr,
 ):
     """x [M, K] -> scale fp32 [M] = rsqrt(mean(x^2) + eps), or with CENTERED the mean and rsqrt(variance + eps); grid
     (rows/R). eps: a number, or with EPS_TENSOR a pointer to one."""
+    start_next(PDL)
+    wait_inputs(PDL)
     rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     inside = (rows < M)[:, None]
     pointers = x + rows[:, None] * stride
