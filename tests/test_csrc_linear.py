@@ -4,7 +4,10 @@ On a GPU without the FP4 instruction the library of sm_90a runs the kernel of sm
 """
 
 import ctypes
+import functools
+import hashlib
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -506,3 +509,54 @@ def test_swizzle_is_the_reference(linear, rows, groups):
     want = layouts.swizzle_scales(scales)
     poison(want.numel())
     assert torch.equal(linear.library.swizzle_scales(scales), want)
+
+
+# -- sm_100's epilogue, on Hopper ------------------------------------------------------------------------------------
+
+@functools.cache
+def epilogue_library() -> Path:
+    """tests/cutlass_epilogue.cu for sm_90a, built once for its sources; `BuildError` without nvcc or CUTLASS."""
+    source = Path(__file__).with_name("cutlass_epilogue.cu")
+    text = b"".join(p.read_bytes() for p in (source, build.HERE / "linear_epilogue.cuh", build.HERE / "linear.h"))
+    path = build.OUT.parent / "tests" / f"epilogue-{hashlib.sha256(text).hexdigest()[:12]}.so"
+    if not path.exists():
+        nvcc, _ = build.find_nvcc()
+        cutlass = build.package_directory("cutlass_library", "pip install nvidia-cutlass") / "source"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(
+            [nvcc, "-shared", "-O3", "-std=c++20", "-Xcompiler=-fPIC", "-cudart=static", "--expt-relaxed-constexpr",
+             "-gencode=arch=compute_90a,code=sm_90a", f"-I{build.HERE}", f"-I{cutlass / 'include'}",
+             f"-I{cutlass / 'tools/util/include'}", source, "-o", path], check=True)
+    return path
+
+
+@gpu
+def test_the_epilogue_of_sm100_rounds_where_the_op_does():
+    """Its tree of CUTLASS's visitors behind a bf16 product of small integers: bit for bit, all combinations."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("CUTLASS's Hopper kernels run on Hopper only")
+    try:
+        run = ctypes.CDLL(str(epilogue_library())).epilogue
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    run.restype = ctypes.c_char_p
+
+    def address(t):
+        return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+    for m, n, k in ((1, 8, 64), (130, 72, 96), (300, 264, 512)):
+        x = torch.randint(-6, 7, (m, k), device=DEVICE).bfloat16()
+        w = torch.randint(-6, 7, (n, k), device=DEVICE).bfloat16()
+        sums = (x.double() @ w.double().T).float()
+        bias = torch.randn(n, device=DEVICE).bfloat16() * 20
+        residual = torch.randn(m, n, device=DEVICE).bfloat16() * 90
+        for gx, gw, b, r in itertools.product((None, scalar(3.0)), (None, scalar(0.37)), (None, bias), (None, residual)):
+            y = sums * (1.0 / ((1.0 if gx is None else gx) * (1.0 if gw is None else gw)))
+            y = (y if b is None else y + b.float()).bfloat16()
+            y = y if r is None else y + r
+            out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+            torch.cuda.synchronize()
+            problem = run(m, n, k, *map(address, (x, w, gx, gw, b, r, out)), None)
+            assert problem is None, problem
+            torch.cuda.synchronize()
+            assert torch.equal(out, y), (m, n, k, gx, gw, b is None, r is None)
