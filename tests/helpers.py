@@ -50,7 +50,7 @@ def like_eager(actual: Tensor, expected: Tensor, exact: bool) -> bool:
     """Whether a compiled result is eager's: bit for bit, or else up to the codes that other rounding may flip."""
     if exact:
         return torch.equal(actual, expected)
-    return bool((actual.float() - expected.float()).norm() <= 0.1 * expected.float().norm())
+    return bool((actual.float() - expected.float()).norm() <= 0.2 * expected.float().norm())
 
 
 def same_tensors(a: nn.Module, b: nn.Module) -> bool:
