@@ -131,6 +131,9 @@ def tuned(format: str, m: int, n: int, k: int):
 
 
 def bench_linear(rows=ROWS) -> list[dict]:
+    shapes = [(f, m, n, k) for f in ("mxfp4", "nvfp4") for m in rows for n, k in GROUPS.values()]
+    chosen = [(f, m, n, k, tuned(f, m, n, k) or triton_linear.choose(f, m, n, k)) for f, m, n, k in shapes]
+    compile_all([(f, _compile_rows(kernel, m), n, k, kernel) for f, m, n, k, kernel in chosen])
     out = []
     for m in rows:
         total = {"M": m, "group": "layer"}
@@ -227,8 +230,8 @@ def _compile(job) -> str | None:
     try:
         format, m, n, k, kernel = job
         g = torch.ones(1, device="cuda") if format == "nvfp4" else None
-        q = (torch.zeros(m, k // 2, dtype=torch.uint8, device="cuda"),
-             torch.ones(m, k // FORMATS[format].group_size, dtype=torch.uint8, device="cuda"))
+        x = torch.randn(m, k, device="cuda").bfloat16()
+        q = triton_quantize.transform_quantize(x, random_transform(k, FORMATS[format].group_size), g, format, "absmax")
         w = random_weight(n, k, format)
         for _ in range(2):                  # a weight's second use may start early, which is another compilation
             triton_linear.fp4_linear(*q, g, *w, g, None, None, format, torch.bfloat16, kernel)
