@@ -1,159 +1,247 @@
-"""Times the Triton quantizer, its fused variants and the second moments: CUDA-graph replays, inputs rotated out of L2.
+"""Time and memory of `wush_compile.quantize` on Llama shapes: random weights in CPU memory, one GPU, phase by phase.
 
-    python benchmarks/quantize_speed.py quantize fused moments --out results     the tables, as Markdown and JSON
-    python benchmarks/quantize_speed.py tune --out results                       every candidate tile: for `choose_tile`
+    python benchmarks/quantize_speed.py --model 8b --solver gptq --out results/quantize_speed.json
+    python benchmarks/quantize_speed.py --model 8b --solver rtn gptq --layers 2        a few layers, and what all would take
+    torchrun --nproc-per-node 2 benchmarks/quantize_speed.py --model 8b --layers 2
 
-A share is that of the time a copy of the same bytes would take at the rate measured for a copy of that shape.
+Everything from the model in CPU memory to the quantized one in CPU memory is timed. Beside each phase stands its floor: its
+floating-point operations at the rate of a large matrix product of the library, or its bytes at the rate of a large copy,
+whichever is longer, both measured at the start. Phases are separated by waiting for the GPU, which costs a little;
+`--no-phases` measures without. With `--layers`, one layer is quantized first, so that compiling kernels is not scaled.
+
+Shapes are the published configurations. Weights are normal, their input channels scaled over two decades and a few of them
+tenfold again, norms likewise: made layer by layer on the GPU.
 """
 
 import argparse
-import itertools
-import pathlib
+import gc
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
 
+import common
 import torch
-from kernel_speed import compile_all, copies, random_transform, time_us, write
+from torch import Tensor, nn
 
-from wush_compile import ops
-from wush_compile.formats import FORMATS
-from wush_compile.kernels import triton_fused, triton_gram, triton_quantize
-from wush_compile.kernels.triton_quantize import Tile
+import wush_compile as wc
+from wush_compile import phases
+from wush_compile.quantization import quantization_of
+from wush_compile.solver import moment_shape
 
-SHAPES = ((1, 4096), (16, 4096), (64, 4096), (1024, 4096), (4096, 4096), (8192, 4096), (8192, 14336))
-
-
-def inputs(m: int, k: int, reads: int = 1) -> list[torch.Tensor]:
-    return [torch.randn(m, k, device="cuda").bfloat16() for _ in range(copies(2 * m * k * reads))]
-
-
-def copy_time(m: int, k: int) -> float:
-    pairs = [(torch.empty_like(x), x) for x in inputs(m, k, 2)]
-    return time_us([lambda a=a, b=b: a.copy_(b) for a, b in pairs])
-
-
-def ideal_time(copy: float, format: str, reads: int = 1) -> float:
-    """From the time of a copy of a 16-bit matrix: `reads` of them are read, codes and scales written."""
-    return copy * (2 * reads + 0.5 + 1 / FORMATS[format].group_size) / 4
+SHAPES = {
+    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+               num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=False),
+    "3b": dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+               num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=True),
+    "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=32, vocab_size=256, tie_word_embeddings=False),
+}
+OUTLIERS = 4                # channels, times OUTLIER
+OUTLIER = 10.0
 
 
-def operands(k: int, format: str, kind: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(transform, global scale); kind: "blocks" (a matrix each), "shared" or "none"."""
-    block = FORMATS[format].group_size
-    t = None if kind == "none" else random_transform(k if kind == "blocks" else block, block)
-    return t, torch.ones(1, device="cuda") if format == "nvfp4" else None
+# -- the model -------------------------------------------------------------------------------------------------------
+
+def channel_scales(channels: int, generator: torch.Generator) -> Tensor:
+    """fp32 [channels], log-uniform over two decades, a few of them tenfold, of mean square 1."""
+    scales = 10 ** (2 * torch.rand(channels, device=generator.device, generator=generator) - 1)
+    scales[torch.randperm(channels, device=generator.device, generator=generator)[:OUTLIERS]] *= OUTLIER
+    return scales / scales.square().mean().sqrt()
 
 
-def quantize_time(m: int, k: int, format: str, rule: str, kind: str, tile: Tile | None = None) -> float:
-    t, g = operands(k, format, kind)
-    return time_us([lambda x=x: triton_quantize.transform_quantize(x, t, g, format, rule, tile) for x in inputs(m, k)])
+def build(name: str, layers: int | None, device: torch.device) -> nn.Module:
+    """A random Llama in bf16 in CPU memory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = dict(SHAPES[name])
+    settings["num_hidden_layers"] = layers or settings["num_hidden_layers"]
+    config = LlamaConfig(**settings, max_position_embeddings=8192, rope_theta=500000.0, bos_token_id=1, eos_token_id=2)
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    rotary = type(model.model.rotary_emb)(config)              # its frequencies are no parameters
+    model = model.to_empty(device="cpu").eval()
+    model.model.rotary_emb = rotary
+    model.tie_weights()
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            value = channel_scales(len(parameter), generator)
+        else:
+            rows, width = parameter.shape
+            value = torch.randn(rows, width, device=device, generator=generator) * channel_scales(width, generator)
+            value /= width**0.5
+        parameter.data.copy_(value)
+    return model.requires_grad_(False)
 
 
-def bench_quantize() -> list[dict]:
-    rows = []
-    for m, k in SHAPES:
-        copy = copy_time(m, k)
-        for format in ("mxfp4", "nvfp4"):
-            ideal = ideal_time(copy, format)
-            row = {"M": m, "K": k, "format": format, "copy us": copy, "copy TB/s": 4e-6 * m * k / copy,
-                   "ideal us": ideal}
-            for kind, rule in (("none", "absmax"), ("shared", "absmax"), ("blocks", "absmax"), ("blocks", "mse")):
-                us = quantize_time(m, k, format, rule, kind)
-                row[f"{kind} {rule} us"], row[f"{kind} {rule} share"] = us, ideal / us
-            rows.append(row)
-    return rows
+def groups(shape: dict) -> dict[str, tuple[int, int]]:
+    """(N, K) of the groups of one layer."""
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    heads, kv = shape["num_attention_heads"] * shape["head_dim"], shape["num_key_value_heads"] * shape["head_dim"]
+    return {"qkv": (heads + 2 * kv, hidden), "o": (hidden, heads), "gate_up": (2 * inner, hidden), "down": (hidden, inner)}
 
 
-def bench_fused() -> list[dict]:
-    """The quantizer with a prologue, beside the quantizer alone."""
-    rows = []
-    for m, k in SHAPES:
-        t, _ = operands(k, "mxfp4", "blocks")
-        weight, pairs = torch.ones(k, device="cuda").bfloat16(), list(zip(inputs(m, k, 2), inputs(m, k, 2)))
-        tail = (t, None, "mxfp4", "absmax")
-        calls = {
-            "quantizer": lambda a, b: triton_quantize.transform_quantize(a, *tail),
-            "rms_norm": lambda a, b: triton_fused.rms_norm_transform_quantize(a, weight, 1e-5, None, "rounded", *tail),
-            "layer_norm": lambda a, b: triton_fused.layer_norm_transform_quantize(a, weight, weight, 1e-5, None, *tail),
-            "silu_mul": lambda a, b: triton_fused.silu_mul_transform_quantize(a, b, *tail),
-            "gelu_mul": lambda a, b: triton_fused.gelu_mul_transform_quantize(a, b, "none", *tail),
-        }
-        times = {name: time_us([lambda a=a, b=b: call(a, b) for a, b in pairs]) for name, call in calls.items()}
-        row = {"M": m, "K": k} | {f"{name} us": us for name, us in times.items()}
-        rows.append(row | {"rms_norm / quantizer": times["rms_norm"] / times["quantizer"],
-                           "silu_mul share": ideal_time(copy_time(m, k), "mxfp4", 2) / times["silu_mul"]})
-    return rows
+# -- floors ----------------------------------------------------------------------------------------------------------
 
-
-def bench_moments() -> list[dict]:
-    """Whole and block-diagonal second moments of bf16 rows, beside what the reference does in fp32."""
-    rows = []
-    for k, m in itertools.product((4096, 14336), (2048, 8192)):
-        xs = inputs(m, k)
-        whole, blocks = torch.zeros(k, k, device="cuda"), torch.zeros(k // 32, 32, 32, device="cuda")
-        row = {"rows": m, "K": k}
-        for name, moment in (("whole", whole), ("blocks", blocks)):
-            row[f"{name} us"] = time_us([lambda x=x: triton_gram.add_moment(x, moment) for x in xs], 3)
-            row[f"{name} fp32 us"] = time_us([lambda x=x: ops._add_moment(x, moment) for x in xs[:2]], 3, 2)
-        row["whole TFLOP/s"] = 2e-6 * m * k * k / row["whole us"]
-        row["blocks share"] = copy_time(m, k) / 2 / row["blocks us"]
-        rows.append(row)
-    return rows
-
-
-# -- tune ------------------------------------------------------------------------------------------------------------
-
-def tiles(m: int, kind: str) -> list[Tile]:
-    if kind == "none":
-        shapes = [(1, 512, 1, 1, 1), (1, 512, 1, 1, 2), (1, 1024, 1, 1, 4), (1, 256, 1, 1, 1)] if m <= 4 else [
-            (16, 256, 1, 1, 4), (8, 512, 1, 1, 4), (16, 512, 1, 1, 8), (32, 128, 1, 1, 4), (4, 1024, 1, 1, 4),
-            (4, 512, 1, 1, 2)]
-    elif m <= 64:
-        shapes = [(16, 64, 1, 1, 1), (16, 64, 1, 1, 2), (16, 32, 1, 1, 1), (16, 128, 1, 1, 1)]
-    else:
-        shapes = [(64, 64, 1, 1, 4), (64, 64, 4, 3, 4), (64, 64, 8, 3, 4), (64, 64, 16, 3, 4), (64, 64, 4, 4, 4),
-                  (64, 64, 8, 2, 4), (64, 128, 4, 2, 4), (64, 128, 8, 2, 4), (64, 128, 4, 3, 4), (32, 64, 4, 3, 2),
-                  (16, 64, 8, 3, 1), (128, 64, 4, 3, 8)]
-    return [Tile(*s) for s in shapes]
-
-
-def compile_tile(job) -> str | None:
-    """Runs a candidate once in a process of its own, so that its kernel is in Triton's cache."""
-    m, k, format, rule, kind, tile = job
-    try:
-        t, g = operands(k, format, kind)
-        x = torch.zeros(m, k, device="cuda").bfloat16()
-        triton_quantize.transform_quantize(x, t, g, format, rule, tile)
+def best(work, repeats: int = 5) -> float:
+    """Seconds of the fastest repetition."""
+    times = []
+    for _ in range(repeats + 1):
         torch.cuda.synchronize()
-    except Exception as error:                                       # a candidate that does not compile is a result
-        return f"{job}: {type(error).__name__} {str(error)[:200]}"
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
-def tune() -> list[dict]:
-    shapes = ((1, 4096), (16, 4096), (64, 4096), (1024, 4096), (4096, 4096), (8192, 4096), (8192, 14336))
-    kinds = (("mxfp4", "absmax", "blocks"), ("mxfp4", "mse", "blocks"), ("nvfp4", "absmax", "blocks"),
-             ("mxfp4", "absmax", "none"))
-    cases = [(m, k, *kind, t) for kind in kinds for m, k in shapes for t in tiles(m, kind[2])]
-    compile_all([(min(m, 1024), *case) for m, *case in cases], compile_tile)
-    rows = []
-    for (m, k, f, r, kind), group in itertools.groupby(cases, key=lambda c: c[:5]):
-        ideal = ideal_time(copy_time(m, k), f)
-        timed = sorted((quantize_time(m, k, f, r, kind, t), repr(tuple(t))) for *_, t in group)
-        rows.append({"format": f, "rule": r, "kind": kind, "M": m, "K": k, "ideal us": ideal, "all": timed})
-        best = "  ".join(f"{us:.1f} {c}" for us, c in timed[:4])
-        print(f"{f} {r} {kind} M={m} K={k} ideal {ideal:.1f} | {ideal / timed[0][0]:.0%} | {best}", flush=True)
-    return rows
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Measured rates: FLOP/s of matrix products, bytes/s of a copy on the device and from pageable and pinned memory."""
+    n = 8192
+    half = [torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    wide = [torch.randn(n // 2, n // 2, device=device, dtype=torch.float64) for _ in range(2)]
+    block = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(block)
+    there = torch.ones(2**28, dtype=torch.uint8)
+    pinned = there.pin_memory()
+    near = target[: 2**28]
+    rates = {
+        "bf16": 2 * n**3 / best(lambda: half[0] @ half[1]),
+        "fp64": 2 * (n // 2) ** 3 / best(lambda: wide[0] @ wide[1]),
+        "copy": 2 * 2**30 / best(lambda: target.copy_(block)),
+        "pageable": 2**28 / best(lambda: near.copy_(there)),
+        "pinned": 2**28 / best(lambda: near.copy_(pinned)),
+    }
+    del half, wide, block, target, near
+    torch.cuda.empty_cache()
+    return rates
 
 
-BENCHMARKS = {"quantize": bench_quantize, "fused": bench_fused, "moments": bench_moments, "tune": tune}
+def floors(shape: dict, layers: int, tokens: int, length: int, config: wc.WushConfig, rates: dict[str, float]) -> dict:
+    """Seconds by phase. FLOP are counted with symmetry where the result has it."""
+    seconds = dict.fromkeys(("forwards", "moments", "samples", "Cholesky", "transforms", "GPTQ", "packing", "layer losses",
+                             "transfers"), 0.0)
+
+    def add(phase: str, flops: float = 0.0, rate: str = "bf16", nbytes: float = 0.0, by: str = "copy") -> None:
+        seconds[phase] += layers * max(flops / rates[rate], nbytes / rates[by])
+
+    for rows, width in groups(shape).values():
+        block = config.transform_block_size or config.group_size
+        kept = 2 if layers > 1 else 1                          # the last layer is only observed
+        add("forwards", flops=2 * tokens * rows * width * kept, nbytes=2 * tokens * (rows + width) * kept)
+        whole = len(moment_shape(config, width)) == 2
+        add("moments", flops=tokens * width * (width if whole else block), nbytes=2 * tokens * width)
+        add("samples", nbytes=2 * tokens * width)
+        add("transforms", flops=2 * rows * width * block, rate="fp64", nbytes=8 * rows * width)
+        if config.solver == "gptq":
+            add("Cholesky", flops=width**3 / 3, rate="fp64")
+            # The products between blocks; reading and writing residuals, errors and codes once.
+            add("GPTQ", flops=rows * width**2, rate="fp64", nbytes=(8 + 8 + 1) * rows * width)
+            add("packing", nbytes=1.5 * rows * width)
+        else:
+            add("packing", nbytes=(8 + 8 + 0.5) * rows * width)
+        add("layer losses", nbytes=(2 + 0.5 + 4) * rows * width)
+        add("transfers", nbytes=2 * rows * width, by="pageable")
+        add("transfers", nbytes=0.5 * rows * width, by="pageable")
+    attention = 2 * tokens * length * shape["num_attention_heads"] * shape["head_dim"]     # causal: half of 4·T²·d
+    add("forwards", flops=2 * attention)
+    return seconds
+
+
+# -- a run -----------------------------------------------------------------------------------------------------------
+
+def measure(
+    name: str, solver: str, layers: int | None, windows: list[Tensor], device: torch.device, options: dict, separate: bool,
+) -> dict:
+    """Seconds by phase, in all, and peak memory of one quantization."""
+    model = build(name, layers, device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    with phases.timing(synchronize=separate) as seconds:
+        wc.quantize(model, windows, progress=False, device=device, solver=solver, **options)
+        torch.cuda.synchronize()
+    total = time.perf_counter() - start
+    state = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if ".group." in name:
+            state.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    everybody = [state.hexdigest()] * int(os.environ.get("WORLD_SIZE", 1))
+    if len(everybody) > 1:
+        torch.distributed.all_gather_object(everybody, state.hexdigest())
+    losses = [report["relative_loss"] for report in quantization_of(model).report.values()]
+    return {"seconds": total, "phases": {**seconds, "everything else": total - sum(seconds.values())},
+            "losses": losses, "sha256": sorted(set(everybody)),
+            "peak_allocated": torch.cuda.max_memory_allocated(), "peak_reserved": torch.cuda.max_memory_reserved()}
+
+
+def show(result: dict) -> None:
+    print(f"\n{result['model']} {result['solver']}, {result['layers']} of {result['all_layers']} layers, "
+          f"{result['tokens']} tokens, {result['processes']} process(es)")
+    print("| phase | seconds | floor | ratio |\n|---|---|---|---|")
+    for phase, seconds in sorted(result["phases"].items(), key=lambda item: -item[1]):
+        floor = result["floors"].get(phase)
+        print(f"| {phase} | {seconds:.3f} | " + (f"{floor:.3f} | {seconds / floor:.1f} |" if floor else "| |"))
+    print(f"| all | {result['seconds']:.2f} | {sum(result['floors'].values()):.2f} | |")
+    allocated, reserved = result["peak_allocated"] / 1e9, result["peak_reserved"] / 1e9
+    print(f"peak GPU memory {allocated:.2f} GB allocated, {reserved:.2f} GB reserved")
+    print(f"sha256 of the codes and scales, every process: {', '.join(s[:16] for s in result['sha256'])}; "
+          f"mean relative loss {sum(result['losses']) / len(result['losses']):.4f}")
+    if result["layers"] < result["all_layers"]:
+        print(f"all {result['all_layers']} layers at this rate: {result['projected']:.0f} s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=BENCHMARKS)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
+    parser.add_argument("--model", choices=SHAPES, default="8b")
+    parser.add_argument("--solver", nargs="+", choices=("rtn", "gptq"), default=["gptq"])
+    parser.add_argument("--format", default="mxfp4")
+    parser.add_argument("--moments", default="marginal")
+    parser.add_argument("--layers", type=int, help="quantize only so many, after a warm-up with one")
+    parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--no-phases", action="store_true", help="do not wait for the GPU between phases")
+    parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    for name in args.what:
-        write(name, BENCHMARKS[name](), args.out)
+
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    rank = int(os.environ.get("RANK", 0))
+    shape = SHAPES[args.model]
+    generator = torch.Generator().manual_seed(1)
+    windows = list(torch.randint(3, shape["vocab_size"], (args.windows, args.length), generator=generator).split(1))
+    options = {"format": args.format, "moments": args.moments, "batch_size": args.batch_size}
+    rates = ceilings(device)
+    if rank == 0:
+        shown = {name: f"{rate / 1e12:.3f}e12/s" for name, rate in rates.items()}
+        print(json.dumps({**common.environment(device), **shown}), flush=True)
+    layers = args.layers or shape["num_hidden_layers"]
+    results = []
+
+    def run(solver: str, processes: int) -> None:
+        if args.layers:
+            measure(args.model, solver, 1, windows[: max(8, processes)], device, options, False)
+        result = measure(args.model, solver, args.layers, windows, device, options, not args.no_phases)
+        tokens = args.windows * args.length // processes
+        config = wc.WushConfig(format=args.format, moments=args.moments, solver=solver)
+        result |= {
+            "model": args.model, "solver": solver, "format": args.format, "layers": layers, "tokens": tokens * processes,
+            "all_layers": shape["num_hidden_layers"], "processes": processes, "rates": rates,
+            "floors": floors(shape, layers, tokens, args.length, config, rates),
+            "projected": result["seconds"] * shape["num_hidden_layers"] / layers,
+        }
+        results.append(result)
+        if rank == 0:
+            show(result)
+            common.write_json(args.out, {**common.environment(device), "runs": results})
+
+    for solver in args.solver:
+        run(solver, int(os.environ.get("WORLD_SIZE", 1)))
 
 
 if __name__ == "__main__":
