@@ -1,20 +1,16 @@
 """Each pass alone and all together: the graph before and after, equal bits, no effect on foreign graphs."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from expecttest import TestCase as ExpectTest
 from helpers import quantize
 from models import quantized, tokens
-from pass_harness import PassBackend, check_graph, run
+from pass_harness import PassBackend, run
 from torch import nn
 
-from wush_compile import formats, kernels, passes
+from wush_compile import formats, passes
 from wush_compile.fused_ops import GAINS
 from wush_compile.modules import named_groups
-from wush_compile.passes.pattern import op_name, value
-from wush_compile.trace import count_ops, print_graph
 
 wush = torch.ops.wush
 HADAMARD = torch.tensor([[1.0]])
@@ -252,192 +248,6 @@ def test_cleanup_drops_views_and_paddings_that_change_nothing():
 
     seen = run(forward, x_like(2, 5, 64), steps=[passes.cleanup])
     assert seen.after.count("\n") == 1                       # the op and the return
-
-
-# -- lower, inline ---------------------------------------------------------------------------------------------------
-
-def on_gpu(program: torch.export.ExportedProgram) -> torch.fx.Graph:
-    """The program's graph as it would be had the model been on a GPU: only what was recorded of each node changes."""
-    def move(fake):
-        if not isinstance(fake, torch.Tensor):
-            return fake
-        with fake.fake_mode:
-            return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device="cuda:0")
-
-    for node in program.graph.nodes:
-        node.meta["val"] = torch.utils._pytree.tree_map(move, node.meta.get("val"))
-    return program.graph
-
-
-def exported(model: nn.Module, *inputs: torch.Tensor) -> torch.export.ExportedProgram:
-    any_rows = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
-    with torch.no_grad():
-        return torch.export.export(model, inputs, dynamic_shapes=(any_rows,) if len(inputs) > 1 else any_rows)
-
-
-class Gate(nn.Module):
-    def forward(self, gate, up):
-        return nn.functional.silu(gate) * up
-
-
-FUSED = {"rms_norm_transform_quantize": (Norm("rounded", torch.bfloat16), (x_like(5, 64),)),
-         "silu_mul_transform_quantize": (Gate(), (x_like(5, 64), x_like(5, 64, seed=1)))}
-
-
-@pytest.mark.parametrize("fused", FUSED)
-@pytest.mark.parametrize("kernels_for, apart", [("quantizer", True), ("both", False), ("none", False), ("refused", True)])
-def test_lower_takes_apart_what_a_gpu_has_only_the_quantizer_for(fused, kernels_for, apart, monkeypatch):
-    prologue, inputs = FUSED[fused]
-
-    class Forward(Quantizer):
-        def forward(self, a, b=None):
-            return super().forward(*(t for t in (a, b) if t is not None))
-
-    def implementation(arguments, reason=None):
-        def refuses(*args):
-            assert len(args) == arguments and args[-2:] == ("mxfp4", "absmax")
-            return reason
-        return [("triton", kernels.Implementation(None, refuses))]
-
-    arguments = len(getattr(wush, fused).default._schema.arguments)
-    table = {} if kernels_for == "none" else {"transform_quantize": implementation(5)}
-    if kernels_for in ("both", "refused"):
-        table[fused] = implementation(arguments, "too wide" if kernels_for == "refused" else None)
-    monkeypatch.setattr(kernels, "resolve", lambda device: table)
-    with torch.no_grad():
-        program = torch.export.export(Forward(prologue), inputs, dynamic_shapes=({0: torch.export.Dim.AUTO},) * len(inputs))
-    passes.run(program.graph, passes.EXECUTION)              # on a CPU every op stays
-    assert count_ops(program.graph) == {fused: 1}
-    graph = on_gpu(program)
-    assert passes.lower(graph) == apart
-    assert count_ops(graph) == {"transform_quantize" if apart else fused: 1}
-    names = {n.target._opname for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
-    assert names.isdisjoint({"silu", "rms_norm"}), "Inductor wants them decomposed"
-    assert passes.lower(graph) == 0
-    check_graph(program.graph_module, None)
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-
-
-class Product(nn.Module):
-    """A quantized linear of N x 256."""
-
-    def __init__(self, format, rows=128):
-        super().__init__()
-        codes, scales = formats.quantize(x_like(rows, 256, dtype=torch.float32, seed=3), format, "absmax")
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
-        self.format = format
-
-    def forward(self, x):
-        xq, xs = wush.transform_quantize(x, None, None, self.format, "absmax")
-        return wush.fp4_linear(xq, xs, None, self.codes, self.scales, None, None, None, self.format, x.dtype)
-
-
-def launches(graph: torch.fx.Graph) -> list[tuple[str, tuple]]:
-    """(kernel, grid) of every launch of a Triton kernel, grids as what was recorded of them."""
-    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-
-    found = []
-    for node in graph.nodes:
-        if "triton_kernel_wrapper" in str(node.target):
-            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
-            (grid,) = torch.fx.map_arg(node.kwargs["grid"], lambda n: n.meta["val"])
-            found.append((kernel.fn.__name__, grid))
-    return found
-
-
-@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
-def test_packages_for_a_gpu_launch_one_kernel_for_any_number_of_rows(format, hopper):
-    program = exported(Product(format), x_like(5, 256))
-    graph = on_gpu(program)
-    passes.run(graph, passes.PACKAGING)
-    assert not count_ops(graph)
-    (x,) = [n for n in graph.nodes if n.op == "placeholder" and value(n).dtype == torch.bfloat16]
-    rows = value(x).shape[0].node.expr
-    grids = [(name, [getattr(getattr(g, "node", None), "expr", g) for g in grid]) for name, grid in launches(graph)]
-
-    def programs(name: str, m: int) -> list[int]:
-        """Of the launches of a kernel that have any program at m rows, how many programs."""
-        counts = []
-        for kernel, grid in grids:
-            if kernel == name:
-                sizes = [int(g.subs(rows, m)) if hasattr(g, "subs") else g for g in grid]
-                counts.append(sizes[0] * sizes[1] * sizes[2])
-        return [count for count in counts if count]
-
-    for m in (1, 2, 16, 17, 64, 65, 128, 129, 5000):
-        assert len(programs("transform_quantize_kernel", m)) == 1, m
-        products = programs("gemv_kernel", m), programs("fused_gemm_kernel", m)
-        assert [len(p) for p in products] == ([1, 0] if m == 1 else [0, 1]), (m, products)
-        assert len(programs("expand_fp8_kernel", m)) + len(programs("expand_bf16_kernel", m)) <= 1
-    assert not any(sum(programs(name, 0)) for name, _ in grids)
-
-
-def test_packages_for_a_gpu_leave_out_what_the_shapes_rule_out(hopper):
-    with torch.no_grad():
-        program = torch.export.export(Product("mxfp4"), (x_like(5, 256),))
-    graph = on_gpu(program)
-    passes.run(graph, passes.PACKAGING)
-    assert [name for name, _ in launches(graph) if "expand" not in name] == ["transform_quantize_kernel", "fused_gemm_kernel"]
-
-
-def test_equal_constants_of_a_package_are_made_once(hopper):
-    model = nn.Sequential(Product("mxfp4", 256), Product("mxfp4", 256), Product("mxfp4", 256))
-    graph = on_gpu(exported(model, x_like(5, 256)))
-    passes.run(graph, passes.PACKAGING)
-    made = [op_name(n) for n in graph.nodes if op_name(n) in ("arange", "full", "zeros")]
-    assert len(made) == len({(n.target, str(n.args)) for n in graph.nodes if op_name(n) in ("arange", "full", "zeros")})
-    assert made.count("arange") == 1
-
-
-@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
-def test_inductor_finds_in_the_kernels_what_the_launches_declare(format, hopper, monkeypatch):
-    import triton
-    from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
-    from triton.backends.compiler import GPUTarget
-
-    target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
-    monkeypatch.setattr(triton.runtime.driver, "_active", target)
-    graph = on_gpu(exported(Product(format), x_like(5, 256)))
-    passes.run(graph, passes.PACKAGING)
-    seen = set()
-    for node in graph.nodes:
-        if "triton_kernel_wrapper" in str(node.target):
-            name = kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
-            arguments = torch.fx.map_arg(node.kwargs["kwargs"], value)
-            indices = node.kwargs["kernel_idx"], node.kwargs["constant_args_idx"]
-            written = set(get_mutated_tensors(*indices, arguments, {}))
-            assert written - {"count"} == set(node.kwargs["tensors_to_clone"]), name
-            seen.add(name)
-    assert len(seen) == 4
-
-
-def test_packaged_launches_read_the_same_every_time(hopper):
-    texts = []
-    for _ in range(2):                                       # kernels and symbols are numbered on
-        graph = on_gpu(exported(Product("mxfp4"), x_like(5, 256)))
-        passes.run(graph, passes.PACKAGING)
-        texts.append(print_graph(graph))
-    assert texts[0] == texts[1]
-    assert "= triton.gemv_kernel[" in texts[0] and "kernel_idx" not in texts[0] and " at 0x" not in texts[0]
-
-
-def test_what_no_packaged_kernel_takes_says_why(hopper):
-    from wush_compile.kernels import packaged
-
-    x, codes, scales = x_like(2, 96), torch.zeros(2, 48, dtype=torch.uint8), torch.zeros(2, 3, dtype=torch.uint8)
-    linear = (codes, scales, None, codes, scales, None, None, None, "mxfp4", torch.bfloat16)
-    assert "width 96" in packaged.refuses("fp4_linear", (9, 0), *linear)
-    assert "int4" in packaged.refuses("transform_quantize", (9, 0), x, None, None, "int4", "gaussian")
-    wide = (torch.zeros(2, 64, dtype=torch.uint8),) * 2
-    linear = (*wide, None, *wide, None, None, None, "mxfp4", torch.bfloat16)
-    assert packaged.refuses("fp4_linear", (9, 0), *linear) is None
-    assert "(8, 0)" in packaged.refuses("fp4_linear", (8, 0), *linear)
 
 
 # -- rewrite ---------------------------------------------------------------------------------------------------------
