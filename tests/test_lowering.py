@@ -23,7 +23,7 @@ from wush_compile.kernels.triton_gemv import gemv_kernel  # noqa: E402
 from wush_compile.kernels.triton_int4 import int4_gemm_kernel  # noqa: E402
 from wush_compile.kernels.triton_scaled import scaled_gemm_kernel  # noqa: E402
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 8192)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 8192)
 SHAPES = ((28672, 4096), (4096, 14336))
 PLAIN = dict(gx=None, gw=None, bias=None, residual=None, SCALED_X=False, SCALED_W=False, BIAS=False, RESIDUAL=False)
 BLACKWELL = pytest.mark.parametrize("cc", [100, 103, 120, 121])

@@ -210,21 +210,29 @@ def _power_of_two_divisor(n: int, limit: int) -> int:
     return min(n & -n, limit)
 
 
-# Fused tiles on Hopper: rows up to -> (where few weight rows leave multiprocessors idle, elsewhere).
-FEW = 8192
+# Widths above which a weight fills the GPU without splitting K, and above which `gemv` walks a row in several steps.
+FEW, SHORT = 8192, 4096
+# (format, rows) -> (for short rows, for long ones).
+GEMV = {
+    ("mxfp4", 1): (Gemv(8, 4096, 4), Gemv(16, 2048, 8)), ("nvfp4", 1): (Gemv(8, 4096, 4), Gemv(16, 2048, 8)),
+    ("mxfp4", 2): (Gemv(16, 1024, 4), Gemv(16, 2048, 8)), ("nvfp4", 2): (Gemv(16, 1024, 4), Gemv(16, 1024, 4)),
+    ("mxfp4", 4): (Gemv(16, 1024, 4), Gemv(16, 1024, 4)), ("nvfp4", 4): (Gemv(16, 1024, 4), Gemv(16, 1024, 4)),
+}
+# Rows up to -> (for at most FEW weight rows, for more).
 FUSED = {
     "mxfp4": {
-        16: (Fused(64, 16, 256, 4, 4, 4, False), Fused(64, 16, 256, 2, 4, 4, False)),
-        32: (Fused(64, 32, 256, 4, 4, 4, False), Fused(64, 32, 256, 1, 4, 4, False)),
-        64: (Fused(64, 64, 256, 4, 4, 3, False), Fused(64, 64, 256, 1, 4, 3, False)),
-        128: (Fused(64, 128, 128, 4, 4, 4, False), Fused(64, 128, 128, 1, 4, 4, False)),
-        512: (Fused(128, 256, 128, 2, 8, 3, False), Fused(128, 256, 128, 1, 8, 3, False)),
+        16: (Fused(64, 16, 256, 4, 4, 4, True), Fused(128, 16, 256, 1, 8, 3, False)),
+        32: (Fused(64, 32, 256, 4, 4, 4, False), Fused(128, 32, 256, 1, 8, 3, False)),
+        64: (Fused(64, 64, 256, 4, 4, 3, False), Fused(128, 64, 256, 1, 8, 3, False)),
+        128: (Fused(64, 128, 256, 4, 4, 3, False), Fused(64, 128, 256, 1, 4, 3, False)),
+        256: (Fused(128, 128, 128, 2, 8, 4, False), Fused(128, 256, 128, 1, 8, 3, False)),
     },
     "nvfp4": {
-        16: (Fused(64, 16, 128, 4, 4, 4, False), Fused(64, 16, 128, 2, 4, 4, False)),
-        32: (Fused(64, 32, 128, 4, 4, 4, False), Fused(64, 32, 128, 2, 4, 4, False)),
-        64: (Fused(64, 64, 128, 4, 4, 4, False), Fused(64, 64, 128, 2, 4, 4, False)),
-        128: (Fused(64, 128, 128, 2, 4, 3, False), Fused(64, 128, 128, 1, 4, 3, False)),
+        16: (Fused(64, 16, 256, 4, 4, 3, False), Fused(128, 16, 128, 1, 8, 4, False)),
+        32: (Fused(64, 32, 128, 4, 4, 4, False), Fused(128, 32, 128, 1, 8, 4, False)),
+        64: (Fused(64, 64, 128, 4, 4, 4, False), Fused(64, 64, 128, 1, 4, 4, False)),
+        128: (Fused(64, 128, 128, 4, 4, 3, False), Fused(64, 128, 128, 1, 4, 3, False)),
+        256: (Fused(128, 128, 128, 2, 8, 3, False), Fused(128, 128, 128, 1, 8, 3, False)),
     },
 }
 
@@ -240,33 +248,25 @@ def choose(
     """
     if format == "int4":
         return Int4(64, 16, 4, 4) if rows <= 16 else Int4(64, 64, 4, 4) if rows <= 64 else Int4(128, 128, 8, 3)
-    if rows in (1, 2, 4):
-        return _choose_gemv(rows, n, k, format)
+    if rows in (1, 2) or rows == 4 and (capability[0] != 9 or k % 128 or n <= FEW and k <= SHORT):
+        return GEMV[format, rows][k > SHORT]
     if capability >= (10, 0):
         if capability == (12, 1) and triton_version() < (3, 9):         # Triton 3.6 emulates there
             return "bf16"
         return Scaled(128, 64 if rows <= 128 else 128, 256 if k % 256 == 0 else 128, 4, 3)
-    if k % 128 or (capability < (9, 0) and format == "mxfp4"):
+    if k % 128 or (capability < (9, 0) and (format == "mxfp4" or rows > 128)):
         return "bf16"
     if precise and format == "mxfp4" and rows > 64:
         # A second accumulator fits beside this tile's; above, cuBLASLt's own is faster.
-        tile = Fused(64, 128, 256, 2 if n <= FEW else 1, 4, 3, False) if rows <= 512 else None
+        tile = FUSED["mxfp4"][128][n > FEW] if rows <= 512 else None
     else:
         tile = next((tiles[n > FEW] for most, tiles in FUSED[format].items() if rows <= most), None)
     if tile is None:
         return "bf16" if format == "nvfp4" else "library"
     bk = tile.bk if k % tile.bk == 0 else 128
-    return tile._replace(bk=bk, split=_power_of_two_divisor(k // bk, tile.split))
-
-
-def _choose_gemv(rows: int, n: int, k: int, format: str) -> Gemv:
-    if rows == 1:
-        if k % 4096 == 0:
-            return Gemv(16, 4096, 8) if format == "mxfp4" else Gemv(8, 4096, 4)
-        return Gemv(8, 2048, 4)
-    if rows == 2:
-        return Gemv(16, 1024, 4) if n > 4096 else Gemv(8, 2048, 4)
-    return Gemv(16, 1024, 4) if n > 4096 else Gemv(16, 2048, 4)
+    # A part of fewer than 16 channels for each row of the tile costs more to add to the others than it saves.
+    most = max(1, min(tile.split, k // (16 * tile.bm)))
+    return tile._replace(bk=bk, split=_power_of_two_divisor(k // bk, 1 << most.bit_length() - 1))
 
 
 def precise_by_default() -> bool:
