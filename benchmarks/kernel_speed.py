@@ -150,6 +150,7 @@ def bench_linear(rows=ROWS) -> list[dict]:
         for row in out[-5:]:
             for format in ("mxfp4", "nvfp4"):
                 row[f"{format} speed-up"] = row["bf16 us"] / row[f"{format} us"]
+        print({key: round(value, 2) if isinstance(value, float) else value for key, value in total.items()}, flush=True)
     return out
 
 
