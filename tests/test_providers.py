@@ -98,3 +98,8 @@ def test_why_there_is_no_gpu(monkeypatch):
     assert "no NVIDIA driver" in doctor.why_no_gpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert doctor.why_no_gpu().endswith("the CPU")
+
+
+def test_the_order_depends_on_the_device():
+    assert [p.name for p in kernels.order((9, 0))] == ["scaled_mm", "triton", "cuda"]
+    assert [p.name for p in kernels.order((12, 0))] == ["scaled_mm", "cuda", "triton"]

@@ -81,6 +81,12 @@ PROVIDERS = (
 NAMES = (*(p.name for p in PROVIDERS), "reference")
 
 
+def order(capability: tuple[int, int]) -> tuple[Provider, ...]:
+    """The providers in the order in which a device asks them. Before Blackwell csrc's kernels are there for their tests,
+    and Triton's are the faster ones (docs/csrc.md); on Blackwell nothing has been measured, and those made for it lead."""
+    return PROVIDERS if capability >= (10, 0) else tuple(sorted(PROVIDERS, key=lambda p: p.name == "cuda"))
+
+
 def forced() -> str | None:
     """The provider that `WUSH_PROVIDER` names, None if it is not set; another name is a `ConfigError`."""
     name = os.environ.get("WUSH_PROVIDER")
@@ -93,7 +99,7 @@ def resolve(device: int) -> dict[str, list[tuple[str, Implementation]]]:
     capability = torch.cuda.get_device_capability(device)
     name = forced()
     table, lines, faults = {}, [], []
-    for provider in PROVIDERS:
+    for provider in order(capability):
         reason = provider.unavailable(capability)
         if isinstance(reason, Mendable) and name in (None, provider.name):
             faults.append(f"{provider.name} {reason}")
