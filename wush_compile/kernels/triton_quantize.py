@@ -32,7 +32,9 @@ def prefetch(pointers, PTX: tl.constexpr):
 
 
 @triton.jit
-def load_operand(t, first, SHARED: tl.constexpr, B: tl.constexpr, W: tl.constexpr, K: tl.constexpr):
+def load_operand(
+    t, first, SHARED: tl.constexpr, B: tl.constexpr, W: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
+):
     """[W, W]: entry (k, n) is T_b[c, k] where column k and c, the output in column n, are of one block b, else 0.
 
     A tensor core leaves columns 8j + 2t and 8j + 2t + 1 of the product with lane t of four. Output (W/4)t + 2j + i is
@@ -42,7 +44,7 @@ def load_operand(t, first, SHARED: tl.constexpr, B: tl.constexpr, W: tl.constexp
     n = tl.arange(0, W)
     c = (n // 2 % 4) * (W // 4) + n // 8 * 2 + n % 2
     inside = (k // B)[:, None] == (c // B)[None, :]
-    if K % W != 0:
+    if not EVEN:
         inside = inside & (first + c < K)[None, :]
     offset = (c % B)[None, :] * B + (k % B)[:, None]
     if not SHARED:
@@ -90,11 +92,12 @@ def _inside(rows, left, columns, K: tl.constexpr, MASKED: tl.constexpr, EVEN: tl
 @triton.jit
 def load_rows(
     x, row, left, stride, first, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Rows `row` + 0..R of what x points to, columns `first` + 0..W."""
     rows = row + tl.arange(0, R)[:, None]
     columns = tl.arange(0, W)[None, :]
-    inside = _inside(rows, left, first + columns, K, MASKED, K % W == 0)
+    inside = _inside(rows, left, first + columns, K, MASKED, EVEN)
     pointers = x + (rows * stride + columns)
     return tl.load(pointers, mask=inside, other=None if inside is None else 0.0)
 
@@ -102,14 +105,14 @@ def load_rows(
 @triton.jit
 def _load_tile(
     source, row, left, first, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
-    PROLOGUE: tl.constexpr,
+    EVEN: tl.constexpr, PROLOGUE: tl.constexpr,
 ):
     """The tile that is transformed and quantized: of x, or what PROLOGUE makes of x and its other operands."""
     x, up, weight, bias, mean, scale, stride, up_stride = source
-    tile = load_rows(x, row, left, stride, first, K, R, W, MASKED)
+    tile = load_rows(x, row, left, stride, first, K, R, W, MASKED, EVEN)
     if PROLOGUE is not None:
         if up is not None:
-            tile = gated(tile, load_rows(up, row, left, up_stride, first, K, R, W, MASKED), PROLOGUE)
+            tile = gated(tile, load_rows(up, row, left, up_stride, first, K, R, W, MASKED, EVEN), PROLOGUE)
         else:
             rows = row + tl.arange(0, R)[:, None]
             columns = first + tl.arange(0, W)[None, :]
@@ -223,6 +226,7 @@ def transform_quantize_kernel(
     G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
     N: tl.constexpr = (K // G + 3) // 4 * 4 if SWIZZLED else K // G                 # scales in a row
     COLUMNS: tl.constexpr = (N * G + W - 1) // W
+    EVEN: tl.constexpr = K % W == 0 and N * G == K
     stride = STRIDE if STRIDE > 0 else pitch
     first = tl.program_id(0) % COLUMNS * W
     start = tl.program_id(0) // COLUMNS * (R * TILES)
@@ -246,26 +250,26 @@ def transform_quantize_kernel(
     g = tl.full((), 1.0, tl.float32)
     if SCALED:
         g = tl.load(global_scale)
-    if TILES > 1:
+    if TILES > 1 and EVEN:
         # The first rows travel while the matrices do.
         prefetch(x + tl.minimum(tl.arange(0, 2 * R), left - 1) * stride, PTX)
     operand = 0.0
     if B > 0:
-        operand = load_operand(t, first, SHARED, B, W, K)
+        operand = load_operand(t, first, SHARED, B, W, K, EVEN)
     # NaN, Inf, huge values and saturated scales are rare: what they take is done in a second pass over the rows, which
     # overwrites the first.
     limit = MX_LIMIT
     if FORMAT == "nvfp4":
         limit = tl.minimum(float_bits(2680.0 / g), INF_BITS)
     if TILES == 1:
-        tile = _load_tile(source, 0, left, first, K, R, W, True, PROLOGUE)
+        tile = _load_tile(source, 0, left, first, K, R, W, True, EVEN, PROLOGUE)
         largest = _tile(
             tile, operand, g, codes, scales, 0, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
             R, W, WORDS, SWIZZLED, False, True,
         )
         if tl.max(tl.reshape(largest, (R * W // G,)), axis=0) >= limit:
             tl.debug_barrier()
-            tile = _load_tile(source, 0, left, first, K, R, W, True, PROLOGUE)
+            tile = _load_tile(source, 0, left, first, K, R, W, True, EVEN, PROLOGUE)
             _tile(
                 tile, operand, g, codes, scales, 0, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
                 R, W, WORDS, SWIZZLED, True, True,
@@ -275,7 +279,7 @@ def transform_quantize_kernel(
         done = tl.minimum(left // R, TILES)
         largest = tl.zeros((R, W // G), tl.int32)
         for i in tl.range(0, done, num_stages=STAGES):
-            tile = _load_tile(source, i * R, left, first, K, R, W, False, PROLOGUE)
+            tile = _load_tile(source, i * R, left, first, K, R, W, False, EVEN, PROLOGUE)
             amax = _tile(
                 tile, operand, g, codes, scales, i * R, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE,
                 WIDE, R, W, WORDS, SWIZZLED, False, False,
@@ -286,7 +290,7 @@ def transform_quantize_kernel(
             tl.debug_barrier()
         end = tl.cdiv(left + shift, 128) * 128 - shift if SWIZZLED else left
         for i in tl.range(done, tl.minimum(tl.cdiv(end, R), TILES), num_stages=1):
-            tile = _load_tile(source, i * R, left, first, K, R, W, True, PROLOGUE)
+            tile = _load_tile(source, i * R, left, first, K, R, W, True, EVEN, PROLOGUE)
             _tile(
                 tile, operand, g, codes, scales, i * R, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE,
                 WIDE, R, W, WORDS, SWIZZLED, True, True,

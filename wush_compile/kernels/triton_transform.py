@@ -22,8 +22,8 @@ def block_transform_kernel(
     start = tl.program_id(0) // (K // B) * R
     row = start.to(tl.int64)
     left = M - start
-    tile = load_rows(x + row * stride + first, 0, left, stride, first, K, R, B, True)
-    y = dot(tile, load_operand(t, first, SHARED, B, B, K), WIDE, R, B)
+    tile = load_rows(x + row * stride + first, 0, left, stride, first, K, R, B, True, True)
+    y = dot(tile, load_operand(t, first, SHARED, B, B, K, True), WIDE, R, B)
     rows = tl.arange(0, R)[:, None]
     out += row * K + first
     tl.store(out + (rows * K + tl.arange(0, B)[None, :]), y.to(out.dtype.element_ty), mask=rows < left)
