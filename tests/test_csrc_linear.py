@@ -517,16 +517,17 @@ def test_swizzle_is_the_reference(linear, rows, groups):
 def epilogue_library() -> Path:
     """tests/cutlass_epilogue.cu for sm_90a, built once for its sources; `BuildError` without nvcc or CUTLASS."""
     source = Path(__file__).with_name("cutlass_epilogue.cu")
-    text = b"".join(p.read_bytes() for p in (source, build.HERE / "linear_epilogue.cuh", build.HERE / "linear.h"))
+    headers = build.HERE / "linear_epilogue.cuh", build.HERE / "linear.h"
+    text = b"".join(p.read_bytes() for p in (source, *headers)) + b"-fmad=false"    # as csrc/build.py compiles
     path = build.OUT.parent / "tests" / f"epilogue-{hashlib.sha256(text).hexdigest()[:12]}.so"
     if not path.exists():
         nvcc, _ = build.find_nvcc()
         cutlass = build.package_directory("cutlass_library", "pip install nvidia-cutlass") / "source"
         path.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(
-            [nvcc, "-shared", "-O3", "-std=c++20", "-Xcompiler=-fPIC", "-cudart=static", "--expt-relaxed-constexpr",
-             "-gencode=arch=compute_90a,code=sm_90a", f"-I{build.HERE}", f"-I{cutlass / 'include'}",
-             f"-I{cutlass / 'tools/util/include'}", source, "-o", path], check=True)
+            [nvcc, "-shared", "-O3", "-std=c++20", "-fmad=false", "-Xcompiler=-fPIC", "-cudart=static",
+             "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a", f"-I{build.HERE}",
+             f"-I{cutlass}/include", f"-I{cutlass}/tools/util/include", source, "-o", path], check=True)
     return path
 
 
