@@ -378,7 +378,8 @@ def offload(model: nn.Module, where: str, device_map: dict, folder) -> None:
     elif where == "disk_offload":
         accelerate.disk_offload(model, str(folder), execution_device=main)
     else:
-        accelerate.dispatch_model(model, device_map, main_device=main, offload_dir=str(folder), force_hooks=True)
+        accelerate.dispatch_model(model, device_map, main_device=main, offload_dir=str(folder),
+                                  force_hooks=True, offload_buffers=True)
     assert any(t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 

@@ -1,6 +1,5 @@
 """`torch.compile(backend="wush")` on a GPU: bits of eager, flipped codes, CUDA graphs, faults, packages."""
 
-import contextlib
 import copy
 
 import pytest
@@ -15,6 +14,7 @@ import wush_compile as wc
 from wush_compile import fused_ops, kernels, ops
 
 pytestmark = pytest.mark.gpu
+PROVIDERS = kernels.resolve
 
 
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
@@ -54,26 +54,26 @@ def test_gpu_blocks_are_eager_up_to_flipped_codes(mode):
         assert like_eager(run(x), model(x), exact=False)
 
 
-@contextlib.contextmanager
-def gpu_codes(seen=None, given=None):
-    """Every quantizer's result on the GPU, fused or not: appended to `seen`, or taken from `given`."""
-    library = torch.library.Library("wush", "IMPL")
-    for op in ("transform_quantize", *FUSED):
-        def quantizer(*args, op=op):
+def recorded(monkeypatch, seen=None, given=None) -> None:
+    """Every quantizer's result from now on, fused or not: appended to `seen`, or taken from `given`."""
+    def recording(entries):
+        def taking(args):
+            return next((kernel for _, kernel in entries if kernel.refuses(*args) is None), None)
+
+        def run(*args):
             if given is not None:
                 return next(given)
-            reference = ops.REFERENCE.get(op) or fused_ops.FUSED_REFERENCE[op]
-            result = kernels.dispatch(op, reference, *args)
-            seen.append(result)
-            return result
-        library.impl(op, quantizer, "CUDA")
-    try:
-        yield
-    finally:
-        library._destroy()
+            seen.append(taking(args).run(*args))
+            return seen[-1]
+
+        return [("recorded", kernels.Implementation(run, lambda *args: None if taking(args) else "refused"))]
+
+    table = PROVIDERS(0)
+    codes = {op: recording(entries) for op, entries in table.items() if op.endswith("transform_quantize")}
+    monkeypatch.setattr(kernels, "resolve", lambda device: {**table, **codes})
 
 
-def test_gpu_what_differs_from_eager_is_flipped_codes():
+def test_gpu_what_differs_from_eager_is_flipped_codes(monkeypatch):
     layers, ids = 2, tokens(4, 64).cuda()
     full = plain("llama", layers=layers).cuda()
     unquantized = divergence(full(ids, use_cache=False).logits,
@@ -83,16 +83,16 @@ def test_gpu_what_differs_from_eager_is_flipped_codes():
     run = torch.compile(model, backend="wush", fullgraph=True)
     run(ids, use_cache=False)
     eager_codes, codes = [], []
-    with gpu_codes(seen=eager_codes):
-        eager = model(ids, use_cache=False).logits
-    with gpu_codes(seen=codes):
-        actual = run(ids, use_cache=False).logits
+    recorded(monkeypatch, seen=eager_codes)
+    eager = model(ids, use_cache=False).logits
+    recorded(monkeypatch, seen=codes)
+    actual = run(ids, use_cache=False).logits
     assert len(eager_codes) == 7 * layers and len(codes) == 4 * layers
     # Eager quantizes once a linear, the graph once a group: q, k, v; o; gate, up; down.
     of_linear = [4 * layer + group for layer in range(layers) for group in (0, 0, 0, 1, 2, 2, 3)]
     flipped = [(codes[g][0] != e[0]).float().mean().item() for g, e in zip(of_linear, eager_codes)]
-    with gpu_codes(given=iter([codes[g] for g in of_linear])):
-        replayed = model(ids, use_cache=False).logits
+    recorded(monkeypatch, given=iter([codes[g] for g in of_linear]))
+    replayed = model(ids, use_cache=False).logits
     kl = divergence(replayed, actual)
     print(f"KL of bf16 under Inductor {unquantized:.2e}; of the quantized model {divergence(eager, actual):.2e}, "
           f"with the same codes {kl:.2e}; flipped bytes {[round(f, 4) for f in flipped]}")
