@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor> rms_norm_transform_quantize(Tensor x, std::optional<T
   q.prologue = Prologue::rms_norm;
   q.gain = pointer(weight);
   q.gain_rounded = gain == "rounded";
-  q.gain_offset = gain == "wide_plus_one" ? 1.0f : 0.0f;
+  q.gain_plus_one = gain == "wide_plus_one";
   q.eps = static_cast<float>(eps);
   q.eps_pointer = static_cast<const float*>(pointer(eps_tensor));
   q.inverse_rms = static_cast<float*>(scratch.mutable_data_ptr());

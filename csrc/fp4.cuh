@@ -23,23 +23,28 @@ constexpr uint32_t MX_NAN = 0xFF, NV_NAN = 0x7F;
 
 // -- e2m1 ------------------------------------------------------------------------------------------------------------
 
-// fp32 -> fp32 whose low bits hold the code of |v| (0..7), nearest, ties to even, saturating at 6; NaN -> 0.
+// fp32 whose low bits are the code (0..7) of 2 * factor * |v|: nearest, ties to even, saturating at 6; NaN -> 0. The
+// product must be exact.
 //
 // Each stretch of even spacing is cut out by a saturating multiply-add (to [0, 1]) and counted by an addition that
-// rounds to an integer: 2^23 has a spacing of 1. All three roundings are one: at most one stretch is neither 0 nor full,
-// and those before it count an even number, so that its ties stay ties to even. Seven instructions, none of them integer,
+// rounds to an integer: 2^23 has a spacing of 1. All three roundings are one: at most one stretch is neither 0 nor
+// full, and those before it count an even number, so that its ties stay ties to even. Six instructions, none of them integer,
 // which on Hopper run at twice the rate of integer ones.
-__device__ __forceinline__ float e2m1_magnitude(float v) {
-  const float a = fabsf(v);
-  const float halves = __saturatef(a * 0.5f);                              // [0, 2]: 4 steps of 1/2
-  const float ones = __saturatef(__fmaf_rn(a, 0.5f, -1.0f));               // [2, 4]: 2 steps of 1
-  const float twos = __saturatef(__fmaf_rn(a, 0.5f, -2.0f));               // [4, 6]: 1 step of 2
+__device__ __forceinline__ float e2m1_magnitude(float v, float factor) {
+  const float halves = __saturatef(fabsf(v) * factor);                              // [0, 2]: 4 steps of 1/2
+  const float ones = __saturatef(__fmaf_rn(fabsf(v), factor, -1.0f));               // [2, 4]: 2 steps of 1
+  const float twos = __saturatef(__fmaf_rn(fabsf(v), factor, -2.0f));               // [4, 6]: 1 step of 2
   return __fmaf_rn(halves, 4.0f, __fmaf_rn(ones, 2.0f, twos + 8388608.0f));
 }
 
-// 8 floats -> 8 codes, the first in the lowest nibble.
-__device__ __forceinline__ uint32_t e2m1_pack8(const float (&v)[8]) {
+// 8 floats times `inverse` -> 8 codes, the first in the lowest nibble. `exact`: inverse is a power of two, which with
+// MAYBE_EXACT false is never so.
+template <bool MAYBE_EXACT>
+__device__ __forceinline__ uint32_t e2m1_pack8(const float (&y)[8], float inverse, bool exact) {
+  float v[8];
 #if WUSH_NATIVE_E2M1
+#pragma unroll
+  for (int i = 0; i < 8; i++) v[i] = y[i] * inverse;
   uint32_t packed;
   asm("{ .reg .b8 a, b, c, d;\n"
       "cvt.rn.satfinite.e2m1x2.f32 a, %2, %1;\n"
@@ -51,10 +56,21 @@ __device__ __forceinline__ uint32_t e2m1_pack8(const float (&v)[8]) {
       : "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "f"(v[4]), "f"(v[5]), "f"(v[6]), "f"(v[7]));
   return packed;
 #else
+  float factor = 0.5f * inverse;
+#pragma unroll
+  for (int i = 0; i < 8; i++) v[i] = y[i];
+  if (!MAYBE_EXACT || !exact) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = y[i] * inverse;
+    factor = 0.5f;
+  }
+  // Absolute values are free as operands, but not if the compiler takes them before the branch.
+#pragma unroll
+  for (int i = 0; i < 8; i++) asm("" : "+f"(v[i]));
   uint32_t u[8], s[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    u[i] = __float_as_uint(e2m1_magnitude(v[i]));
+    u[i] = __float_as_uint(e2m1_magnitude(v[i], factor));
     s[i] = __float_as_uint(v[i]);
   }
   // Low bytes hold codes, high bytes signs: gather four at a time, even values to low nibbles, odd to high ones.

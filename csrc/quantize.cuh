@@ -10,28 +10,26 @@
 #pragma once
 
 #include "quantize_read.cuh"
+#include "quantize_write.cuh"
 
 namespace wush {
 
 // The tiles of a warp, from `start` on (the lane's first row). False if something is not finite, so that values of
 // NVFP4's pairs of blocks are wrong (0 * NaN): then all is done again with CLEAN, each block without the other.
 template <class T, bool NV, bool TRANSFORM, bool MSE, Prologue P, bool CLEAN>
-__device__ __forceinline__ bool walk(const KernelArguments& args, void* ring, int first, int64_t start, float g,
-                                     const float* inverses) {
-  constexpr int PER_BLOCK = NV ? 2 : 1, COUNT = PER_BLOCK * BLOCKS;
+__device__ __forceinline__ bool walk(const KernelArguments& args, void* ring, Stage<NV>& stage, int first,
+                                     int64_t start, float g, const float* inverses) {
   const QuantizeArguments& q = args.q;
-  const int lane = threadIdx.x % 32, t = lane % 4;
-  const int column = first * BLOCK + 8 * t, group = first * PER_BLOCK, groups = q.width / (BLOCK / PER_BLOCK);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t = lane % 4;
+  const int column = first * BLOCK + 8 * t;
   const float g_over_6 = __fdiv_rn(g, 6.0f), g_over_4 = __fdiv_rn(g, 4.0f);
   bool inside[BLOCKS];
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) inside[i] = column + i * BLOCK < q.width;
-  uint8_t* codes = q.codes + start * (q.width / 2) + column / 2;
-  uint8_t* scales = q.scales + (q.swizzled ? swizzled_offset(0, group, groups) : (start + 8 * t) * groups + group);
-  const bool whole = q.swizzled || groups % COUNT == 0;      // the scales of a row leave as one word
   bool finite = true;
-  int left = min(q.rows - start, (int64_t)1 << 20), scale_left = min(args.scale_rows - start, (int64_t)1 << 20);
-  Reader<T, P> reader(q, ring, start, column, lane, threadIdx.x / 32);
+  int left = min(q.rows - start, (int64_t)1 << 20);           // rows from the lane's on
+  Reader<T, P> reader(q, ring, start, column, lane, warp);
+  Writer<NV> writer(stage, q, start - lane / 4, first * BLOCK);
 #pragma unroll
   for (int i = 0; i < Reader<T, P>::STAGES - 1; i++) {
     if (i < args.row_tiles) reader.ask(i);
@@ -97,40 +95,23 @@ __device__ __forceinline__ bool walk(const KernelArguments& args, void* ring, in
         const float amax = group_amax<NV>(y[h]);
         const bool bad = !(amax <= 3.4028235e38f);
         finite &= !bad;
-        float inverse, v[8];
+        float inverse;
         uint32_t byte = choose_scale<NV, MSE>(y[h], bad ? 0.0f : amax, g, g_over_6, g_over_4, inverses, args, inverse);
-#pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = y[h][j] * inverse;
-        uint32_t packed = e2m1_pack8(v);
+        uint32_t packed = e2m1_pack8<!NV>(y[h], inverse, q.global_scale == nullptr);
         if (bad) byte = NV ? NV_NAN : MX_NAN, packed = 0;
-        const bool valid = 8 * h < left && inside[i];
-        if (valid) *reinterpret_cast<uint32_t*>(codes + h * (int64_t)q.width * 4 + i * (BLOCK / 2)) = packed;
-        bytes[h] |= (valid ? byte : 0) << (NV ? 16 * i : 8 * i);         // padding is 0
+        writer.put_codes(tile, i, h, packed);
+        bytes[h] |= (8 * h < left && inside[i] ? byte : 0) << (NV ? 16 * i : 8 * i);         // padding is 0
       }
     }
     if (tile + 1 < args.row_tiles) reader.load_norms(tile + 1, left - TILE);
-    codes += TILE / 2 * (int64_t)q.width;
-
-    // Scales of a row leave together: lane 0 writes those of row g, lane 1 those of row g + 8.
+    // Scales of a row together: lane 0 has those of row g, lane 1 those of row g + 8.
     if constexpr (NV) {
       bytes[0] |= __shfl_xor_sync(~0u, bytes[0], 2) << 8;
       bytes[1] |= __shfl_xor_sync(~0u, bytes[1], 2) << 8;
     }
-    if (t < 2 && 8 * t < scale_left && first < args.scale_blocks) {
-      const uint32_t word = __byte_perm(bytes[0], bytes[1], t == 0 ? 0x3210 : 0x7654);
-      uint8_t* place = scales;
-      if (q.swizzled) place += swizzled_offset(start + tile * TILE + 8 * t, 0, groups);
-      if (whole) {
-        if constexpr (NV) *reinterpret_cast<uint32_t*>(place) = word;
-        else *reinterpret_cast<uint16_t*>(place) = word;
-      } else {
-#pragma unroll
-        for (int i = 0; i < COUNT; i++)
-          if (group + i < groups) place[i] = word >> (8 * i);
-      }
-    }
-    if (!q.swizzled) scales += TILE * (int64_t)groups;
-    left -= TILE, scale_left -= TILE;
+    writer.put_scales(__byte_perm(bytes[0], bytes[1], t == 0 ? 0x3210 : 0x7654));
+    writer.write(tile, q);
+    left -= TILE;
   }
   return finite;
 }
@@ -144,15 +125,18 @@ quantize_kernel(const __grid_constant__ KernelArguments args) {
   const float g = q.global_scale == nullptr ? 1.0f : *q.global_scale;
 
   __shared__ __align__(16) uint8_t ring[Reader<T, P>::BYTES];
+  __shared__ __align__(16) Stage<NV> stage;
   __shared__ float inverses[128];
   if constexpr (NV) {
     inverses[threadIdx.x] = __fdiv_rn(g, e4m3_decode(max(threadIdx.x, 1)));
     __syncthreads();
   }
-  const bool finite = walk<T, NV, TRANSFORM, MSE, P, false>(args, ring, first, start, g, inverses);
+  const bool finite = walk<T, NV, TRANSFORM, MSE, P, false>(args, ring, stage, first, start, g, inverses);
   if constexpr (NV && TRANSFORM) {
-    if (__any_sync(~0u, !finite)) walk<T, NV, TRANSFORM, MSE, P, true>(args, ring, first, start, g, inverses);
+    if (__any_sync(~0u, !finite)) walk<T, NV, TRANSFORM, MSE, P, true>(args, ring, stage, first, start, g, inverses);
   }
+  __syncthreads();
+  write_scales(stage, args, start - threadIdx.x % 32 / 4, first - threadIdx.x / 32 * BLOCKS);
 }
 
 // -- launch ----------------------------------------------------------------------------------------------------------
@@ -192,12 +176,13 @@ template <bool NV> const char* quantize(const QuantizeArguments& q) {
   args.scale_blocks = q.swizzled ? (groups + 3) / 4 * 4 / GROUPS_OF_BLOCK : blocks;
   args.column_tiles = (args.scale_blocks + BLOCKS * WARPS - 1) / (BLOCKS * WARPS);
   const int64_t tiles = (args.scale_rows + TILE - 1) / TILE;
-  // Enough warps for every multiprocessor first, then few reads of the transform.
+  // Two CTAs for every multiprocessor first, then few reads of the transform and many tiles on their way.
   args.row_tiles = 1;
-  while (args.row_tiles < 8 && tiles / (2 * args.row_tiles) * args.column_tiles >= 132 * 6) args.row_tiles *= 2;
+  while (args.row_tiles < MOST_TILES && tiles / (2 * args.row_tiles) * args.column_tiles >= 256) args.row_tiles *= 2;
   args.mx_carry = q.rule == Rule::absmax || q.rule == Rule::mse ? 0x3FFFFF : 0;
   args.mx_below = q.rule == Rule::paper ? 0 : 2;
   const int64_t grid = (tiles + args.row_tiles - 1) / args.row_tiles * args.column_tiles;
+  if (grid > INT32_MAX || q.rows > INT32_MAX) return "more rows than one launch can have";
   const auto stream = static_cast<cudaStream_t>(q.stream);
   return q.half ? launch<__half, NV>(args, grid, stream) : launch<__nv_bfloat16, NV>(args, grid, stream);
 }

@@ -21,7 +21,7 @@ struct QuantizeArguments {
   int64_t up_stride;
   const void* gain;              // rms_norm: [width] or nullptr for ones
   bool gain_rounded;             // rms_norm: gain times the rounded value, else the rounded product
-  float gain_offset;             // rms_norm: added to the gain
+  bool gain_plus_one;            // rms_norm: 1 + gain
   float eps;                     // rms_norm
   const float* eps_pointer;      // rms_norm: read instead of eps if not nullptr
   float* inverse_rms;            // rms_norm: scratch, [rows]

@@ -5,6 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "fp4.cuh"
 #include "fp4_layout.h"
 #include "quantize.h"
@@ -173,7 +175,8 @@ __device__ __forceinline__ uint32_t prologue(uint32_t x, uint32_t other, float i
     v = {v.x * inverse_rms, v.y * inverse_rms};
     if (q.gain_rounded) v = Pair<T>::wide(Pair<T>::narrow(v));
     if (q.gain != nullptr) w = Pair<T>::wide(other);
-    return Pair<T>::narrow({v.x * (w.x + q.gain_offset), v.y * (w.y + q.gain_offset)});
+    if (q.gain_plus_one) w = {1.0f + w.x, 1.0f + w.y};                    // not w + 0: -0 keeps its sign
+    return Pair<T>::narrow({v.x * w.x, v.y * w.y});
   } else {
     return x;
   }

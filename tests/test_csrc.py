@@ -87,7 +87,7 @@ def test_the_quantizer_builds(nvcc, target):
     assert len(kernels_of) == 24                      # 2 dtypes, with and without transform, mse or not, 3 prologues
     for name, used in kernels_of.items():
         assert used["spills"] == used["stack"] == 0, name
-        assert used["registers"] <= 168 and used["shared"] <= 34 * 1024, (name, used)
+        assert used["registers"] <= 168 and used["shared"] <= 40 * 1024, (name, used)
 
 
 @pytest.mark.parametrize("target", build.TARGETS)
@@ -384,6 +384,8 @@ def test_rms_norm_is_the_reference(library, format, gain, m, k):
     """Rows whose sum of squares is the same in every order are exact; else the last bit of a norm can show."""
     x = torch.randint(-4, 5, (m, k), generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
     weight = None if gain == "none" else torch.randn(k, device=DEVICE).bfloat16()
+    if weight is not None:
+        weight[::5], weight[1::7] = 0.0, -0.0
     for eps, pointer in ((1e-5, None), (0.0, torch.tensor(1e-5, device=DEVICE))):
         args = (weight, eps, pointer, gain, None, None, format, "absmax")
         assert_same(cuda.rms_norm_transform_quantize(x, *args), fused_ops._rms_norm_transform_quantize(x, *args))

@@ -100,6 +100,20 @@ def test_why_there_is_no_gpu(monkeypatch):
     assert doctor.why_no_gpu().endswith("the CPU")
 
 
-def test_the_order_depends_on_the_device():
-    assert [p.name for p in kernels.order((9, 0))] == ["scaled_mm", "triton", "cuda"]
-    assert [p.name for p in kernels.order((12, 0))] == ["scaled_mm", "cuda", "triton"]
+def test_a_slower_provider_is_asked_last(monkeypatch):
+    def provider(name, yields):
+        return name, kernels.Implementation(lambda *args: name, lambda *args: None, lambda *args: yields)
+
+    for first, second, expected in ((True, False, "b"), (False, False, "a"), (True, True, "a"), (False, True, "a")):
+        monkeypatch.setattr(kernels, "resolve", lambda device: {"op": [provider("a", first), provider("b", second)]})
+        assert kernels.dispatch("op", lambda *args: "reference", Fake()) == expected
+
+
+def test_who_is_faster_on_hopper(monkeypatch):
+    from wush_compile.kernels import cuda
+
+    monkeypatch.setattr(cuda, "_target", lambda x: "sm_90a")
+    assert cuda.yields(torch.zeros(2, 32)) and cuda.yields_silu_mul(torch.zeros(2, 511, 32))
+    assert not cuda.yields_silu_mul(torch.zeros(2, 512, 32))
+    monkeypatch.setattr(cuda, "_target", lambda x: "sm_120a")
+    assert not cuda.yields(torch.zeros(2, 32)) and not cuda.yields_silu_mul(torch.zeros(2, 32))

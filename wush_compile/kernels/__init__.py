@@ -22,10 +22,12 @@ logger = logging.getLogger("wush_compile")
 
 
 class Implementation(NamedTuple):
-    """An op of a provider; `refuses(*args)` is a sentence, or None if it takes the call."""
+    """An op of a provider; `refuses(*args)` is a sentence, or None if it takes the call. Where `yields(*args)`, others are
+    known to be faster: it is asked after them."""
 
     run: Callable
     refuses: Callable[..., str | None]
+    yields: Callable[..., bool] = lambda *args: False
 
 
 class Mendable(str):
@@ -81,12 +83,6 @@ PROVIDERS = (
 NAMES = (*(p.name for p in PROVIDERS), "reference")
 
 
-def order(capability: tuple[int, int]) -> tuple[Provider, ...]:
-    """The providers in the order in which a device asks them. Before Blackwell csrc's kernels are there for their tests,
-    and Triton's are the faster ones (docs/csrc.md); on Blackwell nothing has been measured, and those made for it lead."""
-    return PROVIDERS if capability >= (10, 0) else tuple(sorted(PROVIDERS, key=lambda p: p.name == "cuda"))
-
-
 def forced() -> str | None:
     """The provider that `WUSH_PROVIDER` names, None if it is not set; another name is a `ConfigError`."""
     name = os.environ.get("WUSH_PROVIDER")
@@ -99,7 +95,7 @@ def resolve(device: int) -> dict[str, list[tuple[str, Implementation]]]:
     capability = torch.cuda.get_device_capability(device)
     name = forced()
     table, lines, faults = {}, [], []
-    for provider in order(capability):
+    for provider in PROVIDERS:
         reason = provider.unavailable(capability)
         if isinstance(reason, Mendable) and name in (None, provider.name):
             faults.append(f"{provider.name} {reason}")
@@ -118,7 +114,8 @@ def resolve(device: int) -> dict[str, list[tuple[str, Implementation]]]:
 
 def dispatch(op: str, reference: Callable, *args):
     """`op` by the first provider of the first argument's device that takes the call, else by `reference`."""
-    for entry in resolve(args[0].device.index).get(op, ()):
+    entries = resolve(args[0].device.index).get(op, ())
+    for entry in sorted(entries, key=lambda entry: entry[1].yields(*args)) if len(entries) > 1 else list(entries):
         name, implementation = entry
         if implementation.refuses(*args) is not None:
             continue

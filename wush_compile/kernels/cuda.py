@@ -61,6 +61,10 @@ def unavailable(capability: tuple[int, int]) -> str | None:
     return None
 
 
+# Rows from which the SiLU variant is the fastest on Hopper too; the others are not, at any size (docs/csrc.md).
+HOPPER_SILU_ROWS = 1024
+
+
 # -- ops -------------------------------------------------------------------------------------------------------------
 
 @functools.cache
@@ -70,6 +74,15 @@ def _device_target(index: int) -> str:
 
 def _target(x: Tensor) -> str:
     return _device_target(x.device.index)
+
+
+def yields(x, *args) -> bool:
+    """On Hopper Triton's quantizers are faster. On Blackwell nothing was measured: the kernels made for it go first."""
+    return _target(x) == "sm_90a"
+
+
+def yields_silu_mul(gate, *args) -> bool:
+    return _target(gate) == "sm_90a" and gate.numel() < HOPPER_SILU_ROWS * gate.shape[-1]
 
 
 def _refuses(x: Tensor, transform: Tensor | None, format: str) -> str | None:
@@ -165,7 +178,7 @@ def fp4_linear(
 
 IMPLEMENTATIONS = {
     "fp4_linear": Implementation(fp4_linear, refuses_fp4_linear),
-    "transform_quantize": Implementation(transform_quantize, refuses_transform_quantize),
-    "rms_norm_transform_quantize": Implementation(rms_norm_transform_quantize, refuses_rms_norm),
-    "silu_mul_transform_quantize": Implementation(silu_mul_transform_quantize, refuses_silu_mul),
+    "transform_quantize": Implementation(transform_quantize, refuses_transform_quantize, yields),
+    "rms_norm_transform_quantize": Implementation(rms_norm_transform_quantize, refuses_rms_norm, yields),
+    "silu_mul_transform_quantize": Implementation(silu_mul_transform_quantize, refuses_silu_mul, yields_silu_mul),
 }

@@ -93,11 +93,11 @@ def refuses_observe(x, mask, moment, count, sample, seed=0) -> str | None:
 def _there(run: Callable) -> Callable:
     """`run` with its first argument's device current: a kernel is launched on the current one."""
     @functools.wraps(run, updated=())
-    def guarded(first, *args):
+    def guarded(first, *args, **options):
         if first.device.index == torch.cuda.current_device():
-            return run(first, *args)
+            return run(first, *args, **options)
         with torch.cuda.device(first.device):
-            return run(first, *args)
+            return run(first, *args, **options)
 
     return guarded
 
