@@ -261,7 +261,7 @@ for format in ("mxfp4", "nvfp4"):
     for rule in ("absmax", "mse"):
         got = torch.ops.wush.transform_quantize(x, None, None, format, rule)
         assert all(torch.equal(a, b) for a, b in zip(got, ops._transform_quantize(x, None, None, format, rule)))
-assert [name for name, _ in kernels.resolve(0)["transform_quantize"]] == ["triton"]
+assert "triton" in [name for name, _ in kernels.resolve(0)["transform_quantize"]]
 try:
     torch.ops.wush.transform_quantize(x, torch.zeros(16, 32, 32), None, "mxfp4", "absmax")
 except RuntimeError as error:
