@@ -31,8 +31,8 @@ BANDS = ((1, 1), (2, 16), (17, 64), (65, 128), (129, None))
 MANY = 4096
 # NVFP4 for many rows: decoded on both sides.
 WIDE_NVFP4 = Fused(128, 128, 128, 1, 8, 3, True)
-# Parameters of kernels that a packaged launch leaves alone: starting behind a kernel that still runs, stores in assembly,
-# which Inductor cannot see through, sums in smaller steps.
+# Parameters of kernels that a packaged launch leaves alone: starting behind a kernel that still runs, stores in
+# assembly, which Inductor cannot see through, sums in smaller steps.
 PLAIN = {"PDL": False, "AHEAD": 0, "EARLY": False, "WORDS": 0, "PROMOTE": 0}
 
 
@@ -204,7 +204,8 @@ def _fused(
         block = 1 if most is not m and most <= 64 else 8
         x = _launch(
             expand_bf16_kernel, ("out",), (here * _tiles(m, block), _tiles(k, 1024)), 4, codes=x, scales=xs, g=None,
-            out=x.new_empty((m, k), dtype=torch.bfloat16), rows=m, K=k, MX=False, SCALED=False, R=block, C=512, PANELS=True,
+            out=x.new_empty((m, k), dtype=torch.bfloat16), rows=m, K=k, MX=False, SCALED=False, R=block, C=512,
+            PANELS=True,
         )["out"]
     if tile.split > 1:                                     # as large as the band needs: M may be far beyond it
         parts = x.new_empty((tile.split, most, n), dtype=torch.float32)
