@@ -324,3 +324,50 @@ def test_int4_interpreted():
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=env)
     assert run.stdout.strip().endswith("same"), run.stderr[-2000:]
+
+
+EXPANDED = """
+import torch, triton
+import triton.language as tl
+from wush_compile import formats
+from wush_compile.kernels import triton_expand
+
+@triton.jit
+def look_up(w, low, high):
+    first = tl.zeros_like(w)
+    second = tl.zeros_like(w)
+    for i in tl.static_range(8):
+        code = (w >> (4 * i)) & 15
+        m = code & 7
+        byte = tl.where(m < 4, (low >> (8 * (m & 3))) & 255, (high >> (8 * (m & 3))) & 255) | ((code >> 3) << 7)
+        if i < 4:
+            first = first | (byte << (8 * i))
+        else:
+            second = second | (byte << (8 * (i - 4)))
+    return first, second
+
+triton_expand._look_up = look_up                       # the interpreter knows no assembly
+torch.manual_seed(0)
+for m, n, k in ((3, 5, 256), (2, 7, 576)):
+    octaves = torch.randint(-4, 4, (m, k // 32)).float().repeat_interleave(32, 1)
+    q, v = formats.quantize(torch.randn(m, k) * torch.exp2(octaves), "mxfp4", "absmax"), formats.quantize(
+        torch.randn(n, k), "mxfp4", "absmax")
+    x, w = torch.zeros(m, k, dtype=torch.float8_e5m2), torch.zeros(n, k, dtype=torch.float8_e4m3fn)
+    x_unit, w_unit, g = torch.zeros(m), torch.zeros(n), torch.tensor([4.0])
+    words, groups = [t.view(torch.int32) for t in (q[0], x, v[0], w)], triton.next_power_of_2(k // 32)
+    triton_expand.expand_both_kernel[(m + n,)](
+        words[0], q[1], g, x_unit, words[1], words[2], v[1], None, w_unit, words[3], m, n, k, groups, True, False, groups, False)
+    order = torch.cat([c[h] for c in torch.arange(k).split(128) for h in (c % 8 < 4, c % 8 >= 4)])
+    for out, unit, packed, scale in ((x, x_unit, q, g), (w, w_unit, v, None)):
+        assert torch.equal(out.float() * unit[:, None], formats.dequantize(*packed, "mxfp4", scale)[:, order]), (m, n, k)
+print("same")
+"""
+
+
+def test_expansions_interpreted(tmp_path):
+    """Both operands of the library's product, each value exact, in the order that both have."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = tmp_path / "expanded.py"                  # Triton reads a kernel's source from its file
+    script.write_text(EXPANDED)
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
+    assert run.stdout.strip().endswith("same"), run.stderr[-2000:]
