@@ -141,9 +141,9 @@ def fused_gemm_kernel(
 ):
     """out [M, N] from w uint8 [N, K/2], ws int32 [N, K/(4G)] (four scale bytes a word), w_top uint8 [N] (MXFP4: the
     largest byte of each row). x: uint8 [M, K/2] with xs int32 [M, K/(4G)] if PACKED, else e5m2 bytes [M, K] in panels
-    (see `expand_fp8_kernel`; NVFP4: bf16, panels of `expand_bf16_kernel`) with x_unit fp32 [M] (MXFP4). parts fp32 [SPLIT, M, N], count int32, all zeros before and after.
-    PROMOTE: channels whose products the tensor core adds up itself before the sum goes to fp32 (at most
-    BK/2; 0: all of them). Grid (tiles of N times tiles of M, SPLIT)."""
+    (see `expand_fp8_kernel`; NVFP4: bf16, panels of `expand_bf16_kernel`) with x_unit fp32 [M] (MXFP4). parts fp32
+    [SPLIT, M, N], count int32, all zeros before and after. PROMOTE: channels whose products the tensor core adds up
+    itself before the sum goes to fp32 (at most BK/2; 0: all of them). Grid (tiles of N times tiles of M, SPLIT)."""
     G: tl.constexpr = 32 if MX else 16
     HALF: tl.constexpr = BK // 2
     WORDS: tl.constexpr = BK // (4 * G)
