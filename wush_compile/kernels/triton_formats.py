@@ -200,14 +200,14 @@ def _pack_ptx(values, byte, ptx, native, most):
     """PTX that leaves the codes of 8 floats, the registers `values`, in register `word`, the first in its low nibble.
 
     byte: the register with the e8m0 byte of their group, if they are not yet multiplied by its inverse, or "".
-    ptx: 2 or 3 for sm_86 and later, 1 before. most: what no magnitude exceeds, 6 or 10, or 0 if any may occur.
+    ptx: 2 for sm_86 and later, 1 before. most: what no magnitude exceeds, 6 or 10, or 0 if any may occur.
 
     Without Blackwell's instruction a magnitude a is rounded by adding c = p * 2^22, p the power of two of max(a, 1), as
     `_step_sum`; c has 214 of p's half steps more, which makes the low byte of sum + (sum >> 22) the code. Of two sums,
     one 16 times, the integer sum is taken first: their fields do not meet. In a group's own units p is the power of two
     of max(a, 2^(byte - 127)), and c has so many half steps more or less that the exponent's share is the same. """
     if native:
-        lines = [f"{{ .reg .b8 t0, t1, t2, t3; .reg .b32 i; .reg .f32 f; .reg .f32 v<8>;"]
+        lines = ["{ .reg .b8 t0, t1, t2, t3; .reg .b32 i; .reg .f32 f; .reg .f32 v<8>;"]
         if byte:
             lines.append(f"shl.b32 i, {byte}, 23; sub.u32 i, 0x7F000000, i; mov.b32 f, i;")
         lines += [f"mul.rn.f32 v{i}, {v}, f;" if byte else f"mov.f32 v{i}, {v};" for i, v in enumerate(values)]
@@ -238,29 +238,6 @@ def _pack_ptx(values, byte, ptx, native, most):
 
 
 @triton.constexpr_function
-def _pack_by_sums_ptx(values, byte):
-    """As `_pack_ptx`, with additions and products in place of integer instructions: for a share of the words, so that
-    neither of the two kinds of arithmetic units waits for the other. Any magnitude may occur.
-
-    The code of a magnitude v is the number of steps of 1/2 up to 2, of 1 from 2 to 4 and of 2 from 4 to 6
-    (`formats._e2m1_steps`), each rounded half to even by adding it to an even integer above 2^23. Four codes go into
-    one sum, which is multiplied by 16 in between."""
-    lines = ["{ .reg .f32 a, u, s, half; .reg .b32 i, t<2>;"]
-    if byte:
-        lines.append(f"shl.b32 i, {byte}, 23; sub.u32 i, 0x7E800000, i; mov.b32 half, i;")
-    else:
-        lines.append("mov.f32 half, 0f3F000000;")
-    for j in (0, 1):
-        for k in (3, 2, 1, 0):
-            lines.append("mov.f32 s, 0f4B000000;" if k == 3 else "fma.rn.f32 s, s, 0f41800000, 0fCCF00000;")
-            lines.append(f"abs.f32 a, {values[4 * j + k]}; mul.rn.sat.f32 u, a, half; fma.rn.f32 s, u, 0f40800000, s; "
-                         "fma.rn.sat.f32 u, a, half, 0fBF800000; fma.rn.f32 s, u, 0f40000000, s; "
-                         "fma.rn.sat.f32 u, a, half, 0fC0000000; add.rn.f32 s, u, s;")
-        lines.append(f"mov.b32 t{j}, s;")
-    return " ".join(lines) + " prmt.b32 word, t0, t1, 0x5410; }"
-
-
-@triton.constexpr_function
 def _signs_ptx(values):
     """PTX that adds the signs of 8 floats to the codes of their magnitudes in register `word`."""
     lines = ["{ .reg .b32 t<8>;"]
@@ -287,11 +264,7 @@ def _store_ptx(words, by_group, masked, ptx, native, most):
     text = f"{{ .reg .b32 word; .reg .b32 w<{words}>; .reg .pred q; mov.b32 $0, 0; "
     for j in range(words):
         values = [f"${8 * j + i + 1}" for i in range(8)]
-        if ptx > 2 and not native and j % 2:
-            text += _pack_by_sums_ptx(values, byte) + _signs_ptx(values)
-        else:
-            text += _pack_ptx(values, byte, ptx, native, most)
-        text += f" mov.b32 w{j}, word; "
+        text += _pack_ptx(values, byte, ptx, native, most) + f" mov.b32 w{j}, word; "
     text += f"setp.ne.b32 q, {mask}, 0; @q " if masked else ""
     return text + {1: f"st.global.b32 [{pointer}], w0; }}", 2: f"st.global.v2.b32 [{pointer}], {{w0, w1}}; }}",
                    4: f"st.global.v4.b32 [{pointer}], {{w0, w1, w2, w3}}; }}"}[words]
@@ -304,7 +277,7 @@ def _store_constraints(words, by_group, masked):
 
 @triton.jit
 def pack_codes(v, PTX: tl.constexpr, NATIVE: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """fp32 [R, W] -> two codes a byte, uint8 [R, W/2]. PTX: by assembly, above 1 for sm_86 and later,
+    """fp32 [R, W] -> two codes a byte, uint8 [R, W/2]. PTX: by assembly, 2 for sm_86 and later,
     1 before, 0 in the interpreter; NATIVE: Blackwell's."""
     low, high = tl.split(tl.reshape(v, (R, W // 2, 2)))
     if PTX:
@@ -351,8 +324,7 @@ def store_codes(
     """Codes of y fp32 [R, W] to `pointer` [R, W/(8*WORDS)], 4*WORDS bytes each, where `inside` (None: everywhere), by
     assembly: a store of Triton's would first move them between threads.
 
-    BY_GROUP: of y * 2^(127 - byte), for |y| with bits below MX_LIMIT; byte [R, W/32]. MOST: as `_pack_ptx`.
-    PTX: 3 to do every other word by `_pack_by_sums_ptx`."""
+    BY_GROUP: of y * 2^(127 - byte), for |y| with bits below MX_LIMIT; byte [R, W/32]. MOST: as `_pack_ptx`."""
     MASKED: tl.constexpr = inside is not None
     N: tl.constexpr = W // (8 * WORDS)
     operands = _neighbours(y, WORDS, R, N)
