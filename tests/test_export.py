@@ -105,11 +105,13 @@ def make_package(folder: Path, *arguments: str) -> tuple[Path, str]:
 
 
 ONLY_TORCH = """
-import sys, torch
+import sys
+for name in ("wush_compile", "transformers", "triton"):      # torch itself imports triton where it is installed
+    sys.modules[name] = None
+import torch
 model = torch._inductor.aoti_load_package(sys.argv[1])
 ids = torch.tensor([[int(t) for t in sys.argv[3:]]], device=sys.argv[2])
 print(*model(ids).argmax(-1)[0].tolist())
-assert not any(name.startswith(("wush", "transformers", "triton")) for name in sys.modules)
 assert not any(op.startswith("wush") for op in torch._C._dispatch_get_all_op_names())
 """
 IDS = ["12", "7", "42", "3", "3"]
