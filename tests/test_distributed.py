@@ -13,10 +13,10 @@ import torch
 from models import plain, tokens
 
 import wush_compile as wc
-from wush_compile import calibrate
-from wush_compile.distributed import Ranks, assign, join, merge_samples
+from wush_compile.calibration import calibrate
+from wush_compile.calibration.distributed import Ranks, assign, join, merge_samples
+from wush_compile.calibration.team import Alone
 from wush_compile.errors import NonFiniteError, WushError
-from wush_compile.team import Alone
 
 WINDOWS, LENGTH = 10, 48
 SETTINGS = {"solver": "gptq", "progress": False}

@@ -14,9 +14,9 @@ from helpers import files, same_tensors
 from torch import nn
 
 import wush_compile as wc
-from wush_compile import calibrate, journal
+from wush_compile.calibration import calibrate, journal
+from wush_compile.calibration.journal import Journal
 from wush_compile.errors import CheckpointError, ConfigError, NonFiniteError
-from wush_compile.journal import Journal
 
 
 class Layer(nn.Module):
@@ -102,7 +102,7 @@ KILLED = """
     torch.set_num_threads(1)
     import safetensors.torch
     import wush_compile as wc
-    from wush_compile import calibrate, journal
+    from wush_compile.calibration import calibrate, journal
     from test_journal import net, quantize
 
     quantize(net(), sys.argv[1] + "/warm")                  # what is imported lazily is imported once

@@ -10,9 +10,9 @@ from models import plain
 from test_journal import DATA, IDS, Words, net
 
 import wush_compile as wc
-from wush_compile import calibrate
+from wush_compile.calibration import calibrate
+from wush_compile.calibration.progress import Progress, group_table
 from wush_compile.phases import phase, timing
-from wush_compile.progress import Progress, group_table
 
 
 def events(path):

@@ -84,6 +84,23 @@ def test_a_callers_mistake_costs_no_provider(monkeypatch):
     assert len(table["fp4_linear"]) == 1
 
 
+def test_what_writes_in_place_is_not_tried_again(monkeypatch):
+    def fails(moment):
+        moment.add_(1)
+        raise ValueError("half done")
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    monkeypatch.setattr(kernels, "resolve", lambda device: {"observe": [
+        ("triton", kernels.Implementation(fails, lambda *args: None))]})
+    monkeypatch.delenv("WUSH_PROVIDER", raising=False)
+    moment = torch.zeros(()).as_subclass(OnGpu)
+    with pytest.raises(RuntimeError, match="triton failed in observe.*WUSH_PROVIDER=reference"):
+        kernels.dispatch("observe", fails, moment)
+    assert float(moment) == 1
+
+
 def test_capability_decides():
     assert kernels._triton_unavailable((7, 5)) is not None
     assert doctor.arithmetic("mxfp4", (9, 0)).startswith("emulated") and "native" in doctor.arithmetic("nvfp4", (12, 0))

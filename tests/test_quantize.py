@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import wush_compile as wc
-from wush_compile.calibrate import calibrate
+from wush_compile.calibration.calibrate import calibrate
 from wush_compile.capture import capture
 from wush_compile.data import normalize
 from wush_compile.errors import CaptureError, ConfigError, DataError, NonFiniteError
@@ -405,7 +405,7 @@ def test_already_quantized():
 
 
 def test_interrupt_leaves_the_model_as_it_was(monkeypatch):
-    from wush_compile import calibrate as module
+    from wush_compile.calibration import calibrate as module
 
     model, calls = plain("llama"), []
     before = state_bytes(model)

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import wush_compile as wc
-from wush_compile.activations import Activations
+from wush_compile.calibration.activations import Activations
+from wush_compile.calibration.microbatch import TOKENS, choose_rows, regroup
+from wush_compile.calibration.shards import Shards
+from wush_compile.calibration.streaming import CheckpointTensors, open_checkpoint
 from wush_compile.capture import capture
 from wush_compile.data import normalize
 from wush_compile.errors import CheckpointError, DataError, NonFiniteError
-from wush_compile.microbatch import TOKENS, choose_rows, regroup
 from wush_compile.passes.partition import partition
-from wush_compile.shards import Shards
-from wush_compile.streaming import CheckpointTensors, open_checkpoint
 
 DATA = [tokens(2, 24, seed=s) for s in range(1, 5)]
 
@@ -82,7 +82,7 @@ def test_one_stage_of_weights_at_a_time(source, tmp_path, monkeypatch):
 
 
 def test_a_streamed_run_goes_on_from_the_journal(source, tmp_path, monkeypatch):
-    from wush_compile import calibrate
+    from wush_compile.calibration import calibrate
 
     real, calls = calibrate.solve, []
 

@@ -17,12 +17,12 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from . import evaluate as evaluation
+from .calibration.progress import Progress, group_table
 from .config import WushConfig
 from .data import windows
 from .errors import ConfigError, WushError
 from .explain import compiled_graph, summary
 from .explain import explain as explanation
-from .progress import Progress, group_table
 from .quantizer import quantize as quantize_model
 from .quantizer import quantize_checkpoint
 from .storage import load, load_model, load_tokenizer

@@ -12,22 +12,22 @@ from torch import Tensor, nn
 
 from . import data as calibration_data
 from . import hf
-from .calibrate import Solved, calibrate
+from .calibration.calibrate import Solved, calibrate
+from .calibration.distributed import join, local_device
+from .calibration.journal import Journal, fingerprint_of_data, fingerprint_of_model
+from .calibration.progress import Progress
+from .calibration.streaming import open_checkpoint
+from .calibration.team import Alone
+from .calibration.tensors import ModelTensors, finite
 from .capture import capture, skeleton
 from .config import WushConfig
 from .data import Batch
-from .distributed import join, local_device
 from .errors import CaptureError, ConfigError, DataError, NonFiniteError, WushError, one_of
-from .journal import Journal, fingerprint_of_data, fingerprint_of_model
 from .modules import install_group, is_quantized
 from .passes.group import LinearGroup, find_groups
 from .phases import phase, timing
-from .progress import Progress
 from .quantization import Quantization
 from .storage import saved_names, write_settings
-from .streaming import open_checkpoint
-from .team import Alone
-from .tensors import ModelTensors, finite
 
 log = logging.getLogger("wush_compile")
 # (windows, tokens in each) that a language model samples for itself where it gets no data.

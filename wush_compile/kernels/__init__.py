@@ -80,6 +80,8 @@ PROVIDERS = (
     Provider("cuda", _cuda_unavailable, _load_cuda),
     Provider("triton", _triton_unavailable, _load_triton),
 )
+# What writes into its arguments cannot be tried a second time.
+IN_PLACE = ("observe",)
 NAMES = (*(p.name for p in PROVIDERS), "reference")
 
 
@@ -126,6 +128,9 @@ def dispatch(op: str, reference: Callable, *args):
         except Exception as error:
             if forced() is not None:
                 raise
+            if op in IN_PLACE:
+                raise RuntimeError(f"{name} failed in {op}, which may have changed its state by then: set "
+                                   "WUSH_PROVIDER=reference and start again") from error
             result = reference(*args)              # raises if the caller's arguments are at fault; then no provider is
             resolve(args[0].device.index)[op].remove(entry)
             logger.warning("%s failed in %s and is left out of it from now on: %s: %s", name, op, type(error).__name__,

@@ -2,7 +2,8 @@
 
 Blackwell's block-scaled products read scales in tiles of 128 rows by 4 groups, 512 bytes each, row r and group c of a tile
 at byte (r % 32)·16 + (r // 32)·4 + c; tiles follow each other along the groups first. Rows and groups are padded to whole
-tiles with zero bytes (cuBLAS: "1D block scaling factors layout"; `SwizzleType.SWIZZLE_32_4_4` of `torch.nn.functional.scaled_mm`).
+tiles with zero bytes (cuBLAS: "1D block scaling factors layout"; PyTorch: `SwizzleType.SWIZZLE_32_4_4` of
+`torch.nn.functional.scaled_mm`).
 """
 
 from torch import Tensor

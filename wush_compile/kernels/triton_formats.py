@@ -224,7 +224,7 @@ def _pack_ptx(values, byte, ptx, native, most):
             if ptx > 1:                                       # the larger magnitude with the first one's sign, at once
                 lines.append((f"min.xorsign.abs.f32 a, {value}, six; " if most == 0 else f"mov.f32 a, {value}; ")
                              + "max.xorsign.abs.f32 p, a, one; "
-                             f"mov.b32 i, p; and.b32 i, i, 0xFF800000; mov.b32 p, i;")
+                             "mov.b32 i, p; and.b32 i, i, 0xFF800000; mov.b32 p, i;")
             else:
                 clip = "min.f32 a, a, six; " if most == 0 else ""
                 lines.append(f"abs.f32 a, {value}; {clip}max.f32 p, a, one; "

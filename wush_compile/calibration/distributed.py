@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .data import Batch
-from .errors import DataError, WushError
+from ..data import Batch
+from ..errors import DataError, WushError
+from ..ops import LARGEST_SHARE, _sample_largest
+from ..passes.observe import Observation
 from .journal import fingerprint_of_data
 from .microbatch import sequences
-from .ops import LARGEST_SHARE, _sample_largest
-from .passes.observe import Observation
 from .team import ALONE, Alone
 
 log = logging.getLogger("wush_compile")

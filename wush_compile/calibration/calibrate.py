@@ -20,22 +20,22 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..capture import Captured
+from ..config import WushConfig
+from ..data import Batch
+from ..errors import DataError, NonFiniteError
+from ..modules import Member, WushGroup
+from ..passes.group import LinearGroup
+from ..passes.observe import Observation, allocate, insert_observers, observed, remove_observers
+from ..passes.partition import Stage, partition
+from ..passes.place import place
+from ..passes.rewrite import rewrite
+from ..phases import phase
+from ..solver import layer_loss, solve
 from .activations import Activations
-from .capture import Captured
-from .config import WushConfig
-from .data import Batch
-from .errors import DataError, NonFiniteError
 from .journal import Journal
 from .microbatch import MicroBatch, choose_rows, regroup, sequences
-from .modules import Member, WushGroup
-from .passes.group import LinearGroup
-from .passes.observe import Observation, allocate, insert_observers, observed, remove_observers
-from .passes.partition import Stage, partition
-from .passes.place import place
-from .passes.rewrite import rewrite
-from .phases import phase
 from .progress import Progress
-from .solver import layer_loss, solve
 from .team import ALONE, Alone
 from .tensors import Loader, ModelTensors
 

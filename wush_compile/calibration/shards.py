@@ -9,8 +9,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from .checkpoint import Spec
-from .errors import CheckpointError
+from ..checkpoint import Spec
+from ..errors import CheckpointError
 
 
 def sha256_of(path: Path) -> str:

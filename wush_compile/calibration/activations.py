@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import WushError
+from ..errors import WushError
+
 
 class _Stored(NamedTuple):
     """An offloaded tensor; dimensions it only repeats along (of masks) are stored once."""

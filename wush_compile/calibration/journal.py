@@ -26,16 +26,26 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .atomic import flush, replaced_file
-from .checkpoint import (
-    CONFIG, DIGEST, INDEX, JOURNAL, WEIGHT_FILE, build_groups, digest, join, parts, read_config, split_group,
+from ..atomic import flush, replaced_file
+from ..checkpoint import (
+    CONFIG,
+    DIGEST,
+    INDEX,
+    JOURNAL,
+    WEIGHT_FILE,
+    build_groups,
+    digest,
+    join,
+    parts,
+    read_config,
+    split_group,
 )
-from .config import WushConfig
-from .data import Batch
-from .errors import CheckpointError, ConfigError
-from .modules import WushGroup
-from .passes.group import LinearGroup
-from .quantization import Quantization
+from ..config import WushConfig
+from ..data import Batch
+from ..errors import CheckpointError, ConfigError
+from ..modules import WushGroup
+from ..passes.group import LinearGroup
+from ..quantization import Quantization
 from .shards import Shards, sha256_of
 from .team import Alone
 from .tensors import ModelTensors
