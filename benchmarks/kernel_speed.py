@@ -22,8 +22,8 @@ import torch
 import triton
 
 from wush_compile.formats import FORMATS
-from wush_compile.kernels import triton_linear, triton_quantize
-from wush_compile.kernels.triton_linear import Fused, Gemv
+from wush_compile.kernels import triton_choose, triton_linear, triton_quantize
+from wush_compile.kernels.triton_choose import Fused, Gemv
 
 GROUPS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}     # name: (N, K)
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
@@ -132,7 +132,7 @@ def tuned(format: str, m: int, n: int, k: int):
 
 def bench_linear(rows=ROWS) -> list[dict]:
     shapes = [(f, m, n, k) for f in ("mxfp4", "nvfp4") for m in rows for n, k in GROUPS.values()]
-    chosen = [(f, m, n, k, tuned(f, m, n, k) or triton_linear.choose(f, m, n, k)) for f, m, n, k in shapes]
+    chosen = [(f, m, n, k, tuned(f, m, n, k) or triton_choose.choose(f, m, n, k)) for f, m, n, k in shapes]
     compile_all([(f, _compile_rows(kernel, m), n, k, kernel) for f, m, n, k, kernel in chosen])
     out = []
     for m in rows:

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from wush_compile.formats import FORMATS  # noqa: E402
-from wush_compile.kernels import triton_linear, triton_quantize  # noqa: E402
+from wush_compile.kernels import triton_choose, triton_quantize  # noqa: E402
 from wush_compile.kernels.triton_gemm import fused_gemm_kernel  # noqa: E402
 from wush_compile.kernels.triton_gemv import gemv_kernel  # noqa: E402
 from wush_compile.kernels.triton_int4 import int4_gemm_kernel  # noqa: E402
@@ -51,21 +51,22 @@ def sass(compiled) -> str:
 
 def compile_linear(format, n, k, kernel, cc, promote=0):
     mx, pdl = format == "mxfp4", cc >= 90
-    if isinstance(kernel, triton_linear.Scaled):
+    if isinstance(kernel, triton_choose.Scaled):
         scale = "*u8" if mx else "*fp8e4nv"
         pointers = dict(x="*u8", w="*u8", xs=scale, ws=scale, out="*bf16", M="i32")
         constants = dict(PLAIN, N=n, K=k, G=FORMATS[format].group_size, BM=kernel.bm, BN=kernel.bn, BK=kernel.bk,
                          STAGES=kernel.stages)
         return compile_kernel(scaled_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
-    if isinstance(kernel, triton_linear.Int4):
+    if isinstance(kernel, triton_choose.Int4):
         pointers = dict(x="*u8", xs="*bf16", w="*u8", ws="*bf16", out="*bf16", M="i32")
         constants = dict(PLAIN, N=n, K=k, BN=kernel.bn, BM=kernel.bm, STAGES=kernel.stages, PDL=pdl)
         return compile_kernel(int4_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
-    if isinstance(kernel, triton_linear.Gemv):
+    if isinstance(kernel, triton_choose.Gemv):
         pointers = dict(x="*i32", xs="*u8", w="*i32", ws="*u8", out="*bf16")
         constants = dict(PLAIN, N=n, K=k, M=1, MX=mx, BN=kernel.bn, BK=kernel.bk, PDL=pdl)
         return compile_kernel(gemv_kernel, pointers, constants, cc, kernel.warps)
-    pointers = dict(x="*u8" if kernel.packed else "*fp8e5" if mx else "*bf16", w="*u8", ws="*i32", selectors="*i32", out="*bf16", M="i32")
+    pointers = dict(x="*u8" if kernel.packed else "*fp8e5" if mx else "*bf16", w="*u8", ws="*i32", selectors="*i32",
+                    out="*bf16", M="i32")
     pointers |= dict(xs="*i32") if kernel.packed else dict(x_unit="*fp32") if mx else {}
     pointers |= (dict(w_top="*u8") if mx else {}) | (dict(parts="*fp32", count="*i32") if kernel.split > 1 else {})
     constants = dict(PLAIN, xs=None, x_unit=None, w_top=None, parts=None, count=None, N=n, K=k, MX=mx,
@@ -88,9 +89,9 @@ def choices(format, capability):
     """(kernel, shape) of every kernel the dispatcher can choose there; what differs only in how K is split, once."""
     found = {}
     for rows, (n, k) in itertools.product(ROWS, SHAPES):
-        kernel = triton_linear.choose(format, rows, n, k, capability)
+        kernel = triton_choose.choose(format, rows, n, k, capability)
         if not isinstance(kernel, str):
-            tile = kernel._replace(split=1) if isinstance(kernel, triton_linear.Fused) else kernel
+            tile = kernel._replace(split=1) if isinstance(kernel, triton_choose.Fused) else kernel
             found.setdefault(tile, (kernel, (n, k)))
     return found.values()
 
@@ -100,8 +101,8 @@ def choices(format, capability):
 def test_products_are_native_on_blackwell(cc, format):
     """The block-scaled instruction, and none that would be its emulation."""
     capability = divmod(cc, 10)
-    chosen = [c for c in choices(format, capability) if isinstance(c[0], triton_linear.Scaled)]
-    if cc == 121 and triton_linear.triton_version() < (3, 9):
+    chosen = [c for c in choices(format, capability) if isinstance(c[0], triton_choose.Scaled)]
+    if cc == 121 and triton_choose.triton_version() < (3, 9):
         assert not chosen, "Triton 3.6 emulates FP4 on sm_121: nothing may be left to it"
         return
     assert chosen
@@ -119,7 +120,7 @@ def test_products_are_native_on_blackwell(cc, format):
 
 def test_a_silent_fallback_is_seen():
     """The check above is red where it should be: 64 rows on sm_100 become f16 without a word."""
-    compiled = compile_linear("mxfp4", 4096, 4096, triton_linear.Scaled(64, 64, 256, 4, 3), 100)
+    compiled = compile_linear("mxfp4", 4096, 4096, triton_choose.Scaled(64, 64, 256, 4, 3), 100)
     assert "kind::f16" in compiled.asm["ptx"] and "block_scale" not in compiled.asm["ptx"]
 
 
@@ -156,7 +157,7 @@ def test_hopper_products_stay_in_registers(format):
     for kernel, (n, k) in choices(format, (9, 0)):
         code, shared = hopper(format, kernel, n, k)
         assert shared <= 227 * 1024, kernel
-        if isinstance(kernel, triton_linear.Fused):
+        if isinstance(kernel, triton_choose.Fused):
             products = re.findall(r"[QH]GMMA\.\S+ R\d+, (\S+),", code)
             assert products and all(p.startswith("R") for p in products), kernel
             assert not re.search(r"\b(STL|LDL)\b" if kernel.packed else r"\b(STL|LDL|STS)\b", main_loop(code)), kernel
@@ -195,11 +196,11 @@ def test_int4_runs_on_int8_tensor_cores(cc):
 
 
 def test_choice_is_a_pure_function_of_the_shape():
-    assert triton_linear.choose("mxfp4", 1, 4096, 4096) == triton_linear.choose("mxfp4", 1, 4096, 4096, (9, 0))
-    assert triton_linear.choose("mxfp4", 3000, 4096, 4096) == "library"
-    assert triton_linear.choose("mxfp4", 300, 128, 576) == "bf16"
+    assert triton_choose.choose("mxfp4", 1, 4096, 4096) == triton_choose.choose("mxfp4", 1, 4096, 4096, (9, 0))
+    assert triton_choose.choose("mxfp4", 3000, 4096, 4096) == "library"
+    assert triton_choose.choose("mxfp4", 300, 128, 576) == "bf16"
     rows = (*ROWS, 3, 5, 24, 48, 96, 192, 256, 384, 768, 1024, 1536, 2048, 4096)
     for rows, (n, k), format in itertools.product(rows, (*SHAPES, (6144, 4096), (4096, 640)), ("mxfp4", "nvfp4")):
-        kernel = triton_linear.choose(format, rows, n, k)
-        if isinstance(kernel, triton_linear.Fused):
+        kernel = triton_choose.choose(format, rows, n, k)
+        if isinstance(kernel, triton_choose.Fused):
             assert k % (kernel.bk * kernel.split) == 0

@@ -11,8 +11,8 @@ from wush_compile import formats
 from wush_compile.formats import FORMATS
 
 pytest.importorskip("triton")
-from wush_compile.kernels import triton_linear  # noqa: E402
-from wush_compile.kernels.triton_linear import Fused  # noqa: E402
+from wush_compile.kernels import triton_choose, triton_linear, triton_memory  # noqa: E402
+from wush_compile.kernels.triton_choose import Fused  # noqa: E402
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
@@ -165,7 +165,7 @@ def test_weights_outside_e4m3_take_another_kernel():
     ws = ws.clone()
     ws[:, ::2] -= 18
     s[:, 1::2] -= 18
-    assert not triton_linear.row_facts(ws).fits_e4m3
+    assert not triton_memory.row_facts(ws).fits_e4m3
     got = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, "mxfp4", torch.bfloat16)
     want = exact(c, s, wc, ws, "mxfp4")
     assert error(got, want) < 1.05 * error(want.bfloat16(), want) + 1e-4
@@ -174,10 +174,10 @@ def test_weights_outside_e4m3_take_another_kernel():
 @gpu
 def test_row_facts_follow_the_weight():
     _, _, _, ws = operands("mxfp4", 1, 64, 512, octaves=0)
-    first = triton_linear.row_facts(ws)
-    assert triton_linear.row_facts(ws) is first and triton_linear.row_facts(ws[32:]) is not first
+    first = triton_memory.row_facts(ws)
+    assert triton_memory.row_facts(ws) is first and triton_memory.row_facts(ws[32:]) is not first
     ws[3, 4] += 9
-    assert torch.equal(triton_linear.row_facts(ws).top, ws.amax(-1))
+    assert torch.equal(triton_memory.row_facts(ws).top, ws.amax(-1))
 
 
 @gpu
@@ -207,18 +207,18 @@ def test_linear_in_a_cuda_graph(format, m):
 
 def test_a_weight_is_settled_from_its_second_use_until_it_is_written():
     w = torch.zeros(8, 64, dtype=torch.uint8)
-    assert not triton_linear.settled(w) and triton_linear.settled(w) and triton_linear.settled(w.view(8, 64))
-    assert not triton_linear.settled(w[4:]) and triton_linear.settled(w[4:])
+    assert not triton_memory.settled(w) and triton_memory.settled(w) and triton_memory.settled(w.view(8, 64))
+    assert not triton_memory.settled(w[4:]) and triton_memory.settled(w[4:])
     w[0] = 3
-    assert not triton_linear.settled(w[4:]) and not triton_linear.settled(w) and triton_linear.settled(w)
+    assert not triton_memory.settled(w[4:]) and not triton_memory.settled(w) and triton_memory.settled(w)
 
 
 def test_powers_of_two_are_known():
     g = torch.tensor([0.25])
-    assert triton_linear.is_power_of_two(None) and triton_linear.is_power_of_two(g)
+    assert triton_memory.is_power_of_two(None) and triton_memory.is_power_of_two(g)
     g.fill_(10)
-    assert not triton_linear.is_power_of_two(g)
-    assert not any(triton_linear.is_power_of_two(torch.tensor([v])) for v in (0.0, -2.0, 3.0, float("nan"), float("inf")))
+    assert not triton_memory.is_power_of_two(g)
+    assert not any(triton_memory.is_power_of_two(torch.tensor([v])) for v in (0.0, -2.0, 3.0, float("nan"), float("inf")))
 
 
 @pytest.mark.parametrize("n, k", [(16, 4096), (256, 64), (28672, 4096), (4096, 14336), (10**6, 2**20)])
@@ -234,9 +234,9 @@ def test_precise_is_an_environment_variable(monkeypatch):
         monkeypatch.delenv("WUSH_PRECISE", raising=False)
         if value is not None:
             monkeypatch.setenv("WUSH_PRECISE", value)
-        assert triton_linear.precise_by_default() is expected
-    assert triton_linear.choose("mxfp4", 128, 4096, 4096, precise=True).bk == 256
-    assert triton_linear.choose("mxfp4", 4096, 4096, 4096, precise=True) == "library"
+        assert triton_choose.precise_by_default() is expected
+    assert triton_choose.choose("mxfp4", 128, 4096, 4096, precise=True).bk == 256
+    assert triton_choose.choose("mxfp4", 4096, 4096, 4096, precise=True) == "library"
 
 
 @both

@@ -17,10 +17,11 @@ from torch._higher_order_ops.triton_kernel_wrap import (
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..formats import FORMATS
+from .triton_choose import WIDE, Fused, Gemv, Scaled, choose
 from .triton_expand import expand_bf16_kernel, expand_fp8_kernel
 from .triton_gemm import fused_gemm_kernel
 from .triton_gemv import gemv_kernel
-from .triton_linear import WIDE, Fused, Gemv, Scaled, Workspace, choose
+from .triton_memory import Workspace
 from .triton_provider import IMPLEMENTATIONS
 from .triton_quantize import choose_tile, dense_rows, transform_quantize_kernel
 from .triton_scaled import scaled_gemm_kernel
@@ -160,7 +161,7 @@ def fp4_linear(
     late = residual if residual is not None and residual.dtype != out_dtype else None
     added = None if residual is None or late is not None else residual.reshape(-1, n).contiguous()
     space = Workspace(x.device)                            # its constants; equal ones of a program become one
-    top = ws.amax(-1) if mx else None                      # uint8 [N]: see `triton_linear.row_facts`
+    top = ws.amax(-1) if mx else None                      # uint8 [N]: see `triton_memory.row_facts`
     x_words = x.view(torch.int32)
     ws_words = ws.view(torch.int32) if k % 128 == 0 else None
     common = dict(w=w, gw=weight_global_scale, bias=bias, residual=added, N=n, K=k,

@@ -11,8 +11,20 @@ from torch import Tensor
 
 from ..formats import FORMATS, GAUSSIAN_CLIP
 from .triton_formats import (
-    INF_BITS, MX_NAN, NV_NAN, bits_float, e2m1_code, e4m3_decode, e4m3_factor, e8m0_factor, exp2, float_bits, group_amax,
-    mx_scale, nv_scale, tree_sum,
+    INF_BITS,
+    MX_NAN,
+    NV_NAN,
+    bits_float,
+    e2m1_code,
+    e4m3_decode,
+    e4m3_factor,
+    e8m0_factor,
+    exp2,
+    float_bits,
+    group_amax,
+    mx_scale,
+    nv_scale,
+    tree_sum,
 )
 
 ROWS, WARPS = 32, 1

@@ -1,7 +1,7 @@
 """Starting a kernel while the one in front of it still runs (programmatic dependent launch, sm_90 and later).
 
 Two rules keep it safe. Before `wait_inputs` a kernel writes nothing, and reads nothing but a weight that was there
-before its predecessor was launched (`triton_linear.settled`). `start_next` comes after it, so that a kernel runs
+before its predecessor was launched (`triton_memory.settled`). `start_next` comes after it, so that a kernel runs
 beside its direct predecessor at most: early in the quantizers, for `gemv` to read its weights meanwhile, at the end
 elsewhere, since programs that are placed early crowd on the multiprocessors that are free. When `wait_inputs`
 returns, all kernels in front have ended, since each of them waited too.

@@ -1,4 +1,4 @@
-"""`wush::fp4_linear` in Triton: which kernel takes which shape, and what they share.
+"""`wush::fp4_linear` in Triton: the launches of all kernels. Which one takes which shape: triton_choose.py
 
     gemv     1, 2 or 4 rows: exact integer products of groups                              triton_gemv.py
     fused    weights decoded in registers in front of the tensor core                      triton_gemm.py
@@ -12,11 +12,6 @@ MXFP4, the largest scale byte of every row (N bytes), which is found once and re
 """
 
 import functools
-import logging
-import math
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -24,263 +19,18 @@ import triton
 from torch import Tensor
 
 from ..formats import FORMATS
+from .triton_choose import WIDE, Fused, Gemv, Int4, Scaled, choose, precise_by_default
 from .triton_expand import expand_bf16_kernel, expand_both_kernel, expand_fp8_kernel
 from .triton_gemm import fused_gemm_kernel
 from .triton_gemv import gemv_kernel
 from .triton_int4 import int4_gemm_kernel
 from .triton_launch import overlaps
+from .triton_memory import Workspace, is_power_of_two, row_facts, settled, workspace
 from .triton_scaled import scaled_gemm_kernel
 
-
-logger = logging.getLogger("wush_compile")
-
-
-class Fused(NamedTuple):
-    """Tile of the fused product: weight rows, activation rows, channels, parts of K; whether it decodes x itself."""
-
-    bn: int
-    bm: int
-    bk: int
-    split: int
-    warps: int
-    stages: int
-    packed: bool
-
-
-class Gemv(NamedTuple):
-    """Weight rows of a program, channels of a step, warps."""
-
-    bn: int
-    bk: int
-    warps: int
-
-
-class Scaled(NamedTuple):
-    """Tile of Blackwell's product: activation rows, weight rows, channels; warps, depth of the load pipeline."""
-
-    bm: int
-    bn: int
-    bk: int
-    warps: int
-    stages: int
-
-
-class Int4(NamedTuple):
-    """Tile of the int4 product: weight rows, activation rows; warps, depth of the load pipeline."""
-
-    bn: int
-    bm: int
-    warps: int
-    stages: int
-
-
-# The fused kernel for many rows, where the library cannot be used.
-WIDE = Fused(128, 128, 128, 1, 8, 4, False)
 # Memory that one call may take for expanded weights; a larger weight goes to the library in parts.
 SCRATCH_BYTES = 2**28
-# Octaves below a row's largest scale byte that e4m3 still holds exactly.
-E4M3_WINDOW = 14
 
-
-# -- what is remembered ----------------------------------------------------------------------------------------------
-
-class RowFacts(NamedTuple):
-    """Of a weight's e8m0 scales: the largest byte of every row (uint8 [N]), whether e4m3 holds every row exactly."""
-
-    top: Tensor
-    fits_e4m3: bool
-
-
-def _memory(t: Tensor) -> dict:
-    """What is remembered of a tensor: kept with its memory, empty again once it has been written."""
-    storage = t.untyped_storage()
-    if not hasattr(storage, "_wush_memory"):
-        storage._wush_memory = {}
-    place, version = (t.storage_offset(), t.shape), -1 if t.is_inference() else t._version
-    known, facts = storage._wush_memory.get(place, (None, None))
-    if known != version:
-        facts = {}
-        storage._wush_memory[place] = version, facts
-    return facts
-
-
-def _capturing(t: Tensor) -> bool:
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-@functools.cache
-def _warn_capturing() -> None:
-    logger.warning("a weight is used for the first time while a CUDA graph is captured: it runs on a slower kernel in "
-                   "that graph; run the model once before capturing")
-
-
-def _lasting(make: Callable, device: torch.device):
-    """`make()`, whose tensors may be kept. While Inductor warms a CUDA graph up, what a thread allocates belongs to the
-    graph, which takes it back unasked: another thread's memory does not."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return make()
-    stream = torch.cuda.current_stream(device)
-
-    def elsewhere():
-        with torch.cuda.stream(stream), torch.no_grad():
-            return make()
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(elsewhere).result()
-
-
-def _row_facts(scales: Tensor) -> RowFacts:
-    top = scales.amax(-1)
-    # Byte 1 is what groups of zeros have; where the row is not itself that small it is worth nothing.
-    low = torch.where((scales > 1) | (top[:, None] < 32), scales, 255).amin(-1)
-    return RowFacts(top, bool((top.to(torch.int16) - low.to(torch.int16) <= E4M3_WINDOW).all()))
-
-
-def row_facts(scales: Tensor) -> RowFacts:
-    """`RowFacts` of weight scales uint8 [N, K/32]; remembered.
-
-    The first call reads one number back from the device; inside a CUDA graph's capture, where that is impossible,
-    nothing is remembered and the row is taken not to fit. """
-    memory = _memory(scales)
-    if "rows" not in memory:
-        if _capturing(scales):
-            _warn_capturing()
-            return RowFacts(scales.amax(-1), False)
-        memory["rows"] = _lasting(functools.partial(_row_facts, scales), scales.device)
-    return memory["rows"]
-
-
-def is_power_of_two(g: Tensor | None) -> bool:
-    """Whether dividing by a global scale only changes exponents; remembered. False where it cannot be looked at."""
-    if g is None:
-        return True
-    memory = _memory(g)
-    if "power" not in memory:
-        if _capturing(g):
-            return False
-        memory["power"] = math.frexp(g.item())[0] == 0.5
-    return memory["power"]
-
-
-def settled(t: Tensor) -> bool:
-    """Whether a weight has been used before and not been written since; a use is remembered. Only such a one may be read
-    while the kernel in front still runs, which might be the one that writes it."""
-    memory = _memory(t)
-    return "used" in memory or memory.setdefault("used") is not None
-
-
-class Workspace:
-    """Constants and arrival counters of a device.
-
-    The counters of a call are the next slice of a ring and are zero again when it ends, so a slice is free long before
-    its next turn, whatever streams the calls run on. """
-
-    RING = 2**20
-
-    def __init__(self, device: torch.device):
-        # `prmt` selectors: byte i of a word alone (MXFP4), byte i in both halves (NVFP4).
-        self.selectors = torch.arange(0x4440, 0x4444, dtype=torch.int32, device=device)
-        self.pairs = torch.arange(4, dtype=torch.int32, device=device) * 0x0101 + 0x4040
-        self._ring = torch.zeros(self.RING, dtype=torch.int32, device=device)
-        self._next = 0
-
-    def counters(self, n: int) -> Tensor:
-        """int32 [n], all zeros; n <= RING."""
-        if self._next + n > self.RING:
-            self._next = 0
-        start, self._next = self._next, self._next + n
-        return self._ring[start:self._next]
-
-
-_workspaces: dict[int, Workspace] = {}
-
-
-def workspace(device: torch.device) -> Workspace:
-    found = _workspaces.get(device.index)
-    if found is None:
-        found = _lasting(functools.partial(Workspace, device), device)
-        if not torch.cuda.is_current_stream_capturing():     # a graph's own memory must not outlive it here
-            _workspaces[device.index] = found
-    return found
-
-
-# -- which kernel ----------------------------------------------------------------------------------------------------
-
-def _power_of_two_divisor(n: int, limit: int) -> int:
-    return min(n & -n, limit)
-
-
-# Widths above which a weight fills the GPU without splitting K, and above which `gemv` walks a row in several steps.
-FEW, SHORT = 8192, 4096
-# (format, rows) -> (for short rows, for long ones).
-GEMV = {
-    ("mxfp4", 1): (Gemv(8, 4096, 4), Gemv(16, 2048, 8)), ("nvfp4", 1): (Gemv(8, 4096, 4), Gemv(16, 2048, 8)),
-    ("mxfp4", 2): (Gemv(16, 1024, 4), Gemv(16, 2048, 8)), ("nvfp4", 2): (Gemv(16, 1024, 4), Gemv(16, 1024, 4)),
-    ("mxfp4", 4): (Gemv(16, 1024, 4), Gemv(16, 1024, 4)), ("nvfp4", 4): (Gemv(16, 1024, 4), Gemv(16, 1024, 4)),
-}
-# Rows up to -> (for at most FEW weight rows, for more).
-FUSED = {
-    "mxfp4": {
-        16: (Fused(64, 16, 256, 4, 4, 4, True), Fused(128, 16, 256, 1, 8, 3, False)),
-        32: (Fused(64, 32, 256, 4, 4, 4, False), Fused(128, 32, 256, 1, 8, 3, False)),
-        64: (Fused(64, 64, 256, 4, 4, 3, False), Fused(128, 64, 256, 1, 8, 3, False)),
-        128: (Fused(64, 128, 256, 4, 4, 3, False), Fused(64, 128, 256, 1, 4, 3, False)),
-        256: (Fused(128, 128, 128, 2, 8, 4, False), Fused(128, 256, 128, 1, 8, 3, False)),
-    },
-    "nvfp4": {
-        16: (Fused(64, 16, 256, 4, 4, 3, False), Fused(128, 16, 128, 1, 8, 4, False)),
-        32: (Fused(64, 32, 128, 4, 4, 4, False), Fused(128, 32, 128, 1, 8, 4, False)),
-        64: (Fused(64, 64, 128, 4, 4, 4, False), Fused(64, 64, 128, 1, 4, 4, False)),
-        128: (Fused(64, 128, 128, 4, 4, 3, False), Fused(64, 128, 128, 1, 4, 3, False)),
-        256: (Fused(128, 128, 128, 2, 8, 3, False), Fused(128, 128, 128, 1, 8, 3, False)),
-    },
-}
-
-
-@functools.lru_cache(1024)
-def choose(
-    format: str, rows: int, n: int, k: int, capability: tuple[int, int] = (9, 0), precise: bool = False
-) -> "Gemv | Fused | Scaled | Int4 | str":
-    """The kernel for [rows, k] times [n, k] on a device of that compute capability: a tile, "library" or "bf16".
-
-    Measured on an H200 over the linear groups of Llama-3.1-8B (docs/kernels.md). Ampere and Ada take what needs no layout
-    of theirs to have been tested. precise: channels are added up in fp32 at least every 128.
-    """
-    if format == "int4":
-        return Int4(64, 16, 4, 4) if rows <= 16 else Int4(64, 64, 4, 4) if rows <= 64 else Int4(128, 128, 8, 3)
-    if rows in (1, 2) or rows == 4 and (capability[0] != 9 or k % 128 or n <= FEW and k <= SHORT):
-        return GEMV[format, rows][k > SHORT]
-    if capability >= (10, 0):
-        if capability == (12, 1) and triton_version() < (3, 9):         # Triton 3.6 emulates there
-            return "bf16"
-        return Scaled(128, 64 if rows <= 128 else 128, 256 if k % 256 == 0 else 128, 4, 3)
-    if k % 128 or (capability < (9, 0) and (format == "mxfp4" or rows > 128)):
-        return "bf16"
-    if precise and format == "mxfp4" and rows > 64:
-        # A second accumulator fits beside this tile's; above, cuBLASLt's own is faster.
-        tile = FUSED["mxfp4"][128][n > FEW] if rows <= 512 else None
-    else:
-        tile = next((tiles[n > FEW] for most, tiles in FUSED[format].items() if rows <= most), None)
-    if tile is None:
-        return "bf16" if format == "nvfp4" else "library"
-    bk = tile.bk if k % tile.bk == 0 else 128
-    # A part of fewer than 16 channels for each row of the tile costs more to add to the others than it saves.
-    most = max(1, min(tile.split, k // (16 * tile.bm)))
-    return tile._replace(bk=bk, split=_power_of_two_divisor(k // bk, 1 << most.bit_length() - 1))
-
-
-def precise_by_default() -> bool:
-    """Whether `WUSH_PRECISE` asks for sums in fp32 (1, or anything but 0)."""
-    return os.environ.get("WUSH_PRECISE", "0") not in ("", "0")
-
-
-@functools.cache
-def triton_version() -> tuple[int, int]:
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
-# -- launches --------------------------------------------------------------------------------------------------------
 
 class Operands(NamedTuple):
     """Arguments of `wush::fp4_linear` with the leading dimensions of x and the residual as one."""

@@ -16,7 +16,16 @@ from torch import Tensor
 from ..formats import FORMATS
 from .layouts import swizzled_shape
 from .triton_formats import (
-    ABS_BITS, INF_BITS, MX_LIMIT, drop_bad, float_bits, group_amax, group_scales, pack_codes, store_bytes, store_codes,
+    ABS_BITS,
+    INF_BITS,
+    MX_LIMIT,
+    drop_bad,
+    float_bits,
+    group_amax,
+    group_scales,
+    pack_codes,
+    store_bytes,
+    store_codes,
     times_factor,
 )
 from .triton_launch import overlaps, start_next, wait_inputs
