@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test cuda bench clean
+.PHONY: demo test cuda cuda-check bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/wush-compile demo
@@ -19,6 +19,11 @@ test: $(VENV)/ready
 cuda: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --no-deps nvidia-cutlass==4.2.0
 	$(BIN)/python csrc/build.py
+
+# One product for each target that takes CUTLASS, for the tests to look at; they build the others themselves.
+cuda-check: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-deps nvidia-cutlass==4.2.0
+	$(BIN)/python csrc/build.py --targets sm_100a sm_103a --only linear_sm100_nvfp4_narrow --jobs 1
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/compile_overhead.py
