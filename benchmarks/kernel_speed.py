@@ -14,7 +14,6 @@ import itertools
 import json
 import multiprocessing
 import pathlib
-import statistics
 import subprocess
 import time
 
@@ -23,39 +22,11 @@ import triton
 
 from wush_compile.formats import FORMATS
 from wush_compile.kernels import triton_choose, triton_linear, triton_quantize
+from wush_compile.kernels.timing import copies, time_us
 from wush_compile.kernels.triton_choose import Fused, Gemv
 
 GROUPS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}     # name: (N, K)
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
-COLD_BYTES = 2.5e8                      # more than any L2: a replay touches this much before it comes back to a weight
-
-
-def time_us(calls: list, replays: int = 7, least: int = 10) -> float:
-    """Median time of one call in microseconds: all of `calls` in one CUDA graph, replayed."""
-    for call in calls:                  # all of them: what is remembered of a weight is found out in its first call
-        call()
-    torch.cuda.synchronize()
-    calls = (calls * (least // len(calls) + 1))[: max(least, len(calls))]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(replays):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3 / len(calls))
-    del graph
-    return statistics.median(times)
-
-
-def copies(nbytes: float, limit: int = 64) -> int:
-    return max(2, min(limit, int(COLD_BYTES / nbytes) + 1))
 
 
 def environment() -> dict:

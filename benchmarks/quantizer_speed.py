@@ -11,11 +11,12 @@ import itertools
 import pathlib
 
 import torch
-from kernel_speed import compile_all, copies, random_transform, time_us, write
+from kernel_speed import compile_all, random_transform, write
 
 from wush_compile import ops
 from wush_compile.formats import FORMATS
 from wush_compile.kernels import triton_fused, triton_gram, triton_quantize
+from wush_compile.kernels.timing import copies, time_us
 from wush_compile.kernels.triton_quantize import Tile
 
 SHAPES = ((1, 4096), (16, 4096), (64, 4096), (1024, 4096), (4096, 4096), (8192, 4096), (8192, 14336))

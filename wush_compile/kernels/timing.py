@@ -35,9 +35,9 @@ class Time(NamedTuple):
     note: str
 
 
-def time_us(calls: list[Callable[[], object]], replays: int = 5, least: int = 8) -> float:
+def time_us(calls: list[Callable[[], object]], replays: int = 7, least: int = 10) -> float:
     """Median over replays of a CUDA graph of all of `calls`, per call."""
-    for call in calls:
+    for call in calls:                  # all of them: what is remembered of a weight is found out in its first call
         call()
     torch.cuda.synchronize()
     calls = (calls * (least // len(calls) + 1))[: max(least, len(calls))]
@@ -46,6 +46,7 @@ def time_us(calls: list[Callable[[], object]], replays: int = 5, least: int = 8)
         for call in calls:
             call()
     graph.replay()
+    torch.cuda.synchronize()
     times = []
     for _ in range(replays):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -57,8 +58,9 @@ def time_us(calls: list[Callable[[], object]], replays: int = 5, least: int = 8)
     return statistics.median(times)
 
 
-def copies(nbytes: float) -> int:
-    return max(2, min(32, int(COLD_BYTES / nbytes) + 1))
+def copies(nbytes: float, limit: int = 64) -> int:
+    """How many buffers of so many bytes to rotate among, so that none is still in L2 at its next turn."""
+    return max(2, min(limit, int(COLD_BYTES / nbytes) + 1))
 
 
 class Plan(NamedTuple):
