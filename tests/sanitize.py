@@ -1,0 +1,268 @@
+"""Every kernel once or twice, at sizes that fill no tile, for compute-sanitizer (not collected by pytest).
+
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1                             else reads past a tensor stay inside a larger block
+    python tests/sanitize.py --part 0/16                                compiles what Triton needs, a process a part
+    compute-sanitizer --error-exitcode 1 --tool memcheck python tests/sanitize.py --part 0/16
+
+and with `--tool racecheck`, `--tool initcheck`. Operands are made on the CPU, so that the sanitizer sees little but the
+kernels in question, and results are copied back, which initcheck reports if a byte of them was never written.
+"""
+
+import argparse
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from wush_compile import fused_ops
+from wush_compile.formats import FORMATS, get_format
+from wush_compile.kernels import cuda, triton_fused, triton_gptq, triton_gram, triton_linear, triton_quantize
+from wush_compile.kernels.triton_choose import Fused, Gemv
+from wush_compile.kernels.triton_quantize import Tile
+from wush_compile.kernels.triton_transform import block_transform
+
+Case = tuple[str, Callable[[], object]]                  # name, call
+
+FLOATS = ("mxfp4", "nvfp4")
+RULES = [(format, rule) for format in FLOATS for rule in FORMATS[format].scale_rules]
+ROWS = (1, 3, 17, 129)
+WIDTHS = (576, 1536, 4096)
+TRANSFORMS = ("none", "shared", "distinct", "double")    # double: blocks of two groups
+GENERATOR = torch.Generator().manual_seed(0)
+DEVICE = "cuda"
+
+
+def size(index: int) -> tuple[int, int]:
+    """(rows, K) of the index-th case, in an order that keeps no step with products of twos and threes."""
+    return ROWS[(index + index // 4) % 4], WIDTHS[(index + index // 3) % 3]
+
+
+# -- operands --------------------------------------------------------------------------------------------------------
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, generator=GENERATOR).to(dtype).to(DEVICE)
+
+
+def rows(m: int, k: int, dtype: torch.dtype = torch.bfloat16, finite: bool = True) -> Tensor:
+    """Rows of a wider tensor; not finite: NaN and a huge value, which take the quantizers' second pass."""
+    wide = torch.randn(m, k + 64, generator=GENERATOR).to(dtype)
+    if not finite:
+        wide[m // 2, k // 2], wide[m - 1, 3] = float("nan"), 3e38
+    return wide.to(DEVICE)[:, :k]
+
+
+def scalar(g: float | None) -> Tensor | None:
+    return None if g is None else torch.tensor([g]).to(DEVICE)
+
+
+def packed(m: int, k: int, format: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of m quantized rows."""
+    codes = torch.randint(0, 256, (m, k // 2), dtype=torch.uint8, generator=GENERATOR)
+    shape = m, k // FORMATS[format].group_size
+    if format == "int4":
+        scales = torch.rand(shape, generator=GENERATOR).bfloat16()
+    else:
+        low, high = (115, 122) if format == "mxfp4" else (40, 60)
+        scales = torch.randint(low, high, shape, dtype=torch.uint8, generator=GENERATOR)
+    return codes.to(DEVICE), scales.to(DEVICE)
+
+
+def matrices(kind: str, k: int, format: str, dtype: torch.dtype = torch.bfloat16) -> Tensor | None:
+    block = FORMATS[format].group_size * (2 if kind == "double" else 1)
+    return None if kind == "none" else normal(1 if kind == "shared" else k // block, block, block, dtype=dtype)
+
+
+def both_passes(m: int, k: int, quantize: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+    """Of finite rows, and of rows that are not."""
+    return *quantize(rows(m, k)), *quantize(rows(m, k, finite=False))
+
+
+# -- Triton ----------------------------------------------------------------------------------------------------------
+
+def quantizer_cases() -> Iterator[Case]:
+    """All sizes with absmax, with a matrix a block and without; all rules and transforms at sizes taken in turn."""
+    cases = [(f, "absmax", t, m, k) for f, t, m, k in itertools.product(FLOATS, ("none", "distinct"), ROWS, WIDTHS)]
+    cases += [(*rule, t, *size(i)) for i, (rule, t) in enumerate(itertools.product(RULES, TRANSFORMS))]
+    for index, (format, rule, kind, m, k) in enumerate(dict.fromkeys(cases)):
+        def call(format=format, rule=rule, kind=kind, m=m, k=k, swizzled=index // 3 % 2 == 1):
+            g = scalar(3.0 if rule == "paper" else 0.37 if format == "nvfp4" else None)
+            return both_passes(m, k, lambda x: triton_quantize.transform_quantize(
+                x, matrices(kind, k, format), g, format, rule, None, swizzled))
+        yield f"quantize {format} {rule} {kind} {m}x{k} swizzled={index // 3 % 2 == 1}", call
+
+
+def tile_cases() -> Iterator[Case]:
+    """Programs that walk several tiles, and the other dtypes."""
+    tiles = (Tile(64, 64, 4, 3, 4), Tile(64, 64, 8, 3, 4), Tile(128, 64, 1, 1, 4), Tile(32, 64, 4, 3, 2))
+    for index, (format, tile, (m, k)) in enumerate(itertools.product(FLOATS, tiles, ((129, 576), (333, 1536)))):
+        def call(format=format, tile=tile, m=m, k=k, swizzled=index % 2 == 0):
+            return both_passes(m, k, lambda x: triton_quantize.transform_quantize(
+                x, matrices("distinct", k, format), None, format, "mse", tile, swizzled))
+        yield f"quantize {format} {tile} {m}x{k}", call
+    for format, dtype, kind in itertools.product(FLOATS, (torch.float16, torch.float32), ("none", "distinct")):
+        def call(format=format, dtype=dtype, kind=kind):
+            return triton_quantize.transform_quantize(
+                rows(37, 576, dtype), matrices(kind, 576, format, dtype), None, format, "absmax")
+        yield f"quantize {format} {dtype} {kind}", call
+
+
+def prologue_cases() -> Iterator[Case]:
+    kinds = [("rms_norm", gain) for gain in fused_ops.GAINS]
+    kinds += [("layer_norm", ""), ("silu_mul", ""), ("gelu_mul", "none"), ("gelu_mul", "tanh")]
+    for index, (format, (kind, detail), transform) in enumerate(itertools.product(FLOATS, kinds, ("none", "distinct"))):
+        m, k = size(index)
+
+        def call(format=format, kind=kind, detail=detail, transform=transform, m=m, k=k):
+            x, weight = rows(m, k), normal(k)
+            tail = (matrices(transform, k, format), None, format, "absmax")
+            if kind == "rms_norm":
+                weight = None if detail == "none" else weight
+                return triton_fused.rms_norm_transform_quantize(x, weight, 1e-5, None, detail, *tail)
+            if kind == "layer_norm":
+                return triton_fused.layer_norm_transform_quantize(x, weight, normal(k), 1e-5, None, *tail)
+            both = normal(m, 2 * k)
+            if kind == "silu_mul":
+                return triton_fused.silu_mul_transform_quantize(both[:, :k], both[:, k:], *tail)
+            return triton_fused.gelu_mul_transform_quantize(both[:, :k], both[:, k:], detail, *tail)
+        yield f"{kind} {detail} {format} {transform} {m}x{k}", call
+
+
+# (formats, kernel, precise, (rows, N, K) ...); None: what is chosen for the size.
+PRODUCTS = (
+    (FLOATS, None, False, ((1, 33, 576), (2, 100, 1536), (4, 200, 1024), (1, 72, 4608), (3, 33, 576), (17, 264, 1024))),
+    (FLOATS, Gemv(8, 4096, 4), False, ((1, 100, 4096),)),
+    (("mxfp4",), Fused(64, 16, 256, 1, 4, 4, True), False, ((3, 72, 512), (17, 264, 1024))),
+    (("mxfp4",), Fused(64, 16, 128, 2, 4, 6, True), False, ((17, 264, 1024),)),
+    (("mxfp4",), Fused(64, 16, 256, 2, 4, 4, False), False, ((3, 72, 512),)),
+    (("mxfp4",), Fused(64, 64, 256, 2, 4, 3, True), False, ((70, 264, 1024),)),
+    (("mxfp4",), Fused(128, 128, 128, 1, 8, 4, False), False, ((130, 200, 512),)),
+    (("mxfp4",), Fused(128, 256, 128, 1, 8, 3, False), False, ((130, 200, 512),)),
+    (("nvfp4",), Fused(64, 16, 128, 2, 4, 4, True), False, ((3, 72, 512), (17, 264, 1024))),
+    (("nvfp4",), Fused(64, 16, 128, 1, 4, 4, False), False, ((17, 264, 1024),)),
+    (("nvfp4",), Fused(64, 64, 128, 2, 4, 4, False), False, ((70, 264, 1024),)),
+    (("nvfp4",), Fused(128, 128, 128, 2, 8, 3, False), False, ((130, 200, 512),)),
+    (("mxfp4",), None, True, ((9, 72, 512), (64, 200, 1024), (100, 136, 1024))),
+    (("mxfp4",), "library", False, ((5, 48, 512), (300, 208, 1024))),
+    (("mxfp4",), "library", True, ((130, 48, 512),)),
+    (FLOATS, "bf16", False, ((5, 33, 576), (70, 100, 512))),
+    (("int4",), None, False, ((1, 33, 576), (17, 72, 96), (70, 200, 512))),
+)
+
+
+def product_cases() -> Iterator[Case]:
+    """Alone, to fp32 where the kernel has it, and with everything that can be added, to bf16."""
+    for kinds, kernel, precise, sizes in PRODUCTS:
+        for format, (m, n, k), full in itertools.product(kinds, sizes, (False, True)):
+            def call(format=format, kernel=kernel, precise=precise, m=m, n=n, k=k, full=full):
+                gx, gw = (scalar(v if full and format == "nvfp4" else None) for v in (0.37, 4.0))
+                bias = normal(n) if full and kernel != "library" else None
+                residual = normal(m, n) if full else None
+                dtype = torch.bfloat16 if full or kernel == "library" else torch.float32
+                x, w = packed(m, k, format), packed(n, k, format)
+                run = [triton_linear.fp4_linear(*x, gx, *w, gw, bias, residual, format, dtype, kernel, precise)
+                       for _ in range(2)]                              # a weight's second use may start early
+                return run[1]
+            yield f"linear {format} {kernel} precise={precise} {m}x{n}x{k} full={full}", call
+
+
+def other_cases() -> Iterator[Case]:
+    for dtype, block, shared, m in itertools.product(
+        (torch.bfloat16, torch.float32), (16, 32, 64, 128), (False, True), (3, 129)
+    ):
+        def call(dtype=dtype, block=block, shared=shared, m=m):
+            return block_transform(rows(m, 1536, dtype), normal(1 if shared else 1536 // block, block, block, dtype=dtype))
+        yield f"block transform {dtype} {block} shared={shared} {m} rows", call
+    for m, k, block in ((1, 64, 32), (70, 96, 16), (300, 576, 32), (1000, 1536, 64), (129, 512, 128), (17, 64, None)):
+        def call(m=m, k=k, block=block):
+            moment = torch.zeros((k, k) if block is None else (k // block, block, block)).to(DEVICE)
+            triton_gram.add_moment(rows(m, k), moment)
+            return moment
+        yield f"moment {m}x{k} block {block}", call
+    for (format, rule), n in itertools.product(((f, r) for f in FORMATS for r in FORMATS[f].scale_rules), (1, 41)):
+        def call(format=format, rule=rule, n=n):
+            group = get_format(format).group_size
+            w, z, unit = (torch.randn(group, columns, dtype=torch.float64, generator=GENERATOR).to(DEVICE)
+                          for columns in (n, n, 2 * group))
+            unit = unit[:, group:]
+            codes = torch.empty(group, n, dtype=torch.uint8, device=DEVICE)
+            scales = torch.empty(n, dtype=get_format(format).scale_dtype, device=DEVICE)
+            error = torch.empty_like(w)
+            g = scalar(3.0 if rule == "paper" else 4.0 if format == "nvfp4" else None)
+            triton_gptq.round_group(w, z, unit, format, rule, g, codes, scales, error)
+            return codes, scales, error
+        yield f"gptq {format} {rule} {n} rows", call
+
+
+# -- csrc ------------------------------------------------------------------------------------------------------------
+
+def csrc_cases() -> Iterator[Case]:
+    """Nothing where there is no library for this GPU. On Hopper the product is the one with the FP4 instruction emulated."""
+    if cuda.unavailable(torch.cuda.get_device_capability()):
+        return
+    kinds = itertools.product(RULES, ("none", "shared", "distinct"), (False, True))
+    for index, ((format, rule), kind, swizzled) in enumerate(kinds):
+        m, k = size(index)
+
+        def call(format=format, rule=rule, kind=kind, swizzled=swizzled, m=m, k=k):
+            g = scalar(3.0 if rule == "paper" else 0.37)
+            return both_passes(m, k, lambda x: cuda.transform_quantize(
+                x, matrices(kind, k, format), g, format, rule, swizzled))
+        yield f"csrc quantize {format} {rule} {kind} {m}x{k} swizzled={swizzled}", call
+    for format, kind, (m, k) in itertools.product(FLOATS, ("none", "distinct"), ((1, 576), (17, 1536), (129, 576))):
+        def norm(format=format, kind=kind, m=m, k=k):
+            return cuda.rms_norm_transform_quantize(
+                rows(m, k), normal(k), 1e-5, None, "rounded", matrices(kind, k, format), None, format, "absmax", m > 1)
+
+        def gated(format=format, kind=kind, m=m, k=k):
+            both = normal(m, 2 * k)
+            return cuda.silu_mul_transform_quantize(
+                both[:, :k], both[:, k:], matrices(kind, k, format), None, format, "mse", m > 1)
+        yield f"csrc rms_norm {format} {kind} {m}x{k}", norm
+        yield f"csrc silu_mul {format} {kind} {m}x{k}", gated
+    for format, (m, n, k) in itertools.product(FLOATS, ((1, 33, 576), (17, 72, 96), (130, 200, 512))):
+        def product(format=format, m=m, n=n, k=k):
+            return cuda.fp4_linear(
+                *packed(m, k, format), scalar(0.5), *packed(n, k, format), scalar(4.0), normal(n), normal(m, n), format,
+                torch.bfloat16)
+        yield f"csrc linear {format} {m}x{n}x{k}", product
+    yield "csrc swizzle", lambda: cuda.load(cuda.TARGETS[torch.cuda.get_device_capability()]).swizzle_scales(
+        packed(130, 576, "nvfp4")[1])
+
+
+GROUPS = {"quantizer": quantizer_cases, "tiles": tile_cases, "prologues": prologue_cases, "products": product_cases,
+          "others": other_cases, "csrc": csrc_cases}
+
+
+def cases(groups=tuple(GROUPS)) -> Iterator[Case]:
+    for group in groups:
+        yield from GROUPS[group]()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=tuple(GROUPS))
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th case, from the i-th on")
+    parser.add_argument("--verbose", action="store_true", help="name each case before it runs")
+    args = parser.parse_args()
+    part, parts = map(int, args.part.split("/"))
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
+        parser.error("PYTORCH_NO_CUDA_MEMORY_CACHING=1 is not set: out-of-bounds accesses would stay unseen")
+    start, done = time.time(), 0
+    for name, call in itertools.islice(cases(args.only), part, None, parts):
+        if args.verbose:
+            print(name, flush=True)
+        try:
+            result = call()
+            for tensor in result if isinstance(result, tuple) else (result,):
+                tensor.cpu()
+        except Exception as error:
+            raise RuntimeError(name) from error
+        done += 1
+    print(f"part {args.part}: {done} cases in {time.time() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The calls that compute-sanitizer is run over (sanitize.py): each reaches its kernel with arguments that fit it."""
+
+import inspect
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import sanitize  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from wush_compile.kernels import cuda, triton_memory  # noqa: E402
+
+
+@pytest.mark.parametrize("group", sanitize.GROUPS)
+def test_every_call_is_launched(group, monkeypatch):
+    """On the CPU, launches left out."""
+    launched = []
+
+    def run(self, *args, grid, warmup, **options):
+        names = self.signature.parameters
+        inspect.signature(self.fn).bind(*args, **{k: v for k, v in options.items() if k in names})
+        launched.append(self.fn.__name__)
+
+    def product(x, w, *args, out, **options):
+        launched.append("scaled_mm")
+        return out
+
+    def ours(*args):
+        launched.append("csrc")
+        return args[0]
+
+    monkeypatch.setattr(sanitize, "DEVICE", "cpu")
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(triton_memory, "_workspaces", {})
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    monkeypatch.setattr(torch, "mm", lambda x, w, out=None, out_dtype=None: x.new_empty(x.shape[0], w.shape[1]))
+    monkeypatch.setattr(torch, "addmm", lambda *args, out_dtype, out: launched.append("addmm"))
+    monkeypatch.setattr(torch, "baddbmm", lambda *args, out_dtype, out: launched.append("baddbmm"))
+    monkeypatch.setattr(cuda, "unavailable", lambda capability: None)
+    monkeypatch.setattr(cuda, "_target", lambda x: "sm_90a")
+    monkeypatch.setattr(cuda, "load", lambda target: type("Library", (), {n: staticmethod(ours) for n in (
+        "transform_quantize", "rms_norm_transform_quantize", "silu_mul_transform_quantize", "fp4_linear", "swizzle_scales")}))
+    names = []
+    for name, call in sanitize.cases([group]):
+        before = len(launched)
+        call()
+        assert len(launched) > before, name
+        names.append(name)
+    assert len(names) == len(set(names)) >= 20
