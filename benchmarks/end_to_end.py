@@ -1,27 +1,39 @@
 """Decoding and prefill of a model in Llama-3.1-8B's shape with random weights: ours against bf16 by Inductor, same run.
 
-    python benchmarks/end_to_end.py --out results                   32 layers; --layers 8 for a smaller one
+    python benchmarks/end_to_end.py --out results                    32 layers; --layers 8 16: smaller ones, and the slope
+    python benchmarks/end_to_end.py --out results --table            the table of the rows there are
 
-Each model runs in a process of its own: `torch.compile(model, mode="reduce-overhead")`, static cache, greedy. Quantized
-weights are random bytes: nothing is calibrated, and no time depends on what they are. Tokens per second are of the median
-step, whole batch; a step's prompt is as long as the context says. Memory is what the model holds on the device, without
+Each model and case runs in a process of its own: `torch.compile(model, mode="reduce-overhead")`, static cache, greedy.
+Nearly all of the time is compilation, so as many processes as the device's memory holds compile side by side; then they
+are timed one after the other, each alone on the device. A row is written as soon as it is known.
+
+Quantized weights and what the cache holds of the prompt are random: no time depends on what they are. ms is the median
+step, from its launch on an idle device to its end; queued ms is of steps launched one behind the other, which hides what
+the host does. Tokens per second are of the former, whole batch. Memory is what the model holds on the device, without
 caches.
 """
 
 import argparse
-import concurrent.futures
+import contextlib
+import fcntl
+import itertools
 import json
+import os
 import pathlib
 import statistics
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import torch
 
 SHAPE = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
              max_position_embeddings=131072, rope_theta=500000.0, rms_norm_eps=1e-5, tie_word_embeddings=False)
+DEVICE = "cuda"
 STEPS = 24                              # decoding steps that are timed
+WARM_UP = 4                             # calls that compile, warm up and record the CUDA graph
+GIB = 2**30
 WIDTHS = {"q_proj": 4096, "k_proj": 1024, "v_proj": 1024, "o_proj": 4096, "gate_proj": 14336, "up_proj": 14336,
           "down_proj": 4096}
 GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj"), 4096), ("self_attn", ("o_proj",), 4096),
@@ -41,14 +53,14 @@ def random_group(prefix: str, names: tuple[str, ...], width: int, config):
         if layout is None:
             buffers[name] = None
         elif name == "weight_packed":
-            buffers[name] = torch.randint(0, 256, layout[0], dtype=torch.uint8, device="cuda")
+            buffers[name] = torch.randint(0, 256, layout[0], dtype=torch.uint8, device=DEVICE)
         elif name == "weight_scale":                                  # weights of about 0.02: their products stay of order 1
             low, high = (118, 121) if config.format == "mxfp4" else (1, 20)
-            buffers[name] = torch.randint(low, high, layout[0], dtype=torch.uint8, device="cuda")
+            buffers[name] = torch.randint(low, high, layout[0], dtype=torch.uint8, device=DEVICE)
         elif name == "input_transform":
-            buffers[name] = (torch.randn(layout[0], device="cuda") / block**0.5).bfloat16()
+            buffers[name] = (torch.randn(layout[0], device=DEVICE) / block**0.5).bfloat16()
         else:
-            buffers[name] = torch.ones(layout[0], device="cuda")
+            buffers[name] = torch.ones(layout[0], device=DEVICE)
     return WushGroup(members, config, block, buffers)
 
 
@@ -74,125 +86,236 @@ def build(kind: str, layers: int) -> torch.nn.Module:
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
-                value = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
+                value = torch.empty(parameter.shape, dtype=parameter.dtype, device=DEVICE)
                 value = value.fill_(1) if parameter.dim() == 1 else value.normal_(std=0.02)
                 module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to("cuda")
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(DEVICE)
     return model
 
 
-def timed(call, repeats: int) -> float:
-    """Median milliseconds of a call."""
-    times = []
-    for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+def filled_cache(config, batch: int, context: int):
+    """A static cache as a prompt of `context` tokens leaves it, but for what it holds."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=config, max_cache_len=context + STEPS + WARM_UP)
+    cache.early_initialization(batch, config.num_key_value_heads, config.hidden_size // config.num_attention_heads,
+                               torch.bfloat16, torch.device(DEVICE))
+    for layer in cache.layers:
+        layer.keys[:, :, :context].normal_()
+        layer.values[:, :, :context].normal_()
+    return cache
+
+
+class Decoding:
+    """Steps of greedy decoding behind a prompt of random tokens."""
+
+    def __init__(self, model: torch.nn.Module, run, batch: int, context: int):
+        self.run, self.batch, self.context = run, batch, context
+        self.cache = filled_cache(model.config, batch, context)
+        self.token = torch.randint(0, model.config.vocab_size, (batch, 1), device=DEVICE)
+        self.position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+
+    def restart(self) -> None:
+        self.position.fill_(self.context)
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.context)
+
+    def __call__(self) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        logits = self.run(self.token, past_key_values=self.cache, use_cache=True,
+                          position_ids=self.position[None].expand(self.batch, 1)).logits
+        self.token = logits[:, -1].argmax(-1, keepdim=True)
+        self.position += 1
+
+
+class Prefill:
+    """Logits behind the last of `context` tokens, without a cache."""
+
+    def __init__(self, model: torch.nn.Module, run, batch: int, context: int):
+        self.run, self.ids = run, torch.randint(0, model.config.vocab_size, (batch, context), device=DEVICE)
+
+    def restart(self) -> None:
+        pass
+
+    def __call__(self) -> None:
+        self.run(self.ids, use_cache=False, logits_to_keep=1)
+
+
+def timed(call, repeats: int, queued: bool) -> float:
+    """Median milliseconds of a call; queued: launched behind the one before, else on an idle device."""
+    call.restart()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    torch.cuda.synchronize()
+    for start, stop in events:
         start.record()
         call()
         stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
+        if not queued:
+            stop.synchronize()
+    torch.cuda.synchronize()
+    if queued:                          # the first ones wait for the host
+        return events[repeats // 4][0].elapsed_time(events[-1][1]) / (repeats - repeats // 4)
+    return statistics.median(start.elapsed_time(stop) for start, stop in events)
+
+
+class Job(NamedTuple):
+    """One row: a model, its layers, decode or prefill, batch, context."""
+
+    model: str
+    layers: int
+    what: str
+    batch: int
+    context: int
+
+    @property
+    def gib(self) -> float:
+        """Memory it takes at most on the device, about."""
+        weights = self.layers * 218e6 * (2 if self.model == "bf16" else 0.6) + 2.1e9
+        cache = self.layers * 4096 * self.batch * (self.context + STEPS) if self.what == "decode" else 0
+        return (weights + cache) / GIB + (2 if self.what == "decode" else 3)
+
+
+@contextlib.contextmanager
+def alone(out: pathlib.Path, exclusive: bool):
+    """The device shared with other processes that compile, or to itself."""
+    with (out / "device.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
 
 
 @torch.inference_mode()
-def measure(kind: str, layers: int, batches: list[int], contexts: list[int], prefill: int) -> list[dict]:
-    from transformers import StaticCache
-
+def measure(job: Job, out: pathlib.Path) -> dict:
     from wush_compile.backend import wush
 
-    backend = "inductor" if kind == "bf16" else wush                  # as backend="wush" of an installed package
-    model = build(kind, layers)
-    memory = torch.cuda.memory_allocated() / 2**30
-    rows = []
-    for batch in batches:
-        for context in contexts:
-            torch._dynamo.reset()
-            run = torch.compile(model, backend=backend, mode="reduce-overhead", fullgraph=True, dynamic=False)
-            cache = StaticCache(config=model.config, max_cache_len=context + STEPS + 8)
-            ids = torch.randint(0, SHAPE["vocab_size"], (batch, context), device="cuda")
-            started = time.perf_counter()
-            for part in ids.split(512, dim=1):                        # eager: only what is timed is compiled
-                out = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token = out.logits[:, -1].argmax(-1, keepdim=True)
-            state = {"token": token, "position": torch.full((1,), context, device="cuda")}
-
-            def step() -> None:
-                torch.compiler.cudagraph_mark_step_begin()
-                logits = run(state["token"], past_key_values=cache, use_cache=True,
-                             position_ids=state["position"][None].expand(batch, 1)).logits
-                state["token"] = logits[:, -1].argmax(-1, keepdim=True)
-                state["position"] += 1
-
-            for _ in range(4):                                        # compiles, warms up, records the graph
-                step()
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-            ms = timed(step, STEPS)
-            skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-            rows.append({"what": "decode", "batch": batch, "context": context, "ms": ms, "tokens/s": 1e3 * batch / ms,
-                         "compile s": seconds, "cudagraph skips": skips})
-            print(kind, rows[-1], flush=True)
-            del run, cache
-    if prefill:
-        torch._dynamo.reset()
-        run = torch.compile(model, backend=backend, mode="reduce-overhead", fullgraph=True, dynamic=False)
-        ids = torch.randint(0, SHAPE["vocab_size"], (1, prefill), device="cuda")
+    with alone(out, exclusive=False):
         started = time.perf_counter()
-        for _ in range(3):
-            run(ids, use_cache=False, logits_to_keep=1)
+        model = build(job.model, job.layers)
+        memory = torch.cuda.memory_allocated() / GIB
+        backend = "inductor" if job.model == "bf16" else wush         # as backend="wush" of an installed package
+        run = torch.compile(model, backend=backend, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        call = (Decoding if job.what == "decode" else Prefill)(model, run, job.batch, job.context)
+        call.restart()
+        for _ in range(WARM_UP):
+            call()
         torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        ms = timed(lambda: run(ids, use_cache=False, logits_to_keep=1), 8)
-        rows.append({"what": "prefill", "batch": 1, "context": prefill, "ms": ms, "tokens/s": 1e3 * prefill / ms,
-                     "compile s": seconds})
-        print(kind, rows[-1], flush=True)
-    return [{"model": kind, "memory GiB": memory, **row} for row in rows]
+        compiled = time.perf_counter() - started
+    with alone(out, exclusive=True):
+        repeats = STEPS if job.what == "decode" else 8
+        ms, queued = (timed(call, repeats, queued) for queued in (False, True))
+    tokens = job.batch * (1 if job.what == "decode" else job.context)
+    skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    return {**job._asdict(), "memory GiB": memory, "ms": ms, "queued ms": queued, "tokens/s": 1e3 * tokens / ms,
+            "compile s": compiled, "cudagraph skips": skips}
+
+
+# -- output ----------------------------------------------------------------------------------------------------------
+
+def rows_of(out: pathlib.Path) -> list[dict]:
+    """The last row of each job."""
+    path = out / "end_to_end.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return list({tuple(row[key] for key in Job._fields): row for row in rows}.values())
 
 
 def table(rows: list[dict]) -> str:
-    base = {(r["what"], r["batch"], r["context"]): r for r in rows if r["model"] == "bf16"}
-    lines = ["| model | memory GiB | what | batch | context | ms | tokens/s | over bf16 |", "|---|---|---|---|---|---|---|---|"]
-    for r in rows:
-        bf16 = base.get((r["what"], r["batch"], r["context"]))
-        ratio = f"{bf16['ms'] / r['ms']:.2f}" if bf16 else ""
-        lines.append(f"| {r['model']} | {r['memory GiB']:.2f} | {r['what']} | {r['batch']} | {r['context']} | {r['ms']:.2f} | "
-                     f"{r['tokens/s']:.0f} | {ratio} |")
+    def case(row: dict) -> tuple:
+        return row["layers"], row["what"], row["batch"], row["context"]
+
+    base = {case(row): row for row in rows if row["model"] == "bf16"}
+    keys = ("model", *Job._fields[1:], "memory GiB", "ms", "queued ms", "tokens/s", "over bf16", "queued over bf16")
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    for row in sorted(rows, key=lambda row: (row["model"] != "bf16", row["model"], case(row))):
+        bf16 = base.get(case(row))
+        if bf16:
+            row = row | {"over bf16": bf16["ms"] / row["ms"], "queued over bf16": bf16["queued ms"] / row["queued ms"]}
+        cells = (row.get(key, "") for key in keys)
+        lines.append("| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |")
     return "\n".join(lines)
+
+
+def slopes(rows: list[dict]) -> list[str]:
+    """What a layer takes, and so 32, where a case was timed with several counts of layers."""
+    def case(row: dict) -> tuple:
+        return row["model"], row["what"], row["batch"], row["context"]
+
+    lines = []
+    for key, members in itertools.groupby(sorted(rows, key=case), key=case):
+        members = sorted(members, key=lambda row: row["layers"])
+        few, many = members[0], members[-1]
+        if few["layers"] < many["layers"]:
+            layer = (many["queued ms"] - few["queued ms"]) / (many["layers"] - few["layers"])
+            whole = few["queued ms"] + layer * (32 - few["layers"])
+            lines.append(f"{' '.join(map(str, key))}: {layer:.4f} queued ms a layer, {whole:.2f} extrapolated to 32")
+    return lines
+
+
+def report(out: pathlib.Path) -> None:
+    rows = rows_of(out)
+    print(table(rows), *slopes(rows), sep="\n", flush=True)
+
+
+# -- processes -------------------------------------------------------------------------------------------------------
+
+def waves(jobs: list[Job], gib: float) -> list[list[Job]]:
+    """The jobs in groups that fit the memory together, in their order as far as that goes."""
+    groups = []
+    for job in jobs:
+        fits = (group for group in groups if sum(other.gib for other in group) + job.gib <= gib)
+        group = next(fits, None)
+        if group is None:
+            groups.append([job])
+        else:
+            group.append(job)
+    return groups
+
+
+def run_wave(jobs: list[Job], out: pathlib.Path, deadline: float) -> None:
+    """Runs a process for each; those that are not through by the deadline are ended."""
+    threads = max(2, (os.cpu_count() or 2) // len(jobs))
+    env = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+    processes = [subprocess.Popen([sys.executable, __file__, "--out", str(out), "--job", *map(str, job)], env=env)
+                 for job in jobs]
+    for job, process in zip(jobs, processes, strict=True):
+        try:
+            if process.wait(max(0.1, deadline - time.monotonic())):
+                print(f"{job} failed", flush=True)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            print(f"{job} did not finish in time", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["bf16", "mxfp4"], choices=["bf16", "mxfp4", "nvfp4"])
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--layers", type=int, nargs="+", default=[32])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[512, 2048])
-    parser.add_argument("--prefill", type=int, default=2048)
+    parser.add_argument("--prefill", type=int, default=2048, help="tokens; 0: no prefill")
+    parser.add_argument("--seconds", type=float, default=1e6, help="what is not through by then is ended")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
-    parser.add_argument("--warm", action="store_true", help="first compile in parallel, so that caches are warm")
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--table", action="store_true", help="only print the table of --out's rows")
+    parser.add_argument("--job", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.alone:
-        rows = measure(args.models[0], args.layers, args.batch, args.context, args.prefill)
-        (args.out / f"end_to_end-{args.models[0]}.json").write_text(json.dumps(rows))
-        return
-
-    def process(kind: str, out: pathlib.Path) -> int:
-        command = [sys.executable, __file__, "--alone", "--models", kind, "--layers", str(args.layers), "--out", str(out),
-                   "--prefill", str(args.prefill), "--batch", *map(str, args.batch), "--context", *map(str, args.context)]
-        return subprocess.run(command, stdout=subprocess.DEVNULL if out != args.out else None).returncode
-
-    if args.warm:
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            (args.out / "warm").mkdir(exist_ok=True)
-            list(pool.map(lambda kind: process(kind, args.out / "warm"), args.models))
-    rows = []
-    for kind in args.models:
-        if process(kind, args.out) == 0:
-            rows += json.loads((args.out / f"end_to_end-{kind}.json").read_text())
-    environment = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "layers": args.layers}
-    (args.out / "end_to_end.json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
-    print(environment, table(rows), sep="\n")
+    if args.job:
+        model, layers, what, batch, context = args.job
+        row = measure(Job(model, int(layers), what, int(batch), int(context)), args.out)
+        row |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+        with (args.out / "end_to_end.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+    elif not args.table:
+        cases = [("decode", batch, context) for context in args.context for batch in args.batch]
+        if args.prefill:
+            cases.insert(len(args.batch), ("prefill", 1, args.prefill))      # behind the first context's
+        jobs = [Job(model, layers, *case) for layers in args.layers for case in cases for model in args.models]
+        deadline = time.monotonic() + args.seconds
+        for wave in waves(jobs, 0.97 * torch.cuda.get_device_properties(0).total_memory / GIB):
+            if time.monotonic() < deadline:
+                run_wave(wave, args.out, deadline)
+    if not args.job:
+        report(args.out)
 
 
 if __name__ == "__main__":
