@@ -3,6 +3,7 @@
     python benchmarks/kernel_speed.py linear parts --out results                 the tables, as Markdown and JSON
     python benchmarks/kernel_speed.py tune-linear --out results                  every candidate tile: `choose` is made from it
     python benchmarks/kernel_speed.py linear --tuned results/tune-linear.json    the table with each shape's best candidate
+    python benchmarks/kernel_speed.py compare --out results                      beside torchao and FP-Quant (comparisons.py)
 
 Speed-ups are over bf16 `F.linear` on the same shapes; the 4-bit side includes the transform and the quantization of its
 input. Shapes are the linear groups of one Llama-3.1-8B decoder layer.
@@ -149,6 +150,33 @@ def bench_parts() -> list[dict]:
     return rows
 
 
+COMPARED_ROWS = (1, 16, 64, 256, 1024, 4096)
+
+
+def _compile_compared(job) -> str | None:
+    import comparisons
+
+    return (comparisons.warm if job[0] in comparisons.COMPARISONS else _compile)(job)
+
+
+def bench_compare() -> list[dict]:
+    """A layer's four groups in bf16, in MXFP4 and by other libraries, µs; `all` has the groups one by one."""
+    import comparisons
+
+    shapes = [(m, n, k) for m in COMPARED_ROWS for n, k in GROUPS.values()]
+    chosen = [(m, n, k, triton_choose.choose("mxfp4", m, n, k)) for m, n, k in shapes]
+    jobs = [(name, *size, COMPARED_ROWS) for name in comparisons.COMPARISONS for size in GROUPS.values()]
+    jobs += [("mxfp4", _compile_rows(kernel, m), n, k, kernel) for m, n, k, kernel in chosen]
+    compile_all(jobs, _compile_compared)
+    cells = {"bf16": {}, "mxfp4": {}}
+    for m, (group, (n, k)) in itertools.product(COMPARED_ROWS, GROUPS.items()):
+        cells["bf16"][m, group] = bf16_time(m, n, k)
+        cells["mxfp4"][m, group] = linear_time("mxfp4", m, n, k)
+    cells |= comparisons.compare(GROUPS, COMPARED_ROWS)
+    return [{"M": m, **{f"{name} us": sum(us[m, group] for group in GROUPS) for name, us in cells.items()},
+             "all": {name: {group: us[m, group] for group in GROUPS} for name, us in cells.items()}} for m in COMPARED_ROWS]
+
+
 # -- tune ------------------------------------------------------------------------------------------------------------
 
 # Fused tiles worth timing: format -> rows up to -> (weight rows, activation rows, channels, warps, stages), each split 1, 2, 4
@@ -285,7 +313,7 @@ def plot(rows: list[dict], device: str, path: pathlib.Path) -> None:
     figure.savefig(path)
 
 
-BENCHMARKS = {"linear": bench_linear, "parts": bench_parts, "tune-linear": tune_linear}
+BENCHMARKS = {"linear": bench_linear, "parts": bench_parts, "compare": bench_compare, "tune-linear": tune_linear}
 
 
 def main() -> None:
