@@ -299,17 +299,21 @@ def plot(rows: list[dict], device: str, path: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     layer = [row for row in rows if row["group"] == "layer"]
-    figure, axes = plt.subplots(figsize=(7, 4))
+    counts = [row["M"] for row in layer]
+    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    axes.axhline(1, color="black", linewidth=1, linestyle="--", label="bf16, cuBLAS")
     for format in ("mxfp4", "nvfp4"):
-        axes.plot([row["M"] for row in layer], [row[f"{format} speed-up"] for row in layer], marker="o", label=format.upper())
-    axes.axhline(1, color="gray", linewidth=1)
+        axes.plot(counts, [row[f"{format} speed-up"] for row in layer], marker="o", markersize=4, label=format.upper())
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("rows")
+    powers = [m for m in counts if m & (m - 1) == 0]
+    axes.set_xticks(powers, powers)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("rows of the activation")
     axes.set_ylabel("speed-up over bf16")
-    axes.set_title(f"Linear layers of a Llama-3.1-8B decoder layer, {device}")
-    axes.legend()
+    axes.set_title(f"Linear layers of a Llama-3.1-8B decoder layer, {device}", fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(path)
 
 
