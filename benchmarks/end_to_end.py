@@ -33,6 +33,7 @@ SHAPE = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_a
 DEVICE = "cuda"
 STEPS = 24                              # decoding steps that are timed
 WARM_UP = 4                             # calls that compile, warm up and record the CUDA graph
+ROOM = 32                               # tokens a cache holds beyond the context: attention likes multiples of 16
 GIB = 2**30
 WIDTHS = {"q_proj": 4096, "k_proj": 1024, "v_proj": 1024, "o_proj": 4096, "gate_proj": 14336, "up_proj": 14336,
           "down_proj": 4096}
@@ -97,7 +98,7 @@ def filled_cache(config, batch: int, context: int):
     """A static cache as a prompt of `context` tokens leaves it, but for what it holds."""
     from transformers import StaticCache
 
-    cache = StaticCache(config=config, max_cache_len=context + STEPS + WARM_UP)
+    cache = StaticCache(config=config, max_cache_len=context + ROOM)
     cache.early_initialization(batch, config.num_key_value_heads, config.hidden_size // config.num_attention_heads,
                                torch.bfloat16, torch.device(DEVICE))
     for layer in cache.layers:
@@ -171,7 +172,7 @@ class Job(NamedTuple):
     def gib(self) -> float:
         """Memory it takes at most on the device, about."""
         weights = self.layers * 218e6 * (2 if self.model == "bf16" else 0.6) + 2.1e9
-        cache = self.layers * 4096 * self.batch * (self.context + STEPS) if self.what == "decode" else 0
+        cache = self.layers * 4096 * self.batch * (self.context + ROOM) if self.what == "decode" else 0
         return (weights + cache) / GIB + (2 if self.what == "decode" else 3)
 
 

@@ -133,6 +133,7 @@ def prologue_cases() -> Iterator[Case]:
 # (formats, kernel, precise, (rows, N, K) ...); None: what is chosen for the size.
 PRODUCTS = (
     (FLOATS, None, False, ((1, 33, 576), (2, 100, 1536), (4, 200, 1024), (1, 72, 4608), (3, 33, 576), (17, 264, 1024))),
+    (FLOATS, None, False, ((40, 264, 1024), (70, 200, 1536), (130, 264, 1024), (300, 272, 1024))),
     (FLOATS, Gemv(8, 4096, 4), False, ((1, 100, 4096),)),
     (("mxfp4",), Fused(64, 16, 256, 1, 4, 4, True), False, ((3, 72, 512), (17, 264, 1024))),
     (("mxfp4",), Fused(64, 16, 128, 2, 4, 6, True), False, ((17, 264, 1024),)),
