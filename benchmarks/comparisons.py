@@ -70,17 +70,19 @@ def fp_quant(linear: nn.Linear) -> nn.Module:
 
 
 class Comparison(NamedTuple):
-    """How a bf16 linear is quantized, bytes a weight takes then, whether it is meant to be compiled."""
+    """How a bf16 linear is quantized, bytes a weight takes then, whether it is meant for `torch.compile`, and whether it
+    has kernels of its own to compile."""
 
     make: Callable[[nn.Linear], nn.Module]
     nbytes: float
     compiled: bool = False
+    kernels: bool = False
 
 
 COMPARISONS = {
     "torchao float8": Comparison(float8, 1, compiled=True),
     "torchao int4": Comparison(int4, 0.53),
-    "FP-Quant MXFP4": Comparison(fp_quant, 2),
+    "FP-Quant MXFP4": Comparison(fp_quant, 2, kernels=True),
     "torchao MXFP4 emulated, eager": Comparison(mxfp4_emulated, 0.53),
     "torchao NVFP4 weights": Comparison(nvfp4_weights, 0.56, compiled=True),
     "torchao float8, eager": Comparison(float8, 1),
@@ -111,6 +113,12 @@ def why(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
+def jobs(groups: dict[str, tuple[int, int]], rows: tuple[int, ...]) -> list[tuple]:
+    """What `warm` is to compile."""
+    names = (name for name, comparison in COMPARISONS.items() if comparison.compiled or comparison.kernels)
+    return [(name, n, k, rows) for name in names for n, k in groups.values()]
+
+
 def warm(job: tuple[str, int, int, tuple[int, ...]]) -> str | None:
     """Compiles in a process of its own what a library needs for [n, k] and these rows; why it failed, if it did."""
     name, n, k, rows = job
@@ -120,6 +128,7 @@ def warm(job: tuple[str, int, int, tuple[int, ...]]) -> str | None:
             for m in rows:
                 module(activations(m, k))
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()        # many such processes share the device
     except Exception as error:
         return f"{name} {n}x{k}: {why(error)}"
 
@@ -131,6 +140,7 @@ def times(
     """(rows, group, µs) of a library; raises what it raises, and if a result is no product of x and the weight."""
     for group, (n, k) in groups.items():
         torch._dynamo.reset()           # it gives up on a function that was compiled for many sizes
+        torch.cuda.empty_cache()        # of the graphs before
         linear, module = layer(name, n, k)
         modules = [module, *(layer(name, n, k)[1] for _ in range(copies(COMPARISONS[name].nbytes * n * k) - 1))]
         for m in rows:

@@ -165,7 +165,7 @@ def bench_compare() -> list[dict]:
 
     shapes = [(m, n, k) for m in COMPARED_ROWS for n, k in GROUPS.values()]
     chosen = [(m, n, k, triton_choose.choose("mxfp4", m, n, k)) for m, n, k in shapes]
-    jobs = [(name, *size, COMPARED_ROWS) for name in comparisons.COMPARISONS for size in GROUPS.values()]
+    jobs = comparisons.jobs(GROUPS, COMPARED_ROWS)
     jobs += [("mxfp4", _compile_rows(kernel, m), n, k, kernel) for m, n, k, kernel in chosen]
     compile_all(jobs, _compile_compared)
     cells = {"bf16": {}, "mxfp4": {}}
