@@ -1,9 +1,11 @@
 """Where the time of a run goes: `with phase("GPTQ"):` around a piece of work, `with timing() as seconds:` around the run.
 
-Phases nest, and each second counts for the innermost one. Without `timing` a phase costs nothing.
+Phases nest, and each second counts for the innermost one. Without `timing` a phase costs nothing. What other threads do
+meanwhile is not counted.
 """
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 
@@ -14,6 +16,7 @@ class _Clock:
     def __init__(self, synchronize: bool):
         self.seconds: dict[str, float] = {}
         self.synchronize, self.open, self.since = synchronize, [], time.perf_counter()
+        self.thread = threading.get_ident()
 
     def switch(self) -> None:
         """Charges the time since the last switch to the innermost open phase."""
@@ -31,7 +34,7 @@ _clocks: list[_Clock] = []
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
     """Charges the time of the block to `name`, except what phases inside it take."""
-    clocks = list(_clocks)
+    clocks = [clock for clock in _clocks if clock.thread == threading.get_ident()]
     for clock in clocks:
         clock.switch()
         clock.open.append(name)

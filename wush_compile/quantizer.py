@@ -18,11 +18,12 @@ from .calibration.journal import Journal, fingerprint_of_data, fingerprint_of_mo
 from .calibration.progress import Progress
 from .calibration.streaming import open_checkpoint
 from .calibration.team import Alone
-from .calibration.tensors import ModelTensors, finite
+from .calibration.tensors import ModelTensors
+from .calibration.warm_up import meanwhile, pieces
 from .capture import capture, skeleton
 from .config import WushConfig
 from .data import Batch
-from .errors import CaptureError, ConfigError, DataError, NonFiniteError, WushError, one_of
+from .errors import CaptureError, ConfigError, DataError, WushError, one_of
 from .modules import install_group, is_quantized
 from .passes.group import LinearGroup, find_groups
 from .phases import phase, timing
@@ -48,13 +49,10 @@ def _numbered(device: torch.device) -> torch.device:
     return torch.empty(0, device=device).device
 
 
-def _check_weights(model: nn.Module) -> None:
+def _check_values(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type == "meta":
             raise WushError(f"{name} has no values (meta device): load the weights before quantizing")
-    for name, parameter in model.named_parameters():
-        if not finite(parameter):
-            raise NonFiniteError(f"the weight {name} has NaN or Inf: the checkpoint is damaged, or was cast to a dtype too small")
 
 
 def _without_data(
@@ -167,17 +165,21 @@ def _solve(
     device: torch.device, team: Alone, journal: Journal | None, batch_size: int | None, activations_dir,
 ) -> tuple[list[Solved], Quantization]:
     """Every group of a model, which may be on the meta device if `tensors` has its weights; it stays as it is."""
+    if data is None:
+        tensors.check()                                    # before the model writes its own text
     batches, calibrates = _prepare(model, data, config, tokenizer, progress.shown, device, journal)
-    if journal is not None:
-        names = saved_names(model)
-        team.smallest(0)                                   # the first process has locked the directory and cleared it
-        identity = {"data": fingerprint_of_data(batches if calibrates else None),
-                    "model": fingerprint_of_model(model, set(names.values()), tensors)}
-        journal.begin(model, config, names, identity, _environment(device, team), batch_size)
-    with phase("capture"):
-        streamed = tensors.device.type == "meta"
-        captured = capture(skeleton(model), _moved(batches, tensors.device)) if streamed else capture(model, batches)
-        groups, ignored = find_groups(captured.graph_module, model, config)
+    work = pieces(model, batches, config, device, team.size, batch_size) if calibrates else ()
+    with meanwhile(tensors.check if data is not None else lambda: None, work, device):
+        if journal is not None:
+            names = saved_names(model)
+            team.smallest(0)                               # the first process has locked the directory and cleared it
+            identity = {"data": fingerprint_of_data(batches if calibrates else None),
+                        "model": fingerprint_of_model(model, set(names.values()), tensors)}
+            journal.begin(model, config, names, identity, _environment(device, team), batch_size)
+        with phase("capture"):
+            streamed = tensors.device.type == "meta"
+            captured = capture(skeleton(model), _moved(batches, tensors.device)) if streamed else capture(model, batches)
+            groups, ignored = find_groups(captured.graph_module, model, config)
     if not groups:
         raise _nothing(model, ignored)
     progress.event("run", config=config.to_dict(), groups=len(groups), batches=len(batches), device=str(device),
@@ -231,7 +233,7 @@ def quantize(
         raise WushError(f"this {type(model).__name__} is already quantized: start again from the original model")
     if next(model.parameters(), None) is None:
         raise CaptureError(f"nothing to quantize in {type(model).__name__}: it has no parameters")
-    _check_weights(model)
+    _check_values(model)
     where = next(model.parameters()).device if device is None else _numbered(local_device(torch.device(device)))
     team = join(where)
     with _run(progress, team) as shown, _journal(out, restart, team) as journal:

@@ -282,15 +282,18 @@ class Calibration:
             return solved
 
         for i, solved in self.team.solve(own, one).items():
-            self.solved[i] = solved
-            rewrite(stage.graph_module, self.groups[i], solved.group, f"wush_group_{i}")
-            report = solved.report
+            self.solved[i], report = solved, solved.report
             self.progress.event("group", stage=stage.name, group=self.groups[i].name, **report)
             if report.get("damping_tries", 0) > 1:
                 log.warning("%s: its second moment was not positive definite; damping was added %d times", self.groups[i].name,
                             report["damping_tries"])
+        self._rewrite(number)
         for name in set(loaded) - _used(stage):            # what has been replaced leaves the device
             del loaded[name]
+
+    def _rewrite(self, number: int) -> None:
+        rewrite(self.stages[number].graph_module,
+                [(self.groups[i], self.solved[i].group, f"wush_group_{i}") for i in self.groups_in[number]])
 
     def _propagate(self, number: int) -> None:
         stage = self.stages[number]
@@ -309,7 +312,7 @@ class Calibration:
             remove_observers(self.stages[k].graph_module)
             for i in self.groups_in[k]:
                 self.solved[i] = Solved(*self.journal.restore(self.groups[i], k, self.tensors.home))
-                rewrite(self.stages[k].graph_module, self.groups[i], self.solved[i].group, f"wush_group_{i}")
+            self._rewrite(k)
         if number:
             self.progress.event("resumed", stages=number)
         return number

@@ -95,6 +95,11 @@ def _peak(graph: fx.Graph) -> int:
     return peak
 
 
+def most_rows(limit: int, length: int) -> int:
+    """The micro-batch of sequences of this length where at most `limit` of them fit: a power of two."""
+    return 2 ** (max(1, min(limit, TOKENS // length)).bit_length() - 1)
+
+
 def choose_rows(
     batches: list[Batch], stages: list[Stage], placeholders: list[fx.Node], device: torch.device
 ) -> int | None:
@@ -111,5 +116,4 @@ def choose_rows(
     free, _ = torch.cuda.mem_get_info(device)
     # Calibration keeps fp32 copies of what it observes and quantizes: twice what the graph itself holds.
     each = 2 * max(_peak(s.graph_module.graph) for s in stages[:-1] or stages) / tokens * longest
-    rows = max(1, min(int(SHARE * free / max(each, 1)), TOKENS // longest, sum(counts)))
-    return 2 ** (rows.bit_length() - 1)
+    return most_rows(min(int(SHARE * free / max(each, 1)), sum(counts)), longest)

@@ -33,6 +33,9 @@ class CheckpointTensors:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
+    def check(self) -> None:
+        """Nothing: `load` checks what it reads."""
+
     def load(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         """The tensors of these names in the model's dtype on a device; NaN or Inf in one is a `NonFiniteError`."""
         names = list(names)

@@ -6,6 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from ..errors import NonFiniteError
+
 
 def finite(tensor: Tensor) -> bool:
     """Whether a tensor has no NaN and no Inf: its extremes would carry them, and a CPU finds those fifty times faster than
@@ -22,6 +24,7 @@ class ModelTensors:
 
     def __init__(self, model: nn.Module):
         self.device = self.home = next(model.parameters()).device
+        self._weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self._tensors = {
             name: tensor.detach() for named in (model.named_parameters, model.named_buffers)
             for name, tensor in named(remove_duplicate=False)
@@ -29,6 +32,13 @@ class ModelTensors:
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
+
+    def check(self) -> None:
+        """NaN or Inf in a parameter is a `NonFiniteError` that names it."""
+        for name, tensor in self._weights.items():
+            if not finite(tensor):
+                raise NonFiniteError(
+                    f"the weight {name} has NaN or Inf: the checkpoint is damaged, or was cast to a dtype too small")
 
     def load(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         """The tensors of these names on a device: the model's own where they are there already."""

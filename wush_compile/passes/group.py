@@ -53,7 +53,8 @@ class LinearGroup:
         return torch.cat([like.new_zeros(m.rows) if m.bias is None else tensors[m.bias] for m in self.linears])
 
 
-def _ignored_by(name: str, patterns: tuple[str, ...]) -> str | None:
+def ignored_by(name: str, patterns: tuple[str, ...]) -> str | None:
+    """The pattern of `ignore` that a module's name falls under; None if none does."""
     last = name.rpartition(".")[2]
     return next((p for p in patterns if fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(last, p)), None)
 
@@ -62,7 +63,7 @@ def _check_ignore(model: nn.Module, config: WushConfig) -> None:
     """A pattern that names nothing is a typing error, except the default `lm_head`, which not every model has."""
     names = [name for name, _ in model.named_modules() if name]
     for pattern in set(config.ignore) - {"lm_head"}:
-        if not any(_ignored_by(name, (pattern,)) for name in names):
+        if not any(ignored_by(name, (pattern,)) for name in names):
             if any(c in pattern for c in "*?["):
                 raise ConfigError(f"ignore pattern {pattern!r} matches no module of {type(model).__name__}")
             one_of("module in ignore", pattern, names)
@@ -121,7 +122,7 @@ def find_groups(
         module = model.get_submodule(name)
         width = parameter.shape[0 if transposed else 1] if parameter.dim() == 2 else 0
         bias_name = bias.target if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
-        if pattern := _ignored_by(name, config.ignore):
+        if pattern := ignored_by(name, config.ignore):
             reason = f"ignored by the configuration ({pattern!r})"
         elif len(aliases) > 1:
             other = next((a for a in aliases if a != owned), owned).rpartition(".")[0]

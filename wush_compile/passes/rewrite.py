@@ -1,6 +1,7 @@
 """Replaces the linears of a group by one quantization of their input and one FP4 matmul each."""
 
 import operator
+from collections.abc import Iterable
 
 import torch
 from torch import fx
@@ -11,11 +12,18 @@ from .group import LinearGroup, operands
 aten, wush = torch.ops.aten, torch.ops.wush
 
 
-def rewrite(graph_module: fx.GraphModule, group: LinearGroup, solved: WushGroup, label: str) -> None:
-    """Rewrites a group in a stage's graph; `solved` becomes its submodule `label`, the old weights' nodes disappear.
+def rewrite(graph_module: fx.GraphModule, groups: Iterable[tuple[LinearGroup, WushGroup, str]]) -> None:
+    """Rewrites groups in a stage's graph: (group, what it was solved to, the name that this gets as a submodule).
 
-    The matmuls read row ranges of the group's buffers, exactly as the installed modules do.
+    The matmuls read row ranges of the group's buffers, exactly as the installed modules do. The old weights' nodes disappear.
     """
+    for group, solved, label in groups:
+        _rewrite(graph_module, group, solved, label)
+    graph_module.graph.lint()
+    graph_module.recompile()
+
+
+def _rewrite(graph_module: fx.GraphModule, group: LinearGroup, solved: WushGroup, label: str) -> None:
     graph = graph_module.graph
     by_name = {n.name: n for n in graph.nodes}
     nodes = [by_name[m.node.name] for m in group.linears]
@@ -51,5 +59,3 @@ def rewrite(graph_module: fx.GraphModule, group: LinearGroup, solved: WushGroup,
         for attribute in old:
             if not attribute.users:
                 graph.erase_node(attribute)
-    graph.lint()
-    graph_module.recompile()

@@ -1,0 +1,74 @@
+"""What runs in threads while the model is traced."""
+
+import threading
+import time
+
+import pytest
+import torch
+from models import plain, tokens
+
+import wush_compile as wc
+from wush_compile.calibration import warm_up
+from wush_compile.calibration.warm_up import meanwhile, pieces
+from wush_compile.errors import NonFiniteError
+from wush_compile.phases import phase, timing
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("config", [
+    wc.WushConfig(), wc.WushConfig(format="nvfp4", moments="conditional"), wc.WushConfig(format="int4", solver="rtn"),
+    wc.WushConfig(solver="rtn", transform="hadamard"), wc.WushConfig(transform="identity"),
+], ids=str)
+def test_pieces_do_what_a_run_does(config):
+    """Every op and the solver take what they are given: each piece runs to its end, for each shape once."""
+    batches = [{"input_ids": window} for window in tokens(6, 16).split(2)]
+    work = list(pieces(plain("llama"), batches, config, CPU))
+    # q and o, k and v, gate and up, down; and one group is solved. The head is not quantized.
+    assert len(work) == 4 + 1
+    for piece in work:
+        piece()
+
+
+def test_nothing_is_known_of_other_inputs():
+    assert list(pieces(torch.nn.Linear(32, 32), [(torch.zeros(2, 32),)], wc.WushConfig(), CPU)) == []
+
+
+def test_a_piece_that_fails_is_harmless(monkeypatch, caplog):
+    """On a CPU no piece runs at all; `_attempt` is what keeps a GPU's failures."""
+    def broken():
+        raise RuntimeError("made up")
+
+    with meanwhile(lambda: None, [broken], CPU):
+        pass
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    with caplog.at_level("DEBUG", "wush_compile"):
+        warm_up._attempt(broken, CPU)
+    assert "made up" in caplog.text
+
+
+def test_the_check_runs_beside_the_block_and_is_raised_after_it():
+    here, seen = threading.get_ident(), []
+
+    def check():
+        time.sleep(0.05)
+        seen.append(threading.get_ident())
+        raise NonFiniteError("the weight w")
+
+    with pytest.raises(NonFiniteError, match="the weight w"), meanwhile(check, [], CPU):
+        seen.append("block")
+    assert seen[0] == "block" and seen[1] != here
+
+
+def test_threads_are_not_in_the_phases_of_the_run():
+    def elsewhere():
+        with phase("elsewhere"):
+            time.sleep(0.05)
+
+    with timing() as seconds, phase("here"):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        time.sleep(0.01)
+        with phase("inside"):
+            thread.join()
+    assert seconds.keys() == {"here", "inside"}
