@@ -17,6 +17,7 @@ from wush_compile.calibration import calibrate
 from wush_compile.calibration.distributed import Ranks, assign, join, merge_samples
 from wush_compile.calibration.team import Alone
 from wush_compile.errors import NonFiniteError, WushError
+from wush_compile.solver import solve_cost
 
 WINDOWS, LENGTH = 10, 48
 SETTINGS = {"solver": "gptq", "progress": False}
@@ -45,8 +46,8 @@ class Watch:
         monkeypatch.setattr(calibrate.Calibration, "_forwards", counted)
 
     def reduce(self, original):
-        def reduced(team, seen):
-            original(team, seen)
+        def reduced(team, seen, costs):
+            original(team, seen, costs)
             for i, observation in seen.items():
                 if observation.moment is not None and i < 4:                # a Llama layer has four groups
                     self.moments[i] = observation.moment.clone()
@@ -218,6 +219,10 @@ def test_merged_samples(counts):
 
 
 def test_groups_are_spread():
-    assert assign({0: 4096, 1: 4096, 2: 4096, 3: 14336}, 2) == {3: 0, 0: 1, 1: 1, 2: 1}
+    """Of a layer of Llama-3.1-8B, the down projection takes as long as the other three; then gate and up, for its rows."""
+    layer = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+    costs = {i: solve_cost(wc.WushConfig(), *shape) for i, shape in enumerate(layer)}
+    assert assign(costs, 2) == {3: 0, 2: 1, 0: 1, 1: 1}
+    assert assign(costs, 3) == {3: 0, 2: 1, 0: 2, 1: 2}
     assert set(assign({0: 64, 1: 64, 2: 64, 3: 64}, 4).values()) == {0, 1, 2, 3}
     assert assign({}, 2) == {}

@@ -168,7 +168,7 @@ def _solve(
     if data is None:
         tensors.check()                                    # before the model writes its own text
     batches, calibrates = _prepare(model, data, config, tokenizer, progress.shown, device, journal)
-    work = pieces(model, batches, config, device, team.size, batch_size) if calibrates else ()
+    work = [team.connect, *pieces(model, batches, config, device, team.size, batch_size)] if calibrates else []
     with meanwhile(tensors.check if data is not None else lambda: None, work, device):
         if journal is not None:
             names = saved_names(model)

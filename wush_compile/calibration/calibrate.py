@@ -31,13 +31,13 @@ from ..passes.partition import Stage, partition
 from ..passes.place import place
 from ..passes.rewrite import rewrite
 from ..phases import phase
-from ..solver import layer_loss, solve
+from ..solver import layer_loss, solve, solve_cost
 from .activations import Activations
 from .journal import Journal
 from .microbatch import MicroBatch, choose_rows, regroup, sequences
 from .progress import Progress
 from .team import ALONE, Alone
-from .tensors import Loader, ModelTensors
+from .tensors import Leaver, Loader, ModelTensors
 
 log = logging.getLogger("wush_compile")
 LOSS_ROWS = 512
@@ -143,7 +143,7 @@ class Calibration:
         self.last = max(number for number, own in enumerate(self.groups_in) if own)
         self.last_use = {name: number for number, stage in enumerate(self.stages) for name in stage.inputs}
         self._loaded: tuple[int, dict[str, Tensor]] | None = None
-        self.loader = Loader(tensors, device)
+        self.loader, self.leaver = Loader(tensors, device), Leaver(tensors.home, device)
         self.windows = None if batches is None else team.share(batches)
 
         def choose() -> int | None:
@@ -222,6 +222,7 @@ class Calibration:
             self._loaded = None
             with phase("transfers"):
                 loaded = self.loader.take(number, self._names(number))
+                self.leaver.wait()
                 for i in self.groups_in[number]:
                     if self.solved[i] is not None:
                         group = self.solved[i].group
@@ -260,13 +261,16 @@ class Calibration:
                 "overflow fp32 when squared; repair the data or the model, or put the layer in ignore"
             )
 
+    def _cost(self, group: LinearGroup) -> float:
+        return solve_cost(self.config, sum(linear.rows for linear in group.linears), group.width)
+
     def _solve(self, number: int) -> None:
         stage, own = self.stages[number], self.groups_in[number]
         seen = {}
         if self.activations is not None:
             seen = self._fitting(number, lambda: self._observe(number))
             with phase("reduce"):
-                self.team.reduce(seen)
+                self.team.reduce(seen, {i: self._cost(self.groups[i]) for i in seen})
             if not any(self.groups_in[:number]):
                 _warn_if_short(self.groups, int(next(iter(seen.values())).count), self.config)
             remove_observers(stage.graph_module)
@@ -346,9 +350,9 @@ class Calibration:
                     self.journal.settle(self.team)
             self.progress.event("stage", stage=stage.name, tokens_per_second=round(self.progress.tokens_per_second(), 1))
             self._loaded = None
-            for i in own:
-                self.solved[i].group.to(self.tensors.home)
+            self.leaver.start([self.solved[i].group for i in own])
         self.loader.close()
+        self.leaver.close()
         return self.solved, self.stages
 
 

@@ -5,6 +5,7 @@ ranks, and every rank gets the bytes of all. Processes meet between these steps:
 the others stop with its error instead of waiting for it.
 """
 
+import atexit
 import contextlib
 import copy
 import logging
@@ -41,8 +42,9 @@ def launched() -> bool:
 
 def local_device(device: torch.device) -> torch.device:
     """The device of this process, where `device` is all that is asked for: `cuda` becomes the GPU of its local rank."""
-    if launched() and device.type == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+    if launched() and device.type == "cuda" and device.index is None:
+        # Some launchers show each process its own GPU alone.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % max(torch.cuda.device_count(), 1))
     return device
 
 
@@ -54,8 +56,14 @@ def join(device: torch.device) -> Alone:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group()
+        dist.init_process_group()                          # both backends: gloo for CPU tensors, NCCL for a GPU's
+        atexit.register(_leave)
     return Ranks(device)
+
+
+def _leave() -> None:
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
 
 
 def merge_samples(samples: list[Tensor], counts: list[int]) -> Tensor:
@@ -127,6 +135,11 @@ class Ranks(Alone):
             with contextlib.suppress(Exception):
                 self._exchange(None, error)
 
+    def connect(self) -> None:
+        """NCCL's communicator is made in its first collective, and takes a second."""
+        with self._contact():
+            dist.all_reduce(torch.zeros(1, device=self.device))
+
     def share(self, batches: list[Batch]) -> list[Batch]:
         """This rank's stretch of all sequences; of batches, where they cannot be taken apart."""
         if len(set(self._exchange(fingerprint_of_data(batches)))) > 1:
@@ -151,9 +164,9 @@ class Ranks(Alone):
     def smallest(self, number: int) -> int:
         return min(self._exchange(number))
 
-    def reduce(self, seen: Mapping[int, Observation]) -> None:
+    def reduce(self, seen: Mapping[int, Observation], costs: Mapping[int, float]) -> None:
         """After it the moment and the sample of a group are on the rank that solves it, its count everywhere."""
-        self._owners = assign({i: observation.sample.shape[1] for i, observation in seen.items()}, self.size)
+        self._owners = assign(costs, self.size)
         counts = self._exchange([int(observation.count) for observation in seen.values()])
         with self._contact():
             for position, (i, observation) in enumerate(seen.items()):
@@ -191,15 +204,12 @@ class Ranks(Alone):
         return {i: results[i] for i in numbers}
 
 
-def assign(widths: Mapping[int, int], size: int) -> dict[int, int]:
-    """Group number -> the rank that solves it: the widest first, each to the rank that has least to do.
-
-    A solution takes time like the cube of its width, or less.
-    """
-    load, owners = [0] * size, {}
-    for i in sorted(widths, key=lambda i: (-widths[i], i)):
+def assign(costs: Mapping[int, float], size: int) -> dict[int, int]:
+    """Group number -> the rank that solves it: the dearest first, each to the rank that has least to do."""
+    load, owners = [0.0] * size, {}
+    for i in sorted(costs, key=lambda i: (-costs[i], i)):
         owners[i] = load.index(min(load))
-        load[owners[i]] += widths[i] ** 3
+        load[owners[i]] += costs[i]
     return owners
 
 

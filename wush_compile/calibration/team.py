@@ -18,6 +18,9 @@ class Alone:
 
     rank, size = 0, 1
 
+    def connect(self) -> None:
+        """Makes the connections to the others that `reduce` and `solve` use, so that these need not; may be left out."""
+
     def share(self, batches: list[Batch]) -> list[Batch]:
         """The batches that this rank runs; together the ranks run each batch once."""
         return batches
@@ -26,8 +29,9 @@ class Alone:
         """The least of all ranks' numbers; waits for every rank."""
         return number
 
-    def reduce(self, seen: Mapping[int, Observation]) -> None:
-        """Makes the observations of a stage those of all ranks' batches, in place; `seen` is by group number."""
+    def reduce(self, seen: Mapping[int, Observation], costs: Mapping[int, float]) -> None:
+        """Makes the observations of a stage those of all ranks' batches, in place. By group number: what was seen, and what
+        solving the group costs, in any unit."""
 
     def solve(self, numbers: Iterable[int], solve: Callable[[int], T]) -> dict[int, T]:
         """`solve(number)` of each group of a stage, from one rank each; every rank gets identical results of all."""

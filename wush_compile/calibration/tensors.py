@@ -88,3 +88,41 @@ class Loader:
     def _load(self, names: list[str]) -> tuple[dict[str, Tensor], torch.cuda.Event]:
         with torch.cuda.stream(self._stream):
             return self._tensors.load(names, self._device), self._stream.record_event()
+
+
+class Leaver:
+    """Takes solved groups home, from a GPU in a thread of its own while it computes the next stage."""
+
+    def __init__(self, home: torch.device, device: torch.device):
+        self._home, self._device = home, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and device != home else None
+        self._thread = ThreadPoolExecutor(1, "leaver") if self._stream is not None else None
+        self._begun: Future | None = None
+
+    def start(self, groups: list[nn.Module]) -> None:
+        """Begins to move the groups of a stage, which nobody else may read before `wait`."""
+        if self._thread is None:
+            for group in groups:
+                group.to(self._home)
+            return
+        self.wait()
+        computed = torch.cuda.current_stream(self._device).record_event()
+        self._begun = self._thread.submit(self._move, groups, computed)
+
+    def wait(self) -> None:
+        """Returns when all groups are there."""
+        if self._begun is not None:
+            begun, self._begun = self._begun, None
+            begun.result()
+
+    def close(self) -> None:
+        """Waits, and ends the thread."""
+        self.wait()
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _move(self, groups: list[nn.Module], computed: torch.cuda.Event) -> None:
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            self._stream.wait_event(computed)
+            for group in groups:
+                group.to(self._home)                       # returns when it is copied: what it frees is free indeed

@@ -25,7 +25,7 @@ from .transforms import apply_blockwise, damped_cholesky, diagonal_blocks
 # Values a rounding works on at a time: its temporaries are many times as large.
 CHUNK_ELEMENTS = 2**24
 
-__all__ = ["GroupSolution", "block_size", "layer_loss", "moment_shape", "solve"]
+__all__ = ["GroupSolution", "block_size", "layer_loss", "moment_shape", "solve", "solve_cost"]
 
 
 @dataclass
@@ -56,6 +56,13 @@ def moment_shape(config: WushConfig, width: int) -> tuple[int, ...]:
         return (width, width)
     block = block_size(config, width)
     return (width // block, block, block)
+
+
+def solve_cost(config: WushConfig, rows: int, width: int) -> float:
+    """Operations that solving a group takes, about: to compare groups by."""
+    if len(moment_shape(config, width)) == 2:
+        return width**3 / 3 + rows * width**2              # a Cholesky factor, and errors carried from channel to channel
+    return rows * width * block_size(config, width)
 
 
 def solve(
