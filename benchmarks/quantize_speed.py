@@ -2,7 +2,11 @@
 
     python benchmarks/quantize_speed.py --model 8b --solver gptq --out results/quantize_speed.json
     python benchmarks/quantize_speed.py --model 8b --solver rtn gptq --layers 2        a few layers, and what all would take
-    torchrun --nproc-per-node 2 benchmarks/quantize_speed.py --model 8b --layers 2
+    torchrun --standalone --nproc-per-node 2 benchmarks/quantize_speed.py --model 8b --out two.json --against one.json
+
+Under torchrun every process makes the model, and quantizes it together with the others; the phases of each are shown, whether
+all hold the same bytes, and with `--against` how much faster that was than the runs in another file, of one process. Give each
+command a TRITON_CACHE_DIR of its own: kernels that an earlier one compiled are found there.
 
 Everything from the model in CPU memory to the quantized one in CPU memory is timed. Beside each phase stands its floor: its
 floating-point operations at the rate of a large matrix product of the library, or its bytes at the rate of a large copy,
@@ -19,10 +23,12 @@ import hashlib
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import wush_compile as wc
@@ -156,43 +162,72 @@ def measure(
     name: str, solver: str, layers: int | None, windows: list[Tensor], device: torch.device, options: dict, separate: bool,
 ) -> dict:
     """Seconds by phase, in all, and peak memory of one quantization."""
+    start = time.perf_counter()
     model = build(name, layers, device)
+    made = time.perf_counter() - start
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
+    together(None)                                             # nobody waits for another's model in what is timed
     start = time.perf_counter()
     with phases.timing(synchronize=separate) as seconds:
         wc.quantize(model, windows, progress=False, device=device, solver=solver, **options)
         torch.cuda.synchronize()
     total = time.perf_counter() - start
-    state = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if ".group." in name:
-            state.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    everybody = [state.hexdigest()] * int(os.environ.get("WORLD_SIZE", 1))
-    if len(everybody) > 1:
-        torch.distributed.all_gather_object(everybody, state.hexdigest())
-    losses = [report["relative_loss"] for report in quantization_of(model).report.values()]
-    return {"seconds": total, "phases": {**seconds, "everything else": total - sum(seconds.values())},
-            "losses": losses, "sha256": sorted(set(everybody)),
+    mine = {"phases": {**seconds, "everything else": total - sum(seconds.values())}, "sha256": digest(model),
             "peak_allocated": torch.cuda.max_memory_allocated(), "peak_reserved": torch.cuda.max_memory_reserved()}
+    everybody = together(mine)
+    losses = [report["relative_loss"] for report in quantization_of(model).report.values()]
+    return {"seconds": total, "made": made, **mine, "losses": losses, "sha256": sorted({one["sha256"] for one in everybody}),
+            "ranks": everybody}
+
+
+def together(mine: object) -> list:
+    """What all processes give, by rank; waits for them. On the CPU: NCCL connects in what is timed."""
+    if not dist.is_initialized():
+        return [mine]
+    everybody = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    return everybody
+
+
+def digest(model: nn.Module) -> str:
+    """sha256 over those of all tensors of the quantized groups, which are read by several threads."""
+    def one(item: tuple[str, Tensor]) -> bytes:
+        return hashlib.sha256(item[1].contiguous().reshape(-1).view(torch.uint8).numpy()).digest()
+
+    tensors = [item for item in model.state_dict().items() if ".group." in item[0]]
+    with ThreadPoolExecutor(8) as pool:
+        return hashlib.sha256(b"".join(pool.map(one, tensors))).hexdigest()
 
 
 def show(result: dict) -> None:
     print(f"\n{result['model']} {result['solver']}, {result['layers']} of {result['all_layers']} layers, "
           f"{result['tokens']} tokens, {result['processes']} process(es)")
-    print("| phase | seconds | floor | ratio |\n|---|---|---|---|")
+    ranks = result["ranks"]
+    columns = ["seconds"] if len(ranks) == 1 else [f"rank {rank}" for rank in range(len(ranks))]
+    print(f"| phase | {' | '.join(columns)} | floor | ratio |\n{'|---' * (3 + len(ranks))}|")
     for phase, seconds in sorted(result["phases"].items(), key=lambda item: -item[1]):
         floor = result["floors"].get(phase)
-        print(f"| {phase} | {seconds:.3f} | " + (f"{floor:.3f} | {seconds / floor:.1f} |" if floor else "| |"))
-    print(f"| all | {result['seconds']:.2f} | {sum(result['floors'].values()):.2f} | |")
+        row = [phase, *(f"{one['phases'].get(phase, 0.0):.3f}" for one in ranks)]
+        print("| " + " | ".join([*row, *((f"{floor:.3f}", f"{seconds / floor:.1f}") if floor else ("", ""))]) + " |")
+    print(f"all: {result['seconds']:.2f} s, floor {sum(result['floors'].values()):.2f} s; "
+          f"made in {result['made']:.1f} s, not counted")
     allocated, reserved = result["peak_allocated"] / 1e9, result["peak_reserved"] / 1e9
     print(f"peak GPU memory {allocated:.2f} GB allocated, {reserved:.2f} GB reserved")
-    print(f"sha256 of the codes and scales, every process: {', '.join(s[:16] for s in result['sha256'])}; "
+    same = "the same in all processes" if len(result["sha256"]) == 1 else "DIFFERENT between processes"
+    print(f"sha256 of the codes and scales, {same}: {', '.join(s[:16] for s in result['sha256'])}; "
           f"mean relative loss {sum(result['losses']) / len(result['losses']):.4f}")
     if result["layers"] < result["all_layers"]:
         print(f"all {result['all_layers']} layers at this rate: {result['projected']:.0f} s")
+    if "faster" in result:
+        print(f"{result['faster']:.2f} times as fast as one process", flush=True)
+
+
+def alike(run: dict, result: dict) -> bool:
+    """Whether a recorded run of one process is of the same work."""
+    return run["processes"] == 1 and all(run[key] == result[key] for key in ("model", "solver", "format", "layers", "tokens"))
 
 
 def main() -> None:
@@ -207,11 +242,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--no-phases", action="store_true", help="do not wait for the GPU between phases")
     parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--against", type=Path, help="JSON file of one process's runs, to compare with")
     args = parser.parse_args()
 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
-    rank = int(os.environ.get("RANK", 0))
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        dist.init_process_group()
     shape = SHAPES[args.model]
     generator = torch.Generator().manual_seed(1)
     windows = list(torch.randint(3, shape["vocab_size"], (args.windows, args.length), generator=generator).split(1))
@@ -223,7 +261,7 @@ def main() -> None:
     layers = args.layers or shape["num_hidden_layers"]
     results = []
 
-    def run(solver: str, processes: int) -> None:
+    def run(solver: str) -> None:
         if args.layers:
             measure(args.model, solver, 1, windows[: max(8, processes)], device, options, False)
         result = measure(args.model, solver, args.layers, windows, device, options, not args.no_phases)
@@ -235,13 +273,18 @@ def main() -> None:
             "floors": floors(shape, layers, tokens, args.length, config, rates),
             "projected": result["seconds"] * shape["num_hidden_layers"] / layers,
         }
+        if args.against is not None:
+            one = next((run for run in json.loads(args.against.read_text())["runs"] if alike(run, result)), None)
+            result |= {} if one is None else {"faster": one["seconds"] / result["seconds"]}
         results.append(result)
         if rank == 0:
             show(result)
             common.write_json(args.out, {**common.environment(device), "runs": results})
 
     for solver in args.solver:
-        run(solver, int(os.environ.get("WORLD_SIZE", 1)))
+        run(solver)
+    if processes > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

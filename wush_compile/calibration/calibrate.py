@@ -285,7 +285,9 @@ class Calibration:
                 self.progress.advance()
             return solved
 
-        for i, solved in self.team.solve(own, one).items():
+        with phase("exchange"):
+            solutions = self.team.solve(own, one)
+        for i, solved in solutions.items():
             self.solved[i], report = solved, solved.report
             self.progress.event("group", stage=stage.name, group=self.groups[i].name, **report)
             if report.get("damping_tries", 0) > 1:
