@@ -7,6 +7,7 @@ with the model, `nn_module_stack` on every node.
 import contextlib
 import copy
 import inspect
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,8 +16,11 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from . import repeats
 from .data import Batch
 from .errors import CaptureError, DataError
+
+log = logging.getLogger("wush_compile")
 
 
 @dataclass
@@ -96,6 +100,24 @@ def _export(model: nn.Module, example: Batch, constants: dict[str, object]) -> t
     return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
+def _by_layers(model: nn.Module, example: Batch, constants: dict[str, object]) -> fx.GraphModule | None:
+    """The graph of a model that repeats a layer, of which one is traced; None where that is not possible."""
+    layers = repeats.repeated(model)
+    if not layers:
+        return None
+    meta = skeleton(model)                                 # a copy of the model as it is, without marks
+    try:
+        with repeats.marked(layers) as kinds:
+            program = _export(model, example, constants)
+        repeats.verify(kinds, meta)
+        graph_module = program.module()
+        repeats.inline(graph_module, kinds)
+    except Exception as error:                             # noqa: BLE001 (the whole trace says what is wrong, if anything is)
+        log.debug("traced as a whole: %s: %s", type(error).__name__, error)
+        return None
+    return graph_module
+
+
 def _failing_module(model: nn.Module, example: Batch, constants: dict[str, object]) -> str:
     """Name of the innermost module that was running when the export failed."""
     running, failed, handles = [], [], []
@@ -123,8 +145,10 @@ def capture(model: nn.Module, batches: list[Batch]) -> Captured:
     largest = max(batches, key=lambda b: sum(t.numel() for t in pytree.tree_leaves(b) if isinstance(t, Tensor)))
     example, constants = _example(largest), _constants(model) if isinstance(largest, dict) else {}
     with evaluating(model), torch.no_grad():
+        graph_module = _by_layers(model, example, constants)
         try:
-            program = _export(model, example, constants)
+            if graph_module is None:
+                graph_module = _export(model, example, constants).module()
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             raise CaptureError(
@@ -132,4 +156,4 @@ def capture(model: nn.Module, batches: list[Batch]) -> Captured:
                 f"{_failing_module(model, example, constants)!r} with {type(error).__name__}: {reason}. "
                 "Make its forward traceable (no data-dependent Python control flow), or quantize the traceable submodule."
             ) from error
-    return Captured(program.module(), tuple(largest) if isinstance(largest, dict) else None, constants)
+    return Captured(graph_module, tuple(largest) if isinstance(largest, dict) else None, constants)
