@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from wush_compile.formats import FORMATS  # noqa: E402
-from wush_compile.kernels import triton_choose, triton_quantize  # noqa: E402
+from wush_compile.kernels import triton_choose, triton_norm, triton_quantize  # noqa: E402
 from wush_compile.kernels.triton_gemm import fused_gemm_kernel  # noqa: E402
 from wush_compile.kernels.triton_gemv import gemv_kernel  # noqa: E402
 from wush_compile.kernels.triton_int4 import int4_gemm_kernel  # noqa: E402
@@ -83,6 +83,18 @@ def compile_quantize(format, cc, block, native, tile, rule="absmax"):
                      TILES=tile.tiles, STAGES=tile.stages,
                      WORDS=triton_quantize.words(tile, True, False, block, 4096), PDL=cc >= 90)
     return compile_kernel(triton_quantize.transform_quantize_kernel, pointers, constants, cc, tile.warps, fusion=False)
+
+
+def compile_norm(k, plan, cc):
+    tile, own = plan.tile, plan.way == "own"
+    pointers = dict(x="*bf16", weight="*bf16", t="*bf16", codes="*u8", scales="*u8", M="i32", lead="i32", pitch="i32")
+    pointers |= dict(eps="fp32") | ({} if own else dict(scale="*fp32", counters="*i32"))
+    constants = dict(bias=None, mean=None, scale=None, counters=None, global_scale=None, K=k, STRIDE=k, B=32, SHARED=False,
+                     FORMAT="mxfp4", RULE="absmax", SCALED=False, SWIZZLED=False, PROLOGUE="rms_rounded", PTX=2,
+                     NATIVE=cc >= 100, WIDE=False, R=tile.rows, W=tile.columns, TILES=tile.tiles, STAGES=tile.stages,
+                     WORDS=triton_quantize.words(tile, True, False, 32, k), PDL=cc >= 90, EPS_TENSOR=False,
+                     ROWS=plan.rows, SEGMENT=triton_norm.SEGMENT, STEPS=triton_norm.steps(k, plan.rows, tile.warps))
+    return compile_kernel(triton_norm.norm_quantize_kernel, pointers, constants, cc, tile.warps, fusion=False)
 
 
 def choices(format, capability):
@@ -171,6 +183,23 @@ def test_no_fp8_conversion_in_the_nvfp4_quantizer(rule, block, tile):
     """ptxas 12.8 and 12.9 get e4m3 round trips wrong on sm_90: the scales are rounded without the instruction."""
     code = sass(compile_quantize("nvfp4", 90, block, False, triton_quantize.Tile(*tile), rule))
     assert code and not re.search(r"E4M3|UNPACK_B", code)
+
+
+@pytest.mark.parametrize("k", [576, 4096, 14336])
+def test_rows_are_read_in_wide_loads_for_a_norm(k):
+    """16 bytes a load, most of them asked for before the first is needed, nothing spilled; and the quantizer's product
+    takes what the norm leaves in registers."""
+    for plan in dict.fromkeys(triton_norm.choose_plan(m, k, 32) for m in (1, 2, 4, 16, 64, 1024, 4096, 8192)):
+        code = sass(compile_norm(k, plan, 90))
+        asked = min(16, -(-k // 1024) * 4 * plan.rows // plan.tile.warps)
+        assert code.count("LDG.E.128") >= asked and not re.search(r"\b(STL|LDL)\b", code), plan
+        if plan.way == "ahead":
+            assert re.search(r"\b(RED|ATOM)G?\.E\.ADD\.STRONG\.GPU", code) and "EXCH.STRONG.GPU" in code, plan
+            products = re.findall(r"GMMA\.\S+ R\d+, (\S+),", code)
+            assert all(p.startswith("R") for p in products), plan
+            order = re.findall(r"LDG\.E\.128|FFMA", code)
+            together = max(len(list(run)) for name, run in itertools.groupby(order) if name != "FFMA")
+            assert together >= asked // 2, (plan, together, asked)
 
 
 @pytest.mark.parametrize("cc", [80, 86, 89])

@@ -116,11 +116,12 @@ class Workspace:
         self._next = 0
 
     def counters(self, n: int) -> Tensor:
-        """int32 [n], all zeros; n <= RING."""
-        if self._next + n > self.RING:
+        """int32 [n], all zeros, aligned to 16 bytes; n <= RING."""
+        size = -(-n // 4) * 4                                # Triton compiles once more for pointers that are not aligned
+        if self._next + size > self.RING:
             self._next = 0
-        start, self._next = self._next, self._next + n
-        return self._ring[start:self._next]
+        start, self._next = self._next, self._next + size
+        return self._ring[start:start + n]
 
 
 _workspaces: dict[int, Workspace] = {}
@@ -130,6 +131,7 @@ def workspace(device: torch.device) -> Workspace:
     found = _workspaces.get(device.index)
     if found is None:
         found = _lasting(functools.partial(Workspace, device), device)
-        if not torch.cuda.is_current_stream_capturing():     # a graph's own memory must not outlive it here
+        # A graph's own memory must not outlive it here.
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             _workspaces[device.index] = found
     return found

@@ -1,14 +1,12 @@
 """What may stand in front of the quantizer, in its kernel: norms and gated activations, rounded where the graph rounds.
 
 Each is a function of one tile, fp32 inside, with one rounding to the model dtype for every operation of the graph it
-replaces (`fused_ops.py` has the definitions). Norms take their rows' statistics from a kernel that runs before.
+replaces (`fused_ops.py` has the definitions). Where the statistics of a norm's rows come from: `triton_norm`.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
-
-from .triton_launch import start_next, wait_inputs
 
 SQRT1_2 = tl.constexpr(0.7071067811865476)
 # The tanh approximation of GELU: tanh(BETA * (x + KAPPA * x^3)).
@@ -64,36 +62,3 @@ def normed(x, mean, scale, weight, bias, KIND: tl.constexpr):
     elif KIND == "rms_wide_plus_one":
         y = y * (1.0 + weight.to(tl.float32))
     return y.to(x.dtype)
-
-
-@triton.jit(do_not_specialize=["M"])
-def row_statistics_kernel(
-    x, eps, mean, scale, M, stride, K: tl.constexpr, CENTERED: tl.constexpr, EPS_TENSOR: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, PDL: tl.constexpr,
-):
-    """x [M, K] -> scale fp32 [M] = rsqrt(mean(x^2) + eps), or with CENTERED the mean and rsqrt(variance + eps); grid
-    (rows/R). eps: a number, or with EPS_TENSOR a pointer to one."""
-    start_next(PDL)
-    wait_inputs(PDL)
-    rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
-    inside = (rows < M)[:, None]
-    pointers = x + rows[:, None] * stride
-    shift = tl.zeros((R, 1), tl.float32)
-    if CENTERED:
-        total = tl.zeros((R, C), tl.float32)
-        for k in tl.range(0, K, C):
-            columns = k + tl.arange(0, C)[None, :]
-            total += tl.load(pointers + columns, mask=inside & (columns < K), other=0.0).to(tl.float32)
-        shift = tl.sum(total, axis=1)[:, None] * (1.0 / K)
-        tl.store(mean + rows[:, None], shift, mask=inside)
-    total = tl.zeros((R, C), tl.float32)
-    for k in tl.range(0, K, C):
-        columns = k + tl.arange(0, C)[None, :]
-        there = inside & (columns < K)
-        value = tl.load(pointers + columns, mask=there, other=0.0).to(tl.float32)
-        value = tl.where(there, value - shift, 0.0)
-        total += value * value
-    if EPS_TENSOR:
-        eps = tl.load(eps).to(tl.float32)
-    square = tl.sum(total, axis=1)[:, None] * (1.0 / K)
-    tl.store(scale + rows[:, None], libdevice.rsqrt(square + eps), mask=inside)

@@ -28,7 +28,7 @@ from .triton_formats import (
     store_codes,
     times_factor,
 )
-from .triton_launch import overlaps, start_next, wait_inputs
+from .triton_launch import overlaps, start_next, wait_arrivals, wait_inputs
 from .triton_prologue import gated, normed
 
 
@@ -112,28 +112,35 @@ def load_rows(
 
 
 @triton.jit
-def _load_tile(
-    source, row, left, first, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
+def _prologue(
+    tile, source, row, left, first, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
     EVEN: tl.constexpr, PROLOGUE: tl.constexpr,
 ):
-    """The tile that is transformed and quantized: of x, or what PROLOGUE makes of x and its other operands."""
+    """What PROLOGUE makes of a tile of x and its other operands."""
     x, up, weight, bias, mean, scale, stride, up_stride = source
-    tile = load_rows(x, row, left, stride, first, K, R, W, MASKED, EVEN)
     if PROLOGUE is not None:
         if up is not None:
             tile = gated(tile, load_rows(up, row, left, up_stride, first, K, R, W, MASKED, EVEN), PROLOGUE)
         else:
             rows = row + tl.arange(0, R)[:, None]
-            columns = first + tl.arange(0, W)[None, :]
-            if weight is not None:
-                weight = tl.load(weight + columns, mask=columns < K, other=0.0)
-            if bias is not None:
-                bias = tl.load(bias + columns, mask=columns < K, other=0.0)
+            inside = _inside(rows, left, 0, K, MASKED, True)
             if mean is not None:
-                mean = tl.load(mean + rows, mask=rows < left, other=0.0)
-            scale = tl.load(scale + rows, mask=rows < left, other=0.0)
+                if mean.dtype.is_ptr():
+                    mean = tl.load(mean + rows, mask=inside, other=None if inside is None else 0.0)
+            if scale.dtype.is_ptr():
+                scale = tl.load(scale + rows, mask=inside, other=None if inside is None else 0.0)
             tile = normed(tile, mean, scale, weight, bias, PROLOGUE)
     return tile
+
+
+@triton.jit
+def _load_tile(
+    source, row, left, first, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
+    EVEN: tl.constexpr, PROLOGUE: tl.constexpr,
+):
+    """The tile that is transformed and quantized: of x, or what PROLOGUE makes of it."""
+    tile = load_rows(source[0], row, left, source[6], first, K, R, W, MASKED, EVEN)
+    return _prologue(tile, source, row, left, first, K, R, W, MASKED, EVEN, PROLOGUE)
 
 
 @triton.jit
@@ -217,37 +224,34 @@ def _tile(
     return amax
 
 
-@triton.jit(do_not_specialize=["M"])
-def transform_quantize_kernel(
-    x, up, weight, bias, mean, scale, t, global_scale, codes, scales, M, pitch, up_pitch, K: tl.constexpr,
-    STRIDE: tl.constexpr, B: tl.constexpr, SHARED: tl.constexpr, FORMAT: tl.constexpr, RULE: tl.constexpr,
-    SCALED: tl.constexpr, SWIZZLED: tl.constexpr, PROLOGUE: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr,
-    WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
-    WORDS: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def quantize_rows(
+    program, arrivals, x, up, weight, bias, mean, scale, t, global_scale, codes, scales, M, pitch, up_pitch,
+    K: tl.constexpr, STRIDE: tl.constexpr, B: tl.constexpr, SHARED: tl.constexpr, FORMAT: tl.constexpr,
+    RULE: tl.constexpr, SCALED: tl.constexpr, SWIZZLED: tl.constexpr, PROLOGUE: tl.constexpr, PTX: tl.constexpr,
+    NATIVE: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr,
+    STAGES: tl.constexpr, WORDS: tl.constexpr,
 ):
-    """x [M, K], its rows STRIDE apart (0: `pitch`), t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G].
-    A program takes W columns and R*TILES rows; neighbours take the next columns. B = 0: no transform.
-
-    PROLOGUE: None, or what is done to x first (`triton_prologue`); `up` [M, K], rows `up_pitch` apart, and the vectors
-    of a norm are None where it has none."""
-    wait_inputs(PDL)
-    start_next(PDL)
+    """What program number `program` of `transform_quantize_kernel` does. A norm's statistics: pointers to those of all
+    rows, to be read after `arrivals` (`triton_launch.wait_arrivals`) unless that is None; or tiles [R, 1]."""
     G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
     N: tl.constexpr = (K // G + 3) // 4 * 4 if SWIZZLED else K // G                 # scales in a row
     COLUMNS: tl.constexpr = (N * G + W - 1) // W
     EVEN: tl.constexpr = K % W == 0 and N * G == K
     stride = STRIDE if STRIDE > 0 else pitch
-    first = tl.program_id(0) % COLUMNS * W
-    start = tl.program_id(0) // COLUMNS * (R * TILES)
+    first = program % COLUMNS * W
+    start = program // COLUMNS * (R * TILES)
     left = M - start
     row = start.to(tl.int64)
     x += row * stride + first
     if up is not None:
         up += row * up_pitch + first
     if mean is not None:
-        mean += start
+        if mean.dtype.is_ptr():
+            mean += start
     if scale is not None:
-        scale += start
+        if scale.dtype.is_ptr():
+            scale += start
     codes += row * (K // 2) + first // 2
     shift = 0
     if SWIZZLED:
@@ -255,6 +259,11 @@ def transform_quantize_kernel(
         scales += (row - shift) * N
     else:
         scales += row * N + first // G
+    columns = first + tl.arange(0, W)[None, :]
+    if weight is not None:
+        weight = tl.load(weight + columns, mask=columns < K, other=0.0)
+    if bias is not None:
+        bias = tl.load(bias + columns, mask=columns < K, other=0.0)
     source = (x, up, weight, bias, mean, scale, stride, up_pitch)
     g = tl.full((), 1.0, tl.float32)
     if SCALED:
@@ -271,7 +280,10 @@ def transform_quantize_kernel(
     if FORMAT == "nvfp4":
         limit = tl.minimum(float_bits(2680.0 / g), INF_BITS)
     if TILES == 1:
-        tile = _load_tile(source, 0, left, first, K, R, W, True, EVEN, PROLOGUE)
+        tile = load_rows(x, 0, left, stride, first, K, R, W, True, EVEN)
+        if arrivals is not None:
+            wait_arrivals(arrivals)
+        tile = _prologue(tile, source, 0, left, first, K, R, W, True, EVEN, PROLOGUE)
         largest = _tile(
             tile, operand, g, codes, scales, 0, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
             R, W, WORDS, SWIZZLED, False, True,
@@ -284,6 +296,8 @@ def transform_quantize_kernel(
                 R, W, WORDS, SWIZZLED, True, True,
             )
     else:
+        if arrivals is not None:
+            wait_arrivals(arrivals)
         # Whole tiles need no masks; what is left of the rows is treated with the exceptions.
         done = tl.minimum(left // R, TILES)
         largest = tl.zeros((R, W // G), tl.int32)
@@ -304,6 +318,27 @@ def transform_quantize_kernel(
                 tile, operand, g, codes, scales, i * R, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE,
                 WIDE, R, W, WORDS, SWIZZLED, True, True,
             )
+
+
+@triton.jit(do_not_specialize=["M"])
+def transform_quantize_kernel(
+    x, up, weight, bias, mean, scale, t, global_scale, codes, scales, M, pitch, up_pitch, K: tl.constexpr,
+    STRIDE: tl.constexpr, B: tl.constexpr, SHARED: tl.constexpr, FORMAT: tl.constexpr, RULE: tl.constexpr,
+    SCALED: tl.constexpr, SWIZZLED: tl.constexpr, PROLOGUE: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr,
+    WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    WORDS: tl.constexpr, PDL: tl.constexpr,
+):
+    """x [M, K], its rows STRIDE apart (0: `pitch`), t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G].
+    A program takes W columns and R*TILES rows; neighbours take the next columns. B = 0: no transform.
+
+    PROLOGUE: None, or what is done to x first (`triton_prologue`); `up` [M, K], rows `up_pitch` apart, and the vectors
+    of a norm are None where it has none."""
+    wait_inputs(PDL)
+    start_next(PDL)
+    quantize_rows(
+        tl.program_id(0), None, x, up, weight, bias, mean, scale, t, global_scale, codes, scales, M, pitch, up_pitch, K,
+        STRIDE, B, SHARED, FORMAT, RULE, SCALED, SWIZZLED, PROLOGUE, PTX, NATIVE, WIDE, R, W, TILES, STAGES, WORDS,
+    )
 
 
 MOST_ROWS = 1024                        # of a program: offsets within it are int32
@@ -376,6 +411,31 @@ def dense_rows(x: Tensor) -> Tensor:
     return rows
 
 
+def prepare(
+    x: Tensor, rows: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str, scale_rule: str,
+    tile: Tile, swizzled: bool = False,
+) -> tuple[Tensor, Tensor, dict]:
+    """(codes, scales) to be written for x, and the arguments, by name, that every kernel with `quantize_rows` takes;
+    rows = dense_rows(x)."""
+    count, width = rows.shape
+    groups = width // FORMATS[format].group_size
+    codes = torch.empty((*x.shape[:-1], width // 2), dtype=torch.uint8, device=x.device)
+    shape = swizzled_shape(count, groups) if swizzled else (*x.shape[:-1], groups)
+    scales = torch.empty(shape, dtype=torch.uint8, device=x.device)
+    block = 0 if transform is None else transform.shape[-1]
+    wide = not x.is_cuda or x.dtype == torch.float32 or (transform is not None and transform.dtype != x.dtype)
+    pdl = x.is_cuda and overlaps(x.device.index)
+    return codes, scales, dict(
+        x=rows, t=transform if transform is None else transform.contiguous(), global_scale=global_scale, codes=codes,
+        scales=scales, M=count, pitch=rows.stride(0), K=width, STRIDE=width if rows.stride(0) == width else 0, B=block,
+        SHARED=block > 0 and transform.shape[0] == 1 and width > block, FORMAT=format, RULE=scale_rule,
+        SCALED=global_scale is not None, SWIZZLED=swizzled, PTX=assembly(x.device.index) if x.is_cuda else 0,
+        NATIVE=x.is_cuda and native_conversion(x.device.index), WIDE=wide, R=tile.rows, W=tile.columns,
+        TILES=tile.tiles, STAGES=tile.stages, WORDS=words(tile, x.is_cuda, wide, block, width), PDL=pdl,
+        num_warps=tile.warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
+    )
+
+
 def transform_quantize(
     x: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str, scale_rule: str,
     tile: Tile | None = None, swizzled: bool = False, prologue: Prologue = Prologue(),
@@ -383,29 +443,18 @@ def transform_quantize(
     """`wush::transform_quantize` for mxfp4 and nvfp4 (SPEC §6); x bf16, fp16 or fp32, its last dimension dense.
 
     swizzled: the scales, of all rows, as `layouts.swizzle_scales` has them, padding written."""
-    width = x.shape[-1]
-    groups = width // FORMATS[format].group_size
     rows = dense_rows(x)
-    count = rows.shape[0]
-    codes = torch.empty((*x.shape[:-1], width // 2), dtype=torch.uint8, device=x.device)
-    shape = swizzled_shape(count, groups) if swizzled else (*x.shape[:-1], groups)
-    scales = torch.empty(shape, dtype=torch.uint8, device=x.device)
+    count, width = rows.shape
+    tile = tile or choose_tile(count, width, 0 if transform is None else transform.shape[-1])
+    codes, scales, arguments = prepare(x, rows, transform, global_scale, format, scale_rule, tile, swizzled)
     if scales.numel() == 0:
         return codes, scales
     up = None if prologue.up is None else dense_rows(prologue.up)
-    block = 0 if transform is None else transform.shape[-1]
-    wide = not x.is_cuda or x.dtype == torch.float32 or (transform is not None and transform.dtype != x.dtype)
-    tile = tile or choose_tile(count, width, block)
-    pdl = x.is_cuda and overlaps(x.device.index)
-    covered = (-(-groups // 4) * 4 * FORMATS[format].group_size, -(-count // 128) * 128) if swizzled else (width, count)
+    unit = 4 * FORMATS[format].group_size
+    covered = (-(-width // unit) * unit, -(-count // 128) * 128) if swizzled else (width, count)
     grid = (triton.cdiv(covered[0], tile.columns) * triton.cdiv(covered[1], tile.rows * tile.tiles),)
     transform_quantize_kernel[grid](
-        rows, up, prologue.weight, prologue.bias, prologue.mean, prologue.scale,
-        transform if transform is None else transform.contiguous(), global_scale, codes, scales,
-        count, rows.stride(0), 0 if up is None else up.stride(0), width, width if rows.stride(0) == width else 0, block,
-        block > 0 and transform.shape[0] == 1 and width > block, format, scale_rule, global_scale is not None, swizzled,
-        prologue.name, assembly(x.device.index) if x.is_cuda else 0, x.is_cuda and native_conversion(x.device.index),
-        wide, tile.rows, tile.columns, tile.tiles, tile.stages, words(tile, x.is_cuda, wide, block, width), pdl,
-        num_warps=tile.warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
+        up=up, weight=prologue.weight, bias=prologue.bias, mean=prologue.mean, scale=prologue.scale,
+        up_pitch=0 if up is None else up.stride(0), PROLOGUE=prologue.name, **arguments,
     )
     return codes, scales
