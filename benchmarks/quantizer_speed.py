@@ -2,6 +2,7 @@
 
     python benchmarks/quantizer_speed.py quantize fused moments --out results     the tables, as Markdown and JSON
     python benchmarks/quantizer_speed.py tune --out results                       every candidate tile: for `choose_tile`
+    python benchmarks/quantizer_speed.py tune-norm --out results                  behind RMSNorm: for `choose_plan`
 
 A share is that of the time a copy of the same bytes would take at the rate measured for a copy of that shape.
 """
@@ -11,12 +12,14 @@ import itertools
 import pathlib
 
 import torch
+import triton
 from kernel_speed import compile_all, random_transform, write
 
 from wush_compile import ops
 from wush_compile.formats import FORMATS
-from wush_compile.kernels import triton_fused, triton_gram, triton_quantize
+from wush_compile.kernels import triton_fused, triton_gram, triton_norm, triton_quantize
 from wush_compile.kernels.timing import copies, time_us
+from wush_compile.kernels.triton_norm import Plan
 from wush_compile.kernels.triton_quantize import Tile
 
 SHAPES = ((1, 4096), (16, 4096), (64, 4096), (1024, 4096), (4096, 4096), (8192, 4096), (8192, 14336))
@@ -80,6 +83,7 @@ def bench_fused() -> list[dict]:
         times = {name: time_us([lambda a=a, b=b: call(a, b) for a, b in pairs]) for name, call in calls.items()}
         row = {"M": m, "K": k} | {f"{name} us": us for name, us in times.items()}
         rows.append(row | {"rms_norm / quantizer": times["rms_norm"] / times["quantizer"],
+                           "layer_norm / quantizer": times["layer_norm"] / times["quantizer"],
                            "silu_mul share": ideal_time(copy_time(m, k), "mxfp4", 2) / times["silu_mul"]})
     return rows
 
@@ -144,7 +148,65 @@ def tune() -> list[dict]:
     return rows
 
 
-BENCHMARKS = {"quantize": bench_quantize, "fused": bench_fused, "moments": bench_moments, "tune": tune}
+def norm_plans(m: int, k: int) -> list[Plan]:
+    """What is in use first."""
+    chosen = triton_norm.choose_plan(m, k, 32)
+    plans = [chosen, Plan("apart", triton_quantize.choose_tile(m, k, 32), 1)]
+    if m <= 16:
+        rows = triton.next_power_of_2(m)
+        plans += [Plan("own", Tile(16, w, 1, 1, warps), rows) for w in (32, 64) for warps in (1, 2, 4, 8)]
+    if m <= 64:
+        plans += [Plan("ahead", Tile(16, w, 1, 1, warps), rows, 0)
+                  for w, warps in ((32, 1), (32, 2), (64, 1), (64, 4)) for rows in (1, 2)]
+    else:
+        walks = ((1, 1), (2, 2), (4, 3)) if m * k <= 2**22 else ((2, 2), (4, 3), (8, 3))
+        plans += [Plan("ahead", Tile(64, 64, tiles, stages, 4), rows, ahead)
+                  for tiles, stages in walks for rows in (1, 2, 4) for ahead in (0, 128, 256, 512, 1024)]
+    return list(dict.fromkeys(plans))
+
+
+def norm_call(k: int, plan: Plan | None):
+    weight, (t, _) = torch.ones(k, device="cuda").bfloat16(), operands(k, "mxfp4", "blocks")
+    if plan is None:
+        return lambda x: triton_quantize.transform_quantize(x, t, None, "mxfp4", "absmax")
+    return lambda x: triton_norm.norm_quantize(
+        x, weight, None, 1e-5, "rms_rounded", t, None, "mxfp4", "absmax", plan)
+
+
+def compile_plan(job) -> str | None:
+    """`compile_tile` of a plan."""
+    m, k, plan = job
+    try:
+        norm_call(k, plan)(torch.zeros(m, k, device="cuda").bfloat16())
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{job}: {type(error).__name__} {str(error)[:200]}"
+
+
+def tune_norm() -> list[dict]:
+    shapes = ((1, 4096), (4, 4096), (16, 4096), (64, 4096), (1024, 4096), (4096, 4096), (8192, 4096), (8192, 14336))
+    cases = [(m, k, plan) for m, k in shapes for plan in (None, *norm_plans(m, k))]
+    # How far ahead and how many rows are no part of a kernel, a few rows apart.
+    kernels = {(min(m, 1024), k, plan and plan._replace(ahead=0)) for m, k, plan in cases}
+    compile_all(sorted(kernels, key=repr), compile_plan)
+    rows = []
+    for (m, k), group in itertools.groupby(cases, key=lambda c: c[:2]):
+        xs = inputs(m, k)
+        plain, chosen, *others = [(time_us([lambda x=x: call(x) for x in xs]), plan) for call, plan in
+                                  ((norm_call(k, plan), plan) for *_, plan in group)]
+        timed = sorted([chosen, *others])
+        rows.append({"M": m, "K": k, "quantizer us": plain[0], "chosen us": chosen[0],
+                     "all": [(us, repr(plan)) for us, plan in timed]})
+        apart = min(us for us, plan in timed if plan.way == "apart")
+        best = "  ".join(f"{us / plain[0]:.2f} {plan.way} {tuple(plan.tile)} {plan.rows} {plan.ahead}"
+                         for us, plan in timed[:5])
+        print(f"M={m} K={k} quantizer {plain[0]:.1f} us | times that: apart {apart / plain[0]:.2f}, "
+              f"chosen {chosen[0] / plain[0]:.2f} | {best}", flush=True)
+    return rows
+
+
+BENCHMARKS = {"quantize": bench_quantize, "fused": bench_fused, "moments": bench_moments, "tune": tune,
+              "tune-norm": tune_norm}
 
 
 def main() -> None:
