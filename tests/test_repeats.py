@@ -37,7 +37,8 @@ def lines(graph_module: fx.GraphModule) -> list[tuple]:
             continue
         places[node], value = len(found), node.meta.get("val")
         stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-        found.append((node.op, str(node.target), place(node.args), str(node.kwargs), stack, str(getattr(value, "shape", value))))
+        shape = str(getattr(value, "shape", value))
+        found.append((node.op, str(node.target), place(node.args), str(node.kwargs), stack, shape))
     return found
 
 

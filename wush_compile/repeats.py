@@ -215,7 +215,7 @@ def _concrete(size: int | torch.SymInt, scale: int) -> int:
     if isinstance(size, int):
         return size
     expression, environment = size.node.expr, size.node.shape_env
-    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val        # its name in other versions of PyTorch
+    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val      # by version of PyTorch
     return int(expression.xreplace({s: scale * int(known[s]) for s in expression.free_symbols}))
 
 

@@ -137,8 +137,7 @@ class Ranks(Alone):
 
     def connect(self) -> None:
         """NCCL's communicator is made in its first collective, and takes a second."""
-        with self._contact():
-            dist.all_reduce(torch.zeros(1, device=self.device))
+        dist.all_reduce(torch.zeros(1, device=self.device))
 
     def share(self, batches: list[Batch]) -> list[Batch]:
         """This rank's stretch of all sequences; of batches, where they cannot be taken apart."""

@@ -22,7 +22,7 @@ from ..modules import has_global_scale
 from ..passes.group import ignored_by
 from ..passes.observe import SAMPLE_ROWS
 from ..phases import phase
-from ..solver import block_size, layer_loss, moment_shape, solve
+from ..solver import CHUNK_ELEMENTS, block_size, layer_loss, moment_shape, solve
 from .microbatch import most_rows, sequences
 
 log = logging.getLogger("wush_compile")
@@ -60,6 +60,9 @@ def _product(rows: int, width: int, tokens: int, config: WushConfig, dtype: torc
     weight = torch.zeros(rows, width // 2, dtype=torch.uint8, device=device)
     weight_scales = torch.ones(rows, width // fmt.group_size, dtype=fmt.scale_dtype, device=device)
     _run("fp4_linear", codes, scales, g[0], weight, weight_scales, g[1], None, None, config.format, dtype)
+    if config.solver == "rtn":
+        chunk = _input(max(1, CHUNK_ELEMENTS // width), width, torch.float32, device)
+        _run("transform_quantize", chunk, None, g[1], config.format, config.weight_scale_rule)
 
 
 def _solution(width: int, tokens: int, config: WushConfig, dtype: torch.dtype, device: torch.device) -> None:

@@ -161,8 +161,14 @@ def _round_to_nearest(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """W̃ᵀ float64 [K, N] -> packed [N, K/2], scales [N, K/G], and the error W̃ᵀ − Q(W̃)ᵀ in the place of W̃ᵀ."""
     packed, scales = [], []
+
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.is_cuda:                                                       # one kernel, the same codes and scales
+            return torch.ops.wush.transform_quantize(x, None, g, format, rule)
+        return formats.quantize(x, format, rule, g)
+
     for chunk in w_tilde.split(max(1, CHUNK_ELEMENTS // w_tilde.shape[0]), dim=1):       # [K, n]
-        p, s = formats.quantize(chunk.T.to(torch.float32).contiguous(), format, rule, g)
+        p, s = quantize(chunk.T.to(torch.float32).contiguous())
         chunk.sub_(formats.dequantize(p, s, format, g).T)
         packed.append(p)
         scales.append(s)
