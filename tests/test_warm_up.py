@@ -30,6 +30,16 @@ def test_pieces_do_what_a_run_does(config):
         piece()
 
 
+@pytest.mark.parametrize(("settings", "more"), [({}, 1), ({"pins": False}, 0)], ids=str)
+def test_memory_is_pinned_for_values_that_wait_in_it(settings, more):
+    """For half of six windows in two processes, two at a time: two values, and two on their way."""
+    batches = [{"input_ids": window} for window in tokens(6, 16).split(2)]
+    cuda = torch.device("cuda", 0)
+    work = list(pieces(plain("llama"), batches, wc.WushConfig(), cuda, processes=2, batch_size=2, **settings))
+    pins = [piece.args for piece in work if piece.func is warm_up._pin]
+    assert pins == [(2 + 2, 2 * 16 * 64 * 2)] * more
+
+
 def test_nothing_is_known_of_other_inputs():
     assert list(pieces(torch.nn.Linear(32, 32), [(torch.zeros(2, 32),)], wc.WushConfig(), CPU)) == []
 

@@ -168,8 +168,8 @@ def _solve(
     if data is None:
         tensors.check()                                    # before the model writes its own text
     batches, calibrates = _prepare(model, data, config, tokenizer, progress.shown, device, journal)
-    work = [team.connect, *pieces(model, batches, config, device, team.size, batch_size)] if calibrates else []
-    with meanwhile(tensors.check if data is not None else lambda: None, work, device):
+    work = [team.connect, *pieces(model, batches, config, device, team.size, batch_size, pins=activations_dir is None)]
+    with meanwhile(tensors.check if data is not None else lambda: None, work if calibrates else [], device):
         if journal is not None:
             names = saved_names(model)
             team.smallest(0)                               # the first process has locked the directory and cleared it

@@ -84,9 +84,10 @@ def _pin(count: int, nbytes: int) -> None:
 
 def pieces(
     model: nn.Module, batches: list[Batch], config: WushConfig, device: torch.device, processes: int = 1,
-    batch_size: int | None = None,
+    batch_size: int | None = None, pins: bool = True,
 ) -> Iterator[Callable[[], None]]:
-    """Pieces of work that a quantization of this model on these batches would otherwise do on its way, once each."""
+    """Pieces of work that a quantization of this model on these batches would otherwise do on its way, once each. `pins`:
+    whether values between layers wait in CPU memory, unless the model is on the GPU."""
     linears = {
         (module.out_features, module.in_features, module.weight.dtype) for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not ignored_by(name, config.ignore)
@@ -99,7 +100,7 @@ def pieces(
     rows = batch_size or most_rows(own, longest)
     tokens = rows * longest
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if device.type == "cuda" and isinstance(embeddings, nn.Embedding) and not embeddings.weight.is_cuda:
+    if pins and device.type == "cuda" and isinstance(embeddings, nn.Embedding) and not embeddings.weight.is_cuda:
         # A value for each micro-batch, and those on their way.
         nbytes = tokens * embeddings.embedding_dim * embeddings.weight.element_size()
         yield functools.partial(_pin, -(-own // rows) + 2, nbytes)
