@@ -154,7 +154,8 @@ def norm_plans(m: int, k: int) -> list[Plan]:
     plans = [chosen, Plan("apart", triton_quantize.choose_tile(m, k, 32), 1)]
     if m <= 16:
         rows = triton.next_power_of_2(m)
-        plans += [Plan("own", Tile(16, w, 1, 1, warps), rows) for w in (32, 64) for warps in (1, 2, 4, 8)]
+        plans += [Plan("own", Tile(16, w, 1, 1, warps), rows) for w in (32, 64) for warps in (1, 2, 4, 8)
+                  if 2 * warps >= rows]                              # else a thread's sums do not fit its registers
     if m <= 64:
         plans += [Plan("ahead", Tile(16, w, 1, 1, warps), rows, 0)
                   for w, warps in ((32, 1), (32, 2), (64, 1), (64, 4)) for rows in (1, 2)]

@@ -88,7 +88,7 @@ def test_rms_norm(format, rule, block, dtype, m, k, gain):
     eps = torch.tensor(1e-5, device=DEVICE)
     whole = torch.randint(-12, 13, (m, k), device=DEVICE).to(dtype)
     for x, share in ((whole, 0), (torch.randn(m, k, device=DEVICE).to(dtype), 2e-3)):
-        for arguments in ((1e-5, None), (0.0, eps)):
+        for arguments in [(1e-5, None)] + [(0.0, eps)] * (gain == "rounded"):
             got = triton_fused.rms_norm_transform_quantize(x, weight, *arguments, gain, t, None, format, rule)
             want = ops._transform_quantize(fused_ops.rms_norm(x, weight, 1e-5, gain), t, None, format, rule)
             assert max(differing(got, want)) <= share + (2e-5 if block else 0), differing(got, want)
