@@ -222,9 +222,9 @@ class Calibration:
             self._loaded = None
             with phase("transfers"):
                 loaded = self.loader.take(number, self._names(number))
-                self.leaver.wait()
                 for i in self.groups_in[number]:
                     if self.solved[i] is not None:
+                        self.leaver.wait()                 # a stage that is run again: what is solved of it may be on its way
                         group = self.solved[i].group
                         buffers = self.journal.buffers(group) if group.weight_packed.is_meta else group.named_buffers()
                         loaded |= {f"wush_group_{i}.{name}": buffer.to(self.device) for name, buffer in buffers}

@@ -65,8 +65,14 @@ def _product(rows: int, width: int, tokens: int, config: WushConfig, dtype: torc
         _run("transform_quantize", chunk, None, g[1], config.format, config.weight_scale_rule)
 
 
+def _solutions(widths: list[int], tokens: int, config: WushConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Small groups of these widths, observed and solved. One after the other: PyTorch loads cuSOLVER in the first call, which
+    must be in one thread."""
+    for width in widths:
+        _solution(width, tokens, config, dtype, device)
+
+
 def _solution(width: int, tokens: int, config: WushConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """A small group of that width, observed and solved."""
     x, weight = _input(tokens, width, dtype, device), _input(ROWS, width, dtype, device)
     moment = torch.zeros(moment_shape(config, width), device=device)
     count = torch.zeros((), dtype=torch.int64, device=device)
@@ -104,11 +110,9 @@ def pieces(
         # A value for each micro-batch, and those on their way.
         nbytes = tokens * embeddings.embedding_dim * embeddings.weight.element_size()
         yield functools.partial(_pin, -(-own // rows) + 2, nbytes)
-    for wide in (False, True):
-        width = min((w for _, w, _ in linears if (w > PANEL) == wide), default=None)
-        if width is not None:
-            dtype = next(d for _, w, d in linears if w == width)
-            yield functools.partial(_solution, width, tokens, config, dtype, device)
+    widths = {w > PANEL: w for w in sorted((w for _, w, _ in linears), reverse=True)}             # the least of both
+    dtype = next(dtype for _, _, dtype in linears)
+    yield functools.partial(_solutions, sorted(widths.values()), tokens, config, dtype, device)
     for out, width, dtype in sorted(linears, key=str):
         yield functools.partial(_product, out, width, tokens, config, dtype, device)
 
