@@ -24,7 +24,7 @@ import triton
 from wush_compile.formats import FORMATS
 from wush_compile.kernels import triton_choose, triton_linear, triton_quantize
 from wush_compile.kernels.timing import copies, time_us
-from wush_compile.kernels.triton_choose import Fused, Gemv
+from wush_compile.kernels.triton_choose import Fused, Gemv, Hopper
 
 GROUPS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}     # name: (N, K)
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
@@ -89,7 +89,7 @@ TUNED: dict = {}                        # (format, N, K) -> {rows: kernel}, from
 
 def read_tuned(path: pathlib.Path) -> None:
     for row in json.loads(path.read_text())["rows"]:
-        best = eval(row["all"][0][1], {"Fused": Fused, "Gemv": Gemv})           # our own repr of a kernel's tile
+        best = eval(row["all"][0][1], {"Fused": Fused, "Gemv": Gemv, "Hopper": Hopper})           # our own repr of a kernel's tile
         TUNED.setdefault((row["format"], row["N"], row["K"]), {})[row["M"]] = best
 
 
@@ -187,15 +187,20 @@ TILES = {
         32: ((64, 32, 256, 4, 4), (64, 32, 512, 4, 2), (128, 32, 256, 8, 3)),
         64: ((64, 64, 256, 4, 3), (128, 64, 256, 8, 3), (128, 64, 128, 8, 4), (256, 64, 128, 8, 4)),
         128: ((64, 128, 256, 4, 3), (128, 128, 128, 8, 4), (128, 128, 128, 4, 4), (256, 128, 128, 8, 3)),
-        1024: ((128, 256, 128, 8, 3), (128, 128, 128, 8, 4), (256, 128, 128, 8, 3), (64, 256, 128, 4, 3), (64, 128, 128, 4, 4)),
     },
     "nvfp4": {
         16: ((64, 16, 128, 4, 4), (64, 16, 256, 4, 3), (128, 16, 128, 8, 4)),
         32: ((64, 32, 128, 4, 4), (64, 32, 256, 4, 3), (128, 32, 128, 8, 4)),
         64: ((64, 64, 128, 4, 4), (128, 64, 128, 8, 3), (256, 64, 64, 8, 4)),
         128: ((64, 128, 128, 4, 3), (128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (256, 128, 64, 8, 3)),
-        512: ((128, 128, 128, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3)),
     },
+}
+# Hopper's tiles: (weight rows, activation rows, warpgroups, steps copied ahead); for K in parts where that fits.
+HOPPER_TILES = {
+    "mxfp4": ((128, 16, 2, 8), (256, 16, 4, 8), (128, 32, 2, 8), (256, 32, 4, 8), (128, 64, 2, 8), (256, 64, 4, 8),
+              (128, 128, 2, 6), (256, 128, 4, 6), (128, 256, 2, 4)),
+    "nvfp4": ((128, 16, 2, 8), (256, 16, 4, 8), (128, 32, 2, 8), (256, 32, 4, 7), (128, 64, 2, 7), (256, 64, 4, 6),
+              (128, 128, 2, 5), (256, 128, 4, 4), (128, 256, 2, 3)),
 }
 GEMVS = tuple(Gemv(*tile) for tile in ((16, 2048, 8), (8, 2048, 4), (16, 1024, 4), (4, 16384, 8), (2, 16384, 4), (8, 8192, 8)))
 
@@ -204,25 +209,30 @@ def candidates(format: str, m: int) -> list:
     """Kernels worth timing at m rows."""
     tiles = next((tiles for most, tiles in TILES[format].items() if m <= most), ())
     fused = [Fused(bn, bm, bk, split, warps, stages, False) for bn, bm, bk, warps, stages in tiles for split in (1, 2, 4)
-             if m < 512 or split == 1]
+             if m <= 128]
     if m <= 16:
         bn, bm, bk, warps, stages = tiles[0]
         fused += [Fused(bn, bm, bk, split, warps, stages, True) for split in (1, 2, 4)]
     if m in (1, 2, 4):
         return [*GEMVS, *([Gemv(8, 4096, 4)] if m == 1 else fused[-2:])]
-    return fused + ([] if m < 256 else ["library"] if format == "mxfp4" else ["bf16"])
+    hopper = [Hopper(bn, bm, groups, split, stages) for bn, bm, groups, stages in HOPPER_TILES[format]
+              for split in (1, 2, 4, 7, 8) if m > bm // 2 and (m <= 2 * bm or bm >= 128)]
+    return fused + hopper + ([] if m < 256 else ["library"] if format == "mxfp4" else ["bf16"])
 
 
-TUNED_ROWS = (1, 2, 4, 16, 32, 64, 128, 256, 512)
+TUNED_ROWS = (1, 2, 4, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 
 
-def _fits(kernel, k: int) -> bool:
+def _fits(kernel, m: int, n: int, k: int) -> bool:
+    if isinstance(kernel, Hopper):
+        programs = -(-n // kernel.bn) * -(-m // kernel.bm) * kernel.split               # an H100 has 132 multiprocessors
+        return k // 128 % kernel.split == 0 and programs >= 48 and (kernel.split == 1 or programs <= 2 * 132)
     return not isinstance(kernel, Fused) or (k % kernel.bk == 0 and k // kernel.bk % kernel.split == 0)
 
 
 def _compile_rows(kernel, m: int) -> int:
     """Rows for which the same machine code is made as for m."""
-    return min(m, 2 * kernel.bm) if isinstance(kernel, Fused) and m > kernel.bm else getattr(kernel, "bm", m)
+    return kernel.bm if isinstance(kernel, Fused | Hopper) else m
 
 
 def _compile(job) -> str | None:
@@ -252,8 +262,8 @@ def compile_all(jobs: list, compile=_compile) -> list[str]:
 
 
 def tune_linear() -> list[dict]:
-    cases = [(f, m, *GROUPS[g], c) for f in ("mxfp4", "nvfp4") for m in TUNED_ROWS if f == "mxfp4" or m <= 256
-             for g in GROUPS for c in candidates(f, m) if _fits(c, GROUPS[g][1])]
+    cases = [(f, m, *GROUPS[g], c) for f in ("mxfp4", "nvfp4") for m in TUNED_ROWS
+             for g in GROUPS for c in candidates(f, m) if _fits(c, m, *GROUPS[g])]
     cases.sort(key=lambda c: (c[0], c[2:4], c[1]))
     failed = compile_all([(f, _compile_rows(c, m), n, k, c) for f, m, n, k, c in cases])
     rows, held, sets = [], None, []

@@ -15,11 +15,14 @@ import pytest
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+from triton.experimental.gluon.language import NVMMASharedLayout  # noqa: E402
 
 from wush_compile.formats import FORMATS  # noqa: E402
 from wush_compile.kernels import triton_choose, triton_norm, triton_quantize  # noqa: E402
 from wush_compile.kernels.triton_gemm import fused_gemm_kernel  # noqa: E402
 from wush_compile.kernels.triton_gemv import gemv_kernel  # noqa: E402
+from wush_compile.kernels.triton_hopper import hopper_gemm_kernel  # noqa: E402
 from wush_compile.kernels.triton_int4 import int4_gemm_kernel  # noqa: E402
 from wush_compile.kernels.triton_scaled import scaled_gemm_kernel  # noqa: E402
 
@@ -30,13 +33,13 @@ BLACKWELL = pytest.mark.parametrize("cc", [100, 103, 120, 121])
 both = pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 
 
-def compile_kernel(kernel, pointers, constants, cc, warps, stages=3, fusion=True):
+def compile_kernel(kernel, pointers, constants, cc, warps, stages=3, fusion=True, source=ASTSource):
     """The compiled kernel: `pointers` are argument types, everything else is a constant."""
     signature = {p.name: pointers.get(p.name, "constexpr") for p in kernel.params}
     values = {name: constants[name] for name in signature if name not in pointers}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name].startswith("*")
                or name == "pitch"}
-    return triton.compile(ASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", cc, 32),
+    return triton.compile(source(kernel, signature, values, aligned), target=GPUTarget("cuda", cc, 32),
                           options=dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fusion))
 
 
@@ -61,6 +64,16 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
         pointers = dict(x="*u8", xs="*bf16", w="*u8", ws="*bf16", out="*bf16", M="i32")
         constants = dict(PLAIN, N=n, K=k, BN=kernel.bn, BM=kernel.bm, STAGES=kernel.stages, PDL=pdl)
         return compile_kernel(int4_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
+    if isinstance(kernel, triton_choose.Hopper):
+        x_layout, w_layout = NVMMASharedLayout(128, 8 if mx else 16), NVMMASharedLayout(64, 32)
+        pointers = dict(x=f"tensordesc<{'fp8e5' if mx else 'bf16'}[{kernel.bm}, 128],{x_layout!r}>",
+                        w=f"tensordesc<i32[{kernel.bn}, 16],{w_layout!r}>", w_scales="*u8", out="*bf16", M="i32")
+        pointers |= dict(x_unit="*fp32", w_top="*u8") if mx else {}
+        pointers |= dict(parts="*fp32", count="*i32") if kernel.split > 1 else {}
+        constants = dict(gx=None, gw=None, bias=None, residual=None, x_unit=None, w_top=None, parts=None, count=None, N=n, K=k,
+                         MX=mx, BN=kernel.bn, BM=kernel.bm, PARTS=kernel.groups, SPLIT=kernel.split, STAGES=kernel.stages,
+                         GROUP=8, PDL=True)
+        return compile_kernel(hopper_gemm_kernel, pointers, constants, cc, 4, source=GluonASTSource)
     if isinstance(kernel, triton_choose.Gemv):
         pointers = dict(x="*i32", xs="*u8", w="*i32", ws="*u8", out="*bf16")
         constants = dict(PLAIN, N=n, K=k, M=1, MX=mx, BN=kernel.bn, BK=kernel.bk, PDL=pdl)
@@ -103,7 +116,7 @@ def choices(format, capability):
     for rows, (n, k) in itertools.product(ROWS, SHAPES):
         kernel = triton_choose.choose(format, rows, n, k, capability)
         if not isinstance(kernel, str):
-            tile = kernel._replace(split=1) if isinstance(kernel, triton_choose.Fused) else kernel
+            tile = kernel._replace(split=1) if isinstance(kernel, triton_choose.Fused | triton_choose.Hopper) else kernel
             found.setdefault(tile, (kernel, (n, k)))
     return found.values()
 
@@ -152,14 +165,49 @@ def hopper(format, kernel, n, k):
     return sass(compiled), compiled.metadata.shared
 
 
-def main_loop(code: str) -> str:
-    """The innermost loop around the tensor core's instructions."""
+def main_loop(code: str, products: int = 1) -> str:
+    """The innermost loop around so many of the tensor core's instructions."""
     lines = code.splitlines()
     labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith(".L_x")}
-    products = [i for i, line in enumerate(lines) if "GMMA." in line]
+    found_at = [i for i, line in enumerate(lines) if "GMMA." in line]
     ends = ((labels[found[1]], i) for i, line in enumerate(lines) if (found := re.search(r"BRA `\((\.L_x_\d+)\)", line)))
-    start, end = min(((a, b) for a, b in ends if any(a < i < b for i in products)), key=lambda span: span[1] - span[0])
-    return "\n".join(lines[start:end])
+    around = ((a, b) for a, b in ends if sum(a < i < b for i in found_at) >= products)
+    start, end = min(around, key=lambda span: span[1] - span[0])
+    return "\n".join(lines[start:end]) + "\n"
+
+
+def overwritten_too_early(loop: str) -> list[str]:
+    """Instructions that write a register which a product in front of them may still read: its left operand, until the wait.
+    Neither the hardware nor ptxas keeps them from it."""
+    reading, found = set(), []
+    for line in loop.splitlines():
+        instruction = re.search(r"\*/\s+(?:@!?U?P\d+ )?([A-Z]\S*)\s+(?:U?P\d+, )?(.*)", line)
+        if not instruction:
+            continue
+        opcode, operands = instruction.groups()
+        registers = [int(r) for r in re.findall(r"\bR(\d+)", operands)]
+        if opcode.startswith("WARPGROUP.DEPBAR"):
+            reading.clear()
+        elif "GMMA." in opcode:
+            reading.update(range(registers[1], registers[1] + 4))
+        elif operands.startswith("R") and registers and not opcode.startswith(("ST", "RED")):
+            written = 4 if ".128" in opcode else 2 if re.search(r"\.64|WIDE", opcode) else 1
+            if reading & set(range(registers[0], registers[0] + written)):
+                found.append(line.strip())
+    return found
+
+
+def test_overwritten_registers_are_seen():
+    """The check below is red where it should be: the second product's operand is written before it is waited for."""
+    code = """
+        /*0010*/ QGMMA.64x128x32.F32.E5M2.E5M2 R24, R88, gdesc[UR16], R24 ;
+        /*0020*/ QGMMA.64x128x32.F32.E5M2.E5M2 R24, R96, gdesc[UR12], R24, gsb0 ;
+        /*0030*/ LDS.128 R12, [R18+0x18000] ;
+        /*0040*/ IMAD.MOV.U32 R97, RZ, RZ, 0x2020200 ;
+        /*0050*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/ IMAD.MOV.U32 R96, RZ, RZ, 0x4040404 ;"""
+    (found,) = overwritten_too_early(code)
+    assert "R97" in found
 
 
 @both
@@ -172,7 +220,18 @@ def test_hopper_products_stay_in_registers(format):
         if isinstance(kernel, triton_choose.Fused):
             products = re.findall(r"[QH]GMMA\.\S+ R\d+, (\S+),", code)
             assert products and all(p.startswith("R") for p in products), kernel
-            assert not re.search(r"\b(STL|LDL)\b" if kernel.packed else r"\b(STL|LDL|STS)\b", main_loop(code)), kernel
+            loop = main_loop(code)
+            assert not re.search(r"\b(STL|LDL)\b" if kernel.packed else r"\b(STL|LDL|STS)\b", loop), kernel
+            assert not overwritten_too_early(2 * loop), kernel
+        elif isinstance(kernel, triton_choose.Hopper):
+            # A step is 128 channels of 64 weight rows for each warpgroup: 4 products in fp8, 8 in bf16.
+            expected = 4 if format == "mxfp4" else 8
+            loop = main_loop(code, expected)
+            products = re.findall(r"[QH]GMMA\.\S+ R\d+, (\S+),", loop)
+            assert len(products) == expected, kernel
+            assert all(p.startswith("R") for p in products) and "UTMALDG" in code, kernel
+            assert not re.search(r"\b(STL|LDL|STS)\b", loop), kernel
+            assert not overwritten_too_early(2 * loop), kernel
         else:
             assert "IDP" in code and "STL" not in code                # dp4a
 
@@ -226,10 +285,14 @@ def test_int4_runs_on_int8_tensor_cores(cc):
 
 def test_choice_is_a_pure_function_of_the_shape():
     assert triton_choose.choose("mxfp4", 1, 4096, 4096) == triton_choose.choose("mxfp4", 1, 4096, 4096, (9, 0))
-    assert triton_choose.choose("mxfp4", 3000, 4096, 4096) == "library"
+    assert triton_choose.choose("mxfp4", 3000, 4096, 4096, portable=True) == "library"
+    assert isinstance(triton_choose.choose("mxfp4", 300, 4096, 4096), triton_choose.Hopper)
+    assert isinstance(triton_choose.choose("mxfp4", 100, 4096, 4096, precise=True), triton_choose.Fused)
     assert triton_choose.choose("mxfp4", 300, 128, 576) == "bf16"
     rows = (*ROWS, 3, 5, 24, 48, 96, 192, 256, 384, 768, 1024, 1536, 2048, 4096)
     for rows, (n, k), format in itertools.product(rows, (*SHAPES, (6144, 4096), (4096, 640)), ("mxfp4", "nvfp4")):
         kernel = triton_choose.choose(format, rows, n, k)
         if isinstance(kernel, triton_choose.Fused):
             assert k % (kernel.bk * kernel.split) == 0
+        if isinstance(kernel, triton_choose.Hopper):
+            assert k % (128 * kernel.split) == 0

@@ -12,7 +12,7 @@ from wush_compile.formats import FORMATS
 
 pytest.importorskip("triton")
 from wush_compile.kernels import triton_choose, triton_linear, triton_memory  # noqa: E402
-from wush_compile.kernels.triton_choose import Fused  # noqa: E402
+from wush_compile.kernels.triton_choose import Fused, Hopper  # noqa: E402
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
@@ -45,9 +45,13 @@ def error(got, want):
 KERNELS = {
     "mxfp4": [None, Fused(64, 16, 256, 1, 4, 4, True), Fused(64, 16, 128, 4, 4, 6, True),
               Fused(64, 16, 256, 2, 4, 4, False), Fused(64, 32, 256, 2, 4, 4, False), Fused(64, 64, 256, 2, 4, 3, True),
-              Fused(128, 128, 128, 1, 8, 4, False), Fused(128, 256, 128, 1, 8, 3, False), "library", "bf16"],
+              Fused(128, 128, 128, 1, 8, 4, False), Fused(128, 256, 128, 1, 8, 3, False), Hopper(128, 16, 2, 4, 8),
+              Hopper(128, 64, 2, 2, 8), Hopper(128, 128, 2, 4, 6), Hopper(128, 256, 2, 1, 4), Hopper(256, 128, 4, 1, 6),
+              Hopper(256, 128, 4, 2, 6), Hopper(256, 32, 4, 1, 8), "library", "bf16"],
     "nvfp4": [None, Fused(64, 16, 128, 4, 4, 4, True), Fused(64, 16, 128, 1, 4, 4, False),
-              Fused(64, 64, 128, 2, 4, 4, False), Fused(128, 128, 128, 2, 8, 3, False), "bf16"],
+              Fused(64, 64, 128, 2, 4, 4, False), Fused(128, 128, 128, 2, 8, 3, False), Hopper(128, 16, 2, 4, 8),
+              Hopper(128, 64, 2, 2, 7), Hopper(128, 128, 2, 4, 5), Hopper(128, 256, 2, 1, 3), Hopper(256, 128, 4, 1, 4),
+              Hopper(256, 32, 4, 2, 7), "bf16"],
 }
 CASES = [(format, kernel) for format in KERNELS for kernel in KERNELS[format]]
 
@@ -72,6 +76,26 @@ def test_linear_is_the_exact_product(format, kernel, m, n, k):
     got = triton_linear.fp4_linear(c, s, gx, wc, ws, gw, bias, residual, format, torch.bfloat16, kernel)
     want = want / (0.37 * 3.0) + bias.double() + residual.double()
     assert error(got, want) < 4e-3
+
+
+@gpu
+def test_a_triton_whose_gluon_fails_computes_all_the_same(monkeypatch, caplog):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only Hopper has that kernel")
+
+    def broken(*args):
+        raise AttributeError("no such layout")
+
+    c, s, wc, ws = operands("mxfp4", 300, 256, 512)
+    monkeypatch.setattr(triton_choose, "_failures", [])
+    monkeypatch.setitem(triton_linear.RUN, triton_choose.Hopper, broken)
+    with caplog.at_level("WARNING", "wush_compile"):
+        for _ in range(2):
+            got = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, "mxfp4", torch.bfloat16)
+            assert error(got, exact(c, s, wc, ws, "mxfp4")) < 2e-3
+    triton_choose.choose.cache_clear()
+    (record,) = caplog.records
+    assert "no such layout" in record.getMessage()
 
 
 @gpu

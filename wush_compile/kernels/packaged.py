@@ -133,7 +133,7 @@ def _kernel(format: str, rows: int, n: int, k: int, capability: tuple[int, int])
     """What `choose` says, or the fused product where that is the library; None if none fits."""
     if format == "int4":
         return None
-    kernel = choose(format, rows, n, k, capability)
+    kernel = choose(format, rows, n, k, capability, portable=True)
     if not isinstance(kernel, str):
         return kernel
     if k % 128 or (capability < (9, 0) and format == "mxfp4"):

@@ -1,10 +1,13 @@
 """Which kernel multiplies which shape: tiles, and a table of them made from measurements (docs/kernels.md)."""
 
 import functools
+import logging
 import os
 from typing import NamedTuple
 
 import triton
+
+logger = logging.getLogger("wush_compile")
 
 
 class Fused(NamedTuple):
@@ -17,6 +20,17 @@ class Fused(NamedTuple):
     warps: int
     stages: int
     packed: bool
+
+
+class Hopper(NamedTuple):
+    """Tile of Hopper's product for many rows: weight rows, activation rows, warpgroups that share the former (2 or 4), parts
+    of K, steps that are copied ahead."""
+
+    bn: int
+    bm: int
+    groups: int
+    split: int
+    stages: int
 
 
 class Gemv(NamedTuple):
@@ -81,14 +95,69 @@ FUSED = {
 }
 
 
+# Hopper's product for many rows: tiles, and microseconds that a step of 128 channels takes with one of them on every
+# multiprocessor. These and the figures of `_hopper` are fitted to 700 measurements on an H100 (docs/kernels.md).
+HOPPER = {
+    "mxfp4": {Hopper(128, 64, 2, 1, 8): 0.38, Hopper(128, 128, 2, 1, 6): 0.49, Hopper(128, 256, 2, 1, 4): 0.76,
+              Hopper(256, 64, 4, 1, 8): 0.73, Hopper(256, 128, 4, 1, 6): 0.87},
+    "nvfp4": {Hopper(128, 64, 2, 1, 7): 0.65, Hopper(128, 128, 2, 1, 5): 0.84, Hopper(128, 256, 2, 1, 3): 1.35,
+              Hopper(256, 32, 4, 1, 7): 1.05, Hopper(256, 64, 4, 1, 6): 1.15, Hopper(256, 128, 4, 1, 4): 1.56},
+}
+# It is faster above so many rows, for at most FEW weight rows and for more.
+LEAST_ROWS = {"mxfp4": (64, 32), "nvfp4": (64, 16)}
+MULTIPROCESSORS = 132
+
+
+def _hopper(format: str, rows: int, n: int, k: int, library: bool) -> "Hopper | str":
+    """The tile for many rows that takes least time, in microseconds, K in parts where tiles are few; or, if `library`,
+    "library" or "bf16", where expanding the weight first takes less."""
+    if not library:
+        times = {}
+    elif format == "mxfp4":
+        times = {"library": 2 + 0.65e-6 * n * k + 1.36e-9 * rows * n * k}
+    else:
+        times = {"bf16": 2 + 1.14e-6 * n * k + 2.42e-9 * rows * n * k}
+    for tile, step in HOPPER[format].items():
+        tiles = -(-n // tile.bn) * -(-rows // tile.bm)
+        for split in (1, 2, 4):
+            if split == 1 or k // 128 % split == 0 and tiles * split <= MULTIPROCESSORS:
+                waves = -(-tiles * split // MULTIPROCESSORS)
+                adding = (split > 1) * 2 + 6e-6 * (split - 1) * split * rows * n        # the parts, written and read again
+                times[tile._replace(split=split)] = waves * (1.5 + step * (k // 128) / split) + adding
+    return min(times, key=times.get)
+
+
+_failures: list[Exception] = []
+
+
+def has_gluon() -> bool:
+    """Whether this Triton has what Hopper's product for many rows is written in: an interface that still changes."""
+    if not _failures:
+        try:
+            from . import triton_hopper  # noqa: F401
+        except (ImportError, AttributeError) as error:
+            give_up_gluon(error)
+    return not _failures
+
+
+def give_up_gluon(error: Exception) -> None:
+    """Hopper's product for many rows failed: from now on the others do its work, as one warning says."""
+    _failures.append(error)
+    choose.cache_clear()
+    logger.warning("triton %s cannot run the product for many rows (%s: %s): a slower one is used", triton.__version__,
+                   type(error).__name__, str(error).split("\n")[0])
+
+
 @functools.lru_cache(1024)
 def choose(
-    format: str, rows: int, n: int, k: int, capability: tuple[int, int] = (9, 0), precise: bool = False
-) -> "Gemv | Fused | Scaled | Int4 | str":
+    format: str, rows: int, n: int, k: int, capability: tuple[int, int] = (9, 0), precise: bool = False,
+    portable: bool = False, library: bool = True,
+) -> "Gemv | Fused | Hopper | Scaled | Int4 | str":
     """The kernel for [rows, k] times [n, k] on a device of that compute capability: a tile, "library" or "bf16".
 
-    Measured on an H200 over the linear groups of Llama-3.1-8B (docs/kernels.md). Ampere and Ada take what needs no layout
-    of theirs to have been tested. precise: channels are added up in fp32 at least every 128.
+    Measured on H100s and H200s over the linear groups of Llama-3.1-8B (docs/kernels.md). Ampere and Ada take what needs no
+    layout of theirs to have been tested. precise: channels are added up in fp32 at least every 128. portable: no kernel that
+    a package cannot hold. library: False if "library" cannot compute the call.
     """
     if format == "int4":
         return Int4(64, 16, 4, 4) if rows <= 16 else Int4(64, 64, 4, 4) if rows <= 64 else Int4(128, 128, 8, 3)
@@ -100,16 +169,19 @@ def choose(
         return Scaled(128, 64 if rows <= 128 else 128, 256 if k % 256 == 0 else 128, 4, 3)
     if k % 128 or (capability < (9, 0) and (format == "mxfp4" or rows > 128)):
         return "bf16"
-    if precise and format == "mxfp4" and rows > 64:
+    precise = precise and format == "mxfp4"
+    if capability == (9, 0) and rows > LEAST_ROWS[format][n > FEW] and not precise and not portable and has_gluon():
+        return _hopper(format, rows, n, k, library)
+    if precise and rows > 64:
         # A second accumulator fits beside this tile's; above, cuBLASLt's own is faster.
         tile = FUSED["mxfp4"][128][n > FEW] if rows <= 512 else None
     else:
         tile = next((tiles[n > FEW] for most, tiles in FUSED[format].items() if rows <= most), None)
     if tile is None:
-        return "bf16" if format == "nvfp4" else "library"
+        return "bf16" if format == "nvfp4" else "library" if library else WIDE
     bk = tile.bk if k % tile.bk == 0 else 128
-    # A part of fewer than 16 channels for each row of the tile costs more to add to the others than it saves.
-    most = max(1, min(tile.split, k // (16 * tile.bm)))
+    # A part of fewer than 32 channels for each row of the tile costs more to add to the others than it saves.
+    most = max(1, min(tile.split, k // (32 * tile.bm)))
     return tile._replace(bk=bk, split=_power_of_two_divisor(k // bk, 1 << most.bit_length() - 1))
 
 

@@ -62,6 +62,20 @@ def _look_up(w, low, high):
 
 
 @triton.jit
+def _store_lanes(at, first_group, first, second, inside, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Halves of C groups, [R, C, 4] words each, to rows `at` [R, 1]: of every 4 groups the first words come first."""
+    panel = first_group // 4 + tl.arange(0, C // 4)
+    word = tl.arange(0, 16)
+    at = at[:, :, None] + (panel * 32)[None, :, None] + word[None, None, :]
+    there = inside[:, :, None] & (panel < K // 128)[None, :, None]
+    # Permuted first, so that 16 bytes are stored at once.
+    first = tl.reshape(tl.permute(tl.reshape(first, (R, C // 4, 4, 4)), (0, 1, 3, 2)), (R, C // 4, 16))
+    second = tl.reshape(tl.permute(tl.reshape(second, (R, C // 4, 4, 4)), (0, 1, 3, 2)), (R, C // 4, 16))
+    tl.store(at, first, mask=there)
+    tl.store(at + 16, second, mask=there)
+
+
+@triton.jit
 def _expand_fp8(
     r, part, parts, codes, scales, g, unit, out, rows, K: tl.constexpr, KG: tl.constexpr, E4: tl.constexpr,
     SCALED: tl.constexpr, R: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr,
@@ -87,14 +101,13 @@ def _expand_fp8(
         high = tl.broadcast_to(high[:, :, None], (R, C, 4))
         first, second = _look_up(w, low, high)
         if LANES:
-            at = out + row[:, None] * (K // 4) + (group // 4 * 32 + group % 4)[None, :]
-            at = at[:, :, None] + word * 4
+            _store_lanes(out + row[:, None] * (K // 4), i * C, first, second, (r < rows)[:, None], K, R, C)
         else:
             at = out + row[:, None] * (K // 4) + (group // 4 * 32 + group % 4 * 4)[None, :]
             at = at[:, :, None] + word
-        half = tl.where(group >= K // 128 * 4, K % 128 // 32 * 4, 16)                          # words of a half
-        tl.store(at, first, mask=inside[:, :, None])
-        tl.store(at + half[None, :, None], second, mask=inside[:, :, None])
+            half = tl.where(group >= K // 128 * 4, K % 128 // 32 * 4, 16)                      # words of a half
+            tl.store(at, first, mask=inside[:, :, None])
+            tl.store(at + half[None, :, None], second, mask=inside[:, :, None])
 
 
 @triton.jit
@@ -132,20 +145,23 @@ def expand_both_kernel(
     start_next(PDL)
 
 
+# Two registers of bf16 for the low codes of the four bytes in $4, two for the high ones.
+BF16_PTX = tl.constexpr(
+    """{ .reg .b32 p, q, t;
+    prmt.b32 p, $4, 0, 0x4140;
+    prmt.b32 q, $4, 0, 0x4342;
+    and.b32 t, p, 0x000F000F; mul.lo.u32 t, t, 0x1040; and.b32 $0, t, 0x81C081C0;
+    and.b32 t, q, 0x000F000F; mul.lo.u32 t, t, 0x1040; and.b32 $1, t, 0x81C081C0;
+    and.b32 t, p, 0x00F000F0; mul.lo.u32 t, t, 0x104; and.b32 $2, t, 0x81C081C0;
+    and.b32 t, q, 0x00F000F0; mul.lo.u32 t, t, 0x104; and.b32 $3, t, 0x81C081C0; }"""
+)
+
+
 @triton.jit
 def decode_bf16(w):
     """uint8, two codes -> bf16 values of the low and of the high one, times 2^-126. Byte by byte: right in any
     layout."""
-    return tl.inline_asm_elementwise(
-        """{ .reg .b32 p, q, t;
-        prmt.b32 p, $4, 0, 0x4140;
-        prmt.b32 q, $4, 0, 0x4342;
-        and.b32 t, p, 0x000F000F; mul.lo.u32 t, t, 0x1040; and.b32 $0, t, 0x81C081C0;
-        and.b32 t, q, 0x000F000F; mul.lo.u32 t, t, 0x1040; and.b32 $1, t, 0x81C081C0;
-        and.b32 t, p, 0x00F000F0; mul.lo.u32 t, t, 0x104; and.b32 $2, t, 0x81C081C0;
-        and.b32 t, q, 0x00F000F0; mul.lo.u32 t, t, 0x104; and.b32 $3, t, 0x81C081C0; }""",
-        "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
-    )
+    return tl.inline_asm_elementwise(BF16_PTX, "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4)
 
 
 @triton.jit
@@ -175,11 +191,13 @@ def expand_bf16_kernel(
     low = low.to(tl.float32) * 9.223372036854775808e18 * 9.223372036854775808e18 * factor
     high = high.to(tl.float32) * 9.223372036854775808e18 * 9.223372036854775808e18 * factor
     if PANELS:
-        lane = c // 64 * 128 + c % 64 // 32 * 32 + c % 8 // 2 * 8 + c % 32 // 8 * 2 + c % 2
-        at = out + row * K + lane[None, :]
+        # Permuted before they are stored, so that neighbours are stored at once.
+        low = tl.reshape(tl.permute(tl.reshape(low.to(tl.bfloat16), (R, C // 32, 4, 4, 2)), (0, 1, 3, 2, 4)), (R, C))
+        high = tl.reshape(tl.permute(tl.reshape(high.to(tl.bfloat16), (R, C // 32, 4, 4, 2)), (0, 1, 3, 2, 4)), (R, C))
+        at = out + row * K + (c // 64 * 128 + c % 64)[None, :]
         inside = inside & (c < K // 2)[None, :]
-        tl.store(at, low.to(tl.bfloat16), mask=inside)
-        tl.store(at + 64, high.to(tl.bfloat16), mask=inside)
+        tl.store(at, low, mask=inside)
+        tl.store(at + 64, high, mask=inside)
     else:
         k = tl.program_id(1) * (2 * C) + tl.arange(0, 2 * C)
         both = tl.reshape(tl.join(low, high), (R, 2 * C))

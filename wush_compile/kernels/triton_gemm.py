@@ -17,32 +17,37 @@ from .triton_gemv import finish
 from .triton_launch import start_next, wait_inputs
 
 
-@triton.jit
-def _decode_fp8(w, e):
-    """Packed codes uint8, the groups' exponents relative to the row's largest int32 -> e5m2 bytes of the channels 0..3
-    of every 8, and of 4..7.
+@triton.constexpr_function
+def fp8_ptx(codes, exponent):
+    """PTX that decodes 8 codes, the register `codes`, to e5m2: `$0` gets the channels 0..3, `$1` the channels 4..7.
 
-    Right where four consecutive bytes of a row share a register, as in the operand layout of 8-bit products. The tables of
-    the eight magnitudes, raised by the group's exponent (`E5M2_TOP` is in the constants), sit in registers; `prmt` looks
-    four codes up at once, and gives 0, the sign of the table's byte, where a code's own sign bit is set. So one look-up
-    finds the positive codes, one the negative ones: half of their byte, so that it has no sign yet. """
-    a, b = tl.inline_asm_elementwise(
-        """{ .reg .b32 l, h, m, n, p, q, v;
-        mad.lo.u32 l, $3, 0x04040400, 0x72706C00;
-        mad.lo.u32 h, $3, 0x04040404, 0x7A787674;
-        mad.lo.u32 m, $3, 0x02020200, 0x79787640;
-        mad.lo.u32 n, $3, 0x02020202, 0x7D7C7B7A;
-        xor.b32 v, $2, 0x88888888;
-        prmt.b32 p, l, h, $2;
+    The tables of the eight magnitudes, raised by the group's exponent (`E5M2_TOP` is in the constants), sit in registers;
+    `prmt` looks four codes up at once, and gives 0, the sign of the table's byte, where a code's own sign bit is set. So one
+    look-up finds the positive codes, one the negative ones: half of their byte, so that it has no sign yet. """
+    return f"""{{ .reg .b32 l, h, m, n, p, q, v;
+        mad.lo.u32 l, {exponent}, 0x04040400, 0x72706C00;
+        mad.lo.u32 h, {exponent}, 0x04040404, 0x7A787674;
+        mad.lo.u32 m, {exponent}, 0x02020200, 0x79787640;
+        mad.lo.u32 n, {exponent}, 0x02020202, 0x7D7C7B7A;
+        xor.b32 v, {codes}, 0x88888888;
+        prmt.b32 p, l, h, {codes};
         prmt.b32 q, m, n, v;
         mad.lo.u32 $0, q, 2, p;
-        shr.u32 p, $2, 16;
+        shr.u32 p, {codes}, 16;
         shr.u32 q, v, 16;
         prmt.b32 p, l, h, p;
         prmt.b32 q, m, n, q;
-        mad.lo.u32 $1, q, 2, p; }""",
-        "=&r,=&r,r,r,r,r,r", [w, e], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4,
-    )
+        mad.lo.u32 $1, q, 2, p; }}"""
+
+
+@triton.jit
+def decode_fp8(w, e):
+    """Packed codes uint8, the groups' exponents relative to the row's largest int32 -> e5m2 bytes of the channels 0..3
+    of every 8, and of 4..7.
+
+    Right where four consecutive bytes of a row share a register, as in the operand layout of 8-bit products."""
+    a, b = tl.inline_asm_elementwise(fp8_ptx("$2", "$3"), "=&r,=&r,r,r,r,r,r", [w, e], dtype=(tl.uint8, tl.uint8),
+                                     is_pure=True, pack=4)
     return a.to(tl.float8e5, bitcast=True), b.to(tl.float8e5, bitcast=True)
 
 
@@ -113,7 +118,7 @@ def _decode(w, words, selectors, top, MX: tl.constexpr, R: tl.constexpr, BK: tl.
     C: tl.constexpr = BK // 2
     if MX:
         e = tl.maximum(_pick(words, selectors) - top[:, None], -26)
-        return _decode_fp8(_to_lanes(w, R, C, 4), _over_lanes(e, R, C, 4))
+        return decode_fp8(_to_lanes(w, R, C, 4), _over_lanes(e, R, C, 4))
     else:
         factor = _e4m3_factor(_over_lanes(words, R, C, 2), _over_lanes(selectors, R, C, 2))
         a, b = decode_bf16(_to_lanes(w, R, C, 2))
@@ -130,6 +135,13 @@ def _row_maximum(scales, row, words, WORDS: tl.constexpr, R: tl.constexpr):
         m = tl.maximum(tl.maximum(v & 0xFF, (v >> 8) & 0xFF), tl.maximum((v >> 16) & 0xFF, (v >> 24) & 0xFF))
         top = tl.maximum(top, tl.max(m, axis=1))
     return top
+
+
+@triton.jit
+def _waited_for(acc):
+    """`acc`, once the tensor core has finished it. Triton would let a loop's last product run on into the next iteration, whose
+    decoding writes the registers that hold its left operand: ptxas gives them away, and the hardware does not mind."""
+    return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=False, pack=1)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -172,21 +184,24 @@ def fused_gemm_kernel(
     half = tl.arange(0, HALF)
     panel = half // 64 * 128 + half % 64
     w_row = w + row_n.to(tl.int64)[:, None] * (K // 2)
+    # Rows beyond the last are not read: all programs would ask for the same few lines of memory at once.
+    there = m < M
     acc = tl.zeros((BN, BM), tl.float32)
     for i in tl.range(0, PART // BK, num_stages=STAGES):
         k = start + i * BK
         codes = tl.load(w_row + (k // 2 + half)[None, :])
         words, picks = _scale_words(ws, row_n * ROW_WORDS, k // (4 * G), selectors, WORDS, BN)
         if PACKED:
-            x_codes = tl.load(x + row_m.to(tl.int64)[:, None] * (K // 2) + (k // 2 + half)[None, :])
+            x_codes = tl.load(x + row_m.to(tl.int64)[:, None] * (K // 2) + (k // 2 + half)[None, :], mask=there[:, None],
+                              other=0)
             x_words, x_picks = _scale_words(xs, row_m * ROW_WORDS, k // (4 * G), selectors, WORDS, BM)
             x0, x1 = _decode(x_codes, x_words, x_picks, top_m, MX, BM, BK)
             x0 = tl.trans(x0)
             x1 = tl.trans(x1)
         else:
             at = x + row_m.to(tl.int64)[None, :] * K + (k + panel)[:, None]
-            x0 = tl.load(at)
-            x1 = tl.load(at + 64)
+            x0 = tl.load(at, mask=there[None, :], other=0.0)
+            x1 = tl.load(at + 64, mask=there[None, :], other=0.0)
         w0, w1 = _decode(codes, words, picks, top_n, MX, BN, BK)
         if PROMOTE > 0:
             acc = tl.dot(w0, x0, acc, max_num_imprecise_acc=PROMOTE)
@@ -194,6 +209,7 @@ def fused_gemm_kernel(
         else:
             acc = tl.dot(w0, x0, acc)
             acc = tl.dot(w1, x1, acc)
+        acc = _waited_for(acc)
     if MX:
         acc = acc * (e8m0_factor(top_n) * E5M2_UNIT)[:, None]
         if PACKED:

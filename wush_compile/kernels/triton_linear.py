@@ -2,6 +2,7 @@
 
     gemv     1, 2 or 4 rows: exact integer products of groups                              triton_gemv.py
     fused    weights decoded in registers in front of the tensor core                      triton_gemm.py
+    hopper   the same for many rows, copied and decoded while the tensor core works        triton_hopper.py
     library  both operands expanded to fp8 in memory that is reused, then cuBLASLt         triton_expand.py
     bf16     both operands expanded to bf16, cuBLAS: any width, any scale, the last resort triton_expand.py
     scaled   Blackwell's own FP4 instruction                                               triton_scaled.py
@@ -19,7 +20,7 @@ import triton
 from torch import Tensor
 
 from ..formats import FORMATS
-from .triton_choose import WIDE, Fused, Gemv, Int4, Scaled, choose, precise_by_default
+from .triton_choose import Fused, Gemv, Hopper, Int4, Scaled, choose, give_up_gluon, precise_by_default
 from .triton_expand import expand_bf16_kernel, expand_both_kernel, expand_fp8_kernel
 from .triton_gemm import fused_gemm_kernel
 from .triton_gemv import gemv_kernel
@@ -82,17 +83,18 @@ def expand_fp8(
     return out, unit
 
 
+def expand_x(o: Operands) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x as the products that decode weights read it (e5m2 or bf16 [M, K], in panels), its unit [M] or None, and the global
+    scale that is left to divide by."""
+    if o.mx:
+        return *expand_fp8(o.codes, o.scales, o.gx, e4m3=False, lanes=True), None
+    return expand_bf16(o.codes, o.scales, None, o.mx, panels=True), None, o.gx
+
+
 def run_fused(o: Operands, tile: Fused, out: Tensor) -> None:
     m, n, k = o.sizes
     space = workspace(out.device)
-    unit = None
-    if tile.packed:
-        x, gx = o.codes, o.gx
-    elif o.mx:
-        x, unit = expand_fp8(o.codes, o.scales, o.gx, e4m3=False, lanes=True)
-        gx = None
-    else:
-        x, gx = expand_bf16(o.codes, o.scales, None, o.mx, panels=True), o.gx
+    x, unit, gx = (o.codes, None, o.gx) if tile.packed else expand_x(o)
     tiles = triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm)
     if tiles > Workspace.RING:
         tile = tile._replace(split=1)
@@ -108,6 +110,27 @@ def run_fused(o: Operands, tile: Fused, out: Tensor) -> None:
         tile.bn, tile.bm, tile.bk, tile.split, tile.stages, 8,
         min(128, tile.bk // 2) if o.mx and o.precise else 0, pdl, num_warps=tile.warps, num_stages=tile.stages,
         launch_pdl=pdl,
+    )
+
+
+def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from .triton_hopper import hopper_gemm_kernel
+
+    m, n, k = o.sizes
+    x, unit, gx = expand_x(o)
+    tiles = triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm)
+    split = tile.split if tile.groups * tiles <= Workspace.RING else 1
+    stages = tile.stages - (out.element_size() > 2)                   # the tile's results pass through shared memory too
+    hopper_gemm_kernel[(tiles, split)](
+        TensorDescriptor.from_tensor(x, [tile.bm, 128], NVMMASharedLayout(128, 8 * x.element_size())), unit, gx,
+        TensorDescriptor.from_tensor(o.w_codes.view(torch.int32), [tile.bn, 16], NVMMASharedLayout(64, 32)), o.w_scales,
+        row_facts(o.w_scales).top if o.mx else None, o.gw, o.bias, o.residual, out,
+        torch.empty((split, m, n), dtype=torch.float32, device=out.device) if split > 1 else None,
+        workspace(out.device).counters(tile.groups * tiles) if split > 1 else None,
+        m, n, k, o.mx, tile.bn, tile.bm, tile.groups, split, stages, 8, True, num_warps=4, launch_pdl=True,
     )
 
 
@@ -223,7 +246,7 @@ def fp4_linear(
     codes: Tensor, scales: Tensor, global_scale: Tensor | None,
     weight_codes: Tensor, weight_scales: Tensor, weight_global_scale: Tensor | None,
     bias: Tensor | None, residual: Tensor | None, format: str, out_dtype: torch.dtype,
-    kernel: Gemv | Fused | Scaled | Int4 | str | None = None, precise: bool | None = None,
+    kernel: Gemv | Fused | Hopper | Scaled | Int4 | str | None = None, precise: bool | None = None,
 ) -> Tensor:
     """`wush::fp4_linear` (SPEC §6); `kernel` overrides `choose`. precise (default: what `WUSH_PRECISE` says): MXFP4 sums
     go from the tensor core's fp8 accumulator, which drops bits, to fp32 at least every 128 channels."""
@@ -244,19 +267,26 @@ def fp4_linear(
         None if residual is None else residual.reshape(-1, n).contiguous(), format == "mxfp4", precise,
     )
     check(o, format, out_dtype)
-    kernel = kernel or choose(format, flat.shape[0], n, k, capability(codes.device.index), precise)
-    if kernel == "library" and (out_dtype != torch.bfloat16 or bias is not None or n % 16
+    chosen = kernel or choose(format, flat.shape[0], n, k, capability(codes.device.index), precise)
+    if chosen == "library" and (out_dtype != torch.bfloat16 or bias is not None or n % 16
                                 or not row_facts(o.w_scales).fits_e4m3):
-        kernel = WIDE
-    if isinstance(kernel, str):
-        y = run_library(o) if kernel == "library" else run_bf16(o, out_dtype)
+        chosen = choose(format, flat.shape[0], n, k, capability(codes.device.index), precise, library=False)
+    if isinstance(chosen, str):
+        y = run_library(o) if chosen == "library" else run_bf16(o, out_dtype)
         return y.view(shape)
     out = torch.empty((flat.shape[0], n), dtype=out_dtype, device=codes.device)
-    RUN[type(kernel)](o, kernel, out)
+    try:
+        RUN[type(chosen)](o, chosen, out)
+    except Exception as error:
+        if kernel is not None or not isinstance(chosen, Hopper) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        give_up_gluon(error)
+        return fp4_linear(codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual,
+                          format, out_dtype, None, precise)
     return out.view(shape)
 
 
-RUN = {Gemv: run_gemv, Fused: run_fused, Scaled: run_scaled, Int4: run_int4}
+RUN = {Gemv: run_gemv, Fused: run_fused, Hopper: run_hopper, Scaled: run_scaled, Int4: run_int4}
 
 
 @functools.cache

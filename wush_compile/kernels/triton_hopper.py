@@ -1,0 +1,265 @@
+"""The product of many rows on Hopper: weights decoded in registers, everything else moved by the copy engine (Gluon).
+
+One warp asks the bulk copy engine (TMA) for tiles of packed weights and of x, several steps ahead; two warpgroups decode
+theirs, 64 or 128 weight rows each, straight into the left operand of `wgmma`, while the tensor cores still work on the step
+before. Gluon says who does what, which Triton's own pipeline of the same product (`triton_gemm`) does not: there decoding,
+copying and multiplying wait for each other.
+
+Operands, arithmetic and results are those of `triton_gemm.fused_gemm_kernel` with x expanded.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from . import triton_formats, triton_launch
+from .triton_expand import BF16_PTX, E5M2_UNIT
+from .triton_gemm import fp8_ptx
+
+# Triton 3.6 has other names.
+async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+e8m0_factor = gluon.jit(triton_formats.e8m0_factor.fn)
+wait_inputs = gluon.jit(triton_launch.wait_inputs.fn)
+start_next = gluon.jit(triton_launch.start_next.fn)
+
+BK = gl.constexpr(128)                  # channels of a step: one panel of x (`triton_expand`)
+WORDS_OF_STEP = gl.constexpr(16)        # of codes, in a weight row
+
+
+@gluon.constexpr_function
+def mma_layout(BM, MX):
+    """Of a warpgroup's accumulator [64 or 128, BM]."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 32 if MX else 16])
+
+
+@gluon.constexpr_function
+def code_layout(R, MX):
+    """Registers of packed weights [R, 16 words, 4 bytes]: rows as in `wgmma`'s left operand; a lane of four holds the words
+    of one scale group side by side, MXFP4: 4 of a row, NVFP4: 2 in either half."""
+    words, lanes = ([1, 2], [4, 8]) if MX else ([1, 8], [2, 4])
+    registers = [[0, 0, 1], [0, 0, 2]] + [[0, w, 0] for w in words] + [[8, 0, 0]] + ([[64, 0, 0]] if R == 128 else [])
+    return gl.DistributedLinearLayout(registers, [[0, w, 0] for w in lanes] + [[1, 0, 0], [2, 0, 0], [4, 0, 0]],
+                                      [[16, 0, 0], [32, 0, 0]], [], [R, 16, 4])
+
+
+@gluon.constexpr_function
+def scale_layout(R, MX):
+    """Registers of their scale bytes [R, halves, 4 lanes, words of codes]."""
+    registers = [[0, 0, 0, 1]] + ([[0, 0, 0, 2]] if MX else [[0, 1, 0, 0]]) + [[8, 0, 0, 0]]
+    lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
+    return gl.DistributedLinearLayout(registers + ([[64, 0, 0, 0]] if R == 128 else []), lanes, [[16, 0, 0, 0], [32, 0, 0, 0]],
+                                      [], [R, 1 if MX else 2, 4, 4 if MX else 2])
+
+
+@gluon.jit
+def _produce(w, x, buffers, row_n, row_m, start, STEPS: gl.constexpr, STAGES: gl.constexpr, TILE_BYTES: gl.constexpr):
+    """Copies the steps of one tile, as far ahead as there are stages."""
+    ws, xs, full, empty = buffers
+    for i in range(STEPS):
+        stage = i % STAGES
+        mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
+        mbarrier.expect(full.index(stage), TILE_BYTES)
+        k = start + i * BK
+        async_load(w, [row_n, k // 8], full.index(stage), ws.index(stage))
+        async_load(x, [row_m, k], full.index(stage), xs.index(stage))
+
+
+@gluon.jit
+def _scale_bytes(scales, k, MX: gl.constexpr):
+    """Scale bytes of a step, int32 [R, halves, 4]."""
+    return gl.load(scales + k // (32 if MX else 16)).to(gl.int32)
+
+
+@gluon.jit
+def _bytes(t, R: gl.constexpr, MX: gl.constexpr):
+    """[R, 16], the same value for each of a word's bytes: [R, 16, 4]."""
+    t, _ = gl.broadcast(gl.expand_dims(t, 2), gl.full([R, 16, 4], 0, gl.int32, code_layout(R, MX)))
+    return t
+
+
+@gluon.jit
+def _words(t, R: gl.constexpr, MX: gl.constexpr):
+    """[R, halves, 4] -> the same value for each of a group's words: [R, 16]."""
+    SCALES: gl.constexpr = scale_layout(R, MX)
+    t, _ = gl.broadcast(gl.expand_dims(t, 3), gl.full([R, 1 if MX else 2, 4, 4 if MX else 2], 0, gl.int32, SCALES))
+    return gl.convert_layout(gl.reshape(t, [R, 16]), gl.SliceLayout(2, code_layout(R, MX)), assert_trivial=True)
+
+
+@gluon.jit
+def _decode_fp8(words, e, R: gl.constexpr):
+    """`triton_gemm.decode_fp8` of words int32 [R, 16] and their exponents: uint8 [R, 64] each."""
+    a, b = gl.inline_asm_elementwise(fp8_ptx("$2", "$6"), "=&r,=&r,r,r,r,r,r,r,r,r", [_bytes(words, R, True), _bytes(e, R, True)],
+                                     dtype=(gl.uint8, gl.uint8), is_pure=True, pack=4)
+    return gl.reshape(a, [R, 64]), gl.reshape(b, [R, 64])
+
+
+@gluon.jit
+def _decode_bf16(words, factor, R: gl.constexpr):
+    """`triton_expand.decode_bf16` of words int32 [R, 16], times their factors: bf16 [R, 64] each."""
+    a, b = gl.inline_asm_elementwise(BF16_PTX, "=r,=r,=r,=r,r,r,r,r", [_bytes(words, R, False)],
+                                     dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=4)
+    factor = _bytes(factor, R, False)
+    return gl.reshape(a * factor, [R, 64]), gl.reshape(b * factor, [R, 64])
+
+
+@gluon.jit
+def _to_lanes(t, R: gl.constexpr, MX: gl.constexpr):
+    """`triton_gemm._to_lanes`."""
+    B: gl.constexpr = 4 if MX else 2
+    return gl.reshape(gl.permute(gl.reshape(t, [R, 64 // (16 * B), 4, 4, B]), [0, 1, 3, 2, 4]), [R, 64])
+
+
+@gluon.jit
+def _consume(
+    buffers, operands, place, PART: gl.constexpr, N: gl.constexpr, K: gl.constexpr, MX: gl.constexpr, R: gl.constexpr,
+    BM: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, PARTS: gl.constexpr,
+):
+    """Decodes and multiplies R weight rows of the tile, the PART-th of the tile's PARTS, and writes their results."""
+    ws, xs, full, empty = buffers
+    w_scales, w_top, x_unit, gx, gw, bias, residual, out, parts, count, M = operands
+    row_n, row_m, start, split, tile = place
+    G: gl.constexpr = 32 if MX else 16
+    ACC: gl.constexpr = mma_layout(BM, MX)
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if MX else 2)
+    SCALES: gl.constexpr = scale_layout(R, MX)
+    WORDS: gl.constexpr = gl.SliceLayout(2, code_layout(R, MX))                              # [R, 16]
+    FEW: gl.constexpr = gl.SliceLayout(3, SCALES)                                            # [R, halves, 4]
+    first = row_n + PART * R
+    n = gl.minimum(first + gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(2, FEW))), N - 1)
+    half = gl.arange(0, 1 if MX else 2, gl.SliceLayout(0, gl.SliceLayout(2, FEW)))
+    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, FEW)))
+    groups = gl.expand_dims(gl.expand_dims(half, 0), 2) * 4 + gl.expand_dims(gl.expand_dims(lane, 0), 1)
+    rows = gl.expand_dims(gl.expand_dims(n, 1), 2)
+    scales = w_scales + rows * (K // G) + groups
+    if MX:
+        top = gl.load(w_top + rows).to(gl.int32)
+    acc = gl.zeros([R, BM], gl.float32, ACC)
+    byte = _scale_bytes(scales, start, MX)
+    mbarrier.wait(full.index(0), 0)
+    codes = ws.index(0).slice(PART * R, R, 0).load(WORDS)
+    for i in range(STEPS):
+        stage = i % STAGES
+        right = xs.index(stage)
+        if MX:
+            a, b = _decode_fp8(codes, _words(gl.maximum(byte - top, -26), R, MX), R)
+            # Either half of the panel is one half of a step's channels: both are one operand, of registers as they are.
+            both = gl.permute(gl.join(_to_lanes(a, R, MX), _to_lanes(b, R, MX)), [0, 2, 1])
+            both = gl.reshape(both, [R, BK]).to(gl.float8e5, bitcast=True)
+            left = gl.convert_layout(both, LEFT, assert_trivial=True)
+        else:
+            # e4m3's bits are its value times 2^-120 in fp32's fields; 2^119 times it times a pattern's 2^-126 fits bf16.
+            factor = (byte << 20).to(gl.float32, bitcast=True) * 2.0**120 * 2.0**119
+            factor = gl.where(byte == 127, float("nan"), factor).to(gl.bfloat16)
+            a, b = _decode_bf16(codes, _words(factor, R, MX), R)
+            left = gl.convert_layout(_to_lanes(a, R, MX), LEFT, assert_trivial=True)
+            # Waited for at once, here and below: until it is done, the tensor core reads registers that nothing else protects
+            # (ptxas gives them away). The other warpgroups decode meanwhile.
+            acc = warpgroup_mma(left, right.slice(0, 64, 1).permute((1, 0)), acc)
+            left = gl.convert_layout(_to_lanes(b, R, MX), LEFT, assert_trivial=True)
+            right = right.slice(64, 64, 1)
+        ahead = gl.minimum(i + 1, STEPS - 1)
+        byte = _scale_bytes(scales, start + ahead * BK, MX)
+        mbarrier.wait(full.index(ahead % STAGES), ahead // STAGES & 1)
+        codes = ws.index(ahead % STAGES).slice(PART * R, R, 0).load(WORDS)
+        acc = warpgroup_mma(left, right.permute((1, 0)), acc)
+        mbarrier.arrive(empty.index(stage))
+    n = first + gl.arange(0, R, gl.SliceLayout(1, ACC))
+    m = row_m + gl.arange(0, BM, gl.SliceLayout(0, ACC))
+    if MX:
+        unit = e8m0_factor(gl.load(w_top + gl.minimum(n, N - 1)).to(gl.int32)) * E5M2_UNIT
+        acc = acc * unit[:, None]
+        acc = acc * gl.load(x_unit + gl.minimum(m, M - 1))[None, :]
+    else:
+        acc = acc * 128.0
+    if SPLIT > 1:
+        mask = (m < M)[None, :] & (n < N)[:, None]
+        part = parts + (row_m.to(gl.int64) * N + first) + ((m - row_m)[None, :] * N + (n - first)[:, None])
+        stride = M.to(gl.int64) * N
+        gl.store(part + split * stride, acc, mask=mask, cache_modifier=".cg")
+        barrier()
+        arrived = gl.atomic_add(count + tile * PARTS + PART, 1, sem="acq_rel")
+        if arrived == SPLIT - 1:
+            total = gl.zeros([R, BM], gl.float32, ACC)
+            for s in gl.static_range(SPLIT):
+                total += gl.load(part + s * stride, mask=mask, other=0.0, cache_modifier=".cg")
+            _finish(total, first, row_m, gx, gw, bias, residual, out, M, N, R, BM)
+            gl.store(count + tile * PARTS + PART, 0)
+    else:
+        _finish(acc, first, row_m, gx, gw, bias, residual, out, M, N, R, BM)
+
+
+@gluon.jit
+def _finish(y, first, row_m, gx, gw, bias, residual, out, M, N: gl.constexpr, R: gl.constexpr, BM: gl.constexpr):
+    """`triton_gemv.finish` of a warpgroup's tile, written a row of x at a time."""
+    if gx is not None and gw is not None:
+        y = y * gl.div_rn(1.0, gl.load(gx) * gl.load(gw))
+    elif gx is not None:
+        y = y * gl.div_rn(1.0, gl.load(gx))
+    elif gw is not None:
+        y = y * gl.div_rn(1.0, gl.load(gw))
+    if bias is not None:
+        n = first + gl.arange(0, R, gl.SliceLayout(1, y.type.layout))
+        y += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+    WIDE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [R // 64, 4 // (R // 64)], [0, 1])
+    r = gl.convert_layout(y.to(out.dtype.element_ty), WIDE)
+    n = first + gl.arange(0, R, gl.SliceLayout(1, WIDE))
+    m = row_m + gl.arange(0, BM, gl.SliceLayout(0, WIDE))
+    mask = (m < M)[None, :] & (n < N)[:, None]
+    tile = row_m.to(gl.int64) * N + first
+    offset = (m - row_m)[None, :] * N + (n - first)[:, None]
+    if residual is not None:
+        added = gl.load(residual + tile + offset, mask=mask, other=0.0).to(gl.float32)
+        r = (r.to(gl.float32) + added).to(out.dtype.element_ty)
+    gl.store(out + tile + offset, r, mask=mask)
+
+
+@gluon.jit(do_not_specialize=["M"])
+def hopper_gemm_kernel(
+    x, x_unit, gx, w, w_scales, w_top, gw, bias, residual, out, parts, count, M, N: gl.constexpr, K: gl.constexpr,
+    MX: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, PARTS: gl.constexpr, SPLIT: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """out [M, N]. Descriptors: w int32 [N, K/8] in tiles [BN, 16]; x e5m2 [M, K] in panels (`expand_fp8_kernel`; NVFP4:
+    bf16, `expand_bf16_kernel`), tiles [BM, 128]. w_scales uint8 [N, K/G], w_top uint8 [N] and x_unit fp32 [M] (MXFP4),
+    parts fp32 [SPLIT, M, N], count int32 [PARTS * tiles], zeros before and after. Grid (tiles of N times tiles of M, SPLIT),
+    4 warps, which are one of the two warpgroups that multiply."""
+    R: gl.constexpr = BN // PARTS
+    STEPS: gl.constexpr = K // SPLIT // BK
+    tiles_n = gl.cdiv(N, BN)
+    tiles_m = gl.cdiv(M, BM)
+    pid = gl.program_id(0)
+    band = (pid // (GROUP * tiles_n)) * GROUP
+    height = gl.minimum(tiles_m - band, GROUP)
+    row_m = (band + (pid % (GROUP * tiles_n)) % height) * BM
+    row_n = ((pid % (GROUP * tiles_n)) // height) * BN
+    split = gl.program_id(1)
+    start = split * (K // SPLIT)
+    ws = gl.allocate_shared_memory(gl.int32, [STAGES, BN, WORDS_OF_STEP], w.layout)
+    xs = gl.allocate_shared_memory(x.dtype, [STAGES, BM, BK], x.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=PARTS)
+    wait_inputs(PDL)
+    TILE_BYTES: gl.constexpr = BN * WORDS_OF_STEP * 4 + BM * BK * (1 if MX else 2)
+    buffers = (ws, xs, full, empty)
+    operands = (w_scales, w_top, x_unit, gx, gw, bias, residual, out, parts, count, M)
+    place = (row_n, row_m, start, split, pid)
+    if PARTS == 2:
+        gl.warp_specialize([
+            (_consume, (buffers, operands, place, 0, N, K, MX, R, BM, STEPS, STAGES, SPLIT, PARTS)),
+            (_consume, (buffers, operands, place, 1, N, K, MX, R, BM, STEPS, STAGES, SPLIT, PARTS)),
+            (_produce, (w, x, buffers, row_n, row_m, start, STEPS, STAGES, TILE_BYTES)),
+        ], [4, 1], [240, 24])
+    else:
+        gl.warp_specialize([
+            (_consume, (buffers, operands, place, 0, N, K, MX, R, BM, STEPS, STAGES, SPLIT, PARTS)),
+            (_consume, (buffers, operands, place, 1, N, K, MX, R, BM, STEPS, STAGES, SPLIT, PARTS)),
+            (_consume, (buffers, operands, place, 2, N, K, MX, R, BM, STEPS, STAGES, SPLIT, PARTS)),
+            (_consume, (buffers, operands, place, 3, N, K, MX, R, BM, STEPS, STAGES, SPLIT, PARTS)),
+            (_produce, (w, x, buffers, row_n, row_m, start, STEPS, STAGES, TILE_BYTES)),
+        ], [4, 4, 4, 1], [112, 112, 112, 24])
+    start_next(PDL)
