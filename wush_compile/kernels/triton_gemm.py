@@ -141,7 +141,7 @@ def _row_maximum(scales, row, words, WORDS: tl.constexpr, R: tl.constexpr):
 def _waited_for(acc):
     """`acc`, once the tensor core has finished it. Triton would let a loop's last product run on into the next iteration, whose
     decoding writes the registers that hold its left operand: ptxas gives them away, and the hardware does not mind."""
-    return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=False, pack=1)
+    return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit(do_not_specialize=["M"])
