@@ -1,5 +1,6 @@
 """`lower` and `inline`: what a GPU gets, traced here with tensors that only pretend to be on one."""
 
+import ast
 from types import SimpleNamespace
 
 import pytest
@@ -174,6 +175,22 @@ def test_inductor_finds_in_the_kernels_what_the_launches_declare(format, hopper,
             assert written - {"count"} == set(node.kwargs["tensors_to_clone"]), name
             seen.add(name)
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_the_text_that_inductor_makes_of_the_kernels_is_python(format, hopper):
+    """It goes into a string of the code that packages are made with, constants and all."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+    from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as text_of
+
+    graph = on_gpu(exported(Product(format), x_like(5, 256)))
+    passes.run(graph, passes.PACKAGING)
+    kernels = {node.kwargs["kernel_idx"] for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)}
+    assert kernels
+    for index in kernels:
+        kernel = kernel_side_table.get_kernel(index)
+        text = text_of(kernel if hasattr(kernel, "src") else kernel.fn).replace("'''", "\\'\\'\\'")
+        compile(ast.literal_eval(f"'''{text}'''"), f"kernel {index}", "exec")
 
 
 def test_packaged_launches_read_the_same_every_time(hopper):

@@ -145,15 +145,14 @@ def expand_both_kernel(
     start_next(PDL)
 
 
-# Two registers of bf16 for the low codes of the four bytes in $4, two for the high ones.
+# Two registers of bf16 for the low codes of the four bytes in $4, two for the high ones. On one line: Inductor writes such
+# constants into the text of a package's kernels.
 BF16_PTX = tl.constexpr(
-    """{ .reg .b32 p, q, t;
-    prmt.b32 p, $4, 0, 0x4140;
-    prmt.b32 q, $4, 0, 0x4342;
-    and.b32 t, p, 0x000F000F; mul.lo.u32 t, t, 0x1040; and.b32 $0, t, 0x81C081C0;
-    and.b32 t, q, 0x000F000F; mul.lo.u32 t, t, 0x1040; and.b32 $1, t, 0x81C081C0;
-    and.b32 t, p, 0x00F000F0; mul.lo.u32 t, t, 0x104; and.b32 $2, t, 0x81C081C0;
-    and.b32 t, q, 0x00F000F0; mul.lo.u32 t, t, 0x104; and.b32 $3, t, 0x81C081C0; }"""
+    "{ .reg .b32 p, q, t; prmt.b32 p, $4, 0, 0x4140; prmt.b32 q, $4, 0, 0x4342; "
+    "and.b32 t, p, 0x000F000F; mul.lo.u32 t, t, 0x1040; and.b32 $0, t, 0x81C081C0; "
+    "and.b32 t, q, 0x000F000F; mul.lo.u32 t, t, 0x1040; and.b32 $1, t, 0x81C081C0; "
+    "and.b32 t, p, 0x00F000F0; mul.lo.u32 t, t, 0x104; and.b32 $2, t, 0x81C081C0; "
+    "and.b32 t, q, 0x00F000F0; mul.lo.u32 t, t, 0x104; and.b32 $3, t, 0x81C081C0; }"
 )
 
 
