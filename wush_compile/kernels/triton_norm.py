@@ -186,21 +186,27 @@ class Plan(NamedTuple):
 
 
 FEW_ROWS = 4                            # up to so many, every program computes the statistics itself
-AHEAD = 256                             # programs between a row's statistics and its tiles
+AHEAD = 2**22                           # values of tiles between a row's statistics and its own, by their columns
 MOST_BANDS = 2**14                      # counters of a call
 
 
 def choose_plan(rows: int, width: int, block: int) -> Plan:
-    """The plan for x [rows, width] with transform blocks of `block` (0: none)."""
+    """The plan for x [rows, width] with transform blocks of `block` (0: none), from measurements with blocks of 32
+    (docs/quantizer.md)."""
     tile = choose_tile(rows, width, block)
-    height = tile.rows * tile.tiles
     if rows <= FEW_ROWS:
         own = min(triton.next_power_of_2(rows), tile.rows)
-        return Plan("own", tile._replace(warps=max(tile.warps, own)), own)
-    share = min(4 if rows * width > 2**22 and width <= 4096 else 1, height)
+        columns = tile.columns if own == 1 else max(tile.columns, 64)
+        return Plan("own", tile._replace(columns=columns, warps=max(tile.warps, own)), own)
+    share = 1
+    if rows > 64 and 0 < block <= 64:
+        many = rows * width > 2**22
+        tile = Tile(64, 64, 4, 3, 4) if many else Tile(64, 64, 2, 2, 4)
+        share = 2 if many and width <= 4096 else 1
     if width > LOADS * 256:                                    # more than one warp can ask for at once
         tile = tile._replace(warps=max(tile.warps, 4))
-    return Plan("ahead" if triton.cdiv(rows, height) <= MOST_BANDS else "apart", tile, share, AHEAD)
+    bands = triton.cdiv(rows, tile.rows * tile.tiles)
+    return Plan("ahead" if bands <= MOST_BANDS else "apart", tile, share, max(AHEAD // width, 128))
 
 
 def steps(width: int, rows: int, warps: int) -> int:
