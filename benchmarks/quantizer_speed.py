@@ -20,7 +20,7 @@ from wush_compile.formats import FORMATS
 from wush_compile.kernels import triton_fused, triton_gram, triton_norm, triton_quantize
 from wush_compile.kernels.timing import copies, time_us
 from wush_compile.kernels.triton_norm import Plan
-from wush_compile.kernels.triton_quantize import Tile
+from wush_compile.kernels.triton_tiles import Tile, choose_tile
 
 SHAPES = ((1, 4096), (16, 4096), (64, 4096), (1024, 4096), (4096, 4096), (8192, 4096), (8192, 14336))
 
@@ -151,7 +151,7 @@ def tune() -> list[dict]:
 def norm_plans(m: int, k: int) -> list[Plan]:
     """What is in use first."""
     chosen = triton_norm.choose_plan(m, k, 32)
-    plans = [chosen, Plan("apart", triton_quantize.choose_tile(m, k, 32), 1)]
+    plans = [chosen, Plan("apart", choose_tile(m, k, 32), 1)]
     if m <= 16:
         rows = triton.next_power_of_2(m)
         plans += [Plan("own", Tile(16, w, 1, 1, warps), rows) for w in (32, 64) for warps in (1, 2, 4, 8)

@@ -21,7 +21,7 @@ from wush_compile import fused_ops
 from wush_compile.formats import FORMATS, get_format
 from wush_compile.kernels import cuda, triton_fused, triton_gptq, triton_gram, triton_linear, triton_quantize
 from wush_compile.kernels.triton_choose import Fused, Gemv
-from wush_compile.kernels.triton_quantize import Tile
+from wush_compile.kernels.triton_tiles import Tile
 from wush_compile.kernels.triton_transform import block_transform
 
 Case = tuple[str, Callable[[], object]]                  # name, call

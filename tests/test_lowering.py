@@ -19,7 +19,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.experimental.gluon.language import NVMMASharedLayout  # noqa: E402
 
 from wush_compile.formats import FORMATS  # noqa: E402
-from wush_compile.kernels import triton_choose, triton_norm, triton_quantize  # noqa: E402
+from wush_compile.kernels import triton_choose, triton_norm, triton_quantize, triton_tiles  # noqa: E402
 from wush_compile.kernels.triton_gemm import fused_gemm_kernel  # noqa: E402
 from wush_compile.kernels.triton_gemv import gemv_kernel  # noqa: E402
 from wush_compile.kernels.triton_hopper import hopper_gemm_kernel  # noqa: E402
@@ -71,7 +71,7 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
         pointers |= dict(x_unit="*fp32", w_top="*u8") if mx else {}
         pointers |= dict(parts="*fp32", count="*i32") if kernel.split > 1 else {}
         constants = dict(gx=None, gw=None, bias=None, residual=None, x_unit=None, w_top=None, parts=None, count=None, N=n, K=k,
-                         MX=mx, BN=kernel.bn, BM=kernel.bm, PARTS=kernel.groups, SPLIT=kernel.split, STAGES=kernel.stages,
+                         MX=mx, BN=kernel.bn, BM=kernel.bm, WARPGROUPS=kernel.warpgroups, SPLIT=kernel.split, STAGES=kernel.stages,
                          GROUP=8, PDL=True)
         return compile_kernel(hopper_gemm_kernel, pointers, constants, cc, 4, source=GluonASTSource)
     if isinstance(kernel, triton_choose.Gemv):
@@ -94,7 +94,7 @@ def compile_quantize(format, cc, block, native, tile, rule="absmax"):
                      STRIDE=4096, B=block, SHARED=False, FORMAT=format, RULE=rule, SCALED=False, SWIZZLED=False,
                      PROLOGUE=None, PTX=2 if cc >= 86 else 1, NATIVE=native, WIDE=False, R=tile.rows, W=tile.columns,
                      TILES=tile.tiles, STAGES=tile.stages,
-                     WORDS=triton_quantize.words(tile, True, False, block, 4096), PDL=cc >= 90)
+                     WORDS=triton_tiles.words(tile, True, False, block, 4096), PDL=cc >= 90)
     return compile_kernel(triton_quantize.transform_quantize_kernel, pointers, constants, cc, tile.warps, fusion=False)
 
 
@@ -105,7 +105,7 @@ def compile_norm(k, plan, cc):
     constants = dict(bias=None, mean=None, scale=None, counters=None, global_scale=None, K=k, STRIDE=k, B=32, SHARED=False,
                      FORMAT="mxfp4", RULE="absmax", SCALED=False, SWIZZLED=False, PROLOGUE="rms_rounded", PTX=2,
                      NATIVE=cc >= 100, WIDE=False, R=tile.rows, W=tile.columns, TILES=tile.tiles, STAGES=tile.stages,
-                     WORDS=triton_quantize.words(tile, True, False, 32, k), PDL=cc >= 90, EPS_TENSOR=False,
+                     WORDS=triton_tiles.words(tile, True, False, 32, k), PDL=cc >= 90, EPS_TENSOR=False,
                      ROWS=plan.rows, SEGMENT=triton_norm.SEGMENT, STEPS=triton_norm.steps(k, plan.rows, tile.warps))
     return compile_kernel(triton_norm.norm_quantize_kernel, pointers, constants, cc, tile.warps, fusion=False)
 
@@ -152,7 +152,7 @@ def test_a_silent_fallback_is_seen():
 @BLACKWELL
 @both
 def test_quantizers_are_native_on_blackwell(cc, format):
-    compiled = compile_quantize(format, cc, FORMATS[format].group_size, True, triton_quantize.Tile(64, 64, 1, 1, 4))
+    compiled = compile_quantize(format, cc, FORMATS[format].group_size, True, triton_tiles.Tile(64, 64, 1, 1, 4))
     assert "cvt.rn.satfinite.e2m1x2.f32" in compiled.asm["ptx"]
     code = sass(compiled)
     if code:
@@ -240,7 +240,7 @@ def test_hopper_products_stay_in_registers(format):
 @pytest.mark.parametrize("block, tile", [(0, (16, 256, 1, 1, 4)), (16, (64, 64, 4, 3, 4))])
 def test_no_fp8_conversion_in_the_nvfp4_quantizer(rule, block, tile):
     """ptxas 12.8 and 12.9 get e4m3 round trips wrong on sm_90: the scales are rounded without the instruction."""
-    code = sass(compile_quantize("nvfp4", 90, block, False, triton_quantize.Tile(*tile), rule))
+    code = sass(compile_quantize("nvfp4", 90, block, False, triton_tiles.Tile(*tile), rule))
     assert code and not re.search(r"E4M3|UNPACK_B", code)
 
 
@@ -271,7 +271,7 @@ def test_older_gpus_compile(cc, format):
         assert compile_linear(format, n, k, kernel, cc).metadata.shared <= limit, kernel
     block = FORMATS[format].group_size
     for m, b in ((1, block), (4096, block), (4096, 0)):
-        tile = triton_quantize.choose_tile(m, 4096, b)
+        tile = triton_tiles.choose_tile(m, 4096, b)
         assert compile_quantize(format, cc, b, False, tile).metadata.shared <= limit
 
 

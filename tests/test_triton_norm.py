@@ -12,7 +12,7 @@ from wush_compile import fused_ops, ops
 triton = pytest.importorskip("triton")
 from wush_compile.kernels.triton_memory import workspace  # noqa: E402
 from wush_compile.kernels.triton_norm import FEW_ROWS, Plan, choose_plan, norm_quantize  # noqa: E402
-from wush_compile.kernels.triton_quantize import Tile  # noqa: E402
+from wush_compile.kernels.triton_tiles import Tile  # noqa: E402
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from wush_compile import fused_ops, ops
 from wush_compile.kernels.triton_memory import workspace
 from wush_compile.kernels.triton_norm import Plan, norm_quantize
-from wush_compile.kernels.triton_quantize import Tile
+from wush_compile.kernels.triton_tiles import Tile
 generator = torch.Generator().manual_seed(0)
 narrow, walking = Tile(16, 32, 1, 1, 4), Tile(16, 64, 2, 2, 4)
 cases = [(*shape, "rms_rounded") for shape in ((3, 96), (35, 64), (5, 1120))] + [(35, 64, "layer_norm")]

@@ -13,6 +13,7 @@ from wush_compile.formats import FORMATS
 
 pytest.importorskip("triton")
 from wush_compile.kernels import layouts, triton_quantize  # noqa: E402
+from wush_compile.kernels.triton_tiles import Tile  # noqa: E402
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
@@ -104,7 +105,7 @@ def test_every_tile(format, tile):
     x, t = whole(515, 1536, 1536 // block, block, torch.bfloat16)
     g = scalar(0.37) if format == "nvfp4" else None
     want = ops._transform_quantize(x, t, g, format, "absmax")
-    assert_same(triton_quantize.transform_quantize(x, t, g, format, "absmax", triton_quantize.Tile(*tile)), want)
+    assert_same(triton_quantize.transform_quantize(x, t, g, format, "absmax", Tile(*tile)), want)
 
 
 @gpu
@@ -115,7 +116,7 @@ def test_every_tile_without_transform(format, tile):
     x = spread(515, 1536, torch.bfloat16)
     g = scalar(0.37) if format == "nvfp4" else None
     want = ops._transform_quantize(x, None, g, format, "absmax")
-    assert_same(triton_quantize.transform_quantize(x, None, g, format, "absmax", triton_quantize.Tile(*tile)), want)
+    assert_same(triton_quantize.transform_quantize(x, None, g, format, "absmax", Tile(*tile)), want)
 
 
 @gpu
@@ -142,7 +143,7 @@ def test_not_finite_values_stay_in_their_groups(format, transform):
     x[5, 3], x[6, 100], x[7, 511], x[66, 40] = float("nan"), float("inf"), -float("inf"), float("nan")
     t = t if transform else None
     for tile in (None, (64, 64, 4, 3, 4)):
-        tile = tile and triton_quantize.Tile(*tile)
+        tile = tile and Tile(*tile)
         got = triton_quantize.transform_quantize(x, t, None, format, "absmax", tile)
         assert_same(got, ops._transform_quantize(x, t, None, format, "absmax"))
         assert (got[1] == (0xFF if format == "mxfp4" else 0x7F)).sum() == 4
@@ -159,7 +160,7 @@ def test_huge_values_and_saturated_scales(format, rule, g, transform, tile):
     t = torch.eye(group, dtype=torch.bfloat16, device=DEVICE).repeat(512 // group, 1, 1) if transform else None
     x = x * torch.exp2(torch.arange(140, device=DEVICE) - 10.0)[:, None].bfloat16()
     x[7, 40], x[100, 300] = 3e38, -3.38e38
-    tile = tile and triton_quantize.Tile(*tile)
+    tile = tile and Tile(*tile)
     assert_same(triton_quantize.transform_quantize(x, t, scalar(g), format, rule, tile),
                 ops._transform_quantize(x, t, scalar(g), format, rule))
 
@@ -176,7 +177,7 @@ def test_swizzled_scales(format, m, k, transform):
     t = t if transform else None
     for tile in (None, (64, 64, 4, 3, 4), (16, 64, 1, 1, 1)):
         torch.full((2**20,), 0xAA, dtype=torch.uint8, device=DEVICE)     # what the allocator hands out next is not zero
-        tile = tile and triton_quantize.Tile(*tile)
+        tile = tile and Tile(*tile)
         codes, scales = triton_quantize.transform_quantize(x, t, None, format, "mse", tile, swizzled=True)
         want = ops._transform_quantize(x, t, None, format, "mse")
         assert_same((codes, scales), (want[0], layouts.swizzle_scales(want[1])))
@@ -210,6 +211,7 @@ INTERPRETED = """
 import torch
 from wush_compile import ops
 from wush_compile.kernels import layouts, triton_quantize as tq
+from wush_compile.kernels.triton_tiles import Tile
 generator = torch.Generator().manual_seed(0)
 cases = [("mxfp4", r, 3.0 if r == "paper" else None) for r in ("absmax", "mse", "ocp", "paper")]
 cases += [("nvfp4", "absmax", 0.37), ("nvfp4", "mse", None)]
@@ -220,7 +222,7 @@ for format, rule, g in cases:
     t = torch.randint(-3, 4, (96 // 32, 32, 32), generator=generator).bfloat16()
     whole = torch.randint(-24, 25, (3, 96), generator=generator).bfloat16()
     whole[2, 70] = float("inf")
-    for a, m, tile in ((x, None, tq.Tile(2, 64, 1, 1, 4)), (whole, t, tq.Tile(16, 64, 1, 1, 4))):
+    for a, m, tile in ((x, None, Tile(2, 64, 1, 1, 4)), (whole, t, Tile(16, 64, 1, 1, 4))):
         got, want = tq.transform_quantize(a, m, g, format, rule, tile), ops._transform_quantize(a, m, g, format, rule)
         assert all(torch.equal(p, q) for p, q in zip(got, want)), (format, rule)
     codes, scales = tq.transform_quantize(x, None, g, format, rule, tile, swizzled=True)

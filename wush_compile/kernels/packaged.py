@@ -23,8 +23,9 @@ from .triton_gemm import fused_gemm_kernel
 from .triton_gemv import gemv_kernel
 from .triton_memory import Workspace
 from .triton_provider import IMPLEMENTATIONS
-from .triton_quantize import choose_tile, dense_rows, transform_quantize_kernel
+from .triton_quantize import dense_rows, transform_quantize_kernel
 from .triton_scaled import scaled_gemm_kernel
+from .triton_tiles import choose_tile
 
 # (first, last) number of rows; the kernel that suits the last serves the band.
 BANDS = ((1, 1), (2, 16), (17, 64), (65, 128), (129, None))

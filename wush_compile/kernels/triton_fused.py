@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from .triton_norm import norm_quantize
-from .triton_quantize import Prologue, transform_quantize
+from .triton_prologue import Prologue
+from .triton_quantize import transform_quantize
 
 
 def rms_norm_transform_quantize(

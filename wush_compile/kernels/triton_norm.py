@@ -19,16 +19,9 @@ from triton.language.extra import libdevice
 
 from .triton_launch import arrive, overlaps, start_next, wait_inputs
 from .triton_memory import workspace
-from .triton_quantize import (
-    Prologue,
-    Tile,
-    assembly,
-    choose_tile,
-    dense_rows,
-    prepare,
-    quantize_rows,
-    transform_quantize,
-)
+from .triton_prologue import Prologue
+from .triton_quantize import dense_rows, prepare, quantize_rows, transform_quantize
+from .triton_tiles import Tile, assembly, choose_tile
 
 SEGMENT = 1024                          # columns of a row that are added side by side: 16 bytes for 128 threads
 DEPTH = tl.constexpr(10)                # SEGMENT = 2^DEPTH

@@ -4,8 +4,11 @@ Each is a function of one tile, fp32 inside, with one rounding to the model dtyp
 replaces (`fused_ops.py` has the definitions). Where the statistics of a norm's rows come from: `triton_norm`.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra import libdevice
 
 SQRT1_2 = tl.constexpr(0.7071067811865476)
@@ -62,3 +65,14 @@ def normed(x, mean, scale, weight, bias, KIND: tl.constexpr):
     elif KIND == "rms_wide_plus_one":
         y = y * (1.0 + weight.to(tl.float32))
     return y.to(x.dtype)
+
+
+class Prologue(NamedTuple):
+    """What is done to x before it is quantized: a name, as `gated` and `normed` know it, and its other operands."""
+
+    name: str | None = None
+    up: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    mean: Tensor | None = None
+    scale: Tensor | None = None
