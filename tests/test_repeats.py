@@ -1,5 +1,7 @@
 """Models that repeat a layer: the graph is that of the whole trace, or the whole trace is taken."""
 
+import threading
+
 import pytest
 import torch
 from models import plain, tokens
@@ -175,3 +177,11 @@ def test_the_quantized_model_is_the_same(monkeypatch):
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[0].items():
         assert torch.equal(tensor.reshape(-1).view(torch.uint8), states[1][name].reshape(-1).view(torch.uint8)), name
+
+
+def test_a_model_that_cannot_be_copied_is_traced_as_a_whole(monkeypatch):
+    """The layers are compared on a copy of the model, which something in it may forbid."""
+    model = Net(Layer).eval()
+    model.lock = threading.Lock()
+    by_layers, whole = traced(model, [(torch.randn(4, 32),)], monkeypatch)
+    assert by_layers is None and whole is not None

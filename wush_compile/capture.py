@@ -105,8 +105,8 @@ def _by_layers(model: nn.Module, example: Batch, constants: dict[str, object]) -
     layers = repeats.repeated(model)
     if not layers:
         return None
-    meta = skeleton(model)                                 # a copy of the model as it is, without marks
     try:
+        meta = skeleton(model)                             # a copy of the model as it is, without marks
         with repeats.marked(layers) as kinds:
             program = _export(model, example, constants)
         repeats.verify(kinds, meta)

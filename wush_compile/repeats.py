@@ -62,7 +62,7 @@ torch.library.register_fake("wush::again", lambda xs, kind: _like(_kinds[kind].o
 def repeated(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of the model's lists of at least `LEAST` modules of one class, by name; none of them inside another.
 
-    None where a layer shares weights with another, or has hooks: what these see cannot be told.
+    Empty where a layer shares weights with another, or has hooks inside: what these see cannot be told.
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -78,7 +78,7 @@ def repeated(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def hooked(layers: dict[str, nn.Module]) -> bool:
-    """Whether anything inside the layers has a forward hook."""
+    """Whether anything inside the layers has a forward hook. The layers' own run at every call, marked or not."""
     inner = (module for layer in layers.values() for module in layer.modules() if module is not layer)
     return any(module._forward_hooks or module._forward_pre_hooks for module in inner)
 

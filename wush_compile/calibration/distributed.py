@@ -62,7 +62,7 @@ def join(device: torch.device) -> Alone:
 
 
 def _leave() -> None:
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):                   # the other processes may be gone, or who has launched this one left
         dist.destroy_process_group()
 
 

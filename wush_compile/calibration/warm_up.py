@@ -23,13 +23,12 @@ from ..passes.group import ignored_by
 from ..passes.observe import SAMPLE_ROWS
 from ..phases import phase
 from ..solver import CHUNK_ELEMENTS, block_size, layer_loss, moment_shape, solve
+from ..solver.transforms import PANEL
 from .microbatch import most_rows, sequences
 
 log = logging.getLogger("wush_compile")
 # Rows of the group that is solved: what kernels are compiled for does not depend on them.
 ROWS = 256
-# Wider moments are factored in another way (`solver.transforms.cholesky_`), which leaves other strides.
-PANEL = 2048
 
 
 def _run(op: str, *args: object) -> object:
@@ -110,7 +109,8 @@ def pieces(
         # A value for each micro-batch, and those on their way.
         nbytes = tokens * embeddings.embedding_dim * embeddings.weight.element_size()
         yield functools.partial(_pin, -(-own // rows) + 2, nbytes)
-    widths = {w > PANEL: w for w in sorted((w for _, w, _ in linears), reverse=True)}             # the least of both
+    # Moments wider than a panel are factored in another way, which leaves other strides: the least width of both kinds.
+    widths = {w > PANEL: w for w in sorted((w for _, w, _ in linears), reverse=True)}
     dtype = next(dtype for _, _, dtype in linears)
     yield functools.partial(_solutions, sorted(widths.values()), tokens, config, dtype, device)
     for out, width, dtype in sorted(linears, key=str):

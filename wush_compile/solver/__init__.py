@@ -20,7 +20,7 @@ from .choose import CLOSED_FORM, Transforms, uses_conditional_moments
 from .gptq import gptq, gptq_conditional, rotate_
 from .layer_loss import layer_loss
 from .scales import global_scale, has_free_global_scale
-from .transforms import apply_blockwise, damped_cholesky, diagonal_blocks
+from .transforms import PANEL, apply_blockwise, damped_cholesky, diagonal_blocks
 
 # Values a rounding works on at a time: its temporaries are many times as large.
 CHUNK_ELEMENTS = 2**24
@@ -93,7 +93,7 @@ def solve(
         whole, h = h, diagonal_blocks(h, block).clone()                     # the factor takes the place of [K, K]
         with phase("Cholesky"):
             factor, report["damping_tries"] = damped_cholesky(
-                whole, config.damping, name, again=mean_moment, panel=max(2048, block))
+                whole, config.damping, name, again=mean_moment, panel=max(PANEL, block))
         del whole
     transforms = Transforms(config, h, block, weight.dtype, name)
     # GPTQ finds conditional transforms on its way; the weights' global scale is fixed before, from marginal ones.

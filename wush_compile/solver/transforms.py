@@ -11,6 +11,8 @@ from ..errors import ConfigError
 
 # Rounding in an fp32 moment can make it indefinite: damping is then added again, at most this often in all.
 MAX_DAMPING_TRIES = 100
+# Channels of a panel of `cholesky_`; narrower matrices are factored by the library.
+PANEL = 2048
 
 
 def hadamard_matrix(size: int) -> Tensor:
@@ -30,7 +32,7 @@ def random_orthogonal(blocks: int, size: int, seed: int, name: str) -> Tensor:
     return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[:, None, :]
 
 
-def cholesky_(a: Tensor, panel: int = 2048) -> tuple[Tensor, Tensor]:
+def cholesky_(a: Tensor, panel: int = PANEL) -> tuple[Tensor, Tensor]:
     """Cholesky by panels: a float64 [K, K] -> L in its place, and info, int32 [], not 0 if a is not positive definite.
 
     What is above the diagonal blocks of `panel` channels is not to be read. Beside `a` only a panel of columns is in
@@ -54,7 +56,7 @@ def cholesky_(a: Tensor, panel: int = 2048) -> tuple[Tensor, Tensor]:
 
 
 def damped_cholesky(
-    h: Tensor, damping: float, name: str, again: Callable[[], Tensor] | None = None, panel: int = 2048
+    h: Tensor, damping: float, name: str, again: Callable[[], Tensor] | None = None, panel: int = PANEL
 ) -> tuple[Tensor, int]:
     """Lower L with L Lᵀ = h + t·damping·mean(diag h)·I, float64 [.., K, K] -> ([.., K, K], the largest t needed).
 
