@@ -89,7 +89,8 @@ TUNED: dict = {}                        # (format, N, K) -> {rows: kernel}, from
 
 def read_tuned(path: pathlib.Path) -> None:
     for row in json.loads(path.read_text())["rows"]:
-        best = eval(row["all"][0][1], {"Fused": Fused, "Gemv": Gemv, "Hopper": Hopper})           # our own repr of a kernel's tile
+        # Our own repr of a kernel's tile.
+        best = eval(row["all"][0][1], {"Fused": Fused, "Gemv": Gemv, "Hopper": Hopper})
         TUNED.setdefault((row["format"], row["N"], row["K"]), {})[row["M"]] = best
 
 

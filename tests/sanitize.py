@@ -20,7 +20,7 @@ from torch import Tensor
 from wush_compile import fused_ops
 from wush_compile.formats import FORMATS, get_format
 from wush_compile.kernels import cuda, triton_fused, triton_gptq, triton_gram, triton_linear, triton_quantize
-from wush_compile.kernels.triton_choose import Fused, Gemv
+from wush_compile.kernels.triton_choose import Fused, Gemv, Hopper
 from wush_compile.kernels.triton_tiles import Tile
 from wush_compile.kernels.triton_transform import block_transform
 
@@ -145,6 +145,10 @@ PRODUCTS = (
     (("nvfp4",), Fused(64, 16, 128, 1, 4, 4, False), False, ((17, 264, 1024),)),
     (("nvfp4",), Fused(64, 64, 128, 2, 4, 4, False), False, ((70, 264, 1024),)),
     (("nvfp4",), Fused(128, 128, 128, 2, 8, 3, False), False, ((130, 200, 512),)),
+    (("mxfp4",), Hopper(128, 64, 2, 2, 8), False, ((70, 264, 1024),)),
+    (("mxfp4",), Hopper(256, 128, 4, 1, 6), False, ((130, 200, 512),)),
+    (("nvfp4",), Hopper(128, 64, 2, 2, 7), False, ((70, 264, 1024),)),
+    (("nvfp4",), Hopper(256, 128, 4, 1, 4), False, ((130, 200, 512),)),
     (("mxfp4",), None, True, ((9, 72, 512), (64, 200, 1024), (100, 136, 1024))),
     (("mxfp4",), "library", False, ((5, 48, 512), (300, 208, 1024))),
     (("mxfp4",), "library", True, ((130, 48, 512),)),
@@ -155,7 +159,10 @@ PRODUCTS = (
 
 def product_cases() -> Iterator[Case]:
     """Alone, to fp32 where the kernel has it, and with everything that can be added, to bf16."""
+    on_hopper = torch.cuda.get_device_capability() == (9, 0)
     for kinds, kernel, precise, sizes in PRODUCTS:
+        if isinstance(kernel, Hopper) and not on_hopper:
+            continue
         for format, (m, n, k), full in itertools.product(kinds, sizes, (False, True)):
             def call(format=format, kernel=kernel, precise=precise, m=m, n=n, k=k, full=full):
                 gx, gw = (scalar(v if full and format == "nvfp4" else None) for v in (0.37, 4.0))
