@@ -28,7 +28,7 @@ class Hopper(NamedTuple):
 
     bn: int
     bm: int
-    groups: int
+    warpgroups: int
     split: int
     stages: int
 

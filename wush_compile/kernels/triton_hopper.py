@@ -1,9 +1,9 @@
 """The product of many rows on Hopper: weights decoded in registers, everything else moved by the copy engine (Gluon).
 
-One warp asks the bulk copy engine (TMA) for tiles of packed weights and of x, several steps ahead; two warpgroups decode
-theirs, 64 or 128 weight rows each, straight into the left operand of `wgmma`, while the tensor cores still work on the step
-before. Gluon says who does what, which Triton's own pipeline of the same product (`triton_gemm`) does not: there decoding,
-copying and multiplying wait for each other.
+One warp asks the bulk copy engine (TMA) for tiles of packed weights and of x, several steps ahead; two or four warpgroups
+decode their weight rows straight into the left operand of `wgmma`, each while the tensor cores work for another. Gluon says
+who does what, which Triton's own pipeline of the same product (`triton_gemm`) does not: there copying, decoding and
+multiplying wait for each other.
 
 Operands, arithmetic and results are those of `triton_gemm.fused_gemm_kernel` with x expanded.
 """
@@ -112,10 +112,10 @@ def _to_lanes(t, R: gl.constexpr, MX: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    buffers, operands, place, PART: gl.constexpr, N: gl.constexpr, K: gl.constexpr, MX: gl.constexpr, R: gl.constexpr,
-    BM: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, PARTS: gl.constexpr,
+    buffers, operands, place, WARPGROUP: gl.constexpr, N: gl.constexpr, K: gl.constexpr, MX: gl.constexpr, R: gl.constexpr,
+    BM: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, WARPGROUPS: gl.constexpr,
 ):
-    """Decodes and multiplies R weight rows of the tile, the PART-th of the tile's PARTS, and writes their results."""
+    """One of the tile's warpgroups: decodes and multiplies R of its weight rows, and writes their results."""
     ws, xs, full, empty = buffers
     w_scales, w_top, x_unit, gx, gw, bias, residual, out, parts, count, M = operands
     row_n, row_m, start, split, tile = place
@@ -125,19 +125,21 @@ def _consume(
     SCALES: gl.constexpr = scale_layout(R, MX)
     WORDS: gl.constexpr = gl.SliceLayout(2, code_layout(R, MX))                              # [R, 16]
     FEW: gl.constexpr = gl.SliceLayout(3, SCALES)                                            # [R, halves, 4]
-    first = row_n + PART * R
+    first = row_n + WARPGROUP * R
     n = gl.minimum(first + gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(2, FEW))), N - 1)
     half = gl.arange(0, 1 if MX else 2, gl.SliceLayout(0, gl.SliceLayout(2, FEW)))
     lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, FEW)))
     groups = gl.expand_dims(gl.expand_dims(half, 0), 2) * 4 + gl.expand_dims(gl.expand_dims(lane, 0), 1)
     rows = gl.expand_dims(gl.expand_dims(n, 1), 2)
-    scales = w_scales + rows * (K // G) + groups
+    scales = w_scales + rows.to(gl.int64) * (K // G) + groups
     if MX:
         top = gl.load(w_top + rows).to(gl.int32)
     acc = gl.zeros([R, BM], gl.float32, ACC)
     byte = _scale_bytes(scales, start, MX)
     mbarrier.wait(full.index(0), 0)
-    codes = ws.index(0).slice(PART * R, R, 0).load(WORDS)
+    codes = ws.index(0).slice(WARPGROUP * R, R, 0).load(WORDS)
+    # Products are waited for at once: until one is done, the tensor core reads registers that nothing protects, since ptxas
+    # gives them away. The other warpgroups decode meanwhile.
     for i in range(STEPS):
         stage = i % STAGES
         right = xs.index(stage)
@@ -153,15 +155,13 @@ def _consume(
             factor = gl.where(byte == 127, float("nan"), factor).to(gl.bfloat16)
             a, b = _decode_bf16(codes, _words(factor, R, MX), R)
             left = gl.convert_layout(_to_lanes(a, R, MX), LEFT, assert_trivial=True)
-            # Waited for at once, here and below: until it is done, the tensor core reads registers that nothing else protects
-            # (ptxas gives them away). The other warpgroups decode meanwhile.
             acc = warpgroup_mma(left, right.slice(0, 64, 1).permute((1, 0)), acc)
             left = gl.convert_layout(_to_lanes(b, R, MX), LEFT, assert_trivial=True)
             right = right.slice(64, 64, 1)
         ahead = gl.minimum(i + 1, STEPS - 1)
         byte = _scale_bytes(scales, start + ahead * BK, MX)
         mbarrier.wait(full.index(ahead % STAGES), ahead // STAGES & 1)
-        codes = ws.index(ahead % STAGES).slice(PART * R, R, 0).load(WORDS)
+        codes = ws.index(ahead % STAGES).slice(WARPGROUP * R, R, 0).load(WORDS)
         acc = warpgroup_mma(left, right.permute((1, 0)), acc)
         mbarrier.arrive(empty.index(stage))
     n = first + gl.arange(0, R, gl.SliceLayout(1, ACC))
@@ -178,13 +178,13 @@ def _consume(
         stride = M.to(gl.int64) * N
         gl.store(part + split * stride, acc, mask=mask, cache_modifier=".cg")
         barrier()
-        arrived = gl.atomic_add(count + tile * PARTS + PART, 1, sem="acq_rel")
+        arrived = gl.atomic_add(count + tile * WARPGROUPS + WARPGROUP, 1, sem="acq_rel")
         if arrived == SPLIT - 1:
             total = gl.zeros([R, BM], gl.float32, ACC)
             for s in gl.static_range(SPLIT):
                 total += gl.load(part + s * stride, mask=mask, other=0.0, cache_modifier=".cg")
             _finish(total, first, row_m, gx, gw, bias, residual, out, M, N, R, BM)
-            gl.store(count + tile * PARTS + PART, 0)
+            gl.store(count + tile * WARPGROUPS + WARPGROUP, 0)
     else:
         _finish(acc, first, row_m, gx, gw, bias, residual, out, M, N, R, BM)
 
@@ -217,15 +217,14 @@ def _finish(y, first, row_m, gx, gw, bias, residual, out, M, N: gl.constexpr, R:
 @gluon.jit(do_not_specialize=["M"])
 def hopper_gemm_kernel(
     x, x_unit, gx, w, w_scales, w_top, gw, bias, residual, out, parts, count, M, N: gl.constexpr, K: gl.constexpr,
-    MX: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, PARTS: gl.constexpr, SPLIT: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr,
-    PDL: gl.constexpr,
+    MX: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, PDL: gl.constexpr,
 ):
     """out [M, N]. Descriptors: w int32 [N, K/8] in tiles [BN, 16]; x e5m2 [M, K] in panels (`expand_fp8_kernel`; NVFP4:
     bf16, `expand_bf16_kernel`), tiles [BM, 128]. w_scales uint8 [N, K/G], w_top uint8 [N] and x_unit fp32 [M] (MXFP4),
-    parts fp32 [SPLIT, M, N], count int32 [PARTS * tiles], zeros before and after. Grid (tiles of N times tiles of M, SPLIT),
-    4 warps, which are one of the two warpgroups that multiply."""
-    R: gl.constexpr = BN // PARTS
+    parts fp32 [SPLIT, M, N], count int32 [WARPGROUPS * tiles], zeros before and after. Grid (tiles of N times tiles of M,
+    SPLIT), 4 warps: one of the 2 or 4 warpgroups that multiply."""
+    R: gl.constexpr = BN // WARPGROUPS
     STEPS: gl.constexpr = K // SPLIT // BK
     tiles_n = gl.cdiv(N, BN)
     tiles_m = gl.cdiv(M, BM)
@@ -242,24 +241,24 @@ def hopper_gemm_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=PARTS)
+        mbarrier.init(empty.index(i), count=WARPGROUPS)
     wait_inputs(PDL)
     TILE_BYTES: gl.constexpr = BN * WORDS_OF_STEP * 4 + BM * BK * (1 if MX else 2)
     buffers = (ws, xs, full, empty)
     operands = (w_scales, w_top, x_unit, gx, gw, bias, residual, out, parts, count, M)
     place = (row_n, row_m, start, split, pid)
-    if PARTS == 2:
+    if WARPGROUPS == 2:
         gl.warp_specialize([
-            (_consume, (buffers, operands, place, 0, N, K, MX, R, BM, STEPS, STAGES, SPLIT, PARTS)),
-            (_consume, (buffers, operands, place, 1, N, K, MX, R, BM, STEPS, STAGES, SPLIT, PARTS)),
+            (_consume, (buffers, operands, place, 0, N, K, MX, R, BM, STEPS, STAGES, SPLIT, WARPGROUPS)),
+            (_consume, (buffers, operands, place, 1, N, K, MX, R, BM, STEPS, STAGES, SPLIT, WARPGROUPS)),
             (_produce, (w, x, buffers, row_n, row_m, start, STEPS, STAGES, TILE_BYTES)),
         ], [4, 1], [240, 24])
     else:
         gl.warp_specialize([
-            (_consume, (buffers, operands, place, 0, N, K, MX, R, BM, STEPS, STAGES, SPLIT, PARTS)),
-            (_consume, (buffers, operands, place, 1, N, K, MX, R, BM, STEPS, STAGES, SPLIT, PARTS)),
-            (_consume, (buffers, operands, place, 2, N, K, MX, R, BM, STEPS, STAGES, SPLIT, PARTS)),
-            (_consume, (buffers, operands, place, 3, N, K, MX, R, BM, STEPS, STAGES, SPLIT, PARTS)),
+            (_consume, (buffers, operands, place, 0, N, K, MX, R, BM, STEPS, STAGES, SPLIT, WARPGROUPS)),
+            (_consume, (buffers, operands, place, 1, N, K, MX, R, BM, STEPS, STAGES, SPLIT, WARPGROUPS)),
+            (_consume, (buffers, operands, place, 2, N, K, MX, R, BM, STEPS, STAGES, SPLIT, WARPGROUPS)),
+            (_consume, (buffers, operands, place, 3, N, K, MX, R, BM, STEPS, STAGES, SPLIT, WARPGROUPS)),
             (_produce, (w, x, buffers, row_n, row_m, start, STEPS, STAGES, TILE_BYTES)),
         ], [4, 4, 4, 1], [112, 112, 112, 24])
     start_next(PDL)

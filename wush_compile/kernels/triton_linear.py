@@ -122,15 +122,15 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
     m, n, k = o.sizes
     x, unit, gx = expand_x(o)
     tiles = triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm)
-    split = tile.split if tile.groups * tiles <= Workspace.RING else 1
+    split = tile.split if tile.warpgroups * tiles <= Workspace.RING else 1
     stages = tile.stages - (out.element_size() > 2)                   # the tile's results pass through shared memory too
     hopper_gemm_kernel[(tiles, split)](
         TensorDescriptor.from_tensor(x, [tile.bm, 128], NVMMASharedLayout(128, 8 * x.element_size())), unit, gx,
         TensorDescriptor.from_tensor(o.w_codes.view(torch.int32), [tile.bn, 16], NVMMASharedLayout(64, 32)), o.w_scales,
         row_facts(o.w_scales).top if o.mx else None, o.gw, o.bias, o.residual, out,
         torch.empty((split, m, n), dtype=torch.float32, device=out.device) if split > 1 else None,
-        workspace(out.device).counters(tile.groups * tiles) if split > 1 else None,
-        m, n, k, o.mx, tile.bn, tile.bm, tile.groups, split, stages, 8, True, num_warps=4, launch_pdl=True,
+        workspace(out.device).counters(tile.warpgroups * tiles) if split > 1 else None,
+        m, n, k, o.mx, tile.bn, tile.bm, tile.warpgroups, split, stages, 8, True, num_warps=4, launch_pdl=True,
     )
 
 
