@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 
 from wush_compile import fused_ops, ops
 
 triton = pytest.importorskip("triton")
+from wush_compile.kernels.triton_choose import triton_version  # noqa: E402
 from wush_compile.kernels.triton_memory import workspace  # noqa: E402
 from wush_compile.kernels.triton_norm import FEW_ROWS, Plan, choose_plan, norm_quantize  # noqa: E402
 from wush_compile.kernels.triton_tiles import Tile  # noqa: E402
@@ -60,6 +62,8 @@ print("same")
 
 
 def test_norms_interpreted():
+    if triton_version() < (3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 5):
+        pytest.skip("the interpreter of Triton 3.6 cannot loop up to a value of its own with numpy 2.5")
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=env, timeout=240)
     assert run.stdout.strip().endswith("same"), run.stderr[-2000:]

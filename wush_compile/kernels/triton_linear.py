@@ -278,7 +278,9 @@ def fp4_linear(
     try:
         RUN[type(chosen)](o, chosen, out)
     except Exception as error:
-        if kernel is not None or not isinstance(chosen, Hopper) or isinstance(error, torch.OutOfMemoryError):
+        # A CUDA error may be an earlier kernel's, and leaves nothing that could still compute.
+        of_cuda = isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError) or "Triton Error [CUDA]" in str(error)
+        if kernel is not None or not isinstance(chosen, Hopper) or of_cuda:
             raise
         give_up_gluon(error)
         return fp4_linear(codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual,
