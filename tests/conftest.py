@@ -1,6 +1,9 @@
 """What every test file shares: threads, the hypothesis profile, and the skip of tests that need a GPU."""
 
 import logging
+import os
+import shutil
+import subprocess
 
 import hypothesis
 import pytest
@@ -23,3 +26,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def shared_libstdcxx(monkeypatch, tmp_path):
+    """AOTInductor compiles with a g++ whose libraries use the process's libstdc++. One that links its own makes packages that
+    crash on loading, whatever is in them: `std::regex` meets a facet of the other libstdc++."""
+    source, library = tmp_path / "regex.cpp", tmp_path / "regex.so"
+    source.write_text('#include <regex>\nextern "C" bool match(const char* t) { return std::regex_match(t, std::regex("[a-z]+")); }\n')
+    for compiler in (os.environ.get("CXX"), "g++", "/usr/bin/g++"):
+        if compiler and shutil.which(compiler):
+            done = subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], capture_output=True)
+            if done.returncode == 0 and b"libstdc++.so" in library.read_bytes():
+                monkeypatch.setenv("CXX", compiler)
+                monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, compiler))
+                return
+    pytest.skip("no g++ that links libstdc++ dynamically")

@@ -146,7 +146,7 @@ def test_gpu_offloaded_models_run_and_compile(where, tmp_path):
     assert torch.equal(run(x), expected) and torch.equal(run(x), expected)
 
 
-def test_gpu_packages_of_narrow_layers_inline_the_arithmetic(tmp_path):
+def test_gpu_packages_of_narrow_layers_inline_the_arithmetic(shared_libstdcxx, tmp_path):
     model, x = mlp().cuda(), rows(2, 5).cuda()
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},))
     path = torch._inductor.aoti_compile_and_package(wc.fuse(program, inline=True), package_path=str(tmp_path / "m.pt2"))

@@ -150,7 +150,7 @@ def test_a_package_runs_in_a_process_that_imports_only_torch_and_in_cpp(tmp_path
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("format, rule", [("mxfp4", "mse"), ("nvfp4", "mse")])
-def test_gpu_packages_hold_triton_kernels_for_every_number_of_rows(format, rule, tmp_path):
+def test_gpu_packages_hold_triton_kernels_for_every_number_of_rows(format, rule, shared_libstdcxx, tmp_path):
     model = pair(format=format, activation_scale_rule=rule).cuda()
     program = torch.export.export(model, (pair_rows(5).cuda(),), dynamic_shapes=({0: Dim.AUTO},))
     program = wc.fuse(program, inline=True)
@@ -164,7 +164,7 @@ def test_gpu_packages_hold_triton_kernels_for_every_number_of_rows(format, rule,
         for n in (1, 16, 64, 128, 3, 5, 100, 300):
             x = pair_rows(n).cuda()
             expected, actual = model(x), packaged(x)
-            if n in (1, 16, 64, 128):                        # where the band's kernel is the one that eager chooses
+            if n in (1, 16, 64):                             # where the band's kernel is the one that eager chooses
                 assert torch.equal(actual, expected), n
             difference = (actual - expected).float().norm() / expected.float().norm()
             assert difference < 0.01, (n, difference)
@@ -172,14 +172,14 @@ def test_gpu_packages_hold_triton_kernels_for_every_number_of_rows(format, rule,
 
 
 @pytest.mark.gpu
-def test_a_gpu_package_runs_in_a_process_that_imports_only_torch_and_in_cpp(tmp_path):
+def test_a_gpu_package_runs_in_a_process_that_imports_only_torch_and_in_cpp(shared_libstdcxx, tmp_path):
     path, printed = make_package(tmp_path, "cuda")
     assert float(printed.split()[-1]) < 0.05, printed        # Inductor's norm and activation may flip a code
     python = run_only_torch(path, "cuda")
     assert len(python) == len(IDS)
     from torch.utils import cpp_extension
 
-    command = ["g++", "-std=c++20", EXAMPLES / "export_aoti" / "host.cpp", "-o", tmp_path / "host"]
+    command = [os.environ["CXX"], "-std=c++20", EXAMPLES / "export_aoti" / "host.cpp", "-o", tmp_path / "host"]
     command += [f"-I{p}" for p in cpp_extension.include_paths()]
     command += [flag for p in cpp_extension.library_paths() for flag in (f"-L{p}", f"-Wl,-rpath,{p}")]
     command += ["-Wl,--no-as-needed", "-ltorch_cuda", "-lc10_cuda", "-ltorch", "-ltorch_cpu", "-lc10"]
