@@ -210,7 +210,9 @@ def test_all_e4m3_scales_round_as_the_reference():
 INTERPRETED = """
 import torch
 from wush_compile import ops
-from wush_compile.kernels import layouts, triton_quantize as tq
+import triton
+import triton.language as tl
+from wush_compile.kernels import layouts, triton_fused, triton_prologue, triton_quantize as tq
 from wush_compile.kernels.triton_tiles import Tile
 generator = torch.Generator().manual_seed(0)
 cases = [("mxfp4", r, 3.0 if r == "paper" else None) for r in ("absmax", "mse", "ocp", "paper")]
@@ -228,6 +230,21 @@ for format, rule, g in cases:
     codes, scales = tq.transform_quantize(x, None, g, format, rule, tile, swizzled=True)
     want = ops._transform_quantize(x, None, g, format, rule)
     assert torch.equal(codes, want[0]) and torch.equal(scales, layouts.swizzle_scales(want[1])), (format, rule)
+
+# A gate in front, with the exponential that the interpreter has.
+@triton.jit
+def silu(x):
+    return tl.div_rn(x, 1.0 + tl.exp(-x))
+
+triton_prologue.silu = silu
+for m, k in ((1, 96), (3, 64), (35, 1120)):
+    gate = torch.randn(m, k, generator=generator).half()
+    up = torch.randint(-4, 5, (m, k), generator=generator).half()
+    t = torch.randint(-3, 4, (k // 32, 32, 32), generator=generator).half()
+    for transform in (None, t):
+        got = triton_fused.silu_mul_transform_quantize(gate, up, transform, None, "mxfp4", "absmax")
+        want = ops._transform_quantize(torch.nn.functional.silu(gate) * up, transform, None, "mxfp4", "absmax")
+        assert all(torch.equal(p, q) for p, q in zip(got, want)), (m, k)
 print("same")
 """
 

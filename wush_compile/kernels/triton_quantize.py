@@ -99,14 +99,15 @@ def _inside(rows, left, columns, K: tl.constexpr, MASKED: tl.constexpr, EVEN: tl
 @triton.jit
 def load_rows(
     x, row, left, stride, first, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, OTHER: tl.constexpr = 0.0,
 ):
-    """Rows `row` + 0..R of what x points to, columns `first` + 0..W."""
+    """Rows `row` + 0..R of what x points to, columns `first` + 0..W; OTHER where there is none: 1 for gates, since the
+    division in SiLU takes its slow path for zeros."""
     rows = row + tl.arange(0, R)[:, None]
     columns = tl.arange(0, W)[None, :]
     inside = _inside(rows, left, first + columns, K, MASKED, EVEN)
     pointers = x + (rows * stride + columns)
-    return tl.load(pointers, mask=inside, other=None if inside is None else 0.0)
+    return tl.load(pointers, mask=inside, other=None if inside is None else OTHER)
 
 
 @triton.jit
@@ -137,7 +138,8 @@ def _load_tile(
     EVEN: tl.constexpr, PROLOGUE: tl.constexpr,
 ):
     """The tile that is transformed and quantized: of x, or what PROLOGUE makes of it."""
-    tile = load_rows(source[0], row, left, source[6], first, K, R, W, MASKED, EVEN)
+    OTHER: tl.constexpr = 0.0 if source[1] is None else 1.0
+    tile = load_rows(source[0], row, left, source[6], first, K, R, W, MASKED, EVEN, OTHER)
     return _prologue(tile, source, row, left, first, K, R, W, MASKED, EVEN, PROLOGUE)
 
 
@@ -278,7 +280,7 @@ def quantize_rows(
     if FORMAT == "nvfp4":
         limit = tl.minimum(float_bits(2680.0 / g), INF_BITS)
     if TILES == 1:
-        tile = load_rows(x, 0, left, stride, first, K, R, W, True, EVEN)
+        tile = load_rows(x, 0, left, stride, first, K, R, W, True, EVEN, 0.0 if up is None else 1.0)
         if arrivals is not None:
             wait_arrivals(arrivals)
         tile = _prologue(tile, source, 0, left, first, K, R, W, True, EVEN, PROLOGUE)
