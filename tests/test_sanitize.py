@@ -1,6 +1,7 @@
 """The calls that compute-sanitizer is run over (sanitize.py): each reaches its kernel with arguments that fit it."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ def test_every_call_is_launched(group, monkeypatch):
     monkeypatch.setattr(sanitize, "DEVICE", "cpu")
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *args: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(triton_memory, "_workspaces", {})
     monkeypatch.setattr(torch, "_scaled_mm", product)

@@ -87,6 +87,7 @@ def test_a_triton_whose_gluon_fails_is_told_once_and_replaced(monkeypatch, caplo
     assert isinstance(triton_choose.choose("mxfp4", 300, 4096, 1024), Hopper)
     monkeypatch.setattr(triton_choose, "_failures", [])
     monkeypatch.setattr(triton_linear, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_linear, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(triton_linear, "run_library", lambda operands: torch.full((300, 4096), 7.0))
     monkeypatch.setitem(triton_linear.RUN, Hopper, broken)
     with caplog.at_level("WARNING", "wush_compile"):

@@ -106,10 +106,10 @@ HOPPER = {
 }
 # It is faster above so many rows, for at most FEW weight rows and for more.
 LEAST_ROWS = {"mxfp4": (64, 32), "nvfp4": (64, 16)}
-MULTIPROCESSORS = 132
+MULTIPROCESSORS = 132                   # of an H100 or H200 with HBM3; an H100 for PCIe has 114
 
 
-def _hopper(format: str, rows: int, n: int, k: int, library: bool) -> "Hopper | str":
+def _hopper(format: str, rows: int, n: int, k: int, library: bool, multiprocessors: int) -> "Hopper | str":
     """The tile for many rows that takes least time, in microseconds, K in parts where tiles are few; or, if `library`,
     "library" or "bf16", where expanding the weight first takes less."""
     if not library:
@@ -121,8 +121,8 @@ def _hopper(format: str, rows: int, n: int, k: int, library: bool) -> "Hopper | 
     for tile, step in HOPPER[format].items():
         tiles = -(-n // tile.bn) * -(-rows // tile.bm)
         for split in (1, 2, 4):
-            if split == 1 or k // 128 % split == 0 and tiles * split <= MULTIPROCESSORS:
-                waves = -(-tiles * split // MULTIPROCESSORS)
+            if split == 1 or k // 128 % split == 0 and tiles * split <= multiprocessors:
+                waves = -(-tiles * split // multiprocessors)
                 adding = (split > 1) * 2 + 6e-6 * (split - 1) * split * rows * n        # the parts, written and read again
                 times[tile._replace(split=split)] = waves * (1.5 + step * (k // 128) / split) + adding
     return min(times, key=times.get)
@@ -152,7 +152,7 @@ def give_up_gluon(error: Exception) -> None:
 @functools.lru_cache(1024)
 def choose(
     format: str, rows: int, n: int, k: int, capability: tuple[int, int] = (9, 0), precise: bool = False,
-    portable: bool = False, library: bool = True,
+    portable: bool = False, library: bool = True, multiprocessors: int = MULTIPROCESSORS,
 ) -> "Gemv | Fused | Hopper | Scaled | Int4 | str":
     """The kernel for [rows, k] times [n, k] on a device of that compute capability: a tile, "library" or "bf16".
 
@@ -172,7 +172,7 @@ def choose(
         return "bf16"
     precise = precise and format == "mxfp4"
     if capability == (9, 0) and rows > LEAST_ROWS[format][n > FEW] and not precise and not portable and has_gluon():
-        return _hopper(format, rows, n, k, library)
+        return _hopper(format, rows, n, k, library, multiprocessors)
     if precise and rows > 64:
         # A second accumulator fits beside this tile's; above, cuBLASLt's own is faster.
         tile = FUSED["mxfp4"][128][n > FEW] if rows <= 512 else None

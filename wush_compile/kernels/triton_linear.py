@@ -267,10 +267,12 @@ def fp4_linear(
         None if residual is None else residual.reshape(-1, n).contiguous(), format == "mxfp4", precise,
     )
     check(o, format, out_dtype)
-    chosen = kernel or choose(format, flat.shape[0], n, k, capability(codes.device.index), precise)
+    device = codes.device.index
+    shape_of = format, flat.shape[0], n, k, capability(device), precise
+    chosen = kernel or choose(*shape_of, multiprocessors=multiprocessors(device))
     if chosen == "library" and (out_dtype != torch.bfloat16 or bias is not None or n % 16
                                 or not row_facts(o.w_scales).fits_e4m3):
-        chosen = choose(format, flat.shape[0], n, k, capability(codes.device.index), precise, library=False)
+        chosen = choose(*shape_of, multiprocessors=multiprocessors(device), library=False)
     if isinstance(chosen, str):
         y = run_library(o) if chosen == "library" else run_bf16(o, out_dtype)
         return y.view(shape)
@@ -295,6 +297,12 @@ RUN = {Gemv: run_gemv, Fused: run_fused, Hopper: run_hopper, Scaled: run_scaled,
 def capability(device: int) -> tuple[int, int]:
     """Compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """How many a CUDA device has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _dense(t: Tensor) -> Tensor:
