@@ -209,8 +209,7 @@ GEMVS = tuple(Gemv(*tile) for tile in ((16, 2048, 8), (8, 2048, 4), (16, 1024, 4
 def candidates(format: str, m: int) -> list:
     """Kernels worth timing at m rows."""
     tiles = next((tiles for most, tiles in TILES[format].items() if m <= most), ())
-    fused = [Fused(bn, bm, bk, split, warps, stages, False) for bn, bm, bk, warps, stages in tiles for split in (1, 2, 4)
-             if m <= 128]
+    fused = [Fused(bn, bm, bk, split, warps, stages, False) for bn, bm, bk, warps, stages in tiles for split in (1, 2, 4)]
     if m <= 16:
         bn, bm, bk, warps, stages = tiles[0]
         fused += [Fused(bn, bm, bk, split, warps, stages, True) for split in (1, 2, 4)]

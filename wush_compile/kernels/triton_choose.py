@@ -96,8 +96,8 @@ FUSED = {
 
 
 # Hopper's product for many rows: tiles, and microseconds that a step of 128 channels takes with one of them on every
-# multiprocessor of an H100. These and the figures of `_hopper` are fitted to what `benchmarks/kernel_speed.py tune-linear`
-# measured there; they choose what it found fastest, or mostly within 5 % of it.
+# multiprocessor of an H100. These and the figures of `_hopper` are fitted to what was measured there
+# (benchmarks/results/tune_linear_h100.json, docs/kernels.md); they choose what it found fastest, or mostly within 5 % of it.
 HOPPER = {
     "mxfp4": {Hopper(128, 64, 2, 1, 8): 0.38, Hopper(128, 128, 2, 1, 6): 0.49, Hopper(128, 256, 2, 1, 4): 0.78,
               Hopper(256, 64, 4, 1, 8): 0.73, Hopper(256, 128, 4, 1, 6): 0.87},

@@ -140,7 +140,7 @@ def _row_maximum(scales, row, words, WORDS: tl.constexpr, R: tl.constexpr):
 @triton.jit
 def _waited_for(acc):
     """`acc`, once the tensor core has finished it. Triton would let a loop's last product run on into the next iteration, whose
-    decoding writes the registers that hold its left operand: ptxas gives them away, and the hardware does not mind."""
+    decoding writes registers that hold its left operand: the ptxas of Triton 3.6 gives them away before the wait."""
     return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
 
 

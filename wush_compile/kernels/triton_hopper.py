@@ -138,8 +138,8 @@ def _consume(
     byte = _scale_bytes(scales, start, MX)
     mbarrier.wait(full.index(0), 0)
     codes = ws.index(0).slice(WARPGROUP * R, R, 0).load(WORDS)
-    # Products are waited for at once: until one is done, the tensor core reads registers that nothing protects, since ptxas
-    # gives them away. The other warpgroups decode meanwhile.
+    # Products are waited for at once: until one is done, the tensor core reads its left operand's registers, which the ptxas of
+    # Triton 3.6 gives away (seen as NaN on an H100). The other warpgroups decode meanwhile.
     for i in range(STEPS):
         stage = i % STAGES
         right = xs.index(stage)
