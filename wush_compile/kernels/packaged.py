@@ -198,8 +198,8 @@ def _fused(
         groups = triton.next_power_of_2(k // 32)
         expanded = _launch(
             expand_fp8_kernel, ("out", "unit"), (here * m,), 4, codes=x_words, scales=xs, g=gx,
-            unit=x.new_empty(m, dtype=torch.float32), out=x.new_empty((m, k // 4), dtype=torch.int32), rows=m, K=k,
-            KG=groups, E4=False, SCALED=gx is not None, R=1, C=min(groups, 128), LANES=True,
+            unit=x.new_empty(m, dtype=torch.float32), out=x.new_empty((m, k // 4), dtype=torch.int32), K=k, KG=groups,
+            E4=False, SCALED=gx is not None, C=min(groups, 128), LANES=True,
         )
         x, unit, gx = expanded["out"].view(torch.float8_e5m2), expanded["unit"], None
     elif not tile.packed:

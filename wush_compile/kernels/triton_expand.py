@@ -62,58 +62,58 @@ def _look_up(w, low, high):
 
 
 @triton.jit
-def _store_lanes(at, first_group, first, second, inside, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """Halves of C groups, [R, C, 4] words each, to rows `at` [R, 1]: of every 4 groups the first words come first."""
+def _store_lanes(out, first_group, first, second, K: tl.constexpr, C: tl.constexpr):
+    """Halves of C groups, [C, 4] words each, to a row: of every 4 groups the first words come first."""
     panel = first_group // 4 + tl.arange(0, C // 4)
-    word = tl.arange(0, 16)
-    at = at[:, :, None] + (panel * 32)[None, :, None] + word[None, None, :]
-    there = inside[:, :, None] & (panel < K // 128)[None, :, None]
+    at = out + ((panel * 32)[:, None] + tl.arange(0, 16)[None, :])
+    there = (panel < K // 128)[:, None]
     # Permuted first, so that 16 bytes are stored at once.
-    first = tl.reshape(tl.permute(tl.reshape(first, (R, C // 4, 4, 4)), (0, 1, 3, 2)), (R, C // 4, 16))
-    second = tl.reshape(tl.permute(tl.reshape(second, (R, C // 4, 4, 4)), (0, 1, 3, 2)), (R, C // 4, 16))
+    first = tl.reshape(tl.permute(tl.reshape(first, (C // 4, 4, 4)), (0, 2, 1)), (C // 4, 16))
+    second = tl.reshape(tl.permute(tl.reshape(second, (C // 4, 4, 4)), (0, 2, 1)), (C // 4, 16))
     tl.store(at, first, mask=there)
     tl.store(at + 16, second, mask=there)
 
 
 @triton.jit
 def _expand_fp8(
-    r, part, parts, codes, scales, g, unit, out, rows, K: tl.constexpr, KG: tl.constexpr, E4: tl.constexpr,
-    SCALED: tl.constexpr, R: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr,
+    r, part, parts, codes, scales, g, unit, out, K: tl.constexpr, KG: tl.constexpr, E4: tl.constexpr, SCALED: tl.constexpr,
+    C: tl.constexpr, LANES: tl.constexpr,
 ):
-    """The rows r [R] of `expand_fp8_kernel`, of their steps every `parts`-th from `part` on."""
-    row = tl.minimum(r, rows - 1).to(tl.int64)
+    """The row r of `expand_fp8_kernel`, of its steps every `parts`-th from `part` on."""
+    row = r.to(tl.int64)
+    scales += row * (K // 32)
+    codes += row * (K // 8)
+    out += row * (K // 4)
     every = tl.arange(0, KG)
-    byte = tl.load(scales + row[:, None] * (K // 32) + every[None, :], mask=(every < K // 32)[None, :], other=0)
-    top = tl.max(byte.to(tl.int32), axis=1)
+    # Down to a scalar, which has no layout: Triton 3.6 reduces a row of a tile again in the layout of the steps below, whose lanes
+    # of a row are not neighbours, and exchanges values with the wrong ones (seen with 256 and 512 channels).
+    top = tl.max(tl.load(scales + every, mask=every < K // 32, other=0).to(tl.int32), axis=0)
     factor = e8m0_factor(top) * (E4M3_UNIT if E4 else E5M2_UNIT)
     if SCALED:
         factor = factor * tl.div_rn(1.0, tl.load(g))
-    tl.store(unit + r, factor, mask=r < rows)
-    word = tl.arange(0, 4)[None, None, :]
+    tl.store(unit + r, factor)
+    word = tl.arange(0, 4)[None, :]
     for i in tl.range(part, tl.cdiv(K // 32, C), parts):
         group = i * C + tl.arange(0, C)
-        inside = (r < rows)[:, None] & (group < K // 32)[None, :]                              # [R, C]
-        b = tl.load(scales + row[:, None] * (K // 32) + group[None, :], mask=inside, other=0).to(tl.int32)
-        low, high = _tables(b - top[:, None] + (E4M3_TOP if E4 else E5M2_TOP), E4)
-        at = codes + row[:, None] * (K // 8) + (group * 4)[None, :]
-        w = tl.load(at[:, :, None] + word, mask=inside[:, :, None], other=0)                   # [R, C, 4]
-        low = tl.broadcast_to(low[:, :, None], (R, C, 4))
-        high = tl.broadcast_to(high[:, :, None], (R, C, 4))
-        first, second = _look_up(w, low, high)
+        inside = group < K // 32
+        b = tl.load(scales + group, mask=inside, other=0).to(tl.int32)
+        low, high = _tables(b - top + (E4M3_TOP if E4 else E5M2_TOP), E4)
+        inside = inside[:, None]
+        w = tl.load(codes + ((group * 4)[:, None] + word), mask=inside, other=0)                       # [C, 4]
+        first, second = _look_up(w, tl.broadcast_to(low[:, None], (C, 4)), tl.broadcast_to(high[:, None], (C, 4)))
         if LANES:
-            _store_lanes(out + row[:, None] * (K // 4), i * C, first, second, (r < rows)[:, None], K, R, C)
+            _store_lanes(out, i * C, first, second, K, C)
         else:
-            at = out + row[:, None] * (K // 4) + (group // 4 * 32 + group % 4 * 4)[None, :]
-            at = at[:, :, None] + word
-            half = tl.where(group >= K // 128 * 4, K % 128 // 32 * 4, 16)                      # words of a half
-            tl.store(at, first, mask=inside[:, :, None])
-            tl.store(at + half[None, :, None], second, mask=inside[:, :, None])
+            at = out + ((group // 4 * 32 + group % 4 * 4)[:, None] + word)
+            half = tl.where(group >= K // 128 * 4, K % 128 // 32 * 4, 16)                              # words of a half
+            tl.store(at, first, mask=inside)
+            tl.store(at + half[:, None], second, mask=inside)
 
 
 @triton.jit
 def expand_fp8_kernel(
-    codes, scales, g, unit, out, rows, K: tl.constexpr, KG: tl.constexpr, E4: tl.constexpr, SCALED: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+    codes, scales, g, unit, out, K: tl.constexpr, KG: tl.constexpr, E4: tl.constexpr, SCALED: tl.constexpr, C: tl.constexpr,
+    LANES: tl.constexpr, PDL: tl.constexpr,
 ):
     """codes int32 [rows, K/8], scales uint8 [rows, K/32] -> out int32 (fp8 bytes) [rows, K/4] and unit fp32 [rows], by
     which a row's bytes are multiplied (1/g in it where SCALED). KG = K/32 rounded up to a power of two; C groups a
@@ -122,26 +122,26 @@ def expand_fp8_kernel(
     Every 128 channels are stored as two halves, the channels 0..3 of every 8 and the channels 4..7: the order in which a
     look-up gives them. LANES, for the fused product (K % 128 = 0): in a half the first words of its four groups come first,
     then the second ones (`triton_gemm._to_lanes`). Both operands of a product have the same order, so that it cancels.
-    Where K is not a multiple of 128, the halves are those of its last, shorter part. Grid (rows/R, programs for a row)."""
+    Where K is not a multiple of 128, the halves are those of its last, shorter part. Grid (rows, programs for a row)."""
     wait_inputs(PDL)
-    _expand_fp8(tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1), tl.num_programs(1), codes, scales, g, unit, out,
-                rows, K, KG, E4, SCALED, R, C, LANES)
+    _expand_fp8(tl.program_id(0), tl.program_id(1), tl.num_programs(1), codes, scales, g, unit, out, K, KG, E4, SCALED, C,
+                LANES)
     start_next(PDL)
 
 
 @triton.jit(do_not_specialize=["M"])
 def expand_both_kernel(
-    x, xs, gx, x_unit, x_out, w, ws, gw, w_unit, w_out, M, N: tl.constexpr, K: tl.constexpr, KG: tl.constexpr,
-    SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
+    x, xs, gx, x_unit, x_out, w, ws, gw, w_unit, w_out, M, K: tl.constexpr, KG: tl.constexpr, SCALED_X: tl.constexpr,
+    SCALED_W: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
 ):
     """Both operands of a product in one launch: x [M, K] to e5m2 and w [N, K] to e4m3, as `expand_fp8_kernel`; grid
     (M + N)."""
     wait_inputs(PDL)
     r = tl.program_id(0)
     if r < M:
-        _expand_fp8(r + tl.arange(0, 1), 0, 1, x, xs, gx, x_unit, x_out, M, K, KG, False, SCALED_X, 1, C, False)
+        _expand_fp8(r, 0, 1, x, xs, gx, x_unit, x_out, K, KG, False, SCALED_X, C, False)
     else:
-        _expand_fp8(r - M + tl.arange(0, 1), 0, 1, w, ws, gw, w_unit, w_out, N, K, KG, True, SCALED_W, 1, C, False)
+        _expand_fp8(r - M, 0, 1, w, ws, gw, w_unit, w_out, K, KG, True, SCALED_W, C, False)
     start_next(PDL)
 
 
