@@ -84,6 +84,18 @@ def fp8_time(m: int, n: int, k: int) -> float:
     return time_us(calls, least=10 if m <= 1024 else 4)
 
 
+def _to_compile(kernel, m: int) -> tuple:
+    """(rows, kernel) for which the same machine code is made as for m and this one."""
+    if isinstance(kernel, Hopper):
+        return kernel.bm, kernel._replace(split=min(kernel.split, 2))
+    return kernel.bm if isinstance(kernel, Fused) else m, kernel
+
+
+def _job(format: str, m: int, n: int, k: int, kernel) -> tuple:
+    rows, kernel = _to_compile(kernel, m)
+    return format, rows, n, k, kernel
+
+
 TUNED: dict = {}                        # (format, N, K) -> {rows: kernel}, from an earlier `tune-linear`
 
 
@@ -106,7 +118,7 @@ def tuned(format: str, m: int, n: int, k: int):
 def bench_linear(rows=ROWS) -> list[dict]:
     shapes = [(f, m, n, k) for f in ("mxfp4", "nvfp4") for m in rows for n, k in GROUPS.values()]
     chosen = [(f, m, n, k, tuned(f, m, n, k) or triton_choose.choose(f, m, n, k)) for f, m, n, k in shapes]
-    compile_all([(f, _compile_rows(kernel, m), n, k, kernel) for f, m, n, k, kernel in chosen])
+    compile_all([_job(*shape) for shape in chosen])
     out = []
     for m in rows:
         total = {"M": m, "group": "layer"}
@@ -167,7 +179,7 @@ def bench_compare() -> list[dict]:
     shapes = [(m, n, k) for m in COMPARED_ROWS for n, k in GROUPS.values()]
     chosen = [(m, n, k, triton_choose.choose("mxfp4", m, n, k)) for m, n, k in shapes]
     jobs = comparisons.jobs(GROUPS, COMPARED_ROWS)
-    jobs += [("mxfp4", _compile_rows(kernel, m), n, k, kernel) for m, n, k, kernel in chosen]
+    jobs += [_job("mxfp4", *shape) for shape in chosen]
     compile_all(jobs, _compile_compared)
     cells = {"bf16": {}, "mxfp4": {}}
     for m, (group, (n, k)) in itertools.product(COMPARED_ROWS, GROUPS.items()):
@@ -196,7 +208,7 @@ TILES = {
         128: ((64, 128, 128, 4, 3), (128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (256, 128, 64, 8, 3)),
     },
 }
-# Hopper's tiles: (weight rows, activation rows, warpgroups, steps copied ahead); for K in parts where that fits.
+# Hopper's tiles: (weight rows, activation rows, warpgroups, steps copied ahead); with a tail in parts where there is one.
 HOPPER_TILES = {
     "mxfp4": ((128, 16, 2, 8), (256, 16, 4, 8), (128, 32, 2, 8), (256, 32, 4, 8), (128, 64, 2, 8), (256, 64, 4, 8),
               (128, 128, 2, 6), (256, 128, 4, 6), (128, 256, 2, 4)),
@@ -216,23 +228,21 @@ def candidates(format: str, m: int) -> list:
     if m in (1, 2, 4):
         return [*GEMVS, *([Gemv(8, 4096, 4)] if m == 1 else fused[-2:])]
     hopper = [Hopper(bn, bm, groups, split, stages) for bn, bm, groups, stages in HOPPER_TILES[format]
-              for split in (1, 2, 4, 7, 8) if m > bm // 2 and (m <= 2 * bm or bm >= 128)]
+              for split in (1, 2, 3, 4, 6, 8) if m > bm // 2 and (m <= 2 * bm or bm >= 128)]
     return fused + hopper + ([] if m < 256 else ["library"] if format == "mxfp4" else ["bf16"])
 
 
 TUNED_ROWS = (1, 2, 4, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 
 
-def _fits(kernel, m: int, n: int, k: int) -> bool:
+def _fits(kernel, format: str, m: int, n: int, k: int) -> bool:
     if isinstance(kernel, Hopper):
-        programs = -(-n // kernel.bn) * -(-m // kernel.bm) * kernel.split               # an H100 has 132 multiprocessors
-        return k // 128 % kernel.split == 0 and programs >= 48 and (kernel.split == 1 or programs <= 2 * 132)
+        tiles = -(-n // kernel.bn) * -(-m // kernel.bm)
+        known = triton_choose.hopper_times(format, m, n, k)
+        if kernel._replace(split=1) in known and known.get(kernel, 1e9) > 1.3 * min(known.values()):
+            return False                                                                # far from what has been measured
+        return tiles >= 48 if kernel.split == 1 else kernel.warpgroups == 2 and tiles % triton_choose.MULTIPROCESSORS > 0
     return not isinstance(kernel, Fused) or (k % kernel.bk == 0 and k // kernel.bk % kernel.split == 0)
-
-
-def _compile_rows(kernel, m: int) -> int:
-    """Rows for which the same machine code is made as for m."""
-    return kernel.bm if isinstance(kernel, Fused | Hopper) else m
 
 
 def _compile(job) -> str | None:
@@ -261,18 +271,18 @@ def compile_all(jobs: list, compile=_compile) -> list[str]:
     return failed
 
 
-def tune_linear() -> list[dict]:
-    cases = [(f, m, *GROUPS[g], c) for f in ("mxfp4", "nvfp4") for m in TUNED_ROWS
-             for g in GROUPS for c in candidates(f, m) if _fits(c, m, *GROUPS[g])]
+def tune_linear(rows=TUNED_ROWS) -> list[dict]:
+    cases = [(f, m, *GROUPS[g], c) for f in ("mxfp4", "nvfp4") for m in rows
+             for g in GROUPS for c in candidates(f, m) if _fits(c, f, m, *GROUPS[g])]
     cases.sort(key=lambda c: (c[0], c[2:4], c[1]))
-    failed = compile_all([(f, _compile_rows(c, m), n, k, c) for f, m, n, k, c in cases])
+    failed = compile_all([_job(*case) for case in cases])
     rows, held, sets = [], None, []
     for (f, m, n, k), group in itertools.groupby(cases, key=lambda c: c[:4]):
         if held != (f, n, k):
             held, sets = (f, n, k), []
             sets = weight_sets(f, n, k)
         timed = [(linear_time(f, m, n, k, c, sets=sets), repr(c)) for *_, c in group
-                 if not any(repr(c) in line for line in failed)]
+                 if not any(repr(_to_compile(c, m)[1]) in line for line in failed)]
         timed.sort()
         bf16 = bf16_time(m, n, k)
         rows.append({"format": f, "M": m, "N": n, "K": k, "bf16 us": bf16, "all": timed})
@@ -335,13 +345,14 @@ def main() -> None:
     parser.add_argument("what", nargs="+", choices=BENCHMARKS)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     parser.add_argument("--tuned", type=pathlib.Path, help="tune-linear.json, whose best kernels `linear` then takes")
+    parser.add_argument("--rows", type=int, nargs="+", help="the rows of `linear` and `tune-linear`, instead of all")
     parser.add_argument("--plot", type=pathlib.Path, help="where `linear` draws its speed-ups (.svg, .png; matplotlib)")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.tuned:
         read_tuned(args.tuned)
     for name in args.what:
-        rows = BENCHMARKS[name]()
+        rows = BENCHMARKS[name](*([args.rows] if args.rows and name in ("linear", "tune-linear") else []))
         write(name, rows, args.out)
         if name == "linear" and args.plot:
             plot(rows, torch.cuda.get_device_name(), args.plot)

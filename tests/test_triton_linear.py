@@ -59,7 +59,7 @@ CASES = [(format, kernel) for format in KERNELS for kernel in KERNELS[format]]
 @gpu
 @pytest.mark.parametrize("format, kernel", CASES)
 @pytest.mark.parametrize("m, n, k", [(1, 200, 1024), (2, 128, 512), (4, 1000, 1024), (3, 72, 512), (17, 264, 1024),
-                                     (70, 512, 2048), (300, 1040, 1024)])
+                                     (70, 512, 2048), (300, 1040, 1024), (60, 264, 128), (33, 72, 256), (140, 512, 512)])
 def test_linear_is_the_exact_product(format, kernel, m, n, k):
     """fp32 output within the accumulator's error of the float64 product of the same operands, with every extra
     operand."""
@@ -76,6 +76,22 @@ def test_linear_is_the_exact_product(format, kernel, m, n, k):
     got = triton_linear.fp4_linear(c, s, gx, wc, ws, gw, bias, residual, format, torch.bfloat16, kernel)
     want = want / (0.37 * 3.0) + bias.double() + residual.double()
     assert error(got, want) < 4e-3
+
+
+@gpu
+@both
+@pytest.mark.parametrize("multiprocessors, split", [(7, 3), (11, 8), (44, 2), (45, 5)])
+def test_tiles_behind_the_last_whole_wave_are_done_in_parts(format, multiprocessors, split, monkeypatch):
+    """45 tiles: 3, 1, 1 and no tail; of 8 steps, which 3 parts and 5 do not divide. The same bits every time."""
+    c, s, wc, ws = operands(format, 300, 1040, 1024)
+    monkeypatch.setattr(triton_linear, "multiprocessors", lambda device: multiprocessors)
+    tile = Hopper(128, 64, 2, split, 7)
+    got = [triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.float32, tile) for _ in range(3)]
+    assert error(got[0], exact(c, s, wc, ws, format)) < (5e-4 if format == "mxfp4" else 1e-5)
+    assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2])
+    whole = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.float32, tile._replace(split=1))
+    same = (got[0] == whole).float().mean().item()
+    assert same == 1 if multiprocessors == 45 else same > 0.9            # only the tail's sums have another order
 
 
 def test_a_triton_whose_gluon_fails_is_told_once_and_replaced(monkeypatch, caplog):
@@ -383,7 +399,7 @@ for m, n, k in ((3, 5, 256), (2, 7, 576)):
     x_unit, w_unit, g = torch.zeros(m), torch.zeros(n), torch.tensor([4.0])
     words, groups = [t.view(torch.int32) for t in (q[0], x, v[0], w)], triton.next_power_of_2(k // 32)
     triton_expand.expand_both_kernel[(m + n,)](
-        words[0], q[1], g, x_unit, words[1], words[2], v[1], None, w_unit, words[3], m, n, k, groups, True, False, groups, False)
+        words[0], q[1], g, x_unit, words[1], words[2], v[1], None, w_unit, words[3], m, k, groups, True, False, groups, False)
     order = torch.cat([c[h] for c in torch.arange(k).split(128) for h in (c % 8 < 4, c % 8 >= 4)])
     for out, unit, packed, scale in ((x, x_unit, q, g), (w, w_unit, v, None)):
         assert torch.equal(out.float() * unit[:, None], formats.dequantize(*packed, "mxfp4", scale)[:, order]), (m, n, k)

@@ -24,7 +24,8 @@ class Fused(NamedTuple):
 
 class Hopper(NamedTuple):
     """Tile of Hopper's product for many rows: weight rows, activation rows, warpgroups that share the former (2 or 4), parts
-    of K, steps that are copied ahead."""
+    of K in the tiles that are left when every multiprocessor has had as many whole ones as the others, steps that are copied
+    ahead."""
 
     bn: int
     bm: int
@@ -106,25 +107,34 @@ HOPPER = {
 }
 # It is faster above so many rows, for at most FEW weight rows and for more.
 LEAST_ROWS = {"mxfp4": (64, 32), "nvfp4": (64, 16)}
+# Microseconds: of a program besides its steps; of adding parts of K besides their traffic; of a value written and read.
+LAUNCH, ADD, WRITE, READ = 1.5, 2.0, 1e-4, 1e-4
 MULTIPROCESSORS = 132                   # of an H100 or H200 with HBM3; an H100 for PCIe has 114
 
 
-def _hopper(format: str, rows: int, n: int, k: int, library: bool, multiprocessors: int) -> "Hopper | str":
-    """The tile for many rows that takes least time, in microseconds, K in parts where tiles are few; or, if `library`,
-    "library" or "bf16", where expanding the weight first takes less."""
-    if not library:
-        times = {}
-    elif format == "mxfp4":
-        times = {"library": 2 + 0.65e-6 * n * k + 1.36e-9 * rows * n * k}
-    else:
-        times = {"bf16": 2 + 1.14e-6 * n * k + 2.42e-9 * rows * n * k}
+def hopper_times(format: str, rows: int, n: int, k: int, multiprocessors: int = MULTIPROCESSORS) -> dict[Hopper, float]:
+    """Microseconds that the product for many rows takes with each tile, and each number of parts worth thinking of."""
+    steps, times = k // 128, {}
     for tile, step in HOPPER[format].items():
-        tiles = -(-n // tile.bn) * -(-rows // tile.bm)
-        for split in (1, 2, 4):
-            if split == 1 or k // 128 % split == 0 and tiles * split <= multiprocessors:
-                waves = -(-tiles * split // multiprocessors)
-                adding = (split > 1) * 2 + 6e-6 * (split - 1) * split * rows * n        # the parts, written and read again
-                times[tile._replace(split=split)] = waves * (1.5 + step * (k // 128) / split) + adding
+        waves, tail = divmod(-(-n // tile.bn) * -(-rows // tile.bm), multiprocessors)
+        whole, write = LAUNCH + step * steps, WRITE * tile.bn * tile.bm
+        times[tile] = (waves + (tail > 0)) * whole
+        # Four warpgroups have no registers left for what a part needs.
+        for split in range(2, min(8, steps) + 1 if tail and tile.warpgroups == 2 else 0):
+            part = LAUNCH + step * -(-steps // split) + write
+            adding = ADD + READ * split * tile.bn * tile.bm
+            times[tile._replace(split=split)] = waves * whole + -(-tail * split // multiprocessors) * part + adding
+    return times
+
+
+def _hopper(format: str, rows: int, n: int, k: int, library: bool, multiprocessors: int) -> "Hopper | str":
+    """The tile for many rows that takes least time; or, if `library`, "library" or "bf16", where expanding the weight first
+    takes less."""
+    times = hopper_times(format, rows, n, k, multiprocessors)
+    if library and format == "mxfp4":
+        times["library"] = 2 + 0.65e-6 * n * k + 1.36e-9 * rows * n * k
+    elif library:
+        times["bf16"] = 2 + 1.14e-6 * n * k + 2.42e-9 * rows * n * k
     return min(times, key=times.get)
 
 

@@ -53,10 +53,11 @@ def scale_layout(R, MX):
 
 
 @gluon.jit
-def _produce(w, x, buffers, row_n, row_m, start, STEPS: gl.constexpr, STAGES: gl.constexpr, TILE_BYTES: gl.constexpr):
+def _produce(w, x, buffers, place, STAGES: gl.constexpr, TILE_BYTES: gl.constexpr):
     """Copies the steps of one tile, as far ahead as there are stages."""
     ws, xs, full, empty = buffers
-    for i in range(STEPS):
+    row_n, row_m, start, steps, _ = place
+    for i in range(steps):
         stage = i % STAGES
         mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
         mbarrier.expect(full.index(stage), TILE_BYTES)
@@ -113,12 +114,12 @@ def _to_lanes(t, R: gl.constexpr, MX: gl.constexpr):
 @gluon.jit
 def _consume(
     buffers, operands, place, WARPGROUP: gl.constexpr, N: gl.constexpr, K: gl.constexpr, MX: gl.constexpr, R: gl.constexpr,
-    BM: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, WARPGROUPS: gl.constexpr,
+    BM: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
 ):
     """One of the tile's warpgroups: decodes and multiplies R of its weight rows, and writes their results."""
     ws, xs, full, empty = buffers
     w_scales, w_top, x_unit, gx, gw, bias, residual, out, parts, count, M = operands
-    row_n, row_m, start, split, tile = place
+    row_n, row_m, start, steps, part = place
     G: gl.constexpr = 32 if MX else 16
     ACC: gl.constexpr = mma_layout(BM, MX)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if MX else 2)
@@ -131,16 +132,16 @@ def _consume(
     lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, FEW)))
     groups = gl.expand_dims(gl.expand_dims(half, 0), 2) * 4 + gl.expand_dims(gl.expand_dims(lane, 0), 1)
     rows = gl.expand_dims(gl.expand_dims(n, 1), 2)
-    scales = w_scales + rows.to(gl.int64) * (K // G) + groups
+    scales = w_scales + rows.to(gl.int64) * (K // G) + (start // G + groups)
     if MX:
         top = gl.load(w_top + rows).to(gl.int32)
     acc = gl.zeros([R, BM], gl.float32, ACC)
-    byte = _scale_bytes(scales, start, MX)
+    byte = _scale_bytes(scales, 0, MX)
     mbarrier.wait(full.index(0), 0)
     codes = ws.index(0).slice(WARPGROUP * R, R, 0).load(WORDS)
     # Products are waited for at once: until one is done, the tensor core reads its left operand's registers, which the ptxas of
     # Triton 3.6 gives away (seen as NaN on an H100). The other warpgroups decode meanwhile.
-    for i in range(STEPS):
+    for i in range(steps):
         stage = i % STAGES
         right = xs.index(stage)
         if MX:
@@ -158,8 +159,8 @@ def _consume(
             acc = warpgroup_mma(left, right.slice(0, 64, 1).permute((1, 0)), acc)
             left = gl.convert_layout(_to_lanes(b, R, MX), LEFT, assert_trivial=True)
             right = right.slice(64, 64, 1)
-        ahead = gl.minimum(i + 1, STEPS - 1)
-        byte = _scale_bytes(scales, start + ahead * BK, MX)
+        ahead = gl.minimum(i + 1, steps - 1)
+        byte = _scale_bytes(scales, ahead * BK, MX)
         mbarrier.wait(full.index(ahead % STAGES), ahead // STAGES & 1)
         codes = ws.index(ahead % STAGES).slice(WARPGROUP * R, R, 0).load(WORDS)
         acc = warpgroup_mma(left, right.permute((1, 0)), acc)
@@ -172,21 +173,50 @@ def _consume(
         acc = acc * gl.load(x_unit + gl.minimum(m, M - 1))[None, :]
     else:
         acc = acc * 128.0
-    if SPLIT > 1:
-        mask = (m < M)[None, :] & (n < N)[:, None]
-        part = parts + (row_m.to(gl.int64) * N + first) + ((m - row_m)[None, :] * N + (n - first)[:, None])
-        stride = M.to(gl.int64) * N
-        gl.store(part + split * stride, acc, mask=mask, cache_modifier=".cg")
-        barrier()
-        arrived = gl.atomic_add(count + tile * WARPGROUPS + WARPGROUP, 1, sem="acq_rel")
-        if arrived == SPLIT - 1:
-            total = gl.zeros([R, BM], gl.float32, ACC)
-            for s in gl.static_range(SPLIT):
-                total += gl.load(part + s * stride, mask=mask, other=0.0, cache_modifier=".cg")
-            _finish(total, first, row_m, gx, gw, bias, residual, out, M, N, R, BM)
-            gl.store(count + tile * WARPGROUPS + WARPGROUP, 0)
-    else:
+    done = True
+    if parts is not None:
+        if part >= 0:
+            split = part % 16
+            place_of = part // 256 * WARPGROUPS + WARPGROUP
+            part_of = parts + place_of.to(gl.int64) * split * (R * BM)
+            _store_part(part_of + part // 16 % 16 * (R * BM), acc, R, BM)
+            barrier()
+            done = gl.atomic_add(count + place_of, 1, sem="acq_rel") == split - 1
+            if done:
+                acc = _load_part(part_of, R, BM, ACC)
+                for s in range(1, split):                       # in this order, whoever comes last
+                    acc += _load_part(part_of + s * (R * BM), R, BM, ACC)
+                gl.store(count + place_of, 0)
+    if done:
         _finish(acc, first, row_m, gx, gw, bias, residual, out, M, N, R, BM)
+
+
+@gluon.jit
+def _part_offsets(R: gl.constexpr, BM: gl.constexpr):
+    """Where a part of a tile keeps a warpgroup's sums: every thread's four by four, side by side."""
+    FOURS: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, 4, 1], [2, 1, 0])
+    block = gl.arange(0, R * BM // 512, gl.SliceLayout(1, gl.SliceLayout(2, FOURS)))
+    thread = gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(2, FOURS)))
+    four = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, FOURS)))
+    first = gl.expand_dims(gl.expand_dims(block, 1), 2) * 512 + gl.expand_dims(gl.expand_dims(thread, 0), 2) * 4
+    return first + gl.expand_dims(gl.expand_dims(four, 0), 1)
+
+
+@gluon.jit
+def _store_part(part, acc, R: gl.constexpr, BM: gl.constexpr):
+    at = part + _part_offsets(R, BM)
+    # Bits of rows and columns as `mma_layout` spreads them over registers and threads: nothing moves.
+    t = gl.permute(gl.reshape(acc, [R // 64, 4, 2, 8, BM // 8, 4, 2]), [0, 4, 1, 3, 5, 2, 6])
+    t = gl.convert_layout(gl.reshape(t, [R * BM // 512, 128, 4]), at.type.layout, assert_trivial=True)
+    gl.store(at, t, cache_modifier=".cg")
+
+
+@gluon.jit
+def _load_part(part, R: gl.constexpr, BM: gl.constexpr, ACC: gl.constexpr):
+    """What `_store_part` stored: fp32 [R, BM]."""
+    t = gl.load(part + _part_offsets(R, BM), cache_modifier=".cg")
+    t = gl.permute(gl.reshape(t, [R // 64, BM // 8, 4, 8, 4, 2, 2]), [0, 2, 5, 3, 1, 4, 6])
+    return gl.convert_layout(gl.reshape(t, [R, BM]), ACC, assert_trivial=True)
 
 
 @gluon.jit
@@ -214,27 +244,38 @@ def _finish(y, first, row_m, gx, gw, bias, residual, out, M, N: gl.constexpr, R:
     gl.store(out + tile + offset, r, mask=mask)
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "whole", "split"])
 def hopper_gemm_kernel(
-    x, x_unit, gx, w, w_scales, w_top, gw, bias, residual, out, parts, count, M, N: gl.constexpr, K: gl.constexpr,
-    MX: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, WARPGROUPS: gl.constexpr, SPLIT: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, PDL: gl.constexpr,
+    x, x_unit, gx, w, w_scales, w_top, gw, bias, residual, out, parts, count, M, whole, split, N: gl.constexpr,
+    K: gl.constexpr, MX: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, PDL: gl.constexpr,
 ):
     """out [M, N]. Descriptors: w int32 [N, K/8] in tiles [BN, 16]; x e5m2 [M, K] in panels (`expand_fp8_kernel`; NVFP4:
-    bf16, `expand_bf16_kernel`), tiles [BM, 128]. w_scales uint8 [N, K/G], w_top uint8 [N] and x_unit fp32 [M] (MXFP4),
-    parts fp32 [SPLIT, M, N], count int32 [WARPGROUPS * tiles], zeros before and after. Grid (tiles of N times tiles of M,
-    SPLIT), 4 warps: one of the 2 or 4 warpgroups that multiply."""
+    bf16, `expand_bf16_kernel`), tiles [BM, 128]. w_scales uint8 [N, K/G], w_top uint8 [N] and x_unit fp32 [M] (MXFP4).
+    Of the tiles of N times tiles of M the first `whole` have a program each, the tail behind them one for each of `split`
+    parts of K; parts fp32 [tail, split, BN * BM], count int32 [tail * WARPGROUPS], zeros before and after, are None if there
+    is no tail. 4 warps: one of the 2 or 4 warpgroups that multiply."""
     R: gl.constexpr = BN // WARPGROUPS
-    STEPS: gl.constexpr = K // SPLIT // BK
     tiles_n = gl.cdiv(N, BN)
     tiles_m = gl.cdiv(M, BM)
     pid = gl.program_id(0)
-    band = (pid // (GROUP * tiles_n)) * GROUP
+    tile = pid
+    start = 0
+    steps = K // BK
+    part = -1
+    if parts is not None:
+        if pid >= whole:
+            tail = (pid - whole) // split
+            tile = whole + tail
+            index = (pid - whole) % split
+            begin = index * (K // BK) // split
+            steps = (index + 1) * (K // BK) // split - begin
+            start = begin * BK
+            part = tail * 256 + index * 16 + split              # in one register
+    band = (tile // (GROUP * tiles_n)) * GROUP
     height = gl.minimum(tiles_m - band, GROUP)
-    row_m = (band + (pid % (GROUP * tiles_n)) % height) * BM
-    row_n = ((pid % (GROUP * tiles_n)) // height) * BN
-    split = gl.program_id(1)
-    start = split * (K // SPLIT)
+    row_m = (band + (tile % (GROUP * tiles_n)) % height) * BM
+    row_n = ((tile % (GROUP * tiles_n)) // height) * BN
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, BN, WORDS_OF_STEP], w.layout)
     xs = gl.allocate_shared_memory(x.dtype, [STAGES, BM, BK], x.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -246,19 +287,19 @@ def hopper_gemm_kernel(
     TILE_BYTES: gl.constexpr = BN * WORDS_OF_STEP * 4 + BM * BK * (1 if MX else 2)
     buffers = (ws, xs, full, empty)
     operands = (w_scales, w_top, x_unit, gx, gw, bias, residual, out, parts, count, M)
-    place = (row_n, row_m, start, split, pid)
+    place = (row_n, row_m, start, steps, part)
     if WARPGROUPS == 2:
         gl.warp_specialize([
-            (_consume, (buffers, operands, place, 0, N, K, MX, R, BM, STEPS, STAGES, SPLIT, WARPGROUPS)),
-            (_consume, (buffers, operands, place, 1, N, K, MX, R, BM, STEPS, STAGES, SPLIT, WARPGROUPS)),
-            (_produce, (w, x, buffers, row_n, row_m, start, STEPS, STAGES, TILE_BYTES)),
+            (_consume, (buffers, operands, place, 0, N, K, MX, R, BM, STAGES, WARPGROUPS)),
+            (_consume, (buffers, operands, place, 1, N, K, MX, R, BM, STAGES, WARPGROUPS)),
+            (_produce, (w, x, buffers, place, STAGES, TILE_BYTES)),
         ], [4, 1], [240, 24])
     else:
         gl.warp_specialize([
-            (_consume, (buffers, operands, place, 0, N, K, MX, R, BM, STEPS, STAGES, SPLIT, WARPGROUPS)),
-            (_consume, (buffers, operands, place, 1, N, K, MX, R, BM, STEPS, STAGES, SPLIT, WARPGROUPS)),
-            (_consume, (buffers, operands, place, 2, N, K, MX, R, BM, STEPS, STAGES, SPLIT, WARPGROUPS)),
-            (_consume, (buffers, operands, place, 3, N, K, MX, R, BM, STEPS, STAGES, SPLIT, WARPGROUPS)),
-            (_produce, (w, x, buffers, row_n, row_m, start, STEPS, STAGES, TILE_BYTES)),
+            (_consume, (buffers, operands, place, 0, N, K, MX, R, BM, STAGES, WARPGROUPS)),
+            (_consume, (buffers, operands, place, 1, N, K, MX, R, BM, STAGES, WARPGROUPS)),
+            (_consume, (buffers, operands, place, 2, N, K, MX, R, BM, STAGES, WARPGROUPS)),
+            (_consume, (buffers, operands, place, 3, N, K, MX, R, BM, STAGES, WARPGROUPS)),
+            (_produce, (w, x, buffers, place, STAGES, TILE_BYTES)),
         ], [4, 4, 4, 1], [112, 112, 112, 24])
     start_next(PDL)

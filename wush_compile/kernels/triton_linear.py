@@ -77,8 +77,8 @@ def expand_fp8(
     groups = triton.next_power_of_2(k // 32)
     step = min(groups, 128 if rows >= 512 else 32)          # few rows: several programs for each
     expand_fp8_kernel[(rows, 1 if rows >= 512 else triton.cdiv(k // 32, step))](
-        codes.view(torch.int32), scales, g, unit, out.view(torch.int32), rows, k, groups, e4m3, g is not None,
-        1, step, lanes, overlaps(codes.device.index), num_warps=4, launch_pdl=overlaps(codes.device.index),
+        codes.view(torch.int32), scales, g, unit, out.view(torch.int32), k, groups, e4m3, g is not None, step, lanes,
+        overlaps(codes.device.index), num_warps=4, launch_pdl=overlaps(codes.device.index),
     )
     return out, unit
 
@@ -122,15 +122,16 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
     m, n, k = o.sizes
     x, unit, gx = expand_x(o)
     tiles = triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm)
-    split = tile.split if tile.warpgroups * tiles <= Workspace.RING else 1
+    split, full = min(tile.split, k // 128), multiprocessors(out.device.index)
+    tail = tiles % full if split > 1 else 0
+    parts = torch.empty(tail * split * tile.bn * tile.bm, dtype=torch.float32, device=out.device) if tail else None
     stages = tile.stages - (out.element_size() > 2)                   # the tile's results pass through shared memory too
-    hopper_gemm_kernel[(tiles, split)](
+    hopper_gemm_kernel[(tiles + tail * (split - 1),)](
         TensorDescriptor.from_tensor(x, [tile.bm, 128], NVMMASharedLayout(128, 8 * x.element_size())), unit, gx,
         TensorDescriptor.from_tensor(o.w_codes.view(torch.int32), [tile.bn, 16], NVMMASharedLayout(64, 32)), o.w_scales,
-        row_facts(o.w_scales).top if o.mx else None, o.gw, o.bias, o.residual, out,
-        torch.empty((split, m, n), dtype=torch.float32, device=out.device) if split > 1 else None,
-        workspace(out.device).counters(tile.warpgroups * tiles) if split > 1 else None,
-        m, n, k, o.mx, tile.bn, tile.bm, tile.warpgroups, split, stages, 8, True, num_warps=4, launch_pdl=True,
+        row_facts(o.w_scales).top if o.mx else None, o.gw, o.bias, o.residual, out, parts,
+        workspace(out.device).counters(tail * tile.warpgroups) if tail else None, m, tiles - tail, split, n, k, o.mx,
+        tile.bn, tile.bm, tile.warpgroups, stages, 8, True, num_warps=4, launch_pdl=True,
     )
 
 
@@ -168,7 +169,7 @@ def expand_both(o: Operands, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tenso
     groups, pdl = triton.next_power_of_2(k // 32), overlaps(device.index)
     expand_both_kernel[(m + n,)](
         o.codes.view(torch.int32), o.scales, o.gx, x_unit, x.view(torch.int32), w_codes.view(torch.int32), w_scales, o.gw,
-        w_unit, w.view(torch.int32), m, n, k, groups, o.gx is not None, o.gw is not None, min(groups, 128), pdl,
+        w_unit, w.view(torch.int32), m, k, groups, o.gx is not None, o.gw is not None, min(groups, 128), pdl,
         num_warps=4, launch_pdl=pdl,
     )
     return x, x_unit, w, w_unit

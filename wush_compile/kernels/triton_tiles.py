@@ -30,9 +30,7 @@ def choose_tile(rows: int, width: int, block: int) -> Tile:
         return Tile(16, max(32, block) if rows <= 16 else columns, 1, 1, 1 if block <= 64 else 4)
     if columns > 64:
         return Tile(64, columns, 1, 1, 4 if columns == 128 else 8)
-    if rows * width <= 2**22:
-        return Tile(64, 64, 1, 1, 4)
-    return Tile(64, 64, 4, 3, 4) if rows * width <= 2**26 else Tile(64, 64, 8, 3, 4)
+    return Tile(64, 64, 1, 1, 4) if rows * width <= 2**22 else Tile(64, 64, 6, 4, 4)
 
 
 def words(tile: Tile, cuda: bool, wide: bool, block: int, width: int) -> int:
