@@ -23,7 +23,7 @@ from wush_compile.kernels.triton_gemv import gemv_kernel  # noqa: E402
 from wush_compile.kernels.triton_int4 import int4_gemm_kernel  # noqa: E402
 from wush_compile.kernels.triton_scaled import scaled_gemm_kernel  # noqa: E402
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 8192)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 8192)
 SHAPES = ((28672, 4096), (4096, 14336))
 PLAIN = dict(gx=None, gw=None, bias=None, residual=None, SCALED_X=False, SCALED_W=False, BIAS=False, RESIDUAL=False)
 BLACKWELL = pytest.mark.parametrize("cc", [100, 103, 120, 121])
@@ -68,14 +68,16 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
         from wush_compile.kernels.triton_hopper import hopper_gemm_kernel
 
         x_layout, w_layout = NVMMASharedLayout(128, 8 if mx else 16), NVMMASharedLayout(64, 32)
-        pointers = dict(x=f"tensordesc<{'fp8e5' if mx else 'bf16'}[{kernel.bm}, 128],{x_layout!r}>",
-                        w=f"tensordesc<i32[{kernel.bn}, 16],{w_layout!r}>", w_scales="*u8", out="*bf16", M="i32",
-                        whole="i32", split="i32")
+        bm = 1 << kernel.bm.bit_length() - 1
+        more, x_type = kernel.bm - bm, "fp8e5" if mx else "bf16"
+        pointers = {name: f"tensordesc<{x_type}[{rows}, 128],{x_layout!r}>" for name, rows in (("x", bm), ("x_more", more)) if rows}
+        pointers |= dict(w=f"tensordesc<i32[{kernel.bn}, 16],{w_layout!r}>", w_scales="*u8", out="*bf16", M="i32",
+                        whole="i32", split="i32", early="i32")
         pointers |= dict(x_unit="*fp32", w_top="*u8") if mx else {}
         pointers |= dict(parts="*fp32", count="*i32") if kernel.split > 1 else {}
-        constants = dict(gx=None, gw=None, bias=None, residual=None, x_unit=None, w_top=None, parts=None, count=None, N=n, K=k,
-                         MX=mx, BN=kernel.bn, BM=kernel.bm, WARPGROUPS=kernel.warpgroups, STAGES=kernel.stages, GROUP=8,
-                         PDL=True)
+        constants = dict(x_more=None, gx=None, gw=None, bias=None, residual=None, x_unit=None, w_top=None, parts=None, count=None,
+                         N=n, K=k, MX=mx, BN=kernel.bn, BM=bm, MORE=more, WARPGROUPS=kernel.warpgroups, STAGES=kernel.stages,
+                         GROUP=8)
         return compile_kernel(hopper_gemm_kernel, pointers, constants, cc, 4, source=GluonASTSource)
     if isinstance(kernel, triton_choose.Gemv):
         pointers = dict(x="*i32", xs="*u8", w="*i32", ws="*u8", out="*bf16")
@@ -235,8 +237,8 @@ def test_hopper_products_stay_in_registers(format):
             assert not overwritten_too_early(2 * loop), kernel
             assert nothing_runs_on(loop), kernel
         elif isinstance(kernel, triton_choose.Hopper):
-            # A step is 128 channels of 64 weight rows for each warpgroup: 4 products in fp8, 8 in bf16.
-            expected = 4 if format == "mxfp4" else 8
+            # A step is 128 channels of 64 weight rows for each warpgroup: 4 products in fp8, 8 in bf16, for 192 rows of x twice.
+            expected = (4 if format == "mxfp4" else 8) * (1 + (kernel.bm == 192))
             loop = main_loop(code, expected)
             products = re.findall(r"[QH]GMMA\.\S+ R\d+, (\S+),", loop)
             assert len(products) == expected, kernel

@@ -47,11 +47,11 @@ KERNELS = {
               Fused(64, 16, 256, 2, 4, 4, False), Fused(64, 32, 256, 2, 4, 4, False), Fused(64, 64, 256, 2, 4, 3, True),
               Fused(128, 128, 128, 1, 8, 4, False), Fused(128, 256, 128, 1, 8, 3, False), Hopper(128, 16, 2, 4, 8),
               Hopper(128, 64, 2, 2, 8), Hopper(128, 128, 2, 4, 6), Hopper(128, 256, 2, 1, 4), Hopper(256, 128, 4, 1, 6),
-              Hopper(256, 128, 4, 2, 6), Hopper(256, 32, 4, 1, 8), "library", "bf16"],
+              Hopper(256, 128, 4, 2, 6), Hopper(256, 32, 4, 1, 8), Hopper(128, 192, 2, 3, 6), "library", "bf16"],
     "nvfp4": [None, Fused(64, 16, 128, 4, 4, 4, True), Fused(64, 16, 128, 1, 4, 4, False),
               Fused(64, 64, 128, 2, 4, 4, False), Fused(128, 128, 128, 2, 8, 3, False), Hopper(128, 16, 2, 4, 8),
               Hopper(128, 64, 2, 2, 7), Hopper(128, 128, 2, 4, 5), Hopper(128, 256, 2, 1, 3), Hopper(256, 128, 4, 1, 4),
-              Hopper(256, 32, 4, 2, 7), "bf16"],
+              Hopper(256, 32, 4, 2, 7), Hopper(128, 192, 2, 3, 3), "bf16"],
 }
 CASES = [(format, kernel) for format in KERNELS for kernel in KERNELS[format]]
 
@@ -80,12 +80,13 @@ def test_linear_is_the_exact_product(format, kernel, m, n, k):
 
 @gpu
 @both
-@pytest.mark.parametrize("multiprocessors, split", [(7, 3), (11, 8), (44, 2), (45, 5)])
-def test_tiles_behind_the_last_whole_wave_are_done_in_parts(format, multiprocessors, split, monkeypatch):
-    """45 tiles: 3, 1, 1 and no tail; of 8 steps, which 3 parts and 5 do not divide. The same bits every time."""
+@pytest.mark.parametrize("rows, multiprocessors, split", [(64, 7, 3), (64, 11, 8), (64, 44, 2), (64, 45, 5), (192, 17, 2)])
+def test_tiles_behind_the_last_whole_wave_are_done_in_parts(format, rows, multiprocessors, split, monkeypatch):
+    """45 tiles: 3, 1, 1 and no tail; of 8 steps, which 3 parts and 5 do not divide; 18 tiles, of 128 and 64 rows. The same bits
+    every time."""
     c, s, wc, ws = operands(format, 300, 1040, 1024)
     monkeypatch.setattr(triton_linear, "multiprocessors", lambda device: multiprocessors)
-    tile = Hopper(128, 64, 2, split, 7)
+    tile = Hopper(128, rows, 2, split, 7 if rows == 64 else 3)
     got = [triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.float32, tile) for _ in range(3)]
     assert error(got[0], exact(c, s, wc, ws, format)) < (5e-4 if format == "mxfp4" else 1e-5)
     assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2])

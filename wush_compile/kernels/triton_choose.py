@@ -100,9 +100,11 @@ FUSED = {
 # multiprocessor of an H100. These and the figures of `_hopper` are fitted to what was measured there
 # (benchmarks/results/tune_linear_h100.json, docs/kernels.md); they choose what it found fastest, or mostly within 5 % of it.
 HOPPER = {
-    "mxfp4": {Hopper(128, 64, 2, 1, 8): 0.38, Hopper(128, 128, 2, 1, 6): 0.49, Hopper(128, 256, 2, 1, 4): 0.78,
+    "mxfp4": {Hopper(128, 64, 2, 1, 8): 0.38, Hopper(128, 128, 2, 1, 6): 0.49, Hopper(128, 192, 2, 1, 6): 0.64,
+              Hopper(128, 256, 2, 1, 4): 0.78,
               Hopper(256, 64, 4, 1, 8): 0.73, Hopper(256, 128, 4, 1, 6): 0.87},
-    "nvfp4": {Hopper(128, 64, 2, 1, 7): 0.65, Hopper(128, 128, 2, 1, 5): 0.84, Hopper(128, 256, 2, 1, 3): 1.35,
+    "nvfp4": {Hopper(128, 64, 2, 1, 7): 0.65, Hopper(128, 128, 2, 1, 5): 0.84, Hopper(128, 192, 2, 1, 3): 1.09,
+              Hopper(128, 256, 2, 1, 3): 1.35,
               Hopper(256, 32, 4, 1, 7): 1.05, Hopper(256, 64, 4, 1, 6): 1.15, Hopper(256, 128, 4, 1, 4): 1.56},
 }
 # It is faster above so many rows, for at most FEW weight rows and for more.

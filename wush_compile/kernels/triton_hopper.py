@@ -53,17 +53,33 @@ def scale_layout(R, MX):
 
 
 @gluon.jit
-def _produce(w, x, buffers, place, STAGES: gl.constexpr, TILE_BYTES: gl.constexpr):
-    """Copies the steps of one tile, as far ahead as there are stages."""
-    ws, xs, full, empty = buffers
+def _load_x(x, x_more, xs, xs_more, full, row_m, k, stage, BM: gl.constexpr):
+    async_load(x, [row_m, k], full.index(stage), xs.index(stage))
+    if x_more is not None:
+        async_load(x_more, [row_m + BM, k], full.index(stage), xs_more.index(stage))
+
+
+@gluon.jit
+def _produce(w, x, x_more, buffers, place, early, BM: gl.constexpr, STAGES: gl.constexpr, TILE_BYTES: gl.constexpr):
+    """Copies the steps of one tile, as far ahead as there are stages; the weights of the first ones while the kernel in front
+    still runs, if `early`."""
+    ws, xs, xs_more, full, empty = buffers
     row_n, row_m, start, steps, _ = place
-    for i in range(steps):
+    first = gl.minimum(steps, STAGES)
+    for i in range(first):
+        mbarrier.expect(full.index(i), TILE_BYTES)
+        async_load(w, [row_n, (start + i * BK) // 8], full.index(i), ws.index(i))
+    if early:
+        wait_inputs(True)
+    for i in range(first):
+        _load_x(x, x_more, xs, xs_more, full, row_m, start + i * BK, i, BM)
+    for i in range(first, steps):
         stage = i % STAGES
         mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
         mbarrier.expect(full.index(stage), TILE_BYTES)
         k = start + i * BK
         async_load(w, [row_n, k // 8], full.index(stage), ws.index(stage))
-        async_load(x, [row_m, k], full.index(stage), xs.index(stage))
+        _load_x(x, x_more, xs, xs_more, full, row_m, k, stage, BM)
 
 
 @gluon.jit
@@ -112,12 +128,26 @@ def _to_lanes(t, R: gl.constexpr, MX: gl.constexpr):
 
 
 @gluon.jit
+def _multiply(left, right, right_more, acc, more, MORE: gl.constexpr):
+    """(acc, more) + left @ (right, right_more), waited for at once: until a product is done, the tensor core reads its left
+    operand's registers, which the ptxas of Triton 3.6 gives away (seen as NaN on an H100). The other warpgroups decode
+    meanwhile."""
+    if MORE > 0:
+        acc = warpgroup_mma(left, right.permute((1, 0)), acc, is_async=True)
+        more = warpgroup_mma(left, right_more.permute((1, 0)), more)         # behind the other, which has the same operand
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    else:
+        acc = warpgroup_mma(left, right.permute((1, 0)), acc)
+    return acc, more
+
+
+@gluon.jit
 def _consume(
     buffers, operands, place, WARPGROUP: gl.constexpr, N: gl.constexpr, K: gl.constexpr, MX: gl.constexpr, R: gl.constexpr,
-    BM: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
+    BM: gl.constexpr, MORE: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
 ):
     """One of the tile's warpgroups: decodes and multiplies R of its weight rows, and writes their results."""
-    ws, xs, full, empty = buffers
+    ws, xs, xs_more, full, empty = buffers
     w_scales, w_top, x_unit, gx, gw, bias, residual, out, parts, count, M = operands
     row_n, row_m, start, steps, part = place
     G: gl.constexpr = 32 if MX else 16
@@ -136,14 +166,16 @@ def _consume(
     if MX:
         top = gl.load(w_top + rows).to(gl.int32)
     acc = gl.zeros([R, BM], gl.float32, ACC)
+    more = acc
+    if MORE > 0:
+        more = gl.zeros([R, MORE], gl.float32, mma_layout(MORE, MX))
     byte = _scale_bytes(scales, 0, MX)
     mbarrier.wait(full.index(0), 0)
     codes = ws.index(0).slice(WARPGROUP * R, R, 0).load(WORDS)
-    # Products are waited for at once: until one is done, the tensor core reads its left operand's registers, which the ptxas of
-    # Triton 3.6 gives away (seen as NaN on an H100). The other warpgroups decode meanwhile.
     for i in range(steps):
         stage = i % STAGES
         right = xs.index(stage)
+        right_more = xs_more.index(stage)
         if MX:
             a, b = _decode_fp8(codes, _words(gl.maximum(byte - top, -26), R, MX), R)
             # Either half of the panel is one half of a step's channels: both are one operand, of registers as they are.
@@ -156,39 +188,57 @@ def _consume(
             factor = gl.where(byte == 127, float("nan"), factor).to(gl.bfloat16)
             a, b = _decode_bf16(codes, _words(factor, R, MX), R)
             left = gl.convert_layout(_to_lanes(a, R, MX), LEFT, assert_trivial=True)
-            acc = warpgroup_mma(left, right.slice(0, 64, 1).permute((1, 0)), acc)
+            acc, more = _multiply(left, right.slice(0, 64, 1), right_more.slice(0, 64, 1), acc, more, MORE)
             left = gl.convert_layout(_to_lanes(b, R, MX), LEFT, assert_trivial=True)
             right = right.slice(64, 64, 1)
+            right_more = right_more.slice(64, 64, 1)
         ahead = gl.minimum(i + 1, steps - 1)
         byte = _scale_bytes(scales, ahead * BK, MX)
         mbarrier.wait(full.index(ahead % STAGES), ahead // STAGES & 1)
         codes = ws.index(ahead % STAGES).slice(WARPGROUP * R, R, 0).load(WORDS)
-        acc = warpgroup_mma(left, right.permute((1, 0)), acc)
+        acc, more = _multiply(left, right, right_more, acc, more, MORE)
         mbarrier.arrive(empty.index(stage))
-    n = first + gl.arange(0, R, gl.SliceLayout(1, ACC))
-    m = row_m + gl.arange(0, BM, gl.SliceLayout(0, ACC))
-    if MX:
-        unit = e8m0_factor(gl.load(w_top + gl.minimum(n, N - 1)).to(gl.int32)) * E5M2_UNIT
-        acc = acc * unit[:, None]
-        acc = acc * gl.load(x_unit + gl.minimum(m, M - 1))[None, :]
-    else:
-        acc = acc * 128.0
+    acc = _in_units(acc, first, row_m, w_top, x_unit, M, N, R, BM)
+    if MORE > 0:
+        more = _in_units(more, first, row_m + BM, w_top, x_unit, M, N, R, MORE)
     done = True
     if parts is not None:
         if part >= 0:
-            split = part % 16
+            index = part // 16 % 16
             place_of = part // 256 * WARPGROUPS + WARPGROUP
-            part_of = parts + place_of.to(gl.int64) * split * (R * BM)
-            _store_part(part_of + part // 16 % 16 * (R * BM), acc, R, BM)
-            barrier()
-            done = gl.atomic_add(count + place_of, 1, sem="acq_rel") == split - 1
+            sums = parts + place_of.to(gl.int64) * (R * (BM + MORE))
+            # Sums are handed on from part to part, in their order: to a program from one with a lower number, which has a
+            # place already (`triton_launch.wait_arrivals`).
+            seen = 0
+            while seen < index:
+                seen = gl.atomic_add(count + place_of, 0, sem="acquire")
+            acc += _load_part(sums, index > 0, R, BM, ACC)
+            if MORE > 0:
+                more += _load_part(sums + R * BM, index > 0, R, MORE, mma_layout(MORE, MX))
+            done = index == part % 16 - 1
             if done:
-                acc = _load_part(part_of, R, BM, ACC)
-                for s in range(1, split):                       # in this order, whoever comes last
-                    acc += _load_part(part_of + s * (R * BM), R, BM, ACC)
                 gl.store(count + place_of, 0)
+            else:
+                _store_part(sums, acc, R, BM)
+                if MORE > 0:
+                    _store_part(sums + R * BM, more, R, MORE)
+                barrier()
+                gl.atomic_add(count + place_of, 1, sem="release")
     if done:
         _finish(acc, first, row_m, gx, gw, bias, residual, out, M, N, R, BM)
+        if MORE > 0:
+            _finish(more, first, row_m + BM, gx, gw, bias, residual, out, M, N, R, MORE)
+
+
+@gluon.jit
+def _in_units(acc, first, row_m, w_top, x_unit, M, N: gl.constexpr, R: gl.constexpr, BM: gl.constexpr):
+    """The tensor core's sums times the units of their operands."""
+    if w_top is not None:
+        n = gl.minimum(first + gl.arange(0, R, gl.SliceLayout(1, acc.type.layout)), N - 1)
+        m = gl.minimum(row_m + gl.arange(0, BM, gl.SliceLayout(0, acc.type.layout)), M - 1)
+        acc = acc * (e8m0_factor(gl.load(w_top + n).to(gl.int32)) * E5M2_UNIT)[:, None]
+        return acc * gl.load(x_unit + m)[None, :]
+    return acc * 128.0
 
 
 @gluon.jit
@@ -212,9 +262,10 @@ def _store_part(part, acc, R: gl.constexpr, BM: gl.constexpr):
 
 
 @gluon.jit
-def _load_part(part, R: gl.constexpr, BM: gl.constexpr, ACC: gl.constexpr):
-    """What `_store_part` stored: fp32 [R, BM]."""
-    t = gl.load(part + _part_offsets(R, BM), cache_modifier=".cg")
+def _load_part(part, there, R: gl.constexpr, BM: gl.constexpr, ACC: gl.constexpr):
+    """What `_store_part` stored, if it is there, or zeros: fp32 [R, BM]."""
+    at = part + _part_offsets(R, BM)
+    t = gl.load(at, mask=gl.full([R * BM // 512, 128, 4], there, gl.int1, at.type.layout), other=0.0, cache_modifier=".cg")
     t = gl.permute(gl.reshape(t, [R // 64, BM // 8, 4, 8, 4, 2, 2]), [0, 2, 5, 3, 1, 4, 6])
     return gl.convert_layout(gl.reshape(t, [R, BM]), ACC, assert_trivial=True)
 
@@ -244,20 +295,24 @@ def _finish(y, first, row_m, gx, gw, bias, residual, out, M, N: gl.constexpr, R:
     gl.store(out + tile + offset, r, mask=mask)
 
 
-@gluon.jit(do_not_specialize=["M", "whole", "split"])
+@gluon.jit(do_not_specialize=["M", "whole", "split", "early"])
 def hopper_gemm_kernel(
-    x, x_unit, gx, w, w_scales, w_top, gw, bias, residual, out, parts, count, M, whole, split, N: gl.constexpr,
-    K: gl.constexpr, MX: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, PDL: gl.constexpr,
+    x, x_more, x_unit, gx, w, w_scales, w_top, gw, bias, residual, out, parts, count, M, whole, split, early, N: gl.constexpr,
+    K: gl.constexpr, MX: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, MORE: gl.constexpr, WARPGROUPS: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):
     """out [M, N]. Descriptors: w int32 [N, K/8] in tiles [BN, 16]; x e5m2 [M, K] in panels (`expand_fp8_kernel`; NVFP4:
-    bf16, `expand_bf16_kernel`), tiles [BM, 128]. w_scales uint8 [N, K/G], w_top uint8 [N] and x_unit fp32 [M] (MXFP4).
+    bf16, `expand_bf16_kernel`), tiles [BM, 128], and the same in tiles [MORE, 128] if a tile has BM + MORE rows of x, MORE > 0.
+    w_scales uint8 [N, K/G], w_top uint8 [N] and x_unit fp32 [M] (MXFP4). early: whether what belongs to w may be read before the
+    kernels in front have ended.
     Of the tiles of N times tiles of M the first `whole` have a program each, the tail behind them one for each of `split`
-    parts of K; parts fp32 [tail, split, BN * BM], count int32 [tail * WARPGROUPS], zeros before and after, are None if there
+    parts of K; parts fp32 [tail, BN * (BM + MORE)], count int32 [tail * WARPGROUPS], zeros before and after, are None if there
     is no tail. 4 warps: one of the 2 or 4 warpgroups that multiply."""
     R: gl.constexpr = BN // WARPGROUPS
+    if early == 0:
+        wait_inputs(True)
     tiles_n = gl.cdiv(N, BN)
-    tiles_m = gl.cdiv(M, BM)
+    tiles_m = gl.cdiv(M, BM + MORE)
     pid = gl.program_id(0)
     tile = pid
     start = 0
@@ -274,32 +329,34 @@ def hopper_gemm_kernel(
             part = tail * 256 + index * 16 + split              # in one register
     band = (tile // (GROUP * tiles_n)) * GROUP
     height = gl.minimum(tiles_m - band, GROUP)
-    row_m = (band + (tile % (GROUP * tiles_n)) % height) * BM
+    row_m = (band + (tile % (GROUP * tiles_n)) % height) * (BM + MORE)
     row_n = ((tile % (GROUP * tiles_n)) // height) * BN
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, BN, WORDS_OF_STEP], w.layout)
     xs = gl.allocate_shared_memory(x.dtype, [STAGES, BM, BK], x.layout)
+    xs_more = xs
+    if MORE > 0:
+        xs_more = gl.allocate_shared_memory(x.dtype, [STAGES, MORE, BK], x_more.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=WARPGROUPS)
-    wait_inputs(PDL)
-    TILE_BYTES: gl.constexpr = BN * WORDS_OF_STEP * 4 + BM * BK * (1 if MX else 2)
-    buffers = (ws, xs, full, empty)
+    TILE_BYTES: gl.constexpr = BN * WORDS_OF_STEP * 4 + (BM + MORE) * BK * (1 if MX else 2)
+    buffers = (ws, xs, xs_more, full, empty)
     operands = (w_scales, w_top, x_unit, gx, gw, bias, residual, out, parts, count, M)
     place = (row_n, row_m, start, steps, part)
     if WARPGROUPS == 2:
         gl.warp_specialize([
-            (_consume, (buffers, operands, place, 0, N, K, MX, R, BM, STAGES, WARPGROUPS)),
-            (_consume, (buffers, operands, place, 1, N, K, MX, R, BM, STAGES, WARPGROUPS)),
-            (_produce, (w, x, buffers, place, STAGES, TILE_BYTES)),
+            (_consume, (buffers, operands, place, 0, N, K, MX, R, BM, MORE, STAGES, WARPGROUPS)),
+            (_consume, (buffers, operands, place, 1, N, K, MX, R, BM, MORE, STAGES, WARPGROUPS)),
+            (_produce, (w, x, x_more, buffers, place, early, BM, STAGES, TILE_BYTES)),
         ], [4, 1], [240, 24])
     else:
         gl.warp_specialize([
-            (_consume, (buffers, operands, place, 0, N, K, MX, R, BM, STAGES, WARPGROUPS)),
-            (_consume, (buffers, operands, place, 1, N, K, MX, R, BM, STAGES, WARPGROUPS)),
-            (_consume, (buffers, operands, place, 2, N, K, MX, R, BM, STAGES, WARPGROUPS)),
-            (_consume, (buffers, operands, place, 3, N, K, MX, R, BM, STAGES, WARPGROUPS)),
-            (_produce, (w, x, buffers, place, STAGES, TILE_BYTES)),
+            (_consume, (buffers, operands, place, 0, N, K, MX, R, BM, MORE, STAGES, WARPGROUPS)),
+            (_consume, (buffers, operands, place, 1, N, K, MX, R, BM, MORE, STAGES, WARPGROUPS)),
+            (_consume, (buffers, operands, place, 2, N, K, MX, R, BM, MORE, STAGES, WARPGROUPS)),
+            (_consume, (buffers, operands, place, 3, N, K, MX, R, BM, MORE, STAGES, WARPGROUPS)),
+            (_produce, (w, x, x_more, buffers, place, early, BM, STAGES, TILE_BYTES)),
         ], [4, 4, 4, 1], [112, 112, 112, 24])
-    start_next(PDL)
+    start_next(True)

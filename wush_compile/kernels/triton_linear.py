@@ -120,18 +120,24 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
     from .triton_hopper import hopper_gemm_kernel
 
     m, n, k = o.sizes
+    early = settled(o.w_codes) and settled(o.w_scales)
     x, unit, gx = expand_x(o)
     tiles = triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm)
     split, full = min(tile.split, k // 128), multiprocessors(out.device.index)
     tail = tiles % full if split > 1 else 0
-    parts = torch.empty(tail * split * tile.bn * tile.bm, dtype=torch.float32, device=out.device) if tail else None
+    parts = torch.empty(tail * tile.bn * tile.bm, dtype=torch.float32, device=out.device) if tail else None
     stages = tile.stages - (out.element_size() > 2)                   # the tile's results pass through shared memory too
+    # Rows of a tensor core's product are powers of two: 192 are 128 and 64.
+    bm = 1 << tile.bm.bit_length() - 1
+    more = tile.bm - bm
+    rows_of_x = [TensorDescriptor.from_tensor(x, [rows, 128], NVMMASharedLayout(128, 8 * x.element_size())) if rows else None
+                 for rows in (bm, more)]
     hopper_gemm_kernel[(tiles + tail * (split - 1),)](
-        TensorDescriptor.from_tensor(x, [tile.bm, 128], NVMMASharedLayout(128, 8 * x.element_size())), unit, gx,
+        *rows_of_x, unit, gx,
         TensorDescriptor.from_tensor(o.w_codes.view(torch.int32), [tile.bn, 16], NVMMASharedLayout(64, 32)), o.w_scales,
         row_facts(o.w_scales).top if o.mx else None, o.gw, o.bias, o.residual, out, parts,
-        workspace(out.device).counters(tail * tile.warpgroups) if tail else None, m, tiles - tail, split, n, k, o.mx,
-        tile.bn, tile.bm, tile.warpgroups, stages, 8, True, num_warps=4, launch_pdl=True,
+        workspace(out.device).counters(tail * tile.warpgroups) if tail else None, m, tiles - tail, split, int(early), n, k, o.mx,
+        tile.bn, bm, more, tile.warpgroups, stages, 8, num_warps=4, launch_pdl=True,
     )
 
 
