@@ -72,7 +72,7 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
         more, x_type = kernel.bm - bm, "fp8e5" if mx else "bf16"
         pointers = {name: f"tensordesc<{x_type}[{rows}, 128],{x_layout!r}>" for name, rows in (("x", bm), ("x_more", more)) if rows}
         pointers |= dict(w=f"tensordesc<i32[{kernel.bn}, 16],{w_layout!r}>", w_scales="*u8", out="*bf16", M="i32",
-                        whole="i32", split="i32", early="i32")
+                        total="i32", whole="i32", split="i32", early="i32")
         pointers |= dict(x_unit="*fp32", w_top="*u8") if mx else {}
         pointers |= dict(parts="*fp32", count="*i32") if kernel.split > 1 else {}
         constants = dict(x_more=None, gx=None, gw=None, bias=None, residual=None, x_unit=None, w_top=None, parts=None, count=None,

@@ -60,26 +60,64 @@ def _load_x(x, x_more, xs, xs_more, full, row_m, k, stage, BM: gl.constexpr):
 
 
 @gluon.jit
-def _produce(w, x, x_more, buffers, place, early, BM: gl.constexpr, STAGES: gl.constexpr, TILE_BYTES: gl.constexpr):
-    """Copies the steps of one tile, as far ahead as there are stages; the weights of the first ones while the kernel in front
-    still runs, if `early`."""
+def _place(
+    pid, M, whole, split, N: gl.constexpr, K: gl.constexpr, BN: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr,
+    PARTS: gl.constexpr,
+):
+    """(first weight row, first row of x, first channel, steps, part) of the pid-th piece of work; part: -1 for a whole tile, else
+    which tile of the tail, which of its parts and of how many, in one register."""
+    tile = pid
+    start = 0
+    steps = K // BK
+    part = -1
+    if PARTS:
+        if pid >= whole:
+            tail = (pid - whole) // split
+            tile = whole + tail
+            index = (pid - whole) % split
+            begin = index * (K // BK) // split
+            steps = (index + 1) * (K // BK) // split - begin
+            start = begin * BK
+            part = tail * 256 + index * 16 + split
+    tiles_n = gl.cdiv(N, BN)
+    band = (tile // (GROUP * tiles_n)) * GROUP
+    height = gl.minimum(gl.cdiv(M, ROWS) - band, GROUP)
+    row_m = (band + (tile % (GROUP * tiles_n)) % height) * ROWS
+    row_n = ((tile % (GROUP * tiles_n)) // height) * BN
+    return row_n, row_m, start, steps, part
+
+
+@gluon.jit
+def _produce(
+    w, x, x_more, buffers, sizes, early, N: gl.constexpr, K: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr,
+    MORE: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, TILE_BYTES: gl.constexpr,
+):
+    """Copies the steps of a program's pieces of work, as far ahead as there are stages; the very first weights while the kernel
+    in front still runs, if `early`."""
     ws, xs, xs_more, full, empty = buffers
-    row_n, row_m, start, steps, _ = place
+    M, total, whole, split = sizes
+    row_n, row_m, start, steps, _ = _place(gl.program_id(0), M, whole, split, N, K, BN, BM + MORE, GROUP, PARTS)
     first = gl.minimum(steps, STAGES)
     for i in range(first):
         mbarrier.expect(full.index(i), TILE_BYTES)
         async_load(w, [row_n, (start + i * BK) // 8], full.index(i), ws.index(i))
     if early:
         wait_inputs(True)
-    for i in range(first):
-        _load_x(x, x_more, xs, xs_more, full, row_m, start + i * BK, i, BM)
-    for i in range(first, steps):
-        stage = i % STAGES
-        mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
-        mbarrier.expect(full.index(stage), TILE_BYTES)
-        k = start + i * BK
-        async_load(w, [row_n, k // 8], full.index(stage), ws.index(stage))
-        _load_x(x, x_more, xs, xs_more, full, row_m, k, stage, BM)
+    before = 0
+    for pid in range(gl.program_id(0), total, gl.num_programs(0)):
+        row_n, row_m, start, steps, _ = _place(pid, M, whole, split, N, K, BN, BM + MORE, GROUP, PARTS)
+        for i in range(steps):
+            step = before + i
+            stage = step % STAGES
+            k = start + i * BK
+            if step >= first:
+                mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+                mbarrier.expect(full.index(stage), TILE_BYTES)
+                async_load(w, [row_n, k // 8], full.index(stage), ws.index(stage))
+            async_load(x, [row_m, k], full.index(stage), xs.index(stage))
+            if x_more is not None:
+                async_load(x_more, [row_m + BM, k], full.index(stage), xs_more.index(stage))
+        before += steps
 
 
 @gluon.jit
@@ -143,12 +181,31 @@ def _multiply(left, right, right_more, acc, more, MORE: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    buffers, operands, place, WARPGROUP: gl.constexpr, N: gl.constexpr, K: gl.constexpr, MX: gl.constexpr, R: gl.constexpr,
-    BM: gl.constexpr, MORE: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
+    buffers, operands, sizes, WARPGROUP: gl.constexpr, N: gl.constexpr, K: gl.constexpr, MX: gl.constexpr, R: gl.constexpr,
+    BM: gl.constexpr, MORE: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
 ):
-    """One of the tile's warpgroups: decodes and multiplies R of its weight rows, and writes their results."""
+    """One of a program's warpgroups: decodes and multiplies R weight rows of every tile, and writes their results. Four have no
+    registers left for a loop: their programs do one piece of work each."""
+    M, total, whole, split = sizes
+    PARTS: gl.constexpr = operands[8] is not None
+    if WARPGROUPS == 4:
+        place = _place(gl.program_id(0), M, whole, split, N, K, R * WARPGROUPS, BM + MORE, GROUP, PARTS)
+        _tile(buffers, operands, place, M, 0, WARPGROUP, N, K, MX, R, BM, MORE, STAGES, WARPGROUPS)
+    else:
+        before = 0
+        for pid in range(gl.program_id(0), total, gl.num_programs(0)):
+            place = _place(pid, M, whole, split, N, K, R * WARPGROUPS, BM + MORE, GROUP, PARTS)
+            before = _tile(buffers, operands, place, M, before, WARPGROUP, N, K, MX, R, BM, MORE, STAGES, WARPGROUPS)
+
+
+@gluon.jit
+def _tile(
+    buffers, operands, place, M, before, WARPGROUP: gl.constexpr, N: gl.constexpr, K: gl.constexpr, MX: gl.constexpr,
+    R: gl.constexpr, BM: gl.constexpr, MORE: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
+):
+    """A warpgroup's share of one piece of work, in front of which there were `before` steps; returns how many there were then."""
     ws, xs, xs_more, full, empty = buffers
-    w_scales, w_top, x_unit, gx, gw, bias, residual, out, parts, count, M = operands
+    w_scales, w_top, x_unit, gx, gw, bias, residual, out, parts, count = operands
     row_n, row_m, start, steps, part = place
     G: gl.constexpr = 32 if MX else 16
     ACC: gl.constexpr = mma_layout(BM, MX)
@@ -170,10 +227,10 @@ def _consume(
     if MORE > 0:
         more = gl.zeros([R, MORE], gl.float32, mma_layout(MORE, MX))
     byte = _scale_bytes(scales, 0, MX)
-    mbarrier.wait(full.index(0), 0)
-    codes = ws.index(0).slice(WARPGROUP * R, R, 0).load(WORDS)
+    mbarrier.wait(full.index(before % STAGES), before // STAGES & 1)
+    codes = ws.index(before % STAGES).slice(WARPGROUP * R, R, 0).load(WORDS)
     for i in range(steps):
-        stage = i % STAGES
+        stage = (before + i) % STAGES
         right = xs.index(stage)
         right_more = xs_more.index(stage)
         if MX:
@@ -194,6 +251,7 @@ def _consume(
             right_more = right_more.slice(64, 64, 1)
         ahead = gl.minimum(i + 1, steps - 1)
         byte = _scale_bytes(scales, ahead * BK, MX)
+        ahead += before
         mbarrier.wait(full.index(ahead % STAGES), ahead // STAGES & 1)
         codes = ws.index(ahead % STAGES).slice(WARPGROUP * R, R, 0).load(WORDS)
         acc, more = _multiply(left, right, right_more, acc, more, MORE)
@@ -228,6 +286,7 @@ def _consume(
         _finish(acc, first, row_m, gx, gw, bias, residual, out, M, N, R, BM)
         if MORE > 0:
             _finish(more, first, row_m + BM, gx, gw, bias, residual, out, M, N, R, MORE)
+    return before + steps
 
 
 @gluon.jit
@@ -295,42 +354,25 @@ def _finish(y, first, row_m, gx, gw, bias, residual, out, M, N: gl.constexpr, R:
     gl.store(out + tile + offset, r, mask=mask)
 
 
-@gluon.jit(do_not_specialize=["M", "whole", "split", "early"])
+@gluon.jit(do_not_specialize=["M", "total", "whole", "split", "early"])
 def hopper_gemm_kernel(
-    x, x_more, x_unit, gx, w, w_scales, w_top, gw, bias, residual, out, parts, count, M, whole, split, early, N: gl.constexpr,
-    K: gl.constexpr, MX: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, MORE: gl.constexpr, WARPGROUPS: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr,
+    x, x_more, x_unit, gx, w, w_scales, w_top, gw, bias, residual, out, parts, count, M, total, whole, split, early,
+    N: gl.constexpr, K: gl.constexpr, MX: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, MORE: gl.constexpr,
+    WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):
     """out [M, N]. Descriptors: w int32 [N, K/8] in tiles [BN, 16]; x e5m2 [M, K] in panels (`expand_fp8_kernel`; NVFP4:
     bf16, `expand_bf16_kernel`), tiles [BM, 128], and the same in tiles [MORE, 128] if a tile has BM + MORE rows of x, MORE > 0.
     w_scales uint8 [N, K/G], w_top uint8 [N] and x_unit fp32 [M] (MXFP4). early: whether what belongs to w may be read before the
     kernels in front have ended.
-    Of the tiles of N times tiles of M the first `whole` have a program each, the tail behind them one for each of `split`
-    parts of K; parts fp32 [tail, BN * (BM + MORE)], count int32 [tail * WARPGROUPS], zeros before and after, are None if there
-    is no tail. 4 warps: one of the 2 or 4 warpgroups that multiply."""
+    Of the tiles of N times tiles of M the first `whole` are a piece of work each, those of the tail behind them one for each of
+    `split` parts of K: `total` pieces, of which a program takes one after the other, each as many further as there are programs:
+    with two warpgroups at most as many as multiprocessors, with four `total`.
+    parts fp32 [tail, BN * (BM + MORE)], count int32 [tail * WARPGROUPS], zeros before and after, are None if there is no tail.
+    4 warps: one of the 2 or 4 warpgroups that multiply."""
     R: gl.constexpr = BN // WARPGROUPS
+    PARTS: gl.constexpr = parts is not None
     if early == 0:
         wait_inputs(True)
-    tiles_n = gl.cdiv(N, BN)
-    tiles_m = gl.cdiv(M, BM + MORE)
-    pid = gl.program_id(0)
-    tile = pid
-    start = 0
-    steps = K // BK
-    part = -1
-    if parts is not None:
-        if pid >= whole:
-            tail = (pid - whole) // split
-            tile = whole + tail
-            index = (pid - whole) % split
-            begin = index * (K // BK) // split
-            steps = (index + 1) * (K // BK) // split - begin
-            start = begin * BK
-            part = tail * 256 + index * 16 + split              # in one register
-    band = (tile // (GROUP * tiles_n)) * GROUP
-    height = gl.minimum(tiles_m - band, GROUP)
-    row_m = (band + (tile % (GROUP * tiles_n)) % height) * (BM + MORE)
-    row_n = ((tile % (GROUP * tiles_n)) // height) * BN
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, BN, WORDS_OF_STEP], w.layout)
     xs = gl.allocate_shared_memory(x.dtype, [STAGES, BM, BK], x.layout)
     xs_more = xs
@@ -343,20 +385,20 @@ def hopper_gemm_kernel(
         mbarrier.init(empty.index(i), count=WARPGROUPS)
     TILE_BYTES: gl.constexpr = BN * WORDS_OF_STEP * 4 + (BM + MORE) * BK * (1 if MX else 2)
     buffers = (ws, xs, xs_more, full, empty)
-    operands = (w_scales, w_top, x_unit, gx, gw, bias, residual, out, parts, count, M)
-    place = (row_n, row_m, start, steps, part)
+    operands = (w_scales, w_top, x_unit, gx, gw, bias, residual, out, parts, count)
+    sizes = (M, total, whole, split)
     if WARPGROUPS == 2:
         gl.warp_specialize([
-            (_consume, (buffers, operands, place, 0, N, K, MX, R, BM, MORE, STAGES, WARPGROUPS)),
-            (_consume, (buffers, operands, place, 1, N, K, MX, R, BM, MORE, STAGES, WARPGROUPS)),
-            (_produce, (w, x, x_more, buffers, place, early, BM, STAGES, TILE_BYTES)),
+            (_consume, (buffers, operands, sizes, 0, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
+            (_consume, (buffers, operands, sizes, 1, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
+            (_produce, (w, x, x_more, buffers, sizes, early, N, K, BN, BM, MORE, GROUP, PARTS, STAGES, TILE_BYTES)),
         ], [4, 1], [240, 24])
     else:
         gl.warp_specialize([
-            (_consume, (buffers, operands, place, 0, N, K, MX, R, BM, MORE, STAGES, WARPGROUPS)),
-            (_consume, (buffers, operands, place, 1, N, K, MX, R, BM, MORE, STAGES, WARPGROUPS)),
-            (_consume, (buffers, operands, place, 2, N, K, MX, R, BM, MORE, STAGES, WARPGROUPS)),
-            (_consume, (buffers, operands, place, 3, N, K, MX, R, BM, MORE, STAGES, WARPGROUPS)),
-            (_produce, (w, x, x_more, buffers, place, early, BM, STAGES, TILE_BYTES)),
+            (_consume, (buffers, operands, sizes, 0, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
+            (_consume, (buffers, operands, sizes, 1, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
+            (_consume, (buffers, operands, sizes, 2, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
+            (_consume, (buffers, operands, sizes, 3, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
+            (_produce, (w, x, x_more, buffers, sizes, early, N, K, BN, BM, MORE, GROUP, PARTS, STAGES, TILE_BYTES)),
         ], [4, 4, 4, 1], [112, 112, 112, 24])
     start_next(True)

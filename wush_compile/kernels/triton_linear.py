@@ -132,12 +132,13 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
     more = tile.bm - bm
     rows_of_x = [TensorDescriptor.from_tensor(x, [rows, 128], NVMMASharedLayout(128, 8 * x.element_size())) if rows else None
                  for rows in (bm, more)]
-    hopper_gemm_kernel[(tiles + tail * (split - 1),)](
+    pieces = tiles + tail * (split - 1)
+    hopper_gemm_kernel[(min(pieces, full) if tile.warpgroups == 2 else pieces,)](
         *rows_of_x, unit, gx,
         TensorDescriptor.from_tensor(o.w_codes.view(torch.int32), [tile.bn, 16], NVMMASharedLayout(64, 32)), o.w_scales,
         row_facts(o.w_scales).top if o.mx else None, o.gw, o.bias, o.residual, out, parts,
-        workspace(out.device).counters(tail * tile.warpgroups) if tail else None, m, tiles - tail, split, int(early), n, k, o.mx,
-        tile.bn, bm, more, tile.warpgroups, stages, 8, num_warps=4, launch_pdl=True,
+        workspace(out.device).counters(tail * tile.warpgroups) if tail else None, m, pieces, tiles - tail, split, int(early), n, k,
+        o.mx, tile.bn, bm, more, tile.warpgroups, stages, 8, num_warps=4, launch_pdl=True,
     )
 
 
