@@ -100,17 +100,16 @@ FUSED = {
 # multiprocessor of an H100. These and the figures of `_hopper` are fitted to what was measured there
 # (benchmarks/results/tune_linear_h100.json, docs/kernels.md); they choose what it found fastest, or mostly within 5 % of it.
 HOPPER = {
-    "mxfp4": {Hopper(128, 64, 2, 1, 8): 0.38, Hopper(128, 128, 2, 1, 6): 0.49, Hopper(128, 192, 2, 1, 6): 0.64,
-              Hopper(128, 256, 2, 1, 4): 0.78,
-              Hopper(256, 64, 4, 1, 8): 0.73, Hopper(256, 128, 4, 1, 6): 0.87},
-    "nvfp4": {Hopper(128, 64, 2, 1, 7): 0.65, Hopper(128, 128, 2, 1, 5): 0.84, Hopper(128, 192, 2, 1, 3): 1.09,
-              Hopper(128, 256, 2, 1, 3): 1.35,
-              Hopper(256, 32, 4, 1, 7): 1.05, Hopper(256, 64, 4, 1, 6): 1.15, Hopper(256, 128, 4, 1, 4): 1.56},
+    "mxfp4": {Hopper(128, 64, 2, 1, 8): 0.284, Hopper(128, 128, 2, 1, 6): 0.360, Hopper(128, 192, 2, 1, 6): 0.483,
+              Hopper(128, 256, 2, 1, 4): 0.600, Hopper(256, 64, 4, 1, 8): 0.742, Hopper(256, 128, 4, 1, 6): 0.789},
+    "nvfp4": {Hopper(128, 64, 2, 1, 7): 0.557, Hopper(128, 128, 2, 1, 5): 0.745, Hopper(128, 192, 2, 1, 3): 1.011,
+              Hopper(128, 256, 2, 1, 3): 1.207, Hopper(256, 32, 4, 1, 7): 0.95, Hopper(256, 64, 4, 1, 6): 1.105,
+              Hopper(256, 128, 4, 1, 4): 1.480},
 }
 # It is faster above so many rows, for at most FEW weight rows and for more.
 LEAST_ROWS = {"mxfp4": (64, 32), "nvfp4": (64, 16)}
-# Microseconds: of a program besides its steps; of adding parts of K besides their traffic; of a value written and read.
-LAUNCH, ADD, WRITE, READ = 1.5, 2.0, 1e-4, 1e-4
+# Microseconds: of a tile or part besides its steps; of handing sums from part to part, and of each value of a tile that does.
+LAUNCH, HAND, VALUE = 3.4, 0.9, 1.3e-4
 MULTIPROCESSORS = 132                   # of an H100 or H200 with HBM3; an H100 for PCIe has 114
 
 
@@ -119,13 +118,13 @@ def hopper_times(format: str, rows: int, n: int, k: int, multiprocessors: int = 
     steps, times = k // 128, {}
     for tile, step in HOPPER[format].items():
         waves, tail = divmod(-(-n // tile.bn) * -(-rows // tile.bm), multiprocessors)
-        whole, write = LAUNCH + step * steps, WRITE * tile.bn * tile.bm
+        whole = LAUNCH + step * steps
         times[tile] = (waves + (tail > 0)) * whole
         # Four warpgroups have no registers left for what a part needs.
         for split in range(2, min(8, steps) + 1 if tail and tile.warpgroups == 2 else 0):
-            part = LAUNCH + step * -(-steps // split) + write
-            adding = ADD + READ * split * tile.bn * tile.bm
-            times[tile._replace(split=split)] = waves * whole + -(-tail * split // multiprocessors) * part + adding
+            part = LAUNCH + step * -(-steps // split)
+            handing = (split - 1) * (HAND + VALUE * tile.bn * tile.bm)
+            times[tile._replace(split=split)] = waves * whole + -(-tail * split // multiprocessors) * part + handing
     return times
 
 
@@ -133,10 +132,9 @@ def _hopper(format: str, rows: int, n: int, k: int, library: bool, multiprocesso
     """The tile for many rows that takes least time; or, if `library`, "library" or "bf16", where expanding the weight first
     takes less."""
     times = hopper_times(format, rows, n, k, multiprocessors)
-    if library and format == "mxfp4":
-        times["library"] = 2 + 0.65e-6 * n * k + 1.36e-9 * rows * n * k
-    elif library:
-        times["bf16"] = 2 + 1.14e-6 * n * k + 2.42e-9 * rows * n * k
+    if library and rows >= 512:
+        name, value, product = ("library", 0.65e-6, 1.15e-9) if format == "mxfp4" else ("bf16", 1.14e-6, 2.42e-9)
+        times[name] = 2 + value * n * k + product * rows * n * k
     return min(times, key=times.get)
 
 
