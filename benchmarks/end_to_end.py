@@ -1,6 +1,7 @@
 """Decoding and prefill of a model in Llama-3.1-8B's shape with random weights: ours against bf16 by Inductor, same run.
 
     python benchmarks/end_to_end.py --out results                    32 layers; --layers 8 16: smaller ones, and the slope
+    python benchmarks/end_to_end.py --out results --attention grouped
     python benchmarks/end_to_end.py --out results --table            the table of the rows there are
 
 Each model and case runs in a process of its own: `torch.compile(model, mode="reduce-overhead")`, static cache, greedy.
@@ -11,6 +12,9 @@ Quantized weights and what the cache holds of the prompt are random: no time dep
 step, from its launch on an idle device to its end; queued ms is of steps launched one behind the other, which hides what
 the host does. Tokens per second are of the former, whole batch. Memory is what the model holds on the device, without
 caches.
+
+Attention is transformers' "sdpa", which copies the cache's four-fold before every use where heads share keys and values, or
+"grouped" (below), which does not. Both models have the same.
 """
 
 import argparse
@@ -65,17 +69,35 @@ def random_group(prefix: str, names: tuple[str, ...], width: int, config):
     return WushGroup(members, config, block, buffers)
 
 
-def build(kind: str, layers: int) -> torch.nn.Module:
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **_):
+    """An attention function of transformers for decoding: the query heads [B, H, 1, D] that share keys and values are rows of one
+    head, so that these are read where they are."""
+    batch, heads, length, width = query.shape
+    group = heads // key.shape[1]
+    if length == 1:
+        query = query.view(batch, heads // group, group, width)
+        mask = None if attention_mask is None else attention_mask.expand(batch, 1, group, key.shape[2])
+        y = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        return y.reshape(batch, 1, heads, width), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+
+
+def build(kind: str, layers: int, attention: str) -> torch.nn.Module:
     """The model on the GPU: bf16, or with every linear but the head quantized."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+    from transformers.masking_utils import sdpa_mask
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     import wush_compile as wc
     from wush_compile.modules import install_group
 
+    AttentionInterface.register("grouped", grouped_attention)
+    AttentionMaskInterface.register("grouped", sdpa_mask)
     config = LlamaConfig(num_hidden_layers=layers, **SHAPE)
     with torch.device("meta"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation=attention).eval()
     if kind != "bf16":
         settings = wc.WushConfig(format=kind)
         for layer in range(layers):
@@ -160,9 +182,10 @@ def timed(call, repeats: int, queued: bool) -> float:
 
 
 class Job(NamedTuple):
-    """One row: a model, its layers, decode or prefill, batch, context."""
+    """One row: a model, its attention and layers, decode or prefill, batch, context."""
 
     model: str
+    attention: str
     layers: int
     what: str
     batch: int
@@ -190,7 +213,7 @@ def measure(job: Job, out: pathlib.Path) -> dict:
 
     with alone(out, exclusive=False):
         started = time.perf_counter()
-        model = build(job.model, job.layers)
+        model = build(job.model, job.layers, job.attention)
         memory = torch.cuda.memory_allocated() / GIB
         backend = "inductor" if job.model == "bf16" else wush         # as backend="wush" of an installed package
         run = torch.compile(model, backend=backend, mode="reduce-overhead", fullgraph=True, dynamic=False)
@@ -220,7 +243,7 @@ def rows_of(out: pathlib.Path) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     def case(row: dict) -> tuple:
-        return row["layers"], row["what"], row["batch"], row["context"]
+        return row["attention"], row["layers"], row["what"], row["batch"], row["context"]
 
     base = {case(row): row for row in rows if row["model"] == "bf16"}
     keys = ("model", *Job._fields[1:], "memory GiB", "ms", "queued ms", "tokens/s", "over bf16", "queued over bf16")
@@ -237,7 +260,7 @@ def table(rows: list[dict]) -> str:
 def slopes(rows: list[dict]) -> list[str]:
     """What a layer takes, and so 32, where a case was timed with several counts of layers."""
     def case(row: dict) -> tuple:
-        return row["model"], row["what"], row["batch"], row["context"]
+        return row["model"], row["attention"], row["what"], row["batch"], row["context"]
 
     lines = []
     for key, members in itertools.groupby(sorted(rows, key=case), key=case):
@@ -289,6 +312,7 @@ def run_wave(jobs: list[Job], out: pathlib.Path, deadline: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["bf16", "mxfp4"], choices=["bf16", "mxfp4", "nvfp4"])
+    parser.add_argument("--attention", default="sdpa", choices=["sdpa", "grouped"])
     parser.add_argument("--layers", type=int, nargs="+", default=[32])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[512, 2048])
@@ -296,12 +320,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e6, help="what is not through by then is ended")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     parser.add_argument("--table", action="store_true", help="only print the table of --out's rows")
-    parser.add_argument("--job", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--job", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.job:
-        model, layers, what, batch, context = args.job
-        row = measure(Job(model, int(layers), what, int(batch), int(context)), args.out)
+        model, attention, layers, what, batch, context = args.job
+        row = measure(Job(model, attention, int(layers), what, int(batch), int(context)), args.out)
         row |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
         with (args.out / "end_to_end.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -310,7 +334,7 @@ def main() -> None:
         cases = [("decode", batch, context) for context in args.context for batch in args.batch]
         if args.prefill:
             cases.insert(len(args.batch), ("prefill", 1, args.prefill))      # behind the first context's
-        jobs = [Job(model, layers, *case) for layers in args.layers for case in cases for model in args.models]
+        jobs = [Job(model, args.attention, layers, *case) for layers in args.layers for case in cases for model in args.models]
         deadline = time.monotonic() + args.seconds
         for wave in waves(jobs, 0.97 * torch.cuda.get_device_properties(0).total_memory / GIB):
             if time.monotonic() < deadline:

@@ -133,7 +133,10 @@ quantize_kernel(const __grid_constant__ KernelArguments args) {
   }
   const bool finite = walk<T, NV, TRANSFORM, MSE, P, false>(args, ring, stage, first, start, g, inverses);
   if constexpr (NV && TRANSFORM) {
-    if (__any_sync(~0u, !finite)) walk<T, NV, TRANSFORM, MSE, P, true>(args, ring, stage, first, start, g, inverses);
+    if (__any_sync(~0u, !finite)) {
+      __syncwarp();                                        // the second walk's codes take the place of the first one's
+      walk<T, NV, TRANSFORM, MSE, P, true>(args, ring, stage, first, start, g, inverses);
+    }
   }
   __syncthreads();
   write_scales(stage, args, start - threadIdx.x % 32 / 4, first - threadIdx.x / 32 * BLOCKS);
