@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from wush_compile import fused_ops, ops
+from wush_compile import formats, fused_ops, ops
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -17,6 +17,11 @@ dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 CASES = [("mxfp4", "mse", 32), ("nvfp4", "absmax", 16), ("mxfp4", "absmax", 0)]
 cases = pytest.mark.parametrize("format, rule, block", CASES)
 shapes = pytest.mark.parametrize("m, k", [(1, 512), (37, 576), (130, 1536), (1100, 2048)])
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    torch.manual_seed(0)
 
 
 @triton.jit
@@ -58,6 +63,18 @@ def differing(got, want):
     return [(a != b).float().mean().item() for a, b in zip(got, want, strict=True)]
 
 
+def with_scales_at_ties(got, want, x, t, format):
+    """`got` with those groups of `want` whose two scales leave the same squared error, up to the rounding of an fp32 sum: with the
+    least-squares rule both are right. At most 2 of 10 000."""
+    group = formats.FORMATS[format].group_size
+    other = got[1] != want[1]                                                                # [m, k / group]
+    assert other.float().mean() <= 2e-4, other.sum()
+    y = torch.einsum("mbk,bnk->mbn", x.double().view(len(x), *t.shape[:2]), t.double()).reshape(x.shape)
+    errors = [(formats.dequantize(*q, format).double() - y).square().view(len(x), -1, group).sum(-1)[other] for q in (got, want)]
+    torch.testing.assert_close(*errors, rtol=1e-5, atol=0)
+    return torch.where(other.repeat_interleave(group // 2, 1), want[0], got[0]), torch.where(other, want[1], got[1])
+
+
 @cases
 @dtypes
 @shapes
@@ -72,7 +89,10 @@ def test_gated_activations(format, rule, block, dtype, m, k):
                             (lambda *a: gelu_mul(gate, up, "none", *a), "gelu_mul"),
                             (lambda *a: gelu_mul(gate, up, "tanh", *a), "gelu_tanh_mul")):
         got = run(t, None, format, rule)
-        want = ops._transform_quantize(ACTIVATIONS[activation](gate) * up, t, None, format, rule)
+        x = ACTIVATIONS[activation](gate) * up
+        want = ops._transform_quantize(x, t, None, format, rule)
+        if rule == "mse" and not torch.equal(got[1], want[1]):
+            got = with_scales_at_ties(got, want, x, t, format)
         assert max(differing(got, want)) <= (2e-5 if block else 1e-5), (activation, differing(got, want))
 
 

@@ -87,7 +87,7 @@ FUSED = {
         256: (Fused(128, 128, 128, 2, 8, 4, False), Fused(128, 256, 128, 1, 8, 3, False)),
     },
     "nvfp4": {
-        16: (Fused(64, 16, 256, 4, 4, 3, False), Fused(128, 16, 128, 1, 8, 4, False)),
+        16: (Fused(64, 16, 256, 4, 4, 3, False), Fused(64, 16, 256, 1, 4, 3, False)),
         32: (Fused(64, 32, 128, 4, 4, 4, False), Fused(128, 32, 128, 1, 8, 4, False)),
         64: (Fused(64, 64, 128, 4, 4, 4, False), Fused(64, 64, 128, 1, 4, 4, False)),
         128: (Fused(64, 128, 128, 4, 4, 3, False), Fused(64, 128, 128, 1, 4, 3, False)),
@@ -101,13 +101,14 @@ FUSED = {
 # (benchmarks/results/tune_linear_h100.json, docs/kernels.md); they choose what it found fastest, or mostly within 5 % of it.
 HOPPER = {
     "mxfp4": {Hopper(128, 64, 2, 1, 8): 0.284, Hopper(128, 128, 2, 1, 6): 0.360, Hopper(128, 192, 2, 1, 6): 0.483,
-              Hopper(128, 256, 2, 1, 4): 0.600, Hopper(256, 64, 4, 1, 8): 0.742, Hopper(256, 128, 4, 1, 6): 0.789},
+              Hopper(128, 256, 2, 1, 4): 0.600, Hopper(256, 32, 4, 1, 8): 0.457, Hopper(256, 64, 4, 1, 8): 0.742,
+              Hopper(256, 128, 4, 1, 6): 0.789},
     "nvfp4": {Hopper(128, 64, 2, 1, 7): 0.557, Hopper(128, 128, 2, 1, 5): 0.745, Hopper(128, 192, 2, 1, 3): 1.011,
               Hopper(128, 256, 2, 1, 3): 1.207, Hopper(256, 32, 4, 1, 7): 0.95, Hopper(256, 64, 4, 1, 6): 1.105,
               Hopper(256, 128, 4, 1, 4): 1.480},
 }
 # It is faster above so many rows, for at most FEW weight rows and for more.
-LEAST_ROWS = {"mxfp4": (64, 32), "nvfp4": (64, 16)}
+LEAST_ROWS = {"mxfp4": (64, 16), "nvfp4": (64, 16)}
 # Microseconds: of a tile or part besides its steps; of handing sums from part to part, and of each value of a tile that does.
 LAUNCH, HAND, VALUE = 3.4, 0.9, 1.3e-4
 MULTIPROCESSORS = 132                   # of an H100 or H200 with HBM3; an H100 for PCIe has 114
