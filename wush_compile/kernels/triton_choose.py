@@ -114,15 +114,28 @@ LAUNCH, HAND, VALUE = 3.4, 0.9, 1.3e-4
 MULTIPROCESSORS = 132                   # of an H100 or H200 with HBM3; an H100 for PCIe has 114
 
 
+def parts(tiles: int, split: int, multiprocessors: int) -> tuple[int, int]:
+    """(tiles of the tail, parts of each), at most `split`. Programs hand sums on to the next one, which waits: if a GPU has no place
+    for all of them, it has one for the lower numbers. So a tile's parts must lie in one round of the programs, one after the
+    other, which they do if that is the only round or their number divides the programs'."""
+    tail = tiles % multiprocessors
+    while tiles + tail * (split - 1) > multiprocessors and multiprocessors % split:
+        split -= 1
+    return (tail, split) if split > 1 else (0, 1)
+
+
 def hopper_times(format: str, rows: int, n: int, k: int, multiprocessors: int = MULTIPROCESSORS) -> dict[Hopper, float]:
     """Microseconds that the product for many rows takes with each tile, and each number of parts worth thinking of."""
     steps, times = k // 128, {}
     for tile, step in HOPPER[format].items():
-        waves, tail = divmod(-(-n // tile.bn) * -(-rows // tile.bm), multiprocessors)
+        tiles = -(-n // tile.bn) * -(-rows // tile.bm)
+        waves, tail = divmod(tiles, multiprocessors)
         whole = LAUNCH + step * steps
         times[tile] = (waves + (tail > 0)) * whole
         # Four warpgroups have no registers left for what a part needs.
         for split in range(2, min(8, steps) + 1 if tail and tile.warpgroups == 2 else 0):
+            if parts(tiles, split, multiprocessors)[1] < split:
+                continue
             part = LAUNCH + step * -(-steps // split)
             handing = (split - 1) * (HAND + VALUE * tile.bn * tile.bm)
             times[tile._replace(split=split)] = waves * whole + -(-tail * split // multiprocessors) * part + handing

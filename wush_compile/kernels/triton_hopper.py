@@ -265,8 +265,8 @@ def _tile(
             index = part // 16 % 16
             place_of = part // 256 * WARPGROUPS + WARPGROUP
             sums = parts + place_of.to(gl.int64) * (R * (BM + MORE))
-            # Sums are handed on from part to part, in their order: to a program from one with a lower number, which has a
-            # place already (`triton_launch.wait_arrivals`).
+            # Sums are handed on from part to part, in their order: in one round of the programs (`triton_choose.parts`), from one
+            # with a lower number, which has a place already (`triton_launch.wait_arrivals`).
             seen = 0
             while seen < index:
                 seen = gl.atomic_add(count + place_of, 0, sem="acquire")

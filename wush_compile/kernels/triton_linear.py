@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from ..formats import FORMATS
-from .triton_choose import Fused, Gemv, Hopper, Int4, Scaled, choose, give_up_gluon, precise_by_default
+from .triton_choose import Fused, Gemv, Hopper, Int4, Scaled, choose, give_up_gluon, parts, precise_by_default
 from .triton_expand import expand_bf16_kernel, expand_both_kernel, expand_fp8_kernel
 from .triton_gemm import fused_gemm_kernel
 from .triton_gemv import gemv_kernel
@@ -123,9 +123,9 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
     early = settled(o.w_codes) and settled(o.w_scales)
     x, unit, gx = expand_x(o)
     tiles = triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm)
-    split, full = min(tile.split, k // 128), multiprocessors(out.device.index)
-    tail = tiles % full if split > 1 else 0
-    parts = torch.empty(tail * tile.bn * tile.bm, dtype=torch.float32, device=out.device) if tail else None
+    full = multiprocessors(out.device.index)
+    tail, split = parts(tiles, min(tile.split, k // 128), full)
+    sums = torch.empty(tail * tile.bn * tile.bm, dtype=torch.float32, device=out.device) if tail else None
     stages = tile.stages - (out.element_size() > 2)                   # the tile's results pass through shared memory too
     # Rows of a tensor core's product are powers of two: 192 are 128 and 64.
     bm = 1 << tile.bm.bit_length() - 1
@@ -136,7 +136,7 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
     hopper_gemm_kernel[(min(pieces, full) if tile.warpgroups == 2 else pieces,)](
         *rows_of_x, unit, gx,
         TensorDescriptor.from_tensor(o.w_codes.view(torch.int32), [tile.bn, 16], NVMMASharedLayout(64, 32)), o.w_scales,
-        row_facts(o.w_scales).top if o.mx else None, o.gw, o.bias, o.residual, out, parts,
+        row_facts(o.w_scales).top if o.mx else None, o.gw, o.bias, o.residual, out, sums,
         workspace(out.device).counters(tail * tile.warpgroups) if tail else None, m, pieces, tiles - tail, split, int(early), n, k,
         o.mx, tile.bn, bm, more, tile.warpgroups, stages, 8, num_warps=4, launch_pdl=True,
     )
