@@ -101,10 +101,12 @@ KILLED = """
     import torch
     torch.set_num_threads(1)
     import safetensors.torch
+    import tqdm
     import wush_compile as wc
     from wush_compile.calibration import calibrate, journal
     from test_journal import net, quantize
 
+    tqdm.tqdm.monitor_interval = 0                          # a thread's lock, held while this forks, would stay locked
     quantize(net(), sys.argv[1] + "/warm")                  # what is imported lazily is imported once
     chance, ticks, at = random.Random(5), 0, 0
 
