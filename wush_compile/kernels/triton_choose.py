@@ -97,8 +97,8 @@ FUSED = {
 
 
 # Hopper's product for many rows: tiles, and microseconds that a step of 128 channels takes with one of them on every
-# multiprocessor of an H100. These and the figures of `_hopper` are fitted to what was measured there
-# (benchmarks/results/tune_linear_h100.json, docs/kernels.md); they choose what it found fastest, or mostly within 5 % of it.
+# multiprocessor of an H100. These and the figures below are fitted (benchmarks/fit_tiles.py) to what was measured there
+# (benchmarks/results/tune_linear_h100.json); they choose what it found fastest, or what is within 5 % of it.
 HOPPER = {
     "mxfp4": {Hopper(128, 64, 2, 1, 8): 0.284, Hopper(128, 128, 2, 1, 6): 0.360, Hopper(128, 192, 2, 1, 6): 0.483,
               Hopper(128, 256, 2, 1, 4): 0.600, Hopper(256, 32, 4, 1, 8): 0.457, Hopper(256, 64, 4, 1, 8): 0.742,
@@ -115,9 +115,9 @@ MULTIPROCESSORS = 132                   # of an H100 or H200 with HBM3; an H100 
 
 
 def parts(tiles: int, split: int, multiprocessors: int) -> tuple[int, int]:
-    """(tiles of the tail, parts of each), at most `split`. Programs hand sums on to the next one, which waits: if a GPU has no place
-    for all of them, it has one for the lower numbers. So a tile's parts must lie in one round of the programs, one after the
-    other, which they do if that is the only round or their number divides the programs'."""
+    """(tiles of the tail, parts of each), at most `split`. A program hands sums on to the next one, which waits: if a GPU has no
+    place for all of them, it has one for the lower numbers. So a tile's parts must lie in one round of the programs, one after
+    the other, which they do if that is the only round or their number divides the programs'."""
     tail = tiles % multiprocessors
     while tiles + tail * (split - 1) > multiprocessors and multiprocessors % split:
         split -= 1

@@ -85,8 +85,8 @@ def _expand_fp8(
     codes += row * (K // 8)
     out += row * (K // 4)
     every = tl.arange(0, KG)
-    # Down to a scalar, which has no layout: Triton 3.6 reduces a row of a tile again in the layout of the steps below, whose lanes
-    # of a row are not neighbours, and exchanges values with the wrong ones (seen with 256 and 512 channels).
+    # Down to a scalar, which has no layout: Triton 3.6 reduces a row of a tile again in the layout of the steps below, where the
+    # lanes of a row are not neighbours, and exchanges values with the wrong ones (seen with 256 and 512 channels).
     top = tl.max(tl.load(scales + every, mask=every < K // 32, other=0).to(tl.int32), axis=0)
     factor = e8m0_factor(top) * (E4M3_UNIT if E4 else E5M2_UNIT)
     if SCALED:

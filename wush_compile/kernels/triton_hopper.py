@@ -53,13 +53,6 @@ def scale_layout(R, MX):
 
 
 @gluon.jit
-def _load_x(x, x_more, xs, xs_more, full, row_m, k, stage, BM: gl.constexpr):
-    async_load(x, [row_m, k], full.index(stage), xs.index(stage))
-    if x_more is not None:
-        async_load(x_more, [row_m + BM, k], full.index(stage), xs_more.index(stage))
-
-
-@gluon.jit
 def _place(
     pid, M, whole, split, N: gl.constexpr, K: gl.constexpr, BN: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr,
     PARTS: gl.constexpr,

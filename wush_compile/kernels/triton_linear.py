@@ -137,8 +137,8 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
         *rows_of_x, unit, gx,
         TensorDescriptor.from_tensor(o.w_codes.view(torch.int32), [tile.bn, 16], NVMMASharedLayout(64, 32)), o.w_scales,
         row_facts(o.w_scales).top if o.mx else None, o.gw, o.bias, o.residual, out, sums,
-        workspace(out.device).counters(tail * tile.warpgroups) if tail else None, m, pieces, tiles - tail, split, int(early), n, k,
-        o.mx, tile.bn, bm, more, tile.warpgroups, stages, 8, num_warps=4, launch_pdl=True,
+        workspace(out.device).counters(tail * tile.warpgroups) if tail else None, m, pieces, tiles - tail, split, int(early), n,
+        k, o.mx, tile.bn, bm, more, tile.warpgroups, stages, 8, num_warps=4, launch_pdl=True,
     )
 
 
