@@ -273,6 +273,42 @@ def test_a_weight_is_settled_from_its_second_use_until_it_is_written():
     assert not triton_memory.settled(w[4:]) and not triton_memory.settled(w) and triton_memory.settled(w)
 
 
+@both
+def test_weights_are_read_early_only_if_they_were_there_before(format, monkeypatch):
+    """`hopper` is told so from a weight's second use on, its largest scales included: inside a capture these may be new."""
+    from wush_compile.kernels import triton_hopper
+
+    seen = []
+
+    class Kernel:
+        arg_names = triton_hopper.hopper_gemm_kernel.arg_names
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: seen.append(args[self.arg_names.index("early")])
+
+    monkeypatch.setattr(triton_hopper, "hopper_gemm_kernel", Kernel())
+    monkeypatch.setattr(triton_linear, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(triton_linear, "expand_x", lambda o: (torch.zeros(64, 512, dtype=torch.bfloat16), None, None))
+    mx = format == "mxfp4"
+    codes, w_codes = (torch.zeros(n, 256, dtype=torch.uint8) for n in (64, 128))
+    scales, w_scales = (torch.ones(n, 16 if mx else 32, dtype=torch.uint8) for n in (64, 128))
+    o = triton_linear.Operands(codes, scales, None, w_codes, w_scales, None, None, None, mx)
+    out = torch.empty(64, 128, dtype=torch.bfloat16)
+
+    def early():
+        triton_linear.run_hopper(o, Hopper(128, 64, 2, 1, 7), out)
+        return seen.pop()
+
+    assert [early(), early(), early()] == [0, 1, 1]
+    w_scales[0] = 3
+    assert [early(), early()] == [0, 1]
+    w_codes[0] = 3
+    assert [early(), early()] == [0, 1]
+    w_scales[0] = 4
+    monkeypatch.setattr(triton_memory, "_capturing", lambda t: True)
+    assert [early(), early()] == ([0, 0] if mx else [0, 1])
+
+
 def test_powers_of_two_are_known():
     g = torch.tensor([0.25])
     assert triton_memory.is_power_of_two(None) and triton_memory.is_power_of_two(g)

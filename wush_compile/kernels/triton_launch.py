@@ -3,7 +3,7 @@
 Two rules keep it safe. Before `wait_inputs` a kernel writes nothing, and reads nothing but a weight that was there
 before its predecessor was launched (`triton_memory.settled`). `start_next` comes after it, so that a kernel runs
 beside its direct predecessor at most: early in the quantizers, for `gemv` to read its weights meanwhile, at the end
-elsewhere, since programs that are placed early crowd on the multiprocessors that are free. When `wait_inputs`
+elsewhere (`hopper` reads its first weights then), since programs that are placed early crowd on the multiprocessors that are free. When `wait_inputs`
 returns, all kernels in front have ended, since each of them waited too.
 """
 

@@ -120,7 +120,9 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
     from .triton_hopper import hopper_gemm_kernel
 
     m, n, k = o.sizes
-    early = settled(o.w_codes) and settled(o.w_scales)
+    top = row_facts(o.w_scales).top if o.mx else None
+    # A list: each is looked at, and so used. Inside a capture `top` may be made by the kernel in front.
+    early = all([settled(t) for t in (o.w_codes, o.w_scales, top) if t is not None])
     x, unit, gx = expand_x(o)
     tiles = triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm)
     full = multiprocessors(out.device.index)
@@ -136,7 +138,7 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
     hopper_gemm_kernel[(min(pieces, full) if tile.warpgroups == 2 else pieces,)](
         *rows_of_x, unit, gx,
         TensorDescriptor.from_tensor(o.w_codes.view(torch.int32), [tile.bn, 16], NVMMASharedLayout(64, 32)), o.w_scales,
-        row_facts(o.w_scales).top if o.mx else None, o.gw, o.bias, o.residual, out, sums,
+        top, o.gw, o.bias, o.residual, out, sums,
         workspace(out.device).counters(tail * tile.warpgroups) if tail else None, m, pieces, tiles - tail, split, int(early), n,
         k, o.mx, tile.bn, bm, more, tile.warpgroups, stages, 8, num_warps=4, launch_pdl=True,
     )
