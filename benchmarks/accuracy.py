@@ -19,7 +19,7 @@ import torch
 
 import wush_compile as wc
 from wush_compile.data import windows
-from wush_compile.evaluate import compare, perplexity
+from wush_compile.evaluation.language import compare, perplexity
 
 CALIBRATION_BATCH = 8
 TEST_WINDOW = 2048

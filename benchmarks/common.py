@@ -28,8 +28,8 @@ def device(name: str) -> torch.device:
 
 def load_smollm2(gguf: Path | None, where: torch.device) -> tuple[torch.nn.Module, object]:
     """(bf16 model on a device, tokenizer); `gguf` None fetches the file."""
-    from wush_compile import smollm2
-    from wush_compile.gguf import load_gguf
+    from wush_compile.demo import smollm2
+    from wush_compile.checkpoint.gguf import load_gguf
 
     model, tokenizer = load_gguf(gguf or smollm2.fetch())
     return model.to(where), tokenizer

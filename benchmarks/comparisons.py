@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wush_compile.kernels.timing import copies, time_us
+from wush_compile.diagnostics.timing import copies, time_us
 
 
 def float8(linear: nn.Linear) -> nn.Module:

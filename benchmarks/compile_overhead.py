@@ -16,7 +16,7 @@ from common import environment, write_json
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import wush_compile as wc
-from wush_compile import passes
+from wush_compile.passes import pipeline as passes
 
 CALLS = 2000
 

@@ -12,8 +12,8 @@ import sys
 
 import torch
 
-from wush_compile.kernels import triton_choose
-from wush_compile.kernels.triton_choose import MULTIPROCESSORS, Hopper
+from wush_compile.kernels.triton.linear import choose as triton_choose
+from wush_compile.kernels.triton.linear.choose import MULTIPROCESSORS, Hopper
 
 Key = tuple[str, int, int, int]                            # format, rows, N, K
 

@@ -22,9 +22,10 @@ import torch
 import triton
 
 from wush_compile.formats import FORMATS
-from wush_compile.kernels import triton_choose, triton_linear, triton_quantize
-from wush_compile.kernels.timing import copies, time_us
-from wush_compile.kernels.triton_choose import Fused, Gemv, Hopper
+from wush_compile.kernels.triton.linear import choose as triton_choose, fp4_linear as triton_linear
+from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
+from wush_compile.diagnostics.timing import copies, time_us
+from wush_compile.kernels.triton.linear.choose import Fused, Gemv, Hopper
 
 GROUPS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}     # name: (N, K)
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)

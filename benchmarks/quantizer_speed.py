@@ -15,12 +15,17 @@ import torch
 import triton
 from kernel_speed import compile_all, random_transform, write
 
-from wush_compile import ops
+from wush_compile.ops import core as ops
 from wush_compile.formats import FORMATS
-from wush_compile.kernels import triton_fused, triton_gram, triton_norm, triton_quantize
-from wush_compile.kernels.timing import copies, time_us
-from wush_compile.kernels.triton_norm import Plan
-from wush_compile.kernels.triton_tiles import Tile, choose_tile
+from wush_compile.kernels.triton.quantize import (
+    fused as triton_fused,
+    norm as triton_norm,
+    transform_quantize as triton_quantize,
+)
+from wush_compile.kernels.triton.calibration import moments as triton_gram
+from wush_compile.diagnostics.timing import copies, time_us
+from wush_compile.kernels.triton.quantize.norm import Plan
+from wush_compile.kernels.triton.quantize.tiles import Tile, choose_tile
 
 SHAPES = ((1, 4096), (16, 4096), (64, 4096), (1024, 4096), (4096, 4096), (8192, 4096), (8192, 14336))
 

@@ -1,5 +1,5 @@
 // torch.ops.wush_<target>.fp4_linear and swizzle_scales: checks, outputs, launch. fp4_linear is wush::fp4_linear of
-// wush_compile/ops.py with three arguments more: whether the scales of either operand are swizzled, and `tile` (-1 for
+// wush_compile/ops/core.py with three arguments more: whether the scales of either operand are swizzled, and `tile` (-1 for
 // the launcher's choice). bias and residual have the output's dtype.
 
 #include <climits>

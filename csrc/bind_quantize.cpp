@@ -1,4 +1,4 @@
-// torch.ops.wush_<target>.*transform_quantize: checks, outputs, launch. The ops are those of wush_compile/ops.py and
+// torch.ops.wush_<target>.*transform_quantize: checks, outputs, launch. The ops are those of wush_compile/ops/core.py and
 // fused_ops.py with one argument more, `swizzled`: scales in the layout that Blackwell's matrix products read.
 
 #include "quantize.h"

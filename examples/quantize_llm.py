@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import wush_compile as wc
 from wush_compile.data import windows
-from wush_compile.storage import load_model
+from wush_compile.checkpoint.save_load import load_model
 
 
 def tiny() -> tuple[torch.nn.Module, list[torch.Tensor]]:

@@ -18,12 +18,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from wush_compile import fused_ops
+from wush_compile.ops import fused as fused_ops
 from wush_compile.formats import FORMATS, get_format
-from wush_compile.kernels import cuda, triton_fused, triton_gptq, triton_gram, triton_linear, triton_quantize
-from wush_compile.kernels.triton_choose import Fused, Gemv, Hopper
-from wush_compile.kernels.triton_tiles import Tile
-from wush_compile.kernels.triton_transform import block_transform
+from wush_compile.kernels import cuda
+from wush_compile.kernels.triton.quantize import fused as triton_fused, transform_quantize as triton_quantize
+from wush_compile.kernels.triton.calibration import gptq as triton_gptq, moments as triton_gram
+from wush_compile.kernels.triton.linear import fp4_linear as triton_linear
+from wush_compile.kernels.triton.linear.choose import Fused, Gemv, Hopper
+from wush_compile.kernels.triton.quantize.tiles import Tile
+from wush_compile.kernels.triton.quantize.transform import block_transform
 
 Case = tuple[str, Callable[[], object]]                  # name, call
 

@@ -17,7 +17,9 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import wush_compile as wc
-from wush_compile import backend, kernels, ops
+from wush_compile import backend
+from wush_compile.kernels import dispatch as kernels
+from wush_compile.ops import core as ops
 from wush_compile.errors import ConfigError
 
 EXACT = {"emulate_precision_casts": True}

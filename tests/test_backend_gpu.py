@@ -11,7 +11,8 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import wush_compile as wc
-from wush_compile import fused_ops, kernels, ops
+from wush_compile.ops import fused as fused_ops
+from wush_compile.kernels import dispatch as kernels
 
 pytestmark = pytest.mark.gpu
 PROVIDERS = kernels.resolve

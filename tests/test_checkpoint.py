@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wush_compile as wc
-from wush_compile import atomic, checkpoint, storage
+from wush_compile.checkpoint import atomic, layout as checkpoint, save_load as storage
 from wush_compile.errors import CheckpointError, WushError
 from wush_compile.modules import WushLinear
-from wush_compile.quantization import ATTRIBUTE
+from wush_compile.checkpoint.record import ATTRIBUTE
 
 SETTINGS = [
     {"format": "mxfp4"},

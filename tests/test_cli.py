@@ -112,7 +112,7 @@ def test_help(command):
 def test_demo(tiny, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from wush_compile import demo, smollm2
+    from wush_compile.demo import run as demo, smollm2
 
     model, _ = tiny
     monkeypatch.setattr(smollm2, "load", lambda: (AutoModelForCausalLM.from_pretrained(model, dtype="auto"),

@@ -7,10 +7,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from wush_compile import fused_ops, ops
+from wush_compile.ops import fused as fused_ops, core as ops
 from wush_compile.cli import app
-from wush_compile.kernels import Implementation, conformance, deep, timing
-from wush_compile.kernels.timing import Time
+from wush_compile.kernels.dispatch import Implementation
+from wush_compile.diagnostics import conformance, deep, timing
+from wush_compile.diagnostics.timing import Time
 
 CPU = torch.device("cpu")
 

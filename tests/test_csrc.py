@@ -11,7 +11,8 @@ import subprocess
 import pytest
 import torch
 
-from wush_compile import fused_ops, kernels, ops
+from wush_compile.ops import fused as fused_ops, core as ops
+from wush_compile.kernels import dispatch as kernels
 from wush_compile.formats import FORMATS
 from wush_compile.kernels import cuda, layouts
 

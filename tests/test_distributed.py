@@ -13,11 +13,11 @@ import torch
 from models import plain, tokens
 
 import wush_compile as wc
-from wush_compile.calibration import calibrate
-from wush_compile.calibration.distributed import Ranks, assign, join, merge_samples
+from wush_compile.calibration import loop as calibrate
+from wush_compile.calibration.ranks import Ranks, assign, join, merge_samples
 from wush_compile.calibration.team import Alone
 from wush_compile.errors import NonFiniteError, WushError
-from wush_compile.solver import solve_cost
+from wush_compile.solver.solve import solve_cost
 
 WINDOWS, LENGTH = 10, 48
 SETTINGS = {"solver": "gptq", "progress": False}

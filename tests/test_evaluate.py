@@ -7,7 +7,8 @@ import torch
 from models import VOCABULARY, plain, tokens
 from torch import nn
 
-from wush_compile import WushConfig, evaluate
+from wush_compile import WushConfig
+from wush_compile.evaluation import language as evaluate
 from wush_compile.errors import ConfigError, DataError
 
 
@@ -134,7 +135,8 @@ def captured(model, batches, name):
 
 
 def test_layer_loss_is_equation_1_on_all_rows():
-    from wush_compile.solver import layer_loss, solve
+    from wush_compile.solver.loss import layer_loss
+    from wush_compile.solver.solve import solve
 
     model, batches = plain("llama"), [tokens(2, 24, seed=s) for s in range(4)]
     configs = [WushConfig(solver="rtn", transform="hadamard"), WushConfig()]

@@ -11,9 +11,9 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wush_compile import smollm2
+from wush_compile.demo import smollm2
 from wush_compile.errors import CheckpointError
-from wush_compile.gguf import _correct_special_tokens, load_gguf, read_metadata
+from wush_compile.checkpoint.gguf import _correct_special_tokens, load_gguf, read_metadata
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HIDDEN, HEADS, KV_HEADS, MIDDLE = 64, 4, 2, 96

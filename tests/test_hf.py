@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import wush_compile as wc
-from wush_compile import hf
+from wush_compile.checkpoint import hf
 from wush_compile.errors import CheckpointError
 from wush_compile.modules import WushLinear, named_groups
-from wush_compile.quantization import ATTRIBUTE
+from wush_compile.checkpoint.record import ATTRIBUTE
 
 IDS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
 

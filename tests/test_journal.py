@@ -14,7 +14,7 @@ from helpers import files, same_tensors
 from torch import nn
 
 import wush_compile as wc
-from wush_compile.calibration import calibrate, journal
+from wush_compile.calibration import loop as calibrate, journal
 from wush_compile.calibration.journal import Journal
 from wush_compile.errors import CheckpointError, ConfigError, NonFiniteError
 

@@ -9,9 +9,11 @@ from pass_harness import check_graph
 from test_passes import Norm, Quantizer, x_like
 from torch import nn
 
-from wush_compile import formats, kernels, passes
+from wush_compile import formats
+from wush_compile.kernels import dispatch as kernels
+from wush_compile.passes import pipeline as passes
 from wush_compile.passes.pattern import op_name, value
-from wush_compile.trace import count_ops, print_graph
+from wush_compile.graphs.log import count_ops, print_graph
 
 wush = torch.ops.wush
 
@@ -204,7 +206,7 @@ def test_packaged_launches_read_the_same_every_time(hopper):
 
 
 def test_what_no_packaged_kernel_takes_says_why(hopper):
-    from wush_compile.kernels import packaged
+    from wush_compile.kernels.triton import packaged
 
     x, codes, scales = x_like(2, 96), torch.zeros(2, 48, dtype=torch.uint8), torch.zeros(2, 3, dtype=torch.uint8)
     linear = (codes, scales, None, codes, scales, None, None, None, "mxfp4", torch.bfloat16)

@@ -17,11 +17,16 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from wush_compile.formats import FORMATS  # noqa: E402
-from wush_compile.kernels import triton_choose, triton_norm, triton_quantize, triton_tiles  # noqa: E402
-from wush_compile.kernels.triton_gemm import fused_gemm_kernel  # noqa: E402
-from wush_compile.kernels.triton_gemv import gemv_kernel  # noqa: E402
-from wush_compile.kernels.triton_int4 import int4_gemm_kernel  # noqa: E402
-from wush_compile.kernels.triton_scaled import scaled_gemm_kernel  # noqa: E402
+from wush_compile.kernels.triton.linear import choose as triton_choose  # noqa: E402
+from wush_compile.kernels.triton.quantize import (
+    norm as triton_norm,
+    transform_quantize as triton_quantize,
+    tiles as triton_tiles,
+)
+from wush_compile.kernels.triton.linear.gemm import fused_gemm_kernel  # noqa: E402
+from wush_compile.kernels.triton.linear.gemv import gemv_kernel  # noqa: E402
+from wush_compile.kernels.triton.linear.int4 import int4_gemm_kernel  # noqa: E402
+from wush_compile.kernels.triton.linear.scaled import scaled_gemm_kernel  # noqa: E402
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 8192)
 SHAPES = ((28672, 4096), (4096, 14336))
@@ -65,7 +70,7 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
         from triton.experimental.gluon._runtime import GluonASTSource
         from triton.experimental.gluon.language import NVMMASharedLayout
 
-        from wush_compile.kernels.triton_hopper import hopper_gemm_kernel
+        from wush_compile.kernels.triton.linear.hopper import hopper_gemm_kernel
 
         x_layout, w_layout = NVMMASharedLayout(128, 8 if mx else 16), NVMMASharedLayout(64, 32)
         bm = 1 << kernel.bm.bit_length() - 1
@@ -272,7 +277,7 @@ def test_no_fp8_conversion_in_the_nvfp4_quantizer(rule, block, tile):
 def test_an_expansion_reduces_where_lanes_are_neighbours(k, lanes):
     """Triton 3.6 exchanges values with the wrong lanes where those of a row are not neighbours: at 256 and 512 channels a row's
     largest scale was that of half of them, once the layout of the steps had been taken over. A vector alone has no such."""
-    from wush_compile.kernels.triton_expand import expand_fp8_kernel
+    from wush_compile.kernels.triton.linear.expand import expand_fp8_kernel
 
     pointers = dict(codes="*i32", scales="*u8", unit="*fp32", out="*i32")
     groups = triton.next_power_of_2(k // 32)

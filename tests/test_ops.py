@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from wush_compile import formats, ops
+from wush_compile import formats
+from wush_compile.ops import core as ops
 from wush_compile.formats import FORMATS
 
 wush = torch.ops.wush

@@ -8,8 +8,9 @@ from models import quantized, tokens
 from pass_harness import PassBackend, run
 from torch import nn
 
-from wush_compile import formats, passes
-from wush_compile.fused_ops import GAINS
+from wush_compile import formats
+from wush_compile.passes import pipeline as passes
+from wush_compile.ops.fused import GAINS
 from wush_compile.modules import named_groups
 
 wush = torch.ops.wush

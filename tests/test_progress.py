@@ -10,7 +10,7 @@ from models import plain
 from test_journal import DATA, IDS, Words, net
 
 import wush_compile as wc
-from wush_compile.calibration import calibrate
+from wush_compile.calibration import loop as calibrate
 from wush_compile.calibration.progress import Progress, group_table
 from wush_compile.phases import phase, timing
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from wush_compile import kernels, ops
+from wush_compile.kernels import dispatch as kernels
+from wush_compile.ops import core as ops
 from wush_compile.errors import ConfigError
-from wush_compile.kernels import doctor
+from wush_compile.diagnostics import doctor
 
 
 def test_the_report_on_a_cpu():

@@ -20,15 +20,15 @@ from transformers import (
 )
 
 import wush_compile as wc
-from wush_compile.calibration.calibrate import calibrate
-from wush_compile.capture import capture
+from wush_compile.calibration.loop import calibrate
+from wush_compile.capture.export import capture
 from wush_compile.data import normalize
 from wush_compile.errors import CaptureError, ConfigError, DataError, NonFiniteError
 from wush_compile.modules import WushLinear, named_groups
-from wush_compile.passes.group import find_groups
-from wush_compile.passes.observe import allocate, insert_observers, observed, remove_observers
-from wush_compile.passes.partition import partition
-from wush_compile.quantization import quantization_of
+from wush_compile.passes.calibration.group import find_groups
+from wush_compile.passes.calibration.observe import allocate, insert_observers, observed, remove_observers
+from wush_compile.passes.calibration.partition import partition
+from wush_compile.checkpoint.record import quantization_of
 
 DATA = [tokens(2, 24, seed=s) for s in range(1, 7)]
 
@@ -307,7 +307,7 @@ def test_hooks_and_training_mode_survive():
 # -- without data ----------------------------------------------------------------------------------------------------
 
 def test_no_data_samples_text_or_asks(caplog, monkeypatch):
-    monkeypatch.setattr("wush_compile.quantizer.SELF_WINDOWS", (4, 16))
+    monkeypatch.setattr("wush_compile.calibration.run.SELF_WINDOWS", (4, 16))
     with caplog.at_level(logging.WARNING, "wush_compile"):
         one = wc.quantize(plain("llama"), progress=False)
     assert "samples its own" in caplog.text
@@ -321,7 +321,7 @@ def test_no_data_samples_text_or_asks(caplog, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{}, dict(solver="rtn", transform="hadamard")])
 def test_a_model_on_a_gpu_needs_no_data_either(settings, monkeypatch):
-    monkeypatch.setattr("wush_compile.quantizer.SELF_WINDOWS", (4, 16))
+    monkeypatch.setattr("wush_compile.calibration.run.SELF_WINDOWS", (4, 16))
     model = wc.quantize(plain("llama").cuda(), progress=False, **settings)
     assert all(group.weight_packed.is_cuda for _, group in named_groups(model))
 
@@ -405,7 +405,7 @@ def test_already_quantized():
 
 
 def test_interrupt_leaves_the_model_as_it_was(monkeypatch):
-    from wush_compile.calibration import calibrate as module
+    from wush_compile.calibration import loop as module
 
     model, calls = plain("llama"), []
     before = state_bytes(model)

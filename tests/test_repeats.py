@@ -9,7 +9,7 @@ from torch import fx, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import wush_compile as wc
-from wush_compile import capture, repeats
+from wush_compile.capture import export as capture, repeats
 
 BATCHES = [{"input_ids": tokens(2, 16)}, {"input_ids": tokens(1, 24)}]
 

@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 import sanitize  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from wush_compile.kernels import cuda, triton_memory  # noqa: E402
+from wush_compile.kernels import cuda  # noqa: E402
+from wush_compile.kernels.triton.common import memory as triton_memory
 
 
 @pytest.mark.parametrize("group", sanitize.GROUPS)

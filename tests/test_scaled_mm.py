@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from wush_compile import formats, ops
+from wush_compile import formats
+from wush_compile.ops import core as ops
 from wush_compile.kernels import layouts, scaled_mm
 
 both = pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])

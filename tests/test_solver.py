@@ -12,11 +12,18 @@ from gptq_oracle import block_diagonal, obq
 from wush_compile import formats
 from wush_compile.config import MOMENTS, SOLVERS, TRANSFORMS, WushConfig
 from wush_compile.errors import ConfigError, DataError, NonFiniteError
-from wush_compile.solver import block_size, layer_loss, moment_shape, solve
+from wush_compile.solver.solve import block_size, moment_shape, solve
+from wush_compile.solver.loss import layer_loss
 from wush_compile.solver.gptq import _rounder, gptq, gptq_conditional, rotate_, round_e2m1, round_group, triangular
 from wush_compile.solver.scales import global_scale
 from wush_compile.solver.transforms import (
-    apply_blockwise, cholesky_, damped_cholesky, diagonal_blocks, hadamard_matrix, random_orthogonal, wush_transform,
+    apply_blockwise,
+    cholesky_,
+    damped_cholesky,
+    diagonal_blocks,
+    hadamard_matrix,
+    random_orthogonal,
+    wush_transform,
 )
 
 DAMPING = 0.01
@@ -243,7 +250,7 @@ def rotated_factor(device):
         expected = torch.linalg.cholesky(wide @ h @ wide.T)
         with pytest.MonkeyPatch.context() as patch:
             for chunk in (2**25, 64 * 192):
-                patch.setattr(sys.modules["wush_compile.solver.gptq"], "CHUNK_ELEMENTS", chunk)
+                patch.setattr(sys.modules["wush_compile.solver.solve.gptq"], "CHUNK_ELEMENTS", chunk)
                 unit = rotate_(torch.linalg.cholesky(h), t, block)
                 torch.testing.assert_close(unit.tril(), expected / expected.diagonal(), rtol=1e-8, atol=1e-10)
                 assert not diagonal_blocks(unit, block).triu(1).any()
@@ -288,7 +295,7 @@ def test_spans_agree_on_a_gpu():
 
 def group_kernel_agrees(device):
     """The Triton kernel against `round_group`, bit for bit: 41 rows, among them zeros and tiny, large and infinite ones."""
-    from wush_compile.kernels import triton_gptq
+    from wush_compile.kernels.triton.calibration import gptq as triton_gptq
 
     generator = torch.Generator().manual_seed(0)
     for format, rule in RULES:

@@ -17,10 +17,10 @@ from wush_compile.calibration.activations import Activations
 from wush_compile.calibration.microbatch import TOKENS, choose_rows, regroup
 from wush_compile.calibration.shards import Shards
 from wush_compile.calibration.streaming import CheckpointTensors, open_checkpoint
-from wush_compile.capture import capture
+from wush_compile.capture.export import capture
 from wush_compile.data import normalize
 from wush_compile.errors import CheckpointError, DataError, NonFiniteError
-from wush_compile.passes.partition import partition
+from wush_compile.passes.calibration.partition import partition
 
 DATA = [tokens(2, 24, seed=s) for s in range(1, 5)]
 
@@ -82,7 +82,7 @@ def test_one_stage_of_weights_at_a_time(source, tmp_path, monkeypatch):
 
 
 def test_a_streamed_run_goes_on_from_the_journal(source, tmp_path, monkeypatch):
-    from wush_compile.calibration import calibrate
+    from wush_compile.calibration import loop as calibrate
 
     real, calls = calibrate.solve, []
 

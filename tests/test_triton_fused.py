@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from wush_compile import formats, fused_ops, ops
+from wush_compile import formats
+from wush_compile.ops import fused as fused_ops, core as ops
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from wush_compile.kernels import triton_fused, triton_prologue  # noqa: E402
+from wush_compile.kernels.triton.quantize import fused as triton_fused, prologue as triton_prologue  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

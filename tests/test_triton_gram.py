@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from wush_compile import ops
+from wush_compile.ops import core as ops
 
 pytest.importorskip("triton")
-from wush_compile.kernels import triton_gram  # noqa: E402
+from wush_compile.kernels.triton.calibration import moments as triton_gram  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -12,8 +12,9 @@ from wush_compile import formats
 from wush_compile.formats import FORMATS
 
 pytest.importorskip("triton")
-from wush_compile.kernels import triton_choose, triton_linear, triton_memory  # noqa: E402
-from wush_compile.kernels.triton_choose import Fused, Hopper  # noqa: E402
+from wush_compile.kernels.triton.linear import choose as triton_choose, fp4_linear as triton_linear  # noqa: E402
+from wush_compile.kernels.triton.common import memory as triton_memory
+from wush_compile.kernels.triton.linear.choose import Fused, Hopper  # noqa: E402
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
@@ -276,7 +277,7 @@ def test_a_weight_is_settled_from_its_second_use_until_it_is_written():
 @both
 def test_weights_are_read_early_only_if_they_were_there_before(format, monkeypatch):
     """`hopper` is told so from a weight's second use on, its largest scales included: inside a capture these may be new."""
-    from wush_compile.kernels import triton_hopper
+    from wush_compile.kernels.triton.linear import hopper as triton_hopper
 
     seen = []
 

@@ -8,13 +8,13 @@ import numpy
 import pytest
 import torch
 
-from wush_compile import fused_ops, ops
+from wush_compile.ops import fused as fused_ops, core as ops
 
 triton = pytest.importorskip("triton")
-from wush_compile.kernels.triton_choose import triton_version  # noqa: E402
-from wush_compile.kernels.triton_memory import workspace  # noqa: E402
-from wush_compile.kernels.triton_norm import FEW_ROWS, Plan, choose_plan, norm_quantize  # noqa: E402
-from wush_compile.kernels.triton_tiles import Tile  # noqa: E402
+from wush_compile.kernels.triton.linear.choose import triton_version  # noqa: E402
+from wush_compile.kernels.triton.common.memory import workspace  # noqa: E402
+from wush_compile.kernels.triton.quantize.norm import FEW_ROWS, Plan, choose_plan, norm_quantize  # noqa: E402
+from wush_compile.kernels.triton.quantize.tiles import Tile  # noqa: E402
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"

@@ -8,12 +8,13 @@ import sys
 import pytest
 import torch
 
-from wush_compile import ops
+from wush_compile.ops import core as ops
 from wush_compile.formats import FORMATS
 
 pytest.importorskip("triton")
-from wush_compile.kernels import layouts, triton_quantize  # noqa: E402
-from wush_compile.kernels.triton_tiles import Tile  # noqa: E402
+from wush_compile.kernels import layouts  # noqa: E402
+from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
+from wush_compile.kernels.triton.quantize.tiles import Tile  # noqa: E402
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
@@ -261,7 +262,7 @@ def test_quantize_interpreted():
 
 def test_what_the_kernel_does_not_take_is_refused():
     """Everything it reads out of bounds or misreads otherwise; the reference then raises, or computes it."""
-    from wush_compile.kernels.triton_provider import refuses_transform_quantize as refuses
+    from wush_compile.kernels.triton.provider import refuses_transform_quantize as refuses
 
     x, t, g = torch.zeros(2, 64).bfloat16(), torch.zeros(2, 32, 32).bfloat16(), torch.ones(1)
     assert refuses(x, t, g, "mxfp4", "mse") is None and refuses(x, None, None, "nvfp4", "absmax") is None

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from wush_compile import ops
+from wush_compile.ops import core as ops
 
 pytest.importorskip("triton")
-from wush_compile.kernels.triton_transform import block_transform  # noqa: E402
+from wush_compile.kernels.triton.quantize.transform import block_transform  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

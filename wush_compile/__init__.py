@@ -7,15 +7,16 @@
     torch.compile(model, backend="wush")
 """
 
-from . import evaluate, hf  # noqa: F401  (hf: Hugging Face loads our checkpoints once this package is imported)
+from .evaluation import language as evaluate  # noqa: F401  (hf: Hugging Face loads our checkpoints once this package is imported)
+from .checkpoint import hf
 from .backend import fuse
 from .config import WushConfig
 from .errors import WushError
-from .explain import explain
+from .report.explain import explain
 from .kernels import register as _providers  # noqa: F401  (puts the GPU kernels behind the ops)
-from .quantizer import quantize, quantize_checkpoint
-from .storage import load, save
-from .trace import trace_graphs
+from .calibration.run import quantize, quantize_checkpoint
+from .checkpoint.save_load import load, save
+from .graphs.log import trace_graphs
 
 __all__ = [
     "WushConfig", "WushError", "evaluate", "explain", "fuse", "load", "quantize", "quantize_checkpoint", "save", "trace_graphs",

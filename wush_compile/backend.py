@@ -6,21 +6,23 @@ layers that share one compiled graph (regional compilation) each run with their 
 
 import functools
 import hashlib
+import os
 import warnings
 from pathlib import Path
 
 import torch
 from torch.fx import Graph, GraphModule
 
-from . import fused_ops  # noqa: F401  (registers the ops that passes emit)
-from . import kernels, passes
+from .ops import fused as fused_ops  # noqa: F401  (registers the ops that passes emit)
+from .kernels import dispatch as kernels
+from .passes import pipeline as passes
 from .errors import one_of
-from .trace import GraphTrace, Recorder, readable_name, trace_graphs
+from .graphs.log import GraphTrace, Recorder, readable_name, trace_graphs
 
 _ROOT = Path(__file__).parent
 SOURCES = (                                                  # what a graph's code depends on; kernels: what they refuse
-    *sorted((_ROOT / "passes").glob("*.py")), *sorted((_ROOT / "kernels").glob("*.py")),
-    *(_ROOT / name for name in ("backend.py", "fused_ops.py", "ops.py", "formats.py")),
+    *(path for folder in ("passes", "kernels", "ops") for path in sorted((_ROOT / folder).rglob("*.py"))),
+    *(_ROOT / name for name in ("backend.py", "formats.py")),
 )
 _LINEAR_OPS = ("linear", "mm", "addmm", "matmul", "bmm")
 _state = {"warned": False, "quantized": False}
@@ -30,7 +32,7 @@ _state = {"warned": False, "quantized": False}
 def _sources_digest(sources: tuple[Path, ...]) -> str:
     digest = hashlib.sha256()
     for path in sources:
-        digest.update(path.name.encode() + path.read_bytes())
+        digest.update(os.path.relpath(path, _ROOT).encode() + path.read_bytes())
     return digest.hexdigest()
 
 

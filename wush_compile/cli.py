@@ -16,16 +16,16 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from . import evaluate as evaluation
+from .evaluation import language as evaluation
 from .calibration.progress import Progress, group_table
 from .config import WushConfig
 from .data import windows
 from .errors import ConfigError, WushError
-from .explain import compiled_graph, summary
-from .explain import explain as explanation
-from .quantizer import quantize as quantize_model
-from .quantizer import quantize_checkpoint
-from .storage import load, load_model, load_tokenizer
+from .report.explain import compiled_graph, summary
+from .report.explain import explain as explanation
+from .calibration.run import quantize as quantize_model
+from .calibration.run import quantize_checkpoint
+from .checkpoint.save_load import load, load_model, load_tokenizer
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -73,7 +73,7 @@ def demo(
     format: Annotated[str, typer.Option(help="mxfp4, nvfp4 or int4.")] = "mxfp4",
 ) -> None:
     """Quantize SmolLM2-135M-Instruct on this CPU and compare four ways to do it (some minutes, one download)."""
-    from .demo import demo as run
+    from .demo.run import demo as run
 
     with _one_line_errors():
         run(out, format, console)
@@ -206,7 +206,7 @@ def doctor(
     out: Annotated[Path, typer.Option(help="Where --deep writes its report.")] = Path("wush-doctor.json"),
 ) -> None:
     """What runs where: versions, providers, native and emulated arithmetic, and a short self-test of every op."""
-    from .kernels.doctor import examine
+    from .diagnostics.doctor import examine
 
     with _one_line_errors():
         where = _device(device)
@@ -238,7 +238,7 @@ def doctor(
 
 def _deep(device: torch.device, report: dict, out: Path) -> bool:
     """The conformance of every provider and its times, as tables and in one file; whether all conforms."""
-    from .kernels import deep
+    from .diagnostics import deep
 
     results, times = deep.run(device, report, out)
     table = Table("provider", "op", "format", "cases", "refused", "failed", "largest error")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops  # noqa: F401  (registers torch.ops.wush)
+from .ops import core as ops  # noqa: F401  (registers torch.ops.wush)
 from .config import WushConfig
 from .formats import dequantize, get_format
 

@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..atomic import flush, replaced_file
-from ..checkpoint import (
+from ..checkpoint.atomic import flush, replaced_file
+from ..checkpoint.layout import (
     CONFIG,
     DIGEST,
     INDEX,
@@ -44,8 +44,8 @@ from ..config import WushConfig
 from ..data import Batch
 from ..errors import CheckpointError, ConfigError
 from ..modules import WushGroup
-from ..passes.group import LinearGroup
-from ..quantization import Quantization
+from ..passes.calibration.group import LinearGroup
+from ..checkpoint.record import Quantization
 from .shards import Shards, sha256_of
 from .team import Alone
 from .tensors import ModelTensors

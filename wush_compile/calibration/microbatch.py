@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ..data import Batch
-from ..passes.partition import Stage
+from ..passes.calibration.partition import Stage
 
 # More tokens at once do not make a GPU's matmuls faster, only its memory fuller.
 TOKENS = 16384

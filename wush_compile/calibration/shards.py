@@ -9,7 +9,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ..checkpoint import Spec
+from ..checkpoint.layout import Spec
 from ..errors import CheckpointError
 
 

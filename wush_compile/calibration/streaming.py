@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import hf
-from ..checkpoint import weight_files
+from ..checkpoint import hf
+from ..checkpoint.layout import weight_files
 from ..errors import CheckpointError, NonFiniteError
 from .shards import Shards
 from .tensors import finite

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from ..data import Batch
-from ..passes.observe import Observation
+from ..passes.calibration.observe import Observation
 
 T = TypeVar("T")
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from .. import formats
 from ..config import WushConfig
 from ..data import Batch
-from ..kernels import resolve
+from ..kernels.dispatch import resolve
 from ..modules import has_global_scale
-from ..passes.group import ignored_by
-from ..passes.observe import SAMPLE_ROWS
+from ..passes.calibration.group import ignored_by
+from ..passes.calibration.observe import SAMPLE_ROWS
 from ..phases import phase
-from ..solver import CHUNK_ELEMENTS, block_size, layer_loss, moment_shape, solve
+from ..solver.solve import CHUNK_ELEMENTS, block_size, moment_shape, solve
+from ..solver.loss import layer_loss
 from ..solver.transforms import PANEL
 from .microbatch import most_rows, sequences
 

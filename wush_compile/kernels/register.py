@@ -2,9 +2,9 @@
 
 import functools
 
-from .. import ops
-from ..fused_ops import FUSED_REFERENCE
-from . import dispatch
+from ..ops import core as ops
+from ..ops.fused import FUSED_REFERENCE
+from .dispatch import dispatch
 
 
 @functools.cache

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import formats
-from . import Implementation, cuda
+from .dispatch import Implementation
+from . import cuda
 from .layouts import swizzle_scales
 
 logger = logging.getLogger("wush_compile")

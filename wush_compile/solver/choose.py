@@ -5,7 +5,12 @@ from torch import Tensor
 
 from ..config import WushConfig
 from .transforms import (
-    damped_cholesky, diagonal_blocks, hadamard_matrix, random_orthogonal, round_transform, wush_transform,
+    damped_cholesky,
+    diagonal_blocks,
+    hadamard_matrix,
+    random_orthogonal,
+    round_transform,
+    wush_transform,
 )
 
 CLOSED_FORM = ("wus", "wush")

@@ -117,7 +117,7 @@ def _group_rounder(device: torch.device) -> Callable[..., None]:
     """`round_group`, or on a GPU the kernel that does the same."""
     if device.type == "cuda":
         try:
-            from ..kernels import triton_gptq
+            from ..kernels.triton.calibration import gptq as triton_gptq
         except ImportError:                                                 # no triton: the same, launch by launch
             return round_group
         if triton_gptq.available(device):

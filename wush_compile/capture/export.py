@@ -1,0 +1,159 @@
+"""model + example batch -> one graph of the whole forward, with `aten.linear` nodes and weights by name.
+
+The graph is `torch.export`'s (non-strict, every dimension automatic): no cache, dynamic batch and length, weights shared
+with the model, `nn_module_stack` on every node.
+"""
+
+import contextlib
+import copy
+import inspect
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from . import repeats
+from ..data import Batch
+from ..errors import CaptureError, DataError
+
+log = logging.getLogger("wush_compile")
+
+
+@dataclass
+class Captured:
+    """The traced forward.
+
+    graph_module  placeholders are the flattened inputs, weights are `get_attr` nodes under their own names
+    keys          names of keyword inputs, in the order of the placeholders; None for positional inputs
+    constants     keyword inputs that are the same for every batch (`use_cache=False`)
+    """
+
+    graph_module: fx.GraphModule
+    keys: tuple[str, ...] | None
+    constants: dict[str, object]
+
+    def placeholders(self) -> list[fx.Node]:
+        """The graph's inputs, in order."""
+        return [n for n in self.graph_module.graph.nodes if n.op == "placeholder"]
+
+    def flatten(self, index: int, batch: Batch) -> dict[str, object]:
+        """A batch -> value of each placeholder by name; `DataError` where its inputs are not the traced ones."""
+        if isinstance(batch, dict):
+            if self.keys is None or set(batch) != set(self.keys):
+                raise DataError(f"batch {index} has the inputs {sorted(batch)}, the first one had {list(self.keys or ())}: "
+                                "give every batch the same inputs")
+            kwargs = {**{key: batch[key] for key in self.keys}, **self.constants}
+            leaves = pytree.tree_leaves(((), kwargs))
+        else:
+            if self.keys is not None:
+                raise DataError(f"batch {index} is a tensor, the first one a dict: give every batch the same inputs")
+            leaves = pytree.tree_leaves((batch, {}))
+        return dict(zip((p.name for p in self.placeholders()), leaves, strict=True))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, every module's own mode restored afterwards."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the model's structure on the meta device: no memory."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo = {id(t): nn.Parameter(t.to("meta"), requires_grad=False) if isinstance(t, nn.Parameter) else t.to("meta")
+            for t in tensors}
+    return copy.deepcopy(model, memo)
+
+
+def _constants(model: nn.Module) -> dict[str, object]:
+    """Inputs that keep a Hugging Face decoder from building a cache it would only throw away."""
+    config = getattr(model, "config", None)
+    named = "use_cache" in inspect.signature(model.forward).parameters    # export refuses what only **kwargs takes
+    return {"use_cache": False} if named and getattr(config, "use_cache", None) is not None else {}
+
+
+def _example(batch: Batch) -> Batch:
+    """The batch with at least two rows: a dimension of size one would be traced as a constant."""
+    def widen(t: object) -> object:
+        return t.repeat_interleave(2, 0) if isinstance(t, Tensor) and t.dim() > 1 and t.shape[0] == 1 else t
+
+    return {k: widen(v) for k, v in batch.items()} if isinstance(batch, dict) else tuple(widen(v) for v in batch)
+
+
+def _dynamic(value: object) -> dict[int, object] | None:
+    return {d: Dim.AUTO for d in range(value.dim())} if isinstance(value, Tensor) else None
+
+
+def _export(model: nn.Module, example: Batch, constants: dict[str, object]) -> torch.export.ExportedProgram:
+    args, kwargs = ((), {**example, **constants}) if isinstance(example, dict) else (example, {})
+    shapes = {k: _dynamic(v) for k, v in kwargs.items()} if kwargs else tuple(_dynamic(v) for v in args)
+    return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _by_layers(model: nn.Module, example: Batch, constants: dict[str, object]) -> fx.GraphModule | None:
+    """The graph of a model that repeats a layer, of which one is traced; None where that is not possible."""
+    layers = repeats.repeated(model)
+    if not layers:
+        return None
+    try:
+        meta = skeleton(model)                             # a copy of the model as it is, without marks
+        with repeats.marked(layers) as kinds:
+            program = _export(model, example, constants)
+        repeats.verify(kinds, meta)
+        graph_module = program.module()
+        repeats.inline(graph_module, kinds)
+    except Exception as error:                             # noqa: BLE001 (the whole trace says what is wrong, if anything is)
+        log.debug("traced as a whole: %s: %s", type(error).__name__, error)
+        return None
+    return graph_module
+
+
+def _failing_module(model: nn.Module, example: Batch, constants: dict[str, object]) -> str:
+    """Name of the innermost module that was running when the export failed."""
+    running, failed, handles = [], [], []
+
+    def enter(name: str):
+        return lambda *_: running.append(name)
+
+    def leave(*_):
+        running.pop()
+
+    for name, module in model.named_modules():
+        handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+    try:
+        _export(model, example, constants)
+    except Exception:
+        failed = list(running)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return failed[-1] if failed and failed[-1] else type(model).__name__
+
+
+def capture(model: nn.Module, batches: list[Batch]) -> Captured:
+    """Traces the model's forward on the largest of the batches; `CaptureError` says what export could not follow."""
+    largest = max(batches, key=lambda b: sum(t.numel() for t in pytree.tree_leaves(b) if isinstance(t, Tensor)))
+    example, constants = _example(largest), _constants(model) if isinstance(largest, dict) else {}
+    with evaluating(model), torch.no_grad():
+        graph_module = _by_layers(model, example, constants)
+        try:
+            if graph_module is None:
+                graph_module = _export(model, example, constants).module()
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise CaptureError(
+                f"torch.export cannot trace {type(model).__name__}: it stopped in module "
+                f"{_failing_module(model, example, constants)!r} with {type(error).__name__}: {reason}. "
+                "Make its forward traceable (no data-dependent Python control flow), or quantize the traceable submodule."
+            ) from error
+    return Captured(graph_module, tuple(largest) if isinstance(largest, dict) else None, constants)

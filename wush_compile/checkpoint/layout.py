@@ -1,0 +1,272 @@
+"""The checkpoint (SPEC §7): one set of tensors a linear on disk, one set of buffers a group in memory.
+
+A directory of safetensors files and a `config.json`, which holds the `quantization_config` and a digest of it and of
+every tensor. Nothing is unpickled, and nothing is put into a model before all of it has been checked.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..formats import get_format
+from ..modules import Member, WushGroup, WushLinear, buffer_layout, named_groups
+from .record import Quantization
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+JOURNAL = ".wush"                                          # of the run that made a checkpoint, in its directory
+WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+DIGEST = "wush_sha256"
+OTHER_MODEL = "load it into the kind of model it was made from"
+BY_ROWS = ("weight_packed", "weight_scale", "bias")        # a member has its rows; weight_global_scale: a copy
+
+
+class Spec(NamedTuple):
+    """What is known of a tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+# -- groups <-> linears ----------------------------------------------------------------------------------------------
+
+def parts(group: WushGroup) -> Iterator[tuple[str, list[tuple[str, slice | None]]]]:
+    """For each buffer of a group: its name, and its tensors on disk as (name, rows of the buffer, or None for all)."""
+    first = group.members[0].name
+    for buffer, tensor in group.named_buffers():
+        if buffer.startswith("input_"):
+            yield buffer, [(f"{first}.{buffer}", None)]
+            continue
+        members = [m for m in group.members if m.has_bias or buffer != "bias"]
+        yield buffer, [(f"{m.name}.{buffer}", slice(m.start, m.stop) if buffer in BY_ROWS else None) for m in members]
+
+
+def join(group: WushGroup, buffer: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """A group's buffer from its tensors on disk; rows of members without a bias are zero."""
+    pieces = dict(parts(group))[buffer]
+    if buffer not in BY_ROWS:
+        return tensors[pieces[0][0]].clone()
+    if buffer != "bias":
+        return torch.cat([tensors[name] for name, _ in pieces])
+    bias = tensors[pieces[0][0]].new_zeros(group.weight_packed.shape[0])
+    for name, rows in pieces:
+        bias[rows] = tensors[name]
+    return bias
+
+
+def split_group(group: WushGroup, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A group's buffers (or `state`, by their names) as the tensors of its linears, by their names on disk.
+
+    Rows are views of the group's buffers, each with a storage of its own.
+    """
+    state, split = dict(group.named_buffers()) if state is None else state, {}
+    for buffer, pieces in parts(group):
+        tensor = state[buffer]
+        for i, (name, rows) in enumerate(pieces):
+            if rows is not None:
+                # Through DLPack a view gets its own storage, so that no writer takes siblings for tied weights.
+                split[name] = torch.from_dlpack(tensor[rows])
+            else:
+                split[name] = tensor if i == 0 else tensor.clone()
+    return split
+
+
+def split_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """`model.state_dict()` (or `state`, with its names) with every group's buffers split into those of its linears."""
+    state = dict(model.state_dict() if state is None else state)
+    for path, group in named_groups(model):
+        state |= split_group(group, {buffer: state.pop(f"{path}.{buffer}") for buffer, _ in parts(group)})
+    return state
+
+
+def _linear(model: nn.Module, name: str) -> tuple[int, int, nn.Module]:
+    """(out_features, in_features, module) of a linear that is to be replaced."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"the checkpoint quantizes {name!r}, which this {type(model).__name__} does not have: "
+                              f"{OTHER_MODEL}") from None
+    if isinstance(module, WushLinear):
+        raise CheckpointError(f"{name!r} is already quantized in this {type(model).__name__}: load into a fresh model")
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features, module
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):        # of GPT-2: the weight is [K, N]
+        return module.nf, module.weight.shape[0], module
+    raise CheckpointError(f"the checkpoint quantizes {name!r}, which is a {type(module).__name__} in this "
+                          f"{type(model).__name__}, not a linear: {OTHER_MODEL}")
+
+
+def build_groups(model: nn.Module, record: Quantization, specs: Mapping[str, Spec] | None = None,
+                 device: torch.device | str = "meta") -> list[WushGroup]:
+    """Empty groups for the linears (nn.Linear, Conv1D) of an unquantized model, which stays as it is.
+
+    Buffers have the shapes of `modules.buffer_layout`; transforms and biases have the dtypes that `specs`, the tensors
+    on disk by name, gives them, or the weight's. A name, a kind or a width that does not fit is a `CheckpointError`.
+    """
+    groups, seen = [], set()
+    for entry in record.groups:
+        names, block = entry["members"], entry["transform_block_size"]
+        linears = [_linear(model, name) for name in names]
+        if not names or len(set(names)) < len(names) or seen.intersection(names):
+            raise CheckpointError(f"a linear is in two groups, or a group is empty (at {', '.join(names)}): "
+                                  "config.json was edited; quantize the model again")
+        seen.update(names)
+        widths = {width for _, width, _ in linears}
+        width = widths.pop()
+        if widths or block % get_format(record.config.format).group_size or width % block:
+            widths = sorted({w for _, w, _ in linears})
+            raise CheckpointError(f"{', '.join(names)}: widths {widths} do not fit one group "
+                                  f"with transform blocks of {block}: {OTHER_MODEL}")
+        members, start = [], 0
+        for name, (rows, _, module) in zip(names, linears, strict=True):
+            members.append(Member(name, start, start + rows, module.bias is not None))
+            start += rows
+        biased = [m.name for m in members if m.has_bias]
+        dtypes = {name: spec.dtype for name, spec in (specs or {}).items() if spec.dtype.is_floating_point}
+        weight_dtype = linears[0][2].weight.dtype
+        layout = buffer_layout(record.config, start, width, block,
+                               dtypes.get(f"{names[0]}.input_transform", weight_dtype), bool(biased))
+        if biased:
+            layout["bias"] = (layout["bias"][0], dtypes.get(f"{biased[0]}.bias", weight_dtype))
+        buffers = {k: None if v is None else torch.empty(v[0], dtype=v[1], device=device) for k, v in layout.items()}
+        groups.append(WushGroup(members, record.config, block, buffers))
+    return groups
+
+
+def group_specs(groups: Iterable[WushGroup]) -> dict[str, Spec]:
+    """The tensors on disk that groups need."""
+    return {
+        name: Spec(tuple(buffer[rows].shape if rows is not None else buffer.shape), buffer.dtype)
+        for group in groups for kind, pieces in parts(group) for name, rows in pieces
+        for buffer in [getattr(group, kind)]
+    }
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+def digest(settings: Mapping, names: Iterable[str], tensor) -> str:
+    """sha256 over a `quantization_config` and over name, dtype, shape and bytes of each tensor, sorted by name."""
+    sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name in sorted(names):
+        value = tensor(name).detach().cpu().contiguous()
+        sha.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        sha.update(value.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def read_config(directory: Path) -> dict:
+    """The `config.json` of a checkpoint, as far as it tells that it is one."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory: give the one that wush_compile.save wrote")
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+        method = config["quantization_config"]["quant_method"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} is no checkpoint: it has no {CONFIG}") from None
+    except (KeyError, TypeError):
+        method = None
+    except ValueError as error:
+        raise CheckpointError(f"{directory / CONFIG} is not JSON ({error}): save the model again") from None
+    if method != "wush":
+        raise CheckpointError(f"{directory} is no wush checkpoint: its {CONFIG} has no quantization_config of "
+                              "quant_method 'wush'; quantize the model first")
+    return config
+
+
+def read_record(settings: Mapping) -> Quantization:
+    """`Quantization.from_dict`, where anything malformed is a `CheckpointError`."""
+    try:
+        record = Quantization.from_dict(dict(settings))
+        well_formed = isinstance(record.ignored, dict) and all(
+            isinstance(g["members"], list) and all(isinstance(name, str) for name in g["members"])
+            and isinstance(g["transform_block_size"], int) and g["transform_block_size"] > 0 for g in record.groups
+        )
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, AttributeError):
+        well_formed = False
+    if not well_formed:
+        raise CheckpointError("quantization_config is malformed: config.json was edited; quantize the model again")
+    return record
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in one piece or in shards."""
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    if not (directory / INDEX).is_file():
+        others = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        found = f", only {', '.join(sorted(others))}, which is never unpickled" if others else ""
+        raise CheckpointError(f"{directory} has no {WEIGHTS}{found}: save the model again")
+    try:
+        names = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{directory / INDEX} cannot be read: save the model again") from None
+    return [directory / os.path.basename(name) for name in names]
+
+
+class Weights:
+    """The tensors of safetensors files, with their `specs`; opening reads the headers and checks the lengths."""
+
+    def __init__(self, files: Iterable[str | os.PathLike]):
+        self._files, self.specs = {}, {}
+        for path in map(Path, files):
+            if path.suffix != ".safetensors":
+                raise CheckpointError(f"{path} is not safetensors, and nothing else is read: save the model again")
+            try:
+                file = safetensors.safe_open(path, framework="pt")
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    self._files[name] = file
+                    tensor = file.get_tensor(name)         # mapped, not read
+                    self.specs[name] = Spec(tuple(tensor.shape), tensor.dtype)
+            except FileNotFoundError:
+                raise CheckpointError(f"{path} is missing: copy or save the checkpoint again") from None
+            except (OSError, safetensors.SafetensorError) as error:
+                raise CheckpointError(f"{path} is truncated or damaged ({error}): copy or save it again") from error
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as it is on disk; its memory may be the file's."""
+        return self._files[name].get_tensor(name)
+
+    def verify(self, settings: Mapping, expected: str | None) -> None:
+        """Compares the digest."""
+        if expected is None:
+            raise CheckpointError(f"{CONFIG} has no {DIGEST}, so the tensors cannot be checked: save the model again")
+        if digest(settings, self.specs, self.tensor) != expected:
+            raise CheckpointError("the tensors or the quantization_config are not those that were saved "
+                                  f"({DIGEST} differs): copy or save the checkpoint again")
+
+
+def check_specs(found: Mapping[str, Spec], groups: list[WushGroup], rest: Mapping[str, tuple[int, ...]],
+                optional: Iterable[str] = ()) -> None:
+    """Compares the tensors of a checkpoint with those of its groups, and with names and shapes of all others.
+
+    Names in `optional` may be missing. What belongs to a quantized linear, but to no buffer of it, is refused.
+    """
+    expected = group_specs(groups)
+    for name, spec in expected.items():
+        if name not in found:
+            raise CheckpointError(f"the checkpoint lacks {name}: copy or save it again")
+        if found[name] != spec:
+            raise CheckpointError(f"{name} is {found[name].dtype} {list(found[name].shape)}, the model needs "
+                                  f"{spec.dtype} {list(spec.shape)}: {OTHER_MODEL}")
+    for name, shape in rest.items():
+        if name in found and found[name].shape != tuple(shape):
+            raise CheckpointError(f"{name} has shape {list(found[name].shape)}, the model needs {list(shape)}: "
+                                  f"{OTHER_MODEL}")
+    if missing := sorted(set(rest) - set(found) - set(optional)):
+        raise CheckpointError(f"the checkpoint lacks {_some(missing)}: {OTHER_MODEL}")
+    if unknown := sorted(set(found) - set(expected) - set(rest)):
+        raise CheckpointError(f"the model has no {_some(unknown)}: {OTHER_MODEL}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,212 @@
+"""Saving a quantized model, all of it or nothing, and loading it, checked before it is used (SPEC §7)."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import hf
+from .atomic import recover, replaced_directory
+from .layout import (
+    CONFIG,
+    DIGEST,
+    JOURNAL,
+    WEIGHT_FILE,
+    WEIGHTS,
+    Weights,
+    build_groups,
+    check_specs,
+    digest,
+    join,
+    parts,
+    read_config,
+    read_record,
+    split_state_dict,
+    weight_files,
+)
+from ..errors import CheckpointError
+from .gguf import load_gguf
+from ..modules import WushGroup, install_group
+from .record import Quantization, quantization_of
+
+
+def _aliases(model: nn.Module) -> list[list[str]]:
+    """Names of each parameter or buffer that has several (tied weights)."""
+    names: dict[int, list[str]] = {}
+    for named in (model.named_parameters, model.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
+    return [n for n in names.values() if len(n) > 1]
+
+
+def saved_names(model: nn.Module) -> dict[str, str]:
+    """Every parameter's and persistent buffer's name -> the name it has in a checkpoint of the unquantized model."""
+    aliases = _aliases(model)
+    dropped = {alias for names in aliases for alias in names[1:]}
+    saved = hf.saved_names(model) if isinstance(model, transformers.PreTrainedModel) else [
+        name for name in model.state_dict() if name not in dropped
+    ]
+    names = {name: name for name in saved}
+    for tied in aliases:
+        kept = next((name for name in tied if name in names), None)
+        names |= dict.fromkeys(tied, kept) if kept is not None else {}
+    return names
+
+
+def write_settings(model: nn.Module, record: Quantization, directory: Path, sha256: str, tokenizer=None) -> None:
+    """Writes all of a checkpoint but its weights; `model` may be the unquantized one."""
+    if isinstance(model, transformers.PreTrainedModel):
+        hf.write_settings(model, record, directory, sha256)
+    else:
+        config = {"quantization_config": record.to_dict(), DIGEST: sha256}
+        (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def _save_module(model: nn.Module, record: Quantization, directory: Path) -> None:
+    state = split_state_dict(model)
+    for name in [alias for names in _aliases(model) for alias in names[1:]]:
+        state.pop(name, None)                              # the first name stands for all
+    storages = set()
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            what = "has no values (meta device)" if isinstance(tensor, Tensor) else "is not a tensor"
+            raise CheckpointError(f"{name} {what} and cannot be saved: move the model to one device")
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        state[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    write_settings(model, record, directory, digest(record.to_dict(), state, state.__getitem__))
+    save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def _keep_other_files(old: Path, new: Path) -> None:
+    """Links into `new` what else is in `old`: a replaced checkpoint takes nobody's notes or tokenizer with it."""
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+    for path in old.iterdir():
+        if (new / path.name).exists() or WEIGHT_FILE.fullmatch(path.name) or path.name == JOURNAL:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=link)
+        elif path.is_symlink():
+            os.symlink(os.readlink(path), new / path.name)
+        else:
+            link(str(path), str(new / path.name))
+
+
+def save(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> None:
+    """Writes the checkpoint of a quantized model (and its tokenizer's files), all of it or nothing.
+
+    A checkpoint that is there already is replaced in one step, so that a process killed at any moment leaves one or the
+    other; files in it that are no part of a checkpoint are kept. Equal models give equal bytes. Raises `WushError` for
+    a model that is not quantized, `CheckpointError` for a directory with anything else in it.
+    """
+    record = quantization_of(model)
+    target = recover(directory)
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{directory} is a file: give a directory")
+    replaces = target.exists() and any(target.iterdir())
+    if replaces:
+        try:
+            read_config(target)
+        except CheckpointError:
+            raise CheckpointError(f"{directory} is not empty and holds no wush checkpoint: give a new directory, or "
+                                  "empty it first") from None
+    with replaced_directory(target) as new:
+        if getattr(model, "hf_quantizer", None) is not None:
+            model.save_pretrained(new)
+        else:
+            _save_module(model, record, new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        if replaces:
+            _keep_other_files(target, new)
+
+
+def load(directory: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
+    """The model of a checkpoint: a Hugging Face one by its class, any other put into `model`, which is returned.
+
+    `model` is an unquantized model of the same kind, of any dtype, on any device (the meta device too). It gets exactly
+    what was saved, dtypes included; the devices of its tensors stay (meta: the CPU). A truncated, tampered, incomplete
+    or newer checkpoint, or one that does not fit the model, is a `CheckpointError`, and the model stays as it was.
+    """
+    path = recover(directory)
+    config = read_config(path)
+    settings = config["quantization_config"]
+    record = read_record(settings)
+    weights = Weights(weight_files(path))
+    if model is None:
+        if not config.get("architectures"):
+            raise CheckpointError(f"{directory} does not say what module it is of: load it as "
+                                  "wush_compile.load(directory, model=...) with an unquantized model of the same kind")
+        return hf.load(path, config, weights)
+    groups = build_groups(model, record, weights.specs)
+    members = tuple(f"{m.name}." for group in groups for m in group.members)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(members)}
+    aliases = _aliases(model)
+    tied = [a for names in aliases if any(n in weights.specs for n in names) for a in names]
+    check_specs(weights.specs, groups, {name: tuple(tensor.shape) for name, tensor in state.items()}, tied)
+    for name, tensor in model.named_buffers():
+        if tensor.is_meta and name not in state:
+            raise CheckpointError(f"the buffer {name} is on the meta device, and no checkpoint holds it as it is not "
+                                  "persistent: build the model on a real device")
+    weights.verify(settings, config.get(DIGEST))
+    _fill(model, groups, state, weights, aliases)
+    hf.attach(model, record)
+    return model
+
+
+def _fill(model: nn.Module, groups: list[WushGroup], state: Mapping[str, Tensor], weights: Weights,
+          aliases: list[list[str]]) -> None:
+    """Puts checked tensors into a model; `state` gives their devices."""
+    def to(tensor: Tensor, device: torch.device) -> Tensor:
+        # Copied: the file's own memory would change under the model when the file does.
+        return tensor.to("cpu" if device.type == "meta" else device, copy=True)
+
+    for group in groups:
+        device = model.get_submodule(group.members[0].name).weight.device
+        for buffer, pieces in parts(group):
+            joined = join(group, buffer, {name: weights.tensor(name) for name, _ in pieces})
+            setattr(group, buffer, to(joined, device))
+    model.load_state_dict({name: to(weights.tensor(name), tensor.device) for name, tensor in state.items()
+                           if name in weights.specs}, strict=False, assign=True)
+    for names in aliases:                                  # assigned tensors are new objects: tie them again
+        saved = next((n for n in names if n in weights.specs), None)
+        for name in names if saved else ():
+            parent, _, leaf = name.rpartition(".")
+            source_parent, _, source_leaf = saved.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, getattr(model.get_submodule(source_parent), source_leaf))
+    for group in groups:
+        install_group(model, group)
+
+
+def load_model(source: str, dtype: str | torch.dtype = "auto") -> tuple[nn.Module, object]:
+    """(causal language model, its tokenizer) of a local directory (a checkpoint too), a GGUF file, or a hub name."""
+    path = Path(source)
+    if path.is_file():
+        return load_gguf(path) if dtype == "auto" else load_gguf(path, dtype)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{source} has no config.json: it is no model directory")
+    settings = json.loads((path / "config.json").read_text(encoding="utf-8")) if path.is_dir() else {}
+    if (settings.get("quantization_config") or {}).get("quant_method") == hf.METHOD:
+        model = load(path)
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    return model, load_tokenizer(source)
+
+
+def load_tokenizer(source: str):
+    """The tokenizer of a local directory or a hub name."""
+    return transformers.AutoTokenizer.from_pretrained(source)

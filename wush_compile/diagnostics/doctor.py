@@ -1,0 +1,153 @@
+"""What runs where: device, versions, providers, what is native and what emulated, and a short self-test of each op."""
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from .. import formats
+from ..ops import core as ops
+from ..formats import FORMATS
+from ..kernels.dispatch import PROVIDERS, forced, resolve
+
+VERSIONS = ("torch", "triton", "transformers", "wush-compile")
+# Rows that reach every kind of kernel, and the width of the operands.
+ROWS = (1, 5, 64, 300)
+WIDTH = 512
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def arithmetic(format: str, capability: tuple[int, int] | None) -> str:
+    """How a device multiplies two tensors of this format, in words."""
+    if capability is None:
+        return "reference: fp32 products of decoded values"
+    if format == "int4":
+        return "emulated, exact: INT8 tensor cores"
+    if capability >= (10, 0):
+        return "native FP4 tensor cores"
+    if capability >= (9, 0) and format == "mxfp4":
+        return "emulated, exact: integer dot products up to 4 rows, FP8 tensor cores above"
+    return "emulated, exact: integer dot products up to 4 rows, BF16 tensor cores above"
+
+
+class Check(NamedTuple):
+    """One comparison of an op with its reference. `error`: share of values that differ, or relative error."""
+
+    op: str
+    format: str
+    case: str
+    ok: bool
+    error: float
+    seconds: float
+
+
+def _checked(op: str, format: str, case: str, limit: float, error: Callable[[], float]) -> Check:
+    """`error()` timed, good up to `limit`; a failure of the op itself is a result too."""
+    start = time.perf_counter()
+    try:
+        found = error()
+    except Exception as failure:
+        case, found = f"{case}: {type(failure).__name__}: {str(failure).splitlines()[0]}", float("inf")
+    return Check(op, format, case, found <= limit, found, time.perf_counter() - start)
+
+
+def check_transform_quantize(device: torch.device) -> Iterator[Check]:
+    """Codes and scales of small integers, whose sums have no order, bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    for format, fmt in FORMATS.items():
+        group = fmt.group_size
+        x = torch.randint(-24, 25, (37, WIDTH), generator=generator).to(device, torch.bfloat16)
+        t = torch.randint(-3, 4, (WIDTH // group, group, group), generator=generator).to(device, torch.bfloat16)
+
+        def wrong(rule: str) -> float:
+            got = torch.ops.wush.transform_quantize(x, t, None, format, rule)
+            want = ops.REFERENCE["transform_quantize"](x, t, None, format, rule)
+            return max((a != b).float().mean().item() for a, b in zip(got, want, strict=True))
+
+        for rule in fmt.scale_rules:
+            yield _checked("transform_quantize", format, rule, 0.0, lambda: wrong(rule))
+
+
+def check_fp4_linear(device: torch.device) -> Iterator[Check]:
+    """bf16 products at sizes that reach every kind of kernel, against float64 of the same operands."""
+    generator = torch.Generator().manual_seed(0)
+    for format in FORMATS:
+        w = formats.quantize(torch.randn(WIDTH // 2, WIDTH, generator=generator).to(device), format, "absmax")
+        wide = formats.dequantize(*w, format).double()
+
+        def relative(rows: int) -> float:
+            q = formats.quantize(torch.randn(rows, WIDTH, generator=generator).to(device), format, "absmax")
+            got = torch.ops.wush.fp4_linear(*q, None, *w, None, None, None, format, torch.bfloat16)
+            want = formats.dequantize(*q, format).double() @ wide.T
+            return ((got.double() - want).norm() / want.norm()).item()
+
+        for rows in ROWS:
+            yield _checked("fp4_linear", format, f"{rows} rows", 3e-3, lambda: relative(rows))
+
+
+def check_observe(device: torch.device) -> Iterator[Check]:
+    """Second moments of small integers, exact in any order, and the sample."""
+    def wrong() -> float:
+        x = torch.randint(-9, 10, (300, 64), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+        states = []
+        for place, observe in ((device, torch.ops.wush.observe), (torch.device("cpu"), ops.REFERENCE["observe"])):
+            state = [torch.zeros(64, 64), torch.zeros((), dtype=torch.int64), torch.zeros(32, 64)]
+            state = [s.to(place) for s in state]
+            observe(x.to(place), None, *state)
+            states.append(state)
+        return max((a.cpu() != b).float().mean().item() for a, b in zip(*states, strict=True))
+
+    yield _checked("observe", "", "300 rows", 0.0, wrong)
+
+
+SELF_TESTS = {"observe": check_observe, "transform_quantize": check_transform_quantize, "fp4_linear": check_fp4_linear}
+
+
+def self_test(device: torch.device, op: str) -> list[Check]:
+    """The checks of one op on a device: about a second each, more where kernels have to be compiled first."""
+    return list(SELF_TESTS[op](device))
+
+
+def why_no_gpu() -> str:
+    """Why kernels of a GPU do not run in this process on the CPU, with the remedy where there is one."""
+    if torch.version.cuda is None:
+        return "not used: this torch is built without CUDA; on a machine with a GPU install one with it (pytorch.org)"
+    if not torch.cuda.is_available():
+        return f"not used: torch {torch.__version__} finds no NVIDIA driver or no GPU; nvidia-smi says which is missing"
+    return "not used: the device is the CPU"
+
+
+def examine(device: torch.device | str | None = None) -> dict:
+    """Everything the report has: `device`, `capability`, `versions`, `forced`, `providers` (name -> used or why not),
+    `ops` (op -> names in the order in which they are asked), `arithmetic` (format -> words), `self_test` (list of
+    `Check`). Default: the current GPU, else the CPU."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    capability, providers, table = None, {}, {}
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        device = torch.device("cuda", index)
+        capability = torch.cuda.get_device_capability(index)
+        name = torch.cuda.get_device_name(index)
+        table = {op: [provider for provider, _ in entries] for op, entries in resolve(index).items()}
+        providers = {p.name: p.unavailable(capability) or "used" for p in PROVIDERS}
+    else:
+        name = device.type
+        providers = {p.name: why_no_gpu() for p in PROVIDERS}
+    return {
+        "device": name,
+        "capability": capability,
+        "versions": {package: _version(package) for package in VERSIONS} | {"cuda": torch.version.cuda},
+        "forced": forced(),
+        "providers": providers | {"reference": "always"},
+        "ops": {op: [*table.get(op, []), "reference"] for op in ops.REFERENCE},
+        "arithmetic": {format: arithmetic(format, capability) for format in FORMATS},
+        "self_test": [check for op in SELF_TESTS for check in self_test(device, op)],
+    }

@@ -1,0 +1,139 @@
+"""Providers: who computes an op on a GPU. One table, resolved once a process and device; the reference is always there.
+
+A provider has for each op a function and a predicate that says, from the arguments alone, why it does not take a call.
+`dispatch` asks the providers in order. One that fails at run time is left out from then on, with one warning that names
+it.
+`WUSH_PROVIDER=reference` (or `scaled_mm`, `cuda`, `triton`) forces one: then nothing else is asked first, and its
+errors are raised.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..errors import one_of
+
+logger = logging.getLogger("wush_compile")
+
+
+class Implementation(NamedTuple):
+    """An op of a provider; `refuses(*args)` is a sentence, or None if it takes the call. Where `yields(*args)`, others are
+    known to be faster: it is asked after them."""
+
+    run: Callable
+    refuses: Callable[..., str | None]
+    yields: Callable[..., bool] = lambda *args: False
+
+
+class Mendable(str):
+    """Why a provider is unavailable, where that is a fault of the installation and not of the device: a warning."""
+
+
+class Provider(NamedTuple):
+    """Kernels of one kind; `unavailable(capability)` is a sentence, or None if they run on such a device."""
+
+    name: str
+    unavailable: Callable[[tuple[int, int]], str | None]
+    load: Callable[[], dict[str, Implementation]]
+
+
+def _triton_unavailable(capability: tuple[int, int]) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+def _load_triton() -> dict[str, Implementation]:
+    from .triton import provider as triton_provider
+    return triton_provider.IMPLEMENTATIONS
+
+
+def _cuda_unavailable(capability: tuple[int, int]) -> str | None:
+    from . import cuda
+    return cuda.unavailable(capability)
+
+
+def _load_cuda() -> dict[str, Implementation]:
+    from . import cuda
+    return cuda.IMPLEMENTATIONS
+
+
+def _scaled_mm_unavailable(capability: tuple[int, int]) -> str | None:
+    from . import scaled_mm
+    return scaled_mm.unavailable(capability)
+
+
+def _load_scaled_mm() -> dict[str, Implementation]:
+    from . import scaled_mm
+    return scaled_mm.IMPLEMENTATIONS
+
+
+PROVIDERS = (
+    Provider("scaled_mm", _scaled_mm_unavailable, _load_scaled_mm),
+    Provider("cuda", _cuda_unavailable, _load_cuda),
+    Provider("triton", _triton_unavailable, _load_triton),
+)
+# What writes into its arguments cannot be tried a second time.
+IN_PLACE = ("observe",)
+NAMES = (*(p.name for p in PROVIDERS), "reference")
+
+
+def forced() -> str | None:
+    """The provider that `WUSH_PROVIDER` names, None if it is not set; another name is a `ConfigError`."""
+    name = os.environ.get("WUSH_PROVIDER")
+    return one_of("WUSH_PROVIDER", name, NAMES) if name else None
+
+
+@functools.cache
+def resolve(device: int) -> dict[str, list[tuple[str, Implementation]]]:
+    """Op -> (provider's name, implementation) in the order in which they are asked, for a CUDA device; logged once."""
+    capability = torch.cuda.get_device_capability(device)
+    name = forced()
+    table, lines, faults = {}, [], []
+    for provider in PROVIDERS:
+        reason = provider.unavailable(capability)
+        if isinstance(reason, Mendable) and name in (None, provider.name):
+            faults.append(f"{provider.name} {reason}")
+        if reason is None and name not in (None, provider.name):
+            reason = f"WUSH_PROVIDER is {name}"
+        lines.append(f"{provider.name}: {reason or 'used'}")
+        if reason is None:
+            for op, implementation in provider.load().items():
+                table.setdefault(op, []).append((provider.name, implementation))
+    if faults:
+        used = sorted({entries[0][0] for entries in table.values()}) or ["reference"]
+        logger.warning("%s; used instead: %s", "; ".join(faults), ", ".join(used))
+    logger.info("providers on %s: %s", torch.cuda.get_device_name(device), "; ".join(lines))
+    return table
+
+
+def dispatch(op: str, reference: Callable, *args):
+    """`op` by the first provider of the first argument's device that takes the call, else by `reference`."""
+    entries = resolve(args[0].device.index).get(op, ())
+    for entry in sorted(entries, key=lambda entry: entry[1].yields(*args)) if len(entries) > 1 else list(entries):
+        name, implementation = entry
+        if implementation.refuses(*args) is not None:
+            continue
+        try:
+            return implementation.run(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if forced() is not None:
+                raise
+            if op in IN_PLACE:
+                raise RuntimeError(f"{name} failed in {op}, which may have changed its state by then: set "
+                                   "WUSH_PROVIDER=reference and start again") from error
+            result = reference(*args)              # raises if the caller's arguments are at fault; then no provider is
+            resolve(args[0].device.index)[op].remove(entry)
+            logger.warning("%s failed in %s and is left out of it from now on: %s: %s", name, op, type(error).__name__,
+                           str(error).split("\n")[0])
+            return result
+    return reference(*args)

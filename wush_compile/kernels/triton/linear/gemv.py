@@ -1,0 +1,165 @@
+"""Few rows times packed weights: exact integer products of whole groups, one fp32 multiply-add a group.
+
+A code is an integer, twice its e2m1 value. Four weights times four activations are one `dp4a`; a group's sum is exact
+in int32 and meets its two scales in fp32. Nothing is folded into a format of fewer bits, so every scale byte is
+allowed. """
+
+import triton
+import triton.language as tl
+
+from ..common.formats import e4m3_factor, e8m0_factor
+from ..common.overlap import start_next, wait_inputs
+
+
+@triton.jit
+def _weight_bytes(w):
+    """8 codes -> (integers of codes 0..3 that are not negative, minus those that are; the same of codes 4..7), four
+    int8 each, 0 where the other has the value.
+
+    `prmt` looks four codes up at once; where a code's sign bit is set it gives the sign of the table's byte, which is
+    0: one look-up for either sign, and none for the sign itself. """
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 n, t, h;
+        mov.b32 t, 0x03020100;
+        mov.b32 h, 0x0C080604;
+        xor.b32 n, $4, 0x88888888;
+        prmt.b32 $0, t, h, $4;
+        prmt.b32 $1, t, h, n;
+        shr.u32 n, n, 16;
+        prmt.b32 $3, t, h, n;
+        shr.u32 n, $4, 16;
+        prmt.b32 $2, t, h, n; }""",
+        "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+    )
+
+
+@triton.jit
+def _activation_bytes(x):
+    """8 codes -> their integers, codes 0..3 and 4..7, as four int8 each: tables of 12 plus and 12 minus the magnitude,
+    then minus 12 without a borrow between bytes."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 n, p, q;
+        xor.b32 n, $2, 0x88888888;
+        prmt.b32 p, 0x0F0E0D0C, 0x18141210, $2;
+        prmt.b32 q, 0x090A0B0C, 0x00040608, n;
+        or.b32 p, p, q;
+        add.u32 p, p, 0x74747474;
+        xor.b32 $0, p, 0x80808080;
+        shr.u32 n, n, 16;
+        prmt.b32 q, 0x090A0B0C, 0x00040608, n;
+        shr.u32 n, $2, 16;
+        prmt.b32 p, 0x0F0E0D0C, 0x18141210, n;
+        or.b32 p, p, q;
+        add.u32 p, p, 0x74747474;
+        xor.b32 $1, p, 0x80808080; }""",
+        "=&r,=&r,r", [x], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+    )
+
+
+@triton.jit
+def _dot8(p0, n0, p1, n1, x0, x1):
+    """Eight products of integers, summed: four times the product of the values."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 d, s;
+        dp4a.s32.s32 d, $1, $5, 0;
+        dp4a.s32.s32 s, $2, $5, 0;
+        dp4a.s32.s32 d, $3, $6, d;
+        dp4a.s32.s32 s, $4, $6, s;
+        sub.s32 $0, d, s; }""",
+        "=r,r,r,r,r,r,r", [p0, n0, p1, n1, x0, x1], dtype=tl.int32, is_pure=True, pack=1,
+    )
+
+
+@triton.jit
+def _row(
+    parts, x, xs, m, first, K: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, MX: tl.constexpr,
+):
+    """fp32 [BN, BK/G]: a row's integer group sums with its weights' bytes, times its own scales."""
+    words = first // 8 + tl.arange(0, BK // 8)
+    groups = first // G + tl.arange(0, BK // G)
+    if K % BK == 0:
+        code = tl.load(x + m * (K // 8) + words)
+        byte = tl.load(xs + m * (K // G) + groups).to(tl.int32)
+    else:
+        code = tl.load(x + m * (K // 8) + words, mask=words < K // 8, other=0)
+        byte = tl.load(xs + m * (K // G) + groups, mask=groups < K // G, other=1).to(tl.int32)
+    x0, x1 = _activation_bytes(code)
+    p0, n0, p1, n1 = parts
+    x0 = tl.broadcast_to(x0[None, :], (BN, BK // 8))
+    x1 = tl.broadcast_to(x1[None, :], (BN, BK // 8))
+    d = tl.sum(tl.reshape(_dot8(p0, n0, p1, n1, x0, x1), (BN, BK // G, G // 8)), axis=2)
+    factor = e8m0_factor(byte) if MX else e4m3_factor(byte)
+    return d.to(tl.float32) * (factor * 0.25)[None, :]
+
+
+@triton.jit
+def finish(y, n, m, N, gx, gw, bias, residual, out, SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr,
+           RESIDUAL: tl.constexpr, mask):
+    """y / (gx*gw) + bias in fp32, one rounding to out's dtype, plus the residual in that dtype (SPEC §6)."""
+    if SCALED_X and SCALED_W:
+        y = y * tl.div_rn(1.0, tl.load(gx) * tl.load(gw))
+    elif SCALED_X:
+        y = y * tl.div_rn(1.0, tl.load(gx))
+    elif SCALED_W:
+        y = y * tl.div_rn(1.0, tl.load(gw))
+    if BIAS:
+        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    offset = m.to(tl.int64) * N + n
+    r = y.to(out.dtype.element_ty)
+    if RESIDUAL:
+        added = tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
+        r = (r.to(tl.float32) + added).to(out.dtype.element_ty)
+    tl.store(out + offset, r, mask=mask)
+
+
+@triton.jit
+def _load_weights(w, ws, row, first, K: tl.constexpr, G: tl.constexpr, BK: tl.constexpr):
+    """Codes int32 [BN, BK/8] and scale bytes int32 [BN, BK/G] of BK channels; beyond K codes 0 and bytes 1."""
+    words = first // 8 + tl.arange(0, BK // 8)
+    groups = first // G + tl.arange(0, BK // G)
+    if K == BK:
+        code = tl.load(w + row * (K // 8) + words[None, :])
+        byte = tl.load(ws + row * (K // G) + groups[None, :])
+    else:
+        code = tl.load(w + row * (K // 8) + words[None, :], mask=(words < K // 8)[None, :], other=0)
+        byte = tl.load(ws + row * (K // G) + groups[None, :], mask=(groups < K // G)[None, :], other=1)
+    return code, byte.to(tl.int32)
+
+
+@triton.jit
+def gemv_kernel(
+    x, xs, gx, w, ws, gw, bias, residual, out, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
+    MX: tl.constexpr, SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):
+    """x int32 [M, K/8], xs uint8 [M, K/G], w int32 [N, K/8], ws uint8 [N, K/G] -> out [M, N], M = 1, 2 or 4; grid
+    (N/BN). Weights are read before the kernel waits for its inputs."""
+    G: tl.constexpr = 32 if MX else 16
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
+    acc0 = tl.zeros((BN, BK // G), tl.float32)
+    acc1 = acc0
+    acc2 = acc0
+    acc3 = acc0
+    code, byte = _load_weights(w, ws, row, 0, K, G, BK)
+    wait_inputs(PDL)
+    start_next(PDL)
+    for i in tl.range(0, tl.cdiv(K, BK), num_stages=1):
+        first = i * BK
+        factor = e8m0_factor(byte) if MX else e4m3_factor(byte)
+        parts = _weight_bytes(code)
+        if BK < K:                                            # the next step's, while this one computes
+            code, byte = _load_weights(w, ws, row, first + BK, K, G, BK)
+        acc0 += _row(parts, x, xs, 0, first, K, G, BN, BK, MX) * factor
+        if M > 1:
+            acc1 += _row(parts, x, xs, 1, first, K, G, BN, BK, MX) * factor
+        if M > 2:
+            acc2 += _row(parts, x, xs, 2, first, K, G, BN, BK, MX) * factor
+            acc3 += _row(parts, x, xs, 3, first, K, G, BN, BK, MX) * factor
+    zero = tl.zeros((BN,), tl.int32)
+    finish(tl.sum(acc0, 1), n, zero, N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL, n < N)
+    if M > 1:
+        finish(tl.sum(acc1, 1), n, zero + 1, N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL, n < N)
+    if M > 2:
+        finish(tl.sum(acc2, 1), n, zero + 2, N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL, n < N)
+        finish(tl.sum(acc3, 1), n, zero + 3, N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL, n < N)

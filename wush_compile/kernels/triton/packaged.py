@@ -1,0 +1,238 @@
+"""The ops as graphs of Triton launches, for programs without Python: AOTInductor compiles the kernels into the package.
+
+A program serves every number of rows M, while a kernel is chosen for one. So the graph holds a launch for every band of
+M that wants a kernel of its own, each with a grid that is empty outside its band: what has an empty grid is not
+launched. Bands that the program's shapes rule out are left out. cuBLAS has no place here, since a library call cannot
+be skipped: the fused product takes the bands that are the library's at run time.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from torch._higher_order_ops.triton_kernel_wrap import (
+    TraceableTritonKernelWrapper,
+    TracingTritonHOPifier,
+    triton_kernel_wrapper_functional,
+)
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ...formats import FORMATS
+from .linear.choose import WIDE, Fused, Gemv, Scaled, choose
+from .linear.expand import expand_bf16_kernel, expand_fp8_kernel
+from .linear.gemm import fused_gemm_kernel
+from .linear.gemv import gemv_kernel
+from .common.memory import Workspace
+from .provider import IMPLEMENTATIONS
+from .quantize.transform_quantize import dense_rows, transform_quantize_kernel
+from .linear.scaled import scaled_gemm_kernel
+from .quantize.tiles import choose_tile
+
+# (first, last) number of rows; the kernel that suits the last serves the band.
+BANDS = ((1, 1), (2, 16), (17, 64), (65, 128), (129, None))
+# Stands for "many rows" where a kernel is chosen.
+MANY = 4096
+# NVFP4 for many rows: decoded on both sides.
+WIDE_NVFP4 = Fused(128, 128, 128, 1, 8, 3, True)
+# Parameters of kernels that a packaged launch leaves alone: starting behind a kernel that still runs, stores in
+# assembly, which Inductor cannot see through, sums in smaller steps.
+PLAIN = {"PDL": False, "AHEAD": 0, "EARLY": False, "WORDS": 0, "PROMOTE": 0}
+
+
+class _Functional(TracingTritonHOPifier):
+    """What `torch.library.wrap_triton` traces, in functional form from the start: `writes` names the kernel's outputs,
+    so that nothing has to be inferred from its code, and dead-code elimination sees what a launch is good for."""
+
+    def __init__(self, writes: tuple[str, ...]):
+        self.writes = writes
+
+    def call_HOP(self, variable, grids, combined_args, tx):
+        arguments, index = self.store_non_graphable_args(combined_args)
+        return triton_kernel_wrapper_functional(
+            kernel_idx=variable.kernel_idx, constant_args_idx=index, grid=grids, tma_descriptor_metadata={},
+            kwargs=arguments, tensors_to_clone=[name for name in self.writes if name in arguments],
+        )
+
+
+def _launch(
+    kernel, writes: tuple[str, ...], grid: tuple, warps: int, stages: int = 3, **arguments
+) -> dict[str, Tensor]:
+    """A launch as a node of the graph that is traced: what it writes, by the parameter's name."""
+    arguments = {name: PLAIN[name] for name in kernel.arg_names if name in PLAIN} | arguments
+    if sorted(arguments) != sorted(kernel.arg_names):
+        raise TypeError(f"{kernel.__name__} takes {kernel.arg_names}, not {sorted(arguments)}")
+    launched = TraceableTritonKernelWrapper(kernel, None, grid)
+    return _Functional(writes).call_triton_kernel(
+        launched, (), {**arguments, "num_warps": warps, "num_stages": stages}, None
+    )
+
+
+def _in_band(rows, first: int, last: int | None):
+    """1 where first <= rows <= last, else 0; a number where `rows` is one, else an expression.
+
+    Of a dimension that can vary, only an upper bound is believed: tracing takes every dimension for at least 2, and yet
+    the program must be right for 0 and 1. No rows at all is left to the tiles, of which there are none then.
+    """
+    if isinstance(rows, int):
+        return 1
+    inside = 1
+    if first > 1:
+        inside = torch.sym_min(inside, rows - (first - 1))
+    if last is not None and not statically_known_true(rows <= last):
+        inside = torch.sym_min(inside, last + 1 - rows)
+    return torch.sym_max(0, inside)
+
+
+def _bands(rows, kernel_for) -> list[tuple]:
+    """(first, last, kernel) of the bands that `rows` can be in, neighbours of one kernel joined."""
+    bands: list[tuple] = []
+    for first, last in BANDS:
+        if isinstance(rows, int) and not first <= rows <= (last or rows) or statically_known_true(rows < first):
+            continue
+        kernel = kernel_for(last or MANY)
+        if bands and bands[-1][2] == kernel:
+            first = bands.pop()[0]
+        bands.append((first, last, kernel))
+    return bands
+
+
+def _tiles(n, size: int):
+    return (n + size - 1) // size
+
+
+# -- transform_quantize ----------------------------------------------------------------------------------------------
+
+def transform_quantize(
+    capability: tuple[int, int], x: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str,
+    scale_rule: str,
+) -> tuple[Tensor, Tensor]:
+    """`wush::transform_quantize` for a device of that compute capability."""
+    width, lead = x.shape[-1], x.shape[:-1]
+    rows = dense_rows(x)
+    m = rows.shape[0]
+    codes = x.new_empty((m, width // 2), dtype=torch.uint8)
+    scales = x.new_empty((m, width // FORMATS[format].group_size), dtype=torch.uint8)
+    block = 0 if transform is None else transform.shape[-1]
+    wide = x.dtype == torch.float32 or transform is not None and transform.dtype != x.dtype
+    plain = dict(up=None, weight=None, bias=None, mean=None, scale=None, up_pitch=0, SWIZZLED=False, PROLOGUE=None)
+    for first, last, tile in _bands(m, lambda rows: choose_tile(rows, width, block)):
+        grid = (_tiles(width, tile.columns) * _in_band(m, first, last) * _tiles(m, tile.rows * tile.tiles),)
+        written = _launch(
+            transform_quantize_kernel, ("codes", "scales"), grid, tile.warps,
+            x=rows, t=None if transform is None else transform.contiguous(), global_scale=global_scale, codes=codes,
+            scales=scales, M=m, pitch=rows.stride(0), K=width, STRIDE=width if rows.stride(0) == width else 0, B=block,
+            SHARED=block > 0 and transform.shape[0] == 1 and width > block, FORMAT=format, RULE=scale_rule,
+            SCALED=global_scale is not None, PTX=2 if capability >= (8, 6) else 1, NATIVE=capability >= (10, 0),
+            WIDE=wide, R=tile.rows, W=tile.columns, TILES=tile.tiles, STAGES=tile.stages, **plain,
+        )
+        codes, scales = written["codes"], written["scales"]
+    return codes.view(*lead, codes.shape[-1]), scales.view(*lead, scales.shape[-1])
+
+
+# -- fp4_linear ------------------------------------------------------------------------------------------------------
+
+def _kernel(format: str, rows: int, n: int, k: int, capability: tuple[int, int]) -> Gemv | Fused | Scaled | None:
+    """What `choose` says, or the fused product where that is the library; None if none fits."""
+    if format == "int4":
+        return None
+    kernel = choose(format, rows, n, k, capability, portable=True)
+    if not isinstance(kernel, str):
+        return kernel
+    if k % 128 or (capability < (9, 0) and format == "mxfp4"):
+        return None
+    return WIDE if format == "mxfp4" else WIDE_NVFP4
+
+
+def _dense(t: Tensor) -> Tensor:
+    aligned = t.storage_offset() * t.element_size() % 16 == 0
+    return t if aligned and t.is_contiguous() else t.clone(memory_format=torch.contiguous_format)
+
+
+def fp4_linear(
+    capability: tuple[int, int], codes: Tensor, scales: Tensor, global_scale: Tensor | None,
+    weight_codes: Tensor, weight_scales: Tensor, weight_global_scale: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None, format: str, out_dtype: torch.dtype,
+) -> Tensor:
+    """`wush::fp4_linear` for a device of that compute capability."""
+    lead, half = codes.shape[:-1], codes.shape[-1]
+    n, k, mx = weight_codes.shape[0], 2 * half, format == "mxfp4"
+    x, xs = codes.reshape(-1, half), scales.reshape(-1, scales.shape[-1])
+    w, ws = _dense(weight_codes), _dense(weight_scales)
+    m = x.shape[0]
+    out = x.new_empty((m, n), dtype=out_dtype)
+    late = residual if residual is not None and residual.dtype != out_dtype else None
+    added = None if residual is None or late is not None else residual.reshape(-1, n).contiguous()
+    space = Workspace(x.device)                            # its constants; equal ones of a program become one
+    top = ws.amax(-1) if mx else None                      # uint8 [N]: see `triton_memory.row_facts`
+    x_words = x.view(torch.int32)
+    ws_words = ws.view(torch.int32) if k % 128 == 0 else None
+    common = dict(w=w, gw=weight_global_scale, bias=bias, residual=added, N=n, K=k,
+                  SCALED_W=weight_global_scale is not None, BIAS=bias is not None, RESIDUAL=added is not None)
+    for first, last, kernel in _bands(m, lambda rows: _kernel(format, rows, n, k, capability)):
+        here = _in_band(m, first, last)
+        if isinstance(kernel, Gemv):
+            bk = min(kernel.bk, max(triton.next_power_of_2(k), 128))
+            out = _launch(gemv_kernel, ("out",), (here * _tiles(n, kernel.bn), m), kernel.warps,
+                          **common | {"w": w.view(torch.int32)}, x=x_words, xs=xs, gx=global_scale, ws=ws,
+                          out=out, M=1, MX=mx, SCALED_X=global_scale is not None,
+                          BN=kernel.bn, BK=bk)["out"]
+        elif isinstance(kernel, Scaled):
+            kind = torch.uint8 if mx else torch.float8_e4m3fn
+            out = _launch(scaled_gemm_kernel, ("out",), (here * _tiles(m, kernel.bm) * _tiles(n, kernel.bn),),
+                          kernel.warps, **common, x=x, xs=xs.view(kind), gx=global_scale, ws=ws.view(kind), out=out,
+                          M=m, G=32 if mx else 16, SCALED_X=global_scale is not None, BM=kernel.bm, BN=kernel.bn,
+                          BK=kernel.bk, STAGES=kernel.stages)["out"]
+        else:
+            most = m if last is None else last
+            out = _fused(kernel, here, most, x, x_words, xs, global_scale, ws_words, top, space, out, common)
+    y = out.view(*lead, n)
+    return y if late is None else y + late
+
+
+def _fused(
+    tile: Fused, here, most, x, x_words, xs, gx, ws_words, top, space: Workspace, out: Tensor, common: dict
+) -> Tensor:
+    """`out` as the fused product of at most `most` rows leaves it."""
+    m, n, k, mx = x.shape[0], common["N"], common["K"], top is not None
+    unit = parts = count = None
+    if not tile.packed and mx:
+        groups = triton.next_power_of_2(k // 32)
+        expanded = _launch(
+            expand_fp8_kernel, ("out", "unit"), (here * m,), 4, codes=x_words, scales=xs, g=gx,
+            unit=x.new_empty(m, dtype=torch.float32), out=x.new_empty((m, k // 4), dtype=torch.int32), K=k, KG=groups,
+            E4=False, SCALED=gx is not None, C=min(groups, 128), LANES=True,
+        )
+        x, unit, gx = expanded["out"].view(torch.float8_e5m2), expanded["unit"], None
+    elif not tile.packed:
+        block = 1 if most is not m and most <= 64 else 8
+        x = _launch(
+            expand_bf16_kernel, ("out",), (here * _tiles(m, block), _tiles(k, 1024)), 4, codes=x, scales=xs, g=None,
+            out=x.new_empty((m, k), dtype=torch.bfloat16), rows=m, K=k, MX=False, SCALED=False, R=block, C=512,
+            PANELS=True,
+        )["out"]
+    if tile.split > 1:                                     # as large as the band needs: M may be far beyond it
+        parts = x.new_empty((tile.split, most, n), dtype=torch.float32)
+        count = torch.zeros(_tiles(n, tile.bn) * _tiles(most, tile.bm), dtype=torch.int32, device=x.device)
+    # `count` is zero again when the kernel ends, so it is no output, and all products of a program can share it.
+    return _launch(
+        fused_gemm_kernel, ("out", "parts"), (here * _tiles(n, tile.bn) * _tiles(m, tile.bm), tile.split), tile.warps,
+        tile.stages, **common, x=x, xs=xs.view(torch.int32) if tile.packed else None, x_unit=unit, gx=gx,
+        ws=ws_words, w_top=top, selectors=space.selectors if mx else space.pairs,
+        out=out, parts=parts, count=count, M=m, MX=mx, PACKED=tile.packed, SCALED_X=gx is not None, BN=tile.bn,
+        BM=tile.bm, BK=tile.bk, SPLIT=tile.split, STAGES=tile.stages, GROUP=8,
+    )["out"]
+
+
+# -- which ops -------------------------------------------------------------------------------------------------------
+
+PACKAGED = {"transform_quantize": transform_quantize, "fp4_linear": fp4_linear}
+
+
+def refuses(op: str, capability: tuple[int, int], *args) -> str | None:
+    """Why a call is not packaged as Triton launches; None if it is."""
+    reason = IMPLEMENTATIONS[op].refuses(*args)
+    if reason is None and op == "fp4_linear":
+        codes, weight_codes, format = args[0], args[3], args[8]
+        n, k = weight_codes.shape[0], 2 * codes.shape[-1]
+        if any(_kernel(format, last or MANY, n, k, capability) is None for _, last in BANDS):
+            return f"width {k} in {format} has no kernel without a library at compute capability {capability}"
+    return reason

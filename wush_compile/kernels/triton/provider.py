@@ -1,0 +1,118 @@
+"""The Triton provider's ops and what they refuse: pure functions of the arguments."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from ...formats import FORMATS
+from ...ops.fused import GAINS
+from ..dispatch import Implementation
+from .quantize import fused as triton_fused, transform_quantize as triton_quantize
+from .calibration import moments as triton_gram
+from .linear import fp4_linear as triton_linear
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def refuses_transform_quantize(x, transform, global_scale, format, scale_rule) -> str | None:
+    if format not in ("mxfp4", "nvfp4"):
+        return f"{format} has no Triton kernel"
+    if x.dtype not in FLOATS:
+        return f"input is {x.dtype}"
+    width = x.shape[-1]
+    if width % FORMATS[format].group_size or scale_rule not in FORMATS[format].scale_rules:
+        return f"width {width}, rule {scale_rule}"
+    if global_scale is not None and (
+        global_scale.dtype != torch.float32 or global_scale.numel() != 1 or global_scale.device != x.device
+    ):
+        return f"global scale is {global_scale.dtype} {tuple(global_scale.shape)} on {global_scale.device}"
+    if transform is not None:
+        block = transform.shape[-1]
+        if transform.dtype not in FLOATS or transform.device != x.device:
+            return f"transform is {transform.dtype} on {transform.device}"
+        if block & (block - 1) or block > 256 or block < 16:
+            return f"transform blocks of {block}"
+        if transform.dim() != 3 or transform.shape[1] != block or width % block or (
+            transform.shape[0] != 1 and transform.shape[0] * block != width
+        ):
+            return f"transform {tuple(transform.shape)} for width {width}"
+        if block > 64 and torch.float32 in (x.dtype, transform.dtype):
+            return "fp32 transforms of wide blocks"
+    return None
+
+
+def _refuses_prologue(x, transform, global_scale, format, scale_rule, others) -> str | None:
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"input is {x.dtype}"
+    for other in others:
+        if other is not None and (other.dtype != x.dtype or other.device != x.device):
+            return f"input is {x.dtype} on {x.device}, an operand {other.dtype} on {other.device}"
+    return refuses_transform_quantize(x, transform, global_scale, format, scale_rule)
+
+
+def _refuses_norm(x, vectors, eps_tensor, transform, global_scale, format, scale_rule) -> str | None:
+    if any(v is not None and v.shape != x.shape[-1:] for v in vectors):
+        return "the norm does not have the width of the input"
+    if eps_tensor is not None and (eps_tensor.device != x.device or eps_tensor.numel() != 1):
+        return "eps is not one number on the device"
+    return _refuses_prologue(x, transform, global_scale, format, scale_rule, vectors)
+
+
+def refuses_rms_norm(x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule) -> str | None:
+    if gain not in GAINS or (weight is None) != (gain == "none"):
+        return f"gain {gain} does not fit the weight"
+    return _refuses_norm(x, (weight,), eps_tensor, transform, global_scale, format, scale_rule)
+
+
+def refuses_layer_norm(x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule) -> str | None:
+    return _refuses_norm(x, (weight, bias), eps_tensor, transform, global_scale, format, scale_rule)
+
+
+def refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule) -> str | None:
+    if gate.shape != up.shape:
+        return "gate and up differ in shape"
+    return _refuses_prologue(gate, transform, global_scale, format, scale_rule, (up,))
+
+
+def refuses_gelu_mul(gate, up, approximate, transform, global_scale, format, scale_rule) -> str | None:
+    if approximate not in ("none", "tanh"):
+        return f"approximation {approximate}"
+    return refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule)
+
+
+def refuses_fp4_linear(
+    codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype
+) -> str | None:
+    return triton_linear.supports(format, 2 * weight_codes.shape[-1])
+
+
+def refuses_observe(x, mask, moment, count, sample, seed=0) -> str | None:
+    if x.dtype not in (torch.bfloat16, torch.float16) or moment.dtype != torch.float32:
+        return f"rows are {x.dtype}, the moment {moment.dtype}"
+    return None
+
+
+def _there(run: Callable) -> Callable:
+    """`run` with its first argument's device current: a kernel is launched on the current one."""
+    @functools.wraps(run, updated=())
+    def guarded(first, *args, **options):
+        if first.device.index == torch.cuda.current_device():
+            return run(first, *args, **options)
+        with torch.cuda.device(first.device):
+            return run(first, *args, **options)
+
+    return guarded
+
+
+IMPLEMENTATIONS = {
+    "observe": Implementation(_there(triton_gram.observe), refuses_observe),
+    "transform_quantize": Implementation(_there(triton_quantize.transform_quantize), refuses_transform_quantize),
+    "rms_norm_transform_quantize": Implementation(_there(triton_fused.rms_norm_transform_quantize), refuses_rms_norm),
+    "layer_norm_transform_quantize": Implementation(
+        _there(triton_fused.layer_norm_transform_quantize), refuses_layer_norm
+    ),
+    "silu_mul_transform_quantize": Implementation(_there(triton_fused.silu_mul_transform_quantize), refuses_silu_mul),
+    "gelu_mul_transform_quantize": Implementation(_there(triton_fused.gelu_mul_transform_quantize), refuses_gelu_mul),
+    "fp4_linear": Implementation(_there(triton_linear.fp4_linear), refuses_fp4_linear),
+}

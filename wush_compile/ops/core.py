@@ -1,0 +1,223 @@
+"""The ops: schemas, fake kernels, and the reference that defines them on every device (SPEC §6).
+
+    wush::observe             adds rows to a second moment and to a sample (calibration)
+    wush::transform_quantize  x -> blockwise x Tᵀ -> codes and scales, in one op
+    wush::fp4_linear          quantized x times quantized weight, fp32 accumulation, one rounding
+
+Codes and scales cross op boundaries as uint8 (int4 scales: bf16); the format string gives them meaning. A row is one
+position of the leading dimensions, which are free; no rows at all is fine.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import formats
+from ..formats import get_format
+from ..phases import phase
+
+lib = torch.library.Library("wush", "DEF")
+lib.define(
+    "observe(Tensor x, Tensor? mask, Tensor(a!) moment, Tensor(b!) count, Tensor(c!) sample, int seed=0) -> ()"
+)
+lib.define(
+    "transform_quantize(Tensor x, Tensor? transform, Tensor? global_scale, str format, str scale_rule)"
+    " -> (Tensor codes, Tensor scales)"
+)
+lib.define(
+    "fp4_linear(Tensor codes, Tensor scales, Tensor? global_scale, Tensor weight_codes, Tensor weight_scales,"
+    " Tensor? weight_global_scale, Tensor? bias, Tensor? residual, str format, ScalarType out_dtype) -> Tensor"
+)
+
+# A CPU quantizes this many values at a time: temporaries that stay in cache make it 4x faster.
+CHUNK_ELEMENTS = 2**16
+# Of the rows a group's sample holds, this share is kept for the rows of largest norm; the rest is a uniform sample.
+LARGEST_SHARE = 8
+
+
+# -- observe ---------------------------------------------------------------------------------------------------------
+
+def _uniform(index: Tensor, seed: int) -> Tensor:
+    """Row numbers (int64) -> reproducible pseudo-random float64 in [0, 1): a 31-bit integer hash, the same everywhere."""
+    h = (index + 1) * 747796405 + (seed % 65521) * 2891336453
+    for factor in (277803737, 1103515245):
+        h = h & 0x7FFFFFFF
+        h = (h ^ (h >> 15)) * factor
+    h = h & 0x7FFFFFFF
+    return (h ^ (h >> 16)).to(torch.float64) / 2**31
+
+
+def _sample_uniform(rows: Tensor, reservoir: Tensor, seen: Tensor, seed: int) -> None:
+    """Reservoir sampling: row i goes to a random slot below i + 1, if the reservoir has it; rows [n, K], seen int64 []."""
+    capacity = reservoir.shape[0]
+    position = torch.arange(rows.shape[0], device=rows.device)
+    index = position + seen
+    slot = torch.where(index < capacity, index, (_uniform(index, seed) * (index + 1)).floor().to(torch.int64))
+    # Of the rows that want one slot the last one keeps it, as if they had come one after the other; slot `capacity` takes
+    # those that none gets. Nothing here has a size that depends on the data: a GPU need not be waited for.
+    last = torch.full((capacity + 1,), -1, dtype=torch.int64, device=rows.device)
+    last.scatter_reduce_(0, slot.clamp(max=capacity), position, "amax")
+    last = last[:capacity]
+    chosen = rows[last.clamp(min=0)].to(reservoir.dtype)
+    reservoir.copy_(torch.where((last >= 0)[:, None], chosen, reservoir))
+
+
+def _sample_largest(rows: Tensor, largest: Tensor) -> None:
+    """Keeps the rows of largest norm among `largest` [m, K] (zero rows are empty slots) and `rows` [n, K]."""
+    kept = largest.shape[0]
+    norm = torch.cat([torch.linalg.vector_norm(r, dim=-1, dtype=torch.float32) for r in (largest, rows)])
+    index = norm.topk(kept).indices
+    new = rows[(index - kept).clamp(min=0)].to(largest.dtype)
+    largest.copy_(torch.where((index < kept)[:, None], largest[index.clamp(max=kept - 1)], new))
+
+
+def _add_moment(rows: Tensor, moment: Tensor) -> None:
+    """moment += rowsᵀ·rows in fp32: rows [n, K], moment [K, K], or [K/B, B, B] for its diagonal blocks."""
+    wide = rows.to(torch.float32)
+    if moment.dim() == 2:
+        moment.addmm_(wide.T, wide)                                        # [K, K]
+    else:
+        blocks = wide.unflatten(-1, (moment.shape[0], -1)).transpose(0, 1)   # [K/B, n, B]
+        moment.baddbmm_(blocks.transpose(1, 2), blocks)                    # [K/B, B, B]
+
+
+def _observe(
+    x: Tensor, mask: Tensor | None, moment: Tensor, count: Tensor, sample: Tensor, seed: int = 0,
+    add_moment: Callable[[Tensor, Tensor], None] = _add_moment,
+) -> None:
+    rows = x.reshape(-1, x.shape[-1])                                      # [n, K]
+    if mask is not None:
+        rows = rows[mask.reshape(-1) != 0]
+    if rows.shape[0] == 0:
+        return
+    with phase("moments"):
+        add_moment(rows, moment)
+    if sample.shape[0]:
+        largest = sample.shape[0] // LARGEST_SHARE
+        uniform = sample.shape[0] - largest
+        with phase("samples"):
+            _sample_uniform(rows, sample[:uniform], count, seed)
+            if largest:
+                _sample_largest(rows, sample[uniform:])
+    count.add_(rows.shape[0])
+
+
+def _observe_fake(x, mask, moment, count, sample, seed=0):
+    for other in (mask, moment, count, sample):
+        if other is not None:
+            torch._check(other.device == x.device, lambda: f"x is on {x.device}, its mask or state on {other.device}")
+    k, covered = x.shape[-1], moment.shape[-1] if moment.dim() == 2 else moment.shape[0] * moment.shape[-1]
+    torch._check(covered == k, lambda: f"the moment covers {covered} channels, x has {k}")
+
+
+# -- transform_quantize ----------------------------------------------------------------------------------------------
+
+def _check_format(format: str, scale_rule: str | None = None):
+    fmt = get_format(format)
+    if scale_rule is not None and scale_rule not in fmt.scale_rules:
+        raise ValueError(f"scale rule {scale_rule!r} is not one of {format}'s: {', '.join(fmt.scale_rules)}")
+    return fmt
+
+
+def block_transform(x: Tensor, transform: Tensor | None) -> Tensor:
+    """x [.., K] -> fp32 [.., K], block b times T_bᵀ; transform [K/B, B, B], [1, B, B] (one for all) or None."""
+    x = x.to(torch.float32)
+    if transform is None:
+        return x
+    size = transform.shape[-1]
+    t = transform.to(torch.float32)
+    if transform.shape[0] == 1:
+        return (x.unflatten(-1, (-1, size)).flatten(0, -2) @ t[0].T).view(x.shape)
+    # unflatten, unlike reshape alone, refuses a transform made for another width.
+    blocks = x.unflatten(-1, (transform.shape[0], size)).reshape(-1, transform.shape[0], size)   # [M, K/B, B]
+    return torch.bmm(blocks.transpose(0, 1), t.transpose(1, 2)).transpose(0, 1).reshape(x.shape)
+
+
+def _transform_quantize(
+    x: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str, scale_rule: str
+) -> tuple[Tensor, Tensor]:
+    fmt = _check_format(format, scale_rule)
+    k = x.shape[-1]
+    rows = x.reshape(-1, k)
+    codes = x.new_empty((rows.shape[0], k // 2), dtype=torch.uint8)
+    scales = x.new_empty((rows.shape[0], k // fmt.group_size), dtype=fmt.scale_dtype)
+    step = max(1, CHUNK_ELEMENTS // max(k, 1)) if x.device.type == "cpu" else max(1, rows.shape[0])
+    for start in range(0, rows.shape[0], step):
+        chunk = slice(start, start + step)
+        codes[chunk], scales[chunk] = formats.quantize(
+            block_transform(rows[chunk], transform), format, scale_rule, global_scale
+        )
+    return codes.view(*x.shape[:-1], k // 2), scales.view(*x.shape[:-1], k // fmt.group_size)
+
+
+def _transform_quantize_fake(x, transform, global_scale, format, scale_rule):
+    fmt = _check_format(format, scale_rule)
+    k = x.shape[-1]
+    torch._check(k % fmt.group_size == 0, lambda: f"width {k} is not a multiple of {format}'s group of {fmt.group_size}")
+    for other in (transform, global_scale):
+        if other is not None:
+            torch._check(other.device == x.device, lambda: f"x is on {x.device}, its transform or scale on {other.device}")
+    if transform is not None:
+        blocks, size = transform.shape[0], transform.shape[-1]
+        torch._check(k % size == 0, lambda: f"width {k} is not a multiple of the transform's {size}")
+        torch._check(blocks == 1 or blocks * size == k, lambda: f"{blocks} blocks of {size} do not cover width {k}")
+    lead = x.shape[:-1]
+    return (
+        x.new_empty((*lead, k // 2), dtype=torch.uint8),
+        x.new_empty((*lead, k // fmt.group_size), dtype=fmt.scale_dtype),
+    )
+
+
+# -- fp4_linear ------------------------------------------------------------------------------------------------------
+
+def _operand(codes: Tensor, scales: Tensor, format: str) -> Tensor:
+    """Packed [.., K/2] -> fp32 [.., K] without the global scale, by a table of the 256 bytes: fast in eager mode."""
+    byte = torch.arange(256, device=codes.device, dtype=torch.uint8)
+    group = get_format(format).group_size
+    if format == "int4":
+        return formats.dequantize(codes, scales, format)
+    table = formats.e2m1_decode(formats.unpack(byte[:, None]))            # [256, 2]
+    values = torch.nn.functional.embedding(codes.to(torch.int32), table)  # [.., K/2, 2]
+    groups = values.flatten(-2).unflatten(-1, (-1, group))
+    return groups.mul_(formats.decode_scales(scales, format)[..., None]).flatten(-2)
+
+
+def _fp4_linear(
+    codes: Tensor, scales: Tensor, global_scale: Tensor | None,
+    weight_codes: Tensor, weight_scales: Tensor, weight_global_scale: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None, format: str, out_dtype: torch.dtype,
+) -> Tensor:
+    x = _operand(codes, scales, format)                                   # [.., K]
+    w = _operand(weight_codes, weight_scales, format)                     # [N, K]
+    y = torch.nn.functional.linear(x, w)                                  # [.., N]
+    product = None
+    for g in (global_scale, weight_global_scale):
+        if g is not None:
+            product = g if product is None else product * g
+    if product is not None:
+        y = y * (1.0 / product)
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    y = y.to(out_dtype)
+    return y if residual is None else y + residual.to(out_dtype)
+
+
+def _fp4_linear_fake(
+    codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype
+):
+    _check_format(format)
+    torch._check(codes.shape[-1] == weight_codes.shape[-1],
+                 lambda: f"activation has {2 * codes.shape[-1]} channels, weight {2 * weight_codes.shape[-1]}")
+    for other in (scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual):
+        if other is not None:
+            torch._check(other.device == codes.device,
+                         lambda: f"activation is on {codes.device}, an operand on {other.device}")
+    return codes.new_empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=out_dtype)
+
+
+REFERENCE = {"observe": _observe, "transform_quantize": _transform_quantize, "fp4_linear": _fp4_linear}
+FAKE = {"observe": _observe_fake, "transform_quantize": _transform_quantize_fake, "fp4_linear": _fp4_linear_fake}
+for name, kernel in REFERENCE.items():
+    lib.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"wush::{name}", FAKE[name], lib=lib)

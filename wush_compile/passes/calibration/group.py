@@ -1,0 +1,167 @@
+"""Finds the linears of a graph and groups them by the tensor that feeds them: dataflow, not names."""
+
+import fnmatch
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from ...config import WushConfig
+from ...errors import ConfigError, one_of
+from .partition import assign_stages
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One quantizable linear: its node in the graph and its module in the model."""
+
+    node: fx.Node
+    name: str
+    weight: str
+    bias: str | None
+    rows: int
+    transposed: bool                       # Conv1D of GPT-2 keeps its weight as [K, N]
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears of a stage with the same input node, in graph order: one second moment, one transform, one packed buffer."""
+
+    source: fx.Node
+    linears: tuple[Linear, ...]
+    width: int
+
+    @property
+    def name(self) -> str:
+        """The first member's module name, by which the group goes everywhere."""
+        return self.linears[0].name
+
+    def stacked_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """All members' weights, [N, K], of `tensors` by name."""
+        weights = (tensors[m.weight] for m in self.linears)
+        return torch.cat([w.T if m.transposed else w for m, w in zip(self.linears, weights, strict=True)])
+
+    def stacked_bias(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """All members' biases [N], zeros where a member has none; None if none has."""
+        if all(m.bias is None for m in self.linears):
+            return None
+        like = tensors[self.linears[0].weight]
+        return torch.cat([like.new_zeros(m.rows) if m.bias is None else tensors[m.bias] for m in self.linears])
+
+
+def ignored_by(name: str, patterns: tuple[str, ...]) -> str | None:
+    """The pattern of `ignore` that a module's name falls under; None if none does."""
+    last = name.rpartition(".")[2]
+    return next((p for p in patterns if fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(last, p)), None)
+
+
+def _check_ignore(model: nn.Module, config: WushConfig) -> None:
+    """A pattern that names nothing is a typing error, except the default `lm_head`, which not every model has."""
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in set(config.ignore) - {"lm_head"}:
+        if not any(ignored_by(name, (pattern,)) for name in names):
+            if any(c in pattern for c in "*?["):
+                raise ConfigError(f"ignore pattern {pattern!r} matches no module of {type(model).__name__}")
+            one_of("module in ignore", pattern, names)
+
+
+def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
+    """(input, weight, bias, transposed) of a linear node, else None."""
+    if node.op != "call_function":
+        return None
+    if node.target is aten.linear.default:
+        return node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None, False
+    if node.target is aten.addmm.default and not node.kwargs and len(node.args) == 3:
+        return node.args[1], node.args[2], node.args[0], True
+    if node.target is aten.mm.default:
+        return node.args[0], node.args[1], None, True
+    return None
+
+
+def _called_from(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return stack[-1][0] if stack else ""
+
+
+def _is_linear(module: nn.Module, transposed: bool) -> bool:
+    if transposed:                          # transformers' Conv1D, known by what it has: passes do not import transformers
+        return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def find_groups(
+    graph_module: fx.GraphModule, model: nn.Module, config: WushConfig
+) -> tuple[list[LinearGroup], dict[str, str]]:
+    """The groups to quantize, in graph order, and `{name: reason}` of every other matrix of the model."""
+    _check_ignore(model, config)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        names_of.setdefault(id(parameter), []).append(name)
+    attributes = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n.target in parameters]
+    uses = Counter(id(parameters[n.target]) for n in attributes for _ in n.users)
+
+    stage_of, _ = assign_stages(graph_module.graph)        # layers that read one tensor (cross-attention) share nothing
+    skipped: dict[str, str] = {}
+    by_source: dict[object, list[Linear]] = {}
+    done: set[int] = set()
+    for node in graph_module.graph.nodes:
+        found = operands(node)
+        if found is None or found[1].op != "get_attr" or found[1].target not in parameters:
+            continue
+        source, weight, bias, transposed = found
+        parameter = parameters[weight.target]
+        aliases = names_of[id(parameter)]
+        caller = _called_from(node)
+        owned = next((a for a in aliases if a.rpartition(".")[0] == caller), weight.target)
+        name = owned.rpartition(".")[0]
+        module = model.get_submodule(name)
+        width = parameter.shape[0 if transposed else 1] if parameter.dim() == 2 else 0
+        bias_name = bias.target if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
+        if pattern := ignored_by(name, config.ignore):
+            reason = f"ignored by the configuration ({pattern!r})"
+        elif len(aliases) > 1:
+            other = next((a for a in aliases if a != owned), owned).rpartition(".")[0]
+            reason = f"weight is tied to {other}"
+        elif not _is_linear(module, transposed):
+            reason = f"belongs to {type(module).__name__}, not to a linear layer"
+        elif caller != name:
+            reason = f"used by {caller or type(model).__name__} directly, not through its own forward"
+        elif uses[id(parameter)] > 1:
+            reason = f"applied {uses[id(parameter)]} times in one forward"
+        elif bias is not None and bias_name is None:
+            reason = "its bias is computed in the graph"
+        elif width % config.group_size:
+            reason = f"width {width} is not a multiple of {config.format}'s group of {config.group_size}"
+        else:
+            key = (source, stage_of[node]) if config.share_transform else node
+            rows = parameter.shape[1 if transposed else 0]
+            by_source.setdefault(key, []).append(Linear(node, name, owned, bias_name, rows, transposed))
+            done.add(id(parameter))
+            continue
+        skipped[name] = reason
+        done.add(id(parameter))
+
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or id(parameter) in done:
+            continue
+        owner_name, _, leaf = parameter_name.rpartition(".")
+        owner = type(model.get_submodule(owner_name)).__name__
+        if not uses[id(parameter)]:
+            reason = "not reached by the traced forward"
+        elif parameter.dim() == 3:
+            reason = f"3-D weight of {owner}: MoE experts are not supported"
+        else:
+            reason = f"belongs to {owner}, not to a linear layer"
+        skipped[owner_name if leaf == "weight" and owner_name else parameter_name] = reason
+
+    groups = []
+    for linears in by_source.values():
+        source, weight, _, transposed = operands(linears[0].node)
+        shape = parameters[weight.target].shape
+        groups.append(LinearGroup(source, tuple(linears), shape[0 if transposed else 1]))
+    return groups, skipped

@@ -1,0 +1,61 @@
+"""The gated activation into the quantizer it feeds.
+
+    transform_quantize(silu(gate) * up, T, ..)  ->  silu_mul_transform_quantize(gate, up, T, ..)
+
+Likewise GELU, exact and tanh. The activation arrives as one ATen op (export) or decomposed (Inductor), computed in fp32
+and rounded to the model dtype before the product.
+"""
+
+import torch
+from torch.fx import Graph, Node
+
+from ..pattern import Cast, Either, Op, Var, arguments, insert, is_wush, match, only_user, replace, value
+
+_G = Cast(Var("gate"), bind="wide")
+_SIGMOID_FORMS = (
+    Op("div", _G, Op("add", Op("exp", Op("neg", _G)), 1)),
+    Op("mul", _G, Op("sigmoid", _G)),
+)
+_CUBE = Either(Op("mul", Op("mul", _G, _G), _G), Op("pow", _G, 3))
+_TANH = Op("tanh", Op("mul", Op("add", _G, Op("mul", _CUBE, 0.044715)), 0.7978845608028654))
+_ERF = Op("erf", Op("mul", _G, 0.7071067811865476))
+_HALF = Op("mul", _G, 0.5)
+# (op, its extra arguments) -> what its activation looks like
+ACTIVATIONS = {
+    ("silu_mul_transform_quantize",): Either(Op("silu", Var("gate")), *map(Cast, _SIGMOID_FORMS)),
+    ("gelu_mul_transform_quantize", "tanh"): Either(
+        Op("gelu", Var("gate"), "tanh"), Cast(Op("mul", _HALF, Op("add", _TANH, 1)))
+    ),
+    ("gelu_mul_transform_quantize", "none"): Either(
+        Op("gelu", Var("gate")), Op("gelu", Var("gate"), "none"), Cast(Op("mul", _HALF, Op("add", _ERF, 1)))
+    ),
+}
+
+
+def _gated(root: Node) -> tuple | None:
+    """(the fused op, its leading arguments) if `root` is a gated activation."""
+    for (op, *extra), activation in ACTIVATIONS.items():
+        found = match(Op("mul", activation, Var("up")), root)
+        if found is None:
+            continue
+        activated = next(a for a in root.args if a is not found["up"])
+        gate, up, wide = value(found["gate"]), value(found["up"]), found.get("wide")
+        if gate.shape != up.shape or not gate.dtype == up.dtype == value(activated).dtype == value(root).dtype:
+            continue
+        if wide is None or value(wide).dtype == torch.float32:
+            return getattr(torch.ops.wush, op).default, (found["gate"], found["up"], *extra)
+    return None
+
+
+def fuse_activation(graph: Graph) -> int:
+    """Quantizers that take over the gated activation before them; the number fused."""
+    fused = 0
+    for node in list(graph.nodes):
+        if not is_wush(node, "transform_quantize"):
+            continue
+        x, *quantizer = arguments(node).values()
+        if only_user(x, node) and (found := _gated(x)) is not None:
+            target, prologue = found
+            replace(node, insert(graph, node, target, (*prologue, *quantizer), val=value(node)))
+            fused += 1
+    return fused

@@ -1,0 +1,43 @@
+"""Adds after a matmul become its arguments.
+
+    add(fp4_linear(.., residual=None), r)  ->  fp4_linear(.., residual=r)   r of the same shape and dtype
+    add(fp4_linear(.., bias=None), b)      ->  fp4_linear(.., bias=b)       b one number a row of the weight, all fp32
+
+The op rounds before it adds a residual, as the graph does. A bias it adds before it rounds, so an explicit bias is
+taken only where nothing is rounded.
+"""
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..pattern import arguments, insert, is_wush, only_user, op_name, replace, same_layout, value
+
+
+def _as_argument(linear: Node, other: object, add: Node) -> dict | None:
+    """How `fp4_linear` takes `other` over: {argument: node}, or None."""
+    if not is_wush(linear, "fp4_linear") or not isinstance(other, Node) or not only_user(linear, add):
+        return None
+    y, r, named = value(linear), value(other), arguments(linear)
+    if not isinstance(r, torch.Tensor) or named["residual"] is not None or other is linear:
+        return None
+    if same_layout(linear, other):
+        return {"residual": other}
+    plain = y.dtype == r.dtype == torch.float32 and y.device == r.device and named["bias"] is None
+    return {"bias": other} if plain and r.dim() == 1 and statically_known_true(r.shape[0] == y.shape[-1]) else None
+
+
+def fuse_epilogue(graph: Graph) -> int:
+    """Matmuls that take over the add behind them; the number of adds removed."""
+    fused = 0
+    for node in list(graph.nodes):
+        if op_name(node) != "add" or len(node.args) != 2 or node.kwargs:
+            continue
+        for linear, other in (node.args, node.args[::-1]):
+            taken = _as_argument(linear, other, node)
+            if taken is not None:
+                args = tuple((arguments(linear) | taken).values())
+                replace(node, insert(graph, node, torch.ops.wush.fp4_linear.default, args, val=value(node)))
+                fused += 1
+                break
+    return fused

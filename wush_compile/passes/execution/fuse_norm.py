@@ -1,0 +1,95 @@
+"""RMSNorm and LayerNorm into the quantizer they feed.
+
+    transform_quantize(rms_norm(x, w), T, ..)  ->  rms_norm_transform_quantize(x, w, eps, .., T, ..)
+
+The norm arrives decomposed (Inductor, or a model that spells it out) or as one ATen op (export). Where the graph
+rounds to the model dtype, the fused op rounds too; anything else is left alone.
+"""
+
+import torch
+from torch.fx import Graph, Node
+
+from ..pattern import ANY, Cast, Either, Num, Op, Var, arguments, insert, is_wush, match, only_user, replace, value
+
+_X = Cast(Var("x"), bind="wide")
+_W = Cast(Var("weight"))
+_EPS = Cast(Num("eps"))
+_SQUARE = Either(Op("pow", _X, 2), Op("mul", _X, _X), Op("square", _X))
+_RMS = Op("mul", _X, Op("rsqrt", Op("add", Op("mean", _SQUARE, ANY, True, bind="reduction"), _EPS)))
+# gain -> pattern, tried in this order. In fp32, where nothing rounds, some coincide and the first will do.
+RMS_NORM = {
+    "wide_plus_one": Cast(Op("mul", _RMS, Op("add", _W, 1))),
+    "rounded": Op("mul", Var("weight"), Cast(_RMS, bind="rounded")),
+    "wide": Either(Cast(Op("mul", _RMS, _W)), Op("rms_norm", Var("x"), ANY, Var("weight"), Num("eps"))),
+    "none": Cast(_RMS),
+}
+_STATS = Op("var_mean", _X, ANY, 0, True, bind="reduction")
+_CENTERED = Op("sub", _X, Op("getitem", _STATS, 1))
+_NORMED = Op("mul", _CENTERED, Op("rsqrt", Op("add", Op("getitem", _STATS, 0), _EPS)))
+LAYER_NORM = Either(
+    Cast(Op("add", Op("mul", _NORMED, _W), Cast(Var("bias")))),
+    Cast(Op("mul", _NORMED, _W)),
+    Cast(_NORMED),
+    Op("layer_norm", Var("x"), ANY, Var("weight"), Var("bias"), Num("eps"), ANY),
+    Op("layer_norm", Var("x"), ANY, Var("weight"), Var("bias"), Num("eps")),
+    Op("layer_norm", Var("x"), ANY, Var("weight"), Var("bias")),
+)
+
+
+def _fits(root: Node, found: dict) -> bool:
+    """Whether the norm is over the last dimension, with parameters of its width, in fp32, and rounded to x's dtype."""
+    out, dtype = value(root), value(found["x"]).dtype
+    wide, reduction = found.get("wide"), found.get("reduction")
+    if out.dtype != dtype or wide is not None and value(wide).dtype != torch.float32:
+        return False
+    if reduction is None:                                    # a whole norm op: (x, normalized_shape, ..)
+        return len(root.args[1]) == 1
+    if list(reduction.args[1]) not in ([-1], [out.dim() - 1]):
+        return False
+    vectors = [value(found[name]) for name in ("weight", "bias") if name in found]
+    return all(v.dim() == 1 and v.shape[0] == out.shape[-1] for v in vectors)
+
+
+def _split_eps(eps: Node | float) -> tuple[float, Node | None]:
+    return (0.0, eps) if isinstance(eps, Node) else (float(eps), None)
+
+
+def _rms_norm(root: Node) -> tuple | None:
+    for gain, pattern in RMS_NORM.items():
+        found = match(pattern, root)
+        if found is None or not _fits(root, found):
+            continue
+        if gain == "rounded" and not value(found["rounded"]).dtype == value(found["weight"]).dtype == value(root).dtype:
+            continue
+        return torch.ops.wush.rms_norm_transform_quantize.default, (
+            found["x"], found.get("weight"), *_split_eps(found["eps"]), gain
+        )
+    return None
+
+
+def _layer_norm(root: Node) -> tuple | None:
+    found = match(LAYER_NORM, root)
+    if found is None or not _fits(root, found):
+        return None
+    if any(value(found[name]).dtype != value(root).dtype for name in ("weight", "bias") if name in found):
+        return None
+    return torch.ops.wush.layer_norm_transform_quantize.default, (
+        found["x"], found.get("weight"), found.get("bias"), *_split_eps(found.get("eps", 1e-5))
+    )
+
+
+def fuse_norm(graph: Graph) -> int:
+    """Quantizers that take over the norm before them; a norm that something else reads too stays where it is."""
+    fused = 0
+    for node in list(graph.nodes):
+        if not is_wush(node, "transform_quantize"):
+            continue
+        x, *quantizer = arguments(node).values()
+        if not only_user(x, node):
+            continue
+        found = _rms_norm(x) or _layer_norm(x)
+        if found is not None:
+            target, prologue = found
+            replace(node, insert(graph, node, target, (*prologue, *quantizer), val=value(node)))
+            fused += 1
+    return fused

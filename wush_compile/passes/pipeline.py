@@ -1,0 +1,43 @@
+"""Graph passes. Each takes an FX graph of ATen and wush ops, edits it, and returns how much it changed.
+
+Execution passes, run in this order by `torch.compile(backend="wush")` and by `wush_compile.fuse`:
+"""
+
+from collections.abc import Callable
+
+from torch.fx import Graph
+
+from .execution.cleanup import cleanup
+from .execution.cse import cse
+from .execution.fuse_activation import fuse_activation
+from .execution.fuse_epilogue import fuse_epilogue
+from .execution.fuse_norm import fuse_norm
+from .execution.lower import inline, lower
+from .execution.merge_siblings import merge_siblings
+
+EXECUTION: tuple[Callable[[Graph], int], ...] = (
+    cse,                # one transform-quantize per distinct input
+    merge_siblings,     # one matmul per group of siblings
+    fuse_epilogue,      # bias and residual adds into the matmul
+    fuse_norm,          # RMSNorm, LayerNorm into the quantizer
+    fuse_activation,    # SiLU·up, GELU·up into the quantizer
+    cleanup,            # no-op views, paddings, dead code
+    lower,              # the variant of each fused op that the target device has
+)
+# For a program that has to run without Python: the same, then no wush op is left.
+PACKAGING = (*EXECUTION, inline)
+
+
+def run(
+    graph: Graph,
+    passes: tuple[Callable[[Graph], int], ...] = EXECUTION,
+    after: Callable[[str, Graph], None] | None = None,
+) -> dict[str, int]:
+    """Runs passes in order, in place; `after(name, graph)` is called behind each. Pass name -> number of changes."""
+    changes = {}
+    for step in passes:
+        changes[step.__name__] = step(graph)
+        if after is not None:
+            after(step.__name__, graph)
+    graph.lint()
+    return changes

@@ -1,0 +1,209 @@
+"""From a group's weights and second moment to its transform, codes and scales (SPEC §2–4).
+
+    transforms.py   T_b in float64, and its rounding to the model dtype
+    choose.py       which T_b each block gets, and from which moments
+    scales.py       the global scales of both sides
+    gptq.py         rounding with error propagation
+    layer_loss.py   the loss of what was solved, on rows of calibration data
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import formats
+from ..config import WushConfig
+from ..errors import ConfigError, DataError, NonFiniteError
+from ..phases import phase
+from .choose import CLOSED_FORM, Transforms, uses_conditional_moments
+from .gptq import gptq, gptq_conditional, rotate_
+from .loss import layer_loss
+from .scales import global_scale, has_free_global_scale
+from .transforms import PANEL, apply_blockwise, damped_cholesky, diagonal_blocks
+
+# Values a rounding works on at a time: its temporaries are many times as large.
+CHUNK_ELEMENTS = 2**24
+
+__all__ = ["GroupSolution", "block_size", "layer_loss", "moment_shape", "solve", "solve_cost"]
+
+
+@dataclass
+class GroupSolution:
+    """What a group of linears with one input needs to run in 4 bits; N counts the stacked rows of all members."""
+
+    transform: Tensor | None            # [K/B, B, B], or [1, B, B] for one that all blocks share; model dtype
+    transform_block_size: int           # B
+    weight_packed: Tensor               # uint8 [N, K/2]
+    weight_scale: Tensor                # uint8 [N, K/G]; int4: bf16
+    weight_global_scale: Tensor | None  # fp32 [1]; None for 1
+    input_global_scale: Tensor | None   # fp32 [1]; None for 1
+    report: dict                        # plain numbers
+
+
+def block_size(config: WushConfig, width: int) -> int:
+    """The transform block for `width` input channels: the configured one where it divides, else the group."""
+    group = config.group_size
+    if width % group:
+        raise ConfigError(f"width {width} is not a multiple of {config.format}'s group of {group}")
+    block = config.transform_block_size or group
+    return block if width % block == 0 else group
+
+
+def moment_shape(config: WushConfig, width: int) -> tuple[int, ...]:
+    """Shape of the second moment to accumulate: [K, K] where channels of different blocks meet, else [K/B, B, B]."""
+    if config.solver == "gptq" or uses_conditional_moments(config):
+        return (width, width)
+    block = block_size(config, width)
+    return (width // block, block, block)
+
+
+def solve_cost(config: WushConfig, rows: int, width: int) -> float:
+    """Operations that solving a group takes, about: to compare groups by."""
+    if len(moment_shape(config, width)) == 2:
+        return width**3 / 3 + rows * width**2              # a Cholesky factor, and errors carried from channel to channel
+    return rows * width * block_size(config, width)
+
+
+def solve(
+    weight: Tensor, config: WushConfig, *, moment: Tensor | None, count: int, sample: Tensor | None, name: str
+) -> GroupSolution:
+    """Solves one group on the device of `weight`, in float64.
+
+    weight [N, K]: the stacked members, in the model dtype. moment: the fp32 sum XᵀX over `count` rows, [K, K] or
+    [K/B, B, B] (see `moment_shape`); None where nothing depends on data. sample [R, K]: rows of X, zero rows being
+    empty slots; None without data. `name` stands for the group in errors and in the seed of random transforms.
+    Raises NonFiniteError (NaN or Inf in weight or moment), DataError (no data where some is needed), ConfigError (a
+    transform that the model dtype cannot hold).
+    """
+    block = block_size(config, weight.shape[1])
+    if not torch.isfinite(weight).all():
+        raise NonFiniteError(f"{name}: the weight holds NaN or Inf; repair the model or put the layer in ignore")
+    if moment is None and (config.solver == "gptq" or config.transform in CLOSED_FORM):
+        raise DataError(f"{name}: {config.solver} with transform {config.transform} needs calibration data")
+    w = weight.T.contiguous().to(torch.float64)                             # Wᵀ [K, N]
+    report = {"rows": int(count), "damping_tries": 0}
+    rule, conditional = config.weight_scale_rule, uses_conditional_moments(config)
+
+    def mean_moment() -> Tensor | None:                                     # H: [K, K], [K/B, B, B] or None
+        return _mean_moment(moment, count, weight.device, name)
+
+    h, factor = mean_moment(), None                                         # H = L Lᵀ, damped once
+    if config.solver == "gptq" or conditional:
+        whole, h = h, diagonal_blocks(h, block).clone()                     # the factor takes the place of [K, K]
+        with phase("Cholesky"):
+            factor, report["damping_tries"] = damped_cholesky(
+                whole, config.damping, name, again=mean_moment, panel=max(PANEL, block))
+        del whole
+    transforms = Transforms(config, h, block, weight.dtype, name)
+    # GPTQ finds conditional transforms on its way; the weights' global scale is fixed before, from marginal ones.
+    on_the_way = config.solver == "gptq" and conditional
+    t = inverse = None
+    if not on_the_way or has_free_global_scale(config.format, rule):
+        with phase("transforms"):
+            t, inverse = transforms.all(w, factor if conditional and not on_the_way else None)
+    power = w.square().sum()
+    w_tilde = group_max = rms = None
+    if not on_the_way or has_free_global_scale(config.format, rule):
+        w_tilde = apply_blockwise(w, None if inverse is None else inverse.mT)   # W̃ᵀ [K, N]
+    if has_free_global_scale(config.format, rule):
+        group_max, rms = _group_max(w_tilde, config), w_tilde.square().mean().sqrt()
+    g = global_scale(config.format, rule, group_max, rms, w.device)
+
+    if on_the_way:
+        del w_tilde
+        found = {}
+
+        def transform_of(b: int, updated: Tensor) -> tuple[Tensor, Tensor]:
+            with phase("transforms"):
+                found[b], own = transforms.one(b, factor, updated)
+            return found[b][0].to(torch.float64), own[0]
+
+        with phase("GPTQ"):
+            codes, scale, error = gptq_conditional(w, factor, block, transform_of, config.format, rule, g)
+        t = torch.cat([found[b] for b in sorted(found)])
+        packed = formats.pack(codes)
+    else:
+        del w
+        wide = None if t is None else t.to(torch.float64)
+        if config.solver == "rtn":
+            with phase("packing"):
+                packed, scale, error = _round_to_nearest(w_tilde, config.format, rule, g)
+        else:
+            with phase("GPTQ"):
+                codes, scale, error = gptq(w_tilde, rotate_(factor, wide, block), config.format, rule, g)
+            packed = formats.pack(codes)
+        error = apply_blockwise(error, None if wide is None else wide.mT)
+    report["damping_tries"] = max(report["damping_tries"], transforms.damping_tries)
+    report["weight_error"] = float(error.square().sum() / power.clamp(min=1e-300))
+    if config.format == "nvfp4":
+        report["weight_scales_saturated"] = int((scale == 0x7E).sum())
+        report["weight_scales_subnormal"] = int((scale < 0x08).sum())
+    g_x = _input_global_scale(config, h, sample, t, block, weight.device, name, report)
+    return GroupSolution(t, block, packed, scale, g, g_x, report)
+
+
+def _mean_moment(moment: Tensor | None, count: int, device: torch.device, name: str) -> Tensor | None:
+    if moment is None:
+        return None
+    if count <= 0:
+        raise DataError(f"{name}: no calibration token reached this layer")
+    if not torch.isfinite(moment).all():
+        raise NonFiniteError(
+            f"{name}: its calibration inputs hold NaN or Inf, or overflow fp32 when squared; "
+            "repair the data or the model, or put the layer in ignore"
+        )
+    return moment.to(device, torch.float64, copy=True).div_(count)
+
+
+def _round_to_nearest(
+    w_tilde: Tensor, format: str, rule: str, g: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W̃ᵀ float64 [K, N] -> packed [N, K/2], scales [N, K/G], and the error W̃ᵀ − Q(W̃)ᵀ in the place of W̃ᵀ."""
+    packed, scales = [], []
+
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.is_cuda:                                                       # one kernel, the same codes and scales
+            return torch.ops.wush.transform_quantize(x, None, g, format, rule)
+        return formats.quantize(x, format, rule, g)
+
+    for chunk in w_tilde.split(max(1, CHUNK_ELEMENTS // w_tilde.shape[0]), dim=1):       # [K, n]
+        p, s = quantize(chunk.T.to(torch.float32).contiguous())
+        chunk.sub_(formats.dequantize(p, s, format, g).T)
+        packed.append(p)
+        scales.append(s)
+    return torch.cat(packed), torch.cat(scales), w_tilde
+
+
+def _group_max(x: Tensor, config: WushConfig) -> Tensor:
+    """[K, n], rows being channels -> [K/G, n]."""
+    return x.unflatten(0, (-1, config.group_size)).abs().amax(1)
+
+
+def _input_global_scale(
+    config: WushConfig, h: Tensor | None, sample: Tensor | None, transform: Tensor | None, block: int,
+    device: torch.device, name: str, report: dict,
+) -> Tensor | None:
+    """g of the activations; for nvfp4, reports which share of the sample's groups has a scale out of e4m3's range."""
+    rule, group_max, rms = config.activation_scale_rule, None, None
+    if config.format == "nvfp4":
+        if sample is not None:
+            rows = sample.to(device, torch.float32)
+            rows = rows[(rows != 0).any(-1)]                                # zero rows are empty slots
+            t = None if transform is None else transform.to(torch.float32)
+            group_max = _group_max(apply_blockwise(rows.T, t), config)      # [K/G, R]
+            if not torch.isfinite(group_max).all():
+                raise NonFiniteError(f"{name}: its calibration inputs hold NaN or Inf; repair the data or the model")
+        elif h is not None:
+            moment = diagonal_blocks(h, block)                              # [K/B, B, B]
+            if transform is not None:
+                moment = transform.to(torch.float64) @ moment @ transform.to(torch.float64).mT
+            rms = moment.diagonal(dim1=-2, dim2=-1).mean().sqrt()
+        elif has_free_global_scale(config.format, rule):
+            raise DataError(f"{name}: the global scale of nvfp4 activations needs calibration data")
+    g = global_scale(config.format, rule, group_max, rms, device)
+    if group_max is not None:
+        scale = group_max * (g / formats.E2M1_MAX)
+        report["input_scales_saturated"] = float((scale > formats.E4M3_MAX).double().mean())
+        report["input_scales_subnormal"] = float(((scale < 2.0**-6) & (scale > 0)).double().mean())
+    return g
