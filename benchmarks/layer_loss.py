@@ -14,7 +14,7 @@ import torch
 
 from wush_compile import WushConfig
 from wush_compile.data import windows
-from wush_compile.evaluation.language import layer_loss
+from wush_compile.evaluation.layers import layer_loss
 
 LETTERS = {"identity": "I", "random": "R", "hadamard": "H", "wus": "WUS", "wush": "WUSH"}
 LINEARS = {"Q": "self_attn.q_proj", "K": "self_attn.k_proj", "V": "self_attn.v_proj", "O": "self_attn.o_proj",

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import wush_compile as wc
 from wush_compile import phases
 from wush_compile.checkpoint.record import quantization_of
-from wush_compile.solver.solve import moment_shape
+from wush_compile.solver.solution import moment_shape
 
 SHAPES = {
     "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,

@@ -13,7 +13,7 @@ from torch.fx import Graph
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from wush_compile.passes import pipeline as passes
-from wush_compile.graphs.log import count_ops, print_graph, readable_name
+from wush_compile.graphs.printing import count_ops, print_graph, readable_name
 
 
 class PassBackend:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from wush_compile.ops import fused as fused_ops, core as ops
 from wush_compile.cli import app
-from wush_compile.kernels.dispatch import Implementation
+from wush_compile.kernels.provider import Implementation
 from wush_compile.diagnostics import conformance, deep, timing
 from wush_compile.diagnostics.timing import Time
 

@@ -15,9 +15,9 @@ from models import plain, tokens
 import wush_compile as wc
 from wush_compile.calibration import loop as calibrate
 from wush_compile.calibration.ranks import Ranks, assign, join, merge_samples
-from wush_compile.calibration.team import Alone
+from wush_compile.calibration.ranks import Alone
 from wush_compile.errors import NonFiniteError, WushError
-from wush_compile.solver.solve import solve_cost
+from wush_compile.solver.solution import solve_cost
 
 WINDOWS, LENGTH = 10, 48
 SETTINGS = {"solver": "gptq", "progress": False}

@@ -140,7 +140,7 @@ def test_layer_loss_is_equation_1_on_all_rows():
 
     model, batches = plain("llama"), [tokens(2, 24, seed=s) for s in range(4)]
     configs = [WushConfig(solver="rtn", transform="hadamard"), WushConfig()]
-    result = evaluate.layer_loss(model, batches, LAYERS, configs, progress=False)
+    result = evaluate.compare_layers(model, batches, LAYERS, configs, progress=False)
     assert list(result.loss) == LAYERS
     assert list(result.loss[LAYERS[0]]) == ["hadamard rtn", "wush gptq"]
     for name in LAYERS:
@@ -160,8 +160,8 @@ def test_layer_loss_ignores_masked_positions():
     mask = torch.cat((torch.ones(2, 24), torch.zeros(2, 5)), dim=1)
     config = {"one": WushConfig(solver="rtn")}
     apart = [ids[:1], ids[1:]]
-    assert evaluate.layer_loss(model, [{"input_ids": padded, "attention_mask": mask}], LAYERS, config, progress=False) == (
-        evaluate.layer_loss(model, apart, LAYERS, config, progress=False))
+    assert evaluate.compare_layers(model, [{"input_ids": padded, "attention_mask": mask}], LAYERS, config, progress=False) == (
+        evaluate.compare_layers(model, apart, LAYERS, config, progress=False))
 
 
 def test_layer_loss_counts_no_position_of_a_mask_with_holes():
@@ -175,18 +175,18 @@ def test_layer_loss_counts_no_position_of_a_mask_with_holes():
 def test_layer_loss_of_any_module():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32))
-    result = evaluate.layer_loss(model, [torch.randn(100, 64)], ["0", "2"], [WushConfig(format="nvfp4")], progress=False)
+    result = evaluate.compare_layers(model, [torch.randn(100, 64)], ["0", "2"], [WushConfig(format="nvfp4")], progress=False)
     assert all(0 < row["wush"] < 0.1 for row in result.relative.values())
 
 
 def test_bad_columns_and_layers_are_named():
     model, data = plain("llama"), [tokens(1, 8)]
     with pytest.raises(ConfigError, match=r"unknown linear layer .*did you mean 'model.layers.0.mlp.up_proj'"):
-        evaluate.layer_loss(model, data, ["model.layers.0.mlp.up_prj"], [WushConfig()])
+        evaluate.compare_layers(model, data, ["model.layers.0.mlp.up_prj"], [WushConfig()])
     with pytest.raises(DataError, match="same configuration"):
-        evaluate.layer_loss(model, data, LAYERS, [WushConfig(), WushConfig()])
+        evaluate.compare_layers(model, data, LAYERS, [WushConfig(), WushConfig()])
     with pytest.raises(DataError, match="at least one layer"):
-        evaluate.layer_loss(model, data, [], [WushConfig()])
+        evaluate.compare_layers(model, data, [], [WushConfig()])
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from torch.export import Dim
 
 import wush_compile as wc
 from wush_compile.formats import FORMATS
-from wush_compile.graphs.log import count_ops, print_graph
+from wush_compile.graphs.printing import count_ops, print_graph
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHAPES = [(2, 9), (3, 7), (1, 1), (1, 40)]

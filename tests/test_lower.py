@@ -13,7 +13,7 @@ from wush_compile import formats
 from wush_compile.kernels import dispatch as kernels
 from wush_compile.passes import pipeline as passes
 from wush_compile.passes.pattern import op_name, value
-from wush_compile.graphs.log import count_ops, print_graph
+from wush_compile.graphs.printing import count_ops, print_graph
 
 wush = torch.ops.wush
 

@@ -12,7 +12,8 @@ from gptq_oracle import block_diagonal, obq
 from wush_compile import formats
 from wush_compile.config import MOMENTS, SOLVERS, TRANSFORMS, WushConfig
 from wush_compile.errors import ConfigError, DataError, NonFiniteError
-from wush_compile.solver.solve import block_size, moment_shape, solve
+from wush_compile.solver.solution import block_size, moment_shape
+from wush_compile.solver.solve import solve
 from wush_compile.solver.loss import layer_loss
 from wush_compile.solver.gptq import _rounder, gptq, gptq_conditional, rotate_, round_e2m1, round_group, triangular
 from wush_compile.solver.scales import global_scale

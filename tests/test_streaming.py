@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import wush_compile as wc
 from wush_compile.calibration.activations import Activations
 from wush_compile.calibration.microbatch import TOKENS, choose_rows, regroup
-from wush_compile.calibration.shards import Shards
+from wush_compile.checkpoint.files import Shards
 from wush_compile.calibration.streaming import CheckpointTensors, open_checkpoint
 from wush_compile.capture.export import capture
 from wush_compile.data import normalize

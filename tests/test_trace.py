@@ -15,7 +15,7 @@ import wush_compile as wc
 from wush_compile.passes import pipeline as passes
 from wush_compile.backend import preview
 from wush_compile.errors import ConfigError
-from wush_compile.graphs.log import print_graph, readable_name
+from wush_compile.graphs.printing import print_graph, readable_name
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 STEPS = ["incoming", *(p.__name__ for p in passes.EXECUTION)]

@@ -7,17 +7,21 @@
     torch.compile(model, backend="wush")
 """
 
-from .evaluation import language as evaluate  # noqa: F401  (hf: Hugging Face loads our checkpoints once this package is imported)
-from .checkpoint import hf
+from . import evaluation as evaluate
 from .backend import fuse
-from .config import WushConfig
-from .errors import WushError
-from .report.explain import explain
-from .kernels import register as _providers  # noqa: F401  (puts the GPU kernels behind the ops)
+from .calibration.progress import Progress
 from .calibration.run import quantize, quantize_checkpoint
-from .checkpoint.save_load import load, save
+from .checkpoint import hf as _hf  # noqa: F401  (Hugging Face loads our checkpoints once this package is imported)
+from .checkpoint.save_load import load, load_model, load_tokenizer, save
+from .config import WushConfig
+from .data import windows
+from .errors import WushError
 from .graphs.log import trace_graphs
+from .kernels import register as _providers  # noqa: F401  (puts the GPU kernels behind the ops)
+from .report.explain import explain
 
+__version__ = "0.1.0"
 __all__ = [
-    "WushConfig", "WushError", "evaluate", "explain", "fuse", "load", "quantize", "quantize_checkpoint", "save", "trace_graphs",
+    "Progress", "WushConfig", "WushError", "evaluate", "explain", "fuse", "load", "load_model", "load_tokenizer",
+    "quantize", "quantize_checkpoint", "save", "trace_graphs", "windows",
 ]

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch.fx import Graph, GraphModule
 
-from .ops import fused as fused_ops  # noqa: F401  (registers the ops that passes emit)
-from .kernels import dispatch as kernels
-from .passes import pipeline as passes
 from .errors import one_of
-from .graphs.log import GraphTrace, Recorder, readable_name, trace_graphs
+from .graphs.log import GraphTrace, Recorder, trace_graphs
+from .graphs.printing import readable_name
+from .kernels import dispatch as kernels
+from .ops import fused as fused_ops  # noqa: F401  (registers the ops that passes emit)
+from .passes import pipeline as passes
 
 _ROOT = Path(__file__).parent
 SOURCES = (                                                  # what a graph's code depends on; kernels: what they refuse

@@ -16,16 +16,16 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from .evaluation import language as evaluation
 from .calibration.progress import Progress, group_table
-from .config import WushConfig
-from .data import windows
-from .errors import ConfigError, WushError
-from .report.explain import compiled_graph, summary
-from .report.explain import explain as explanation
 from .calibration.run import quantize as quantize_model
 from .calibration.run import quantize_checkpoint
 from .checkpoint.save_load import load, load_model, load_tokenizer
+from .config import WushConfig
+from .data import windows
+from .errors import ConfigError, WushError
+from .evaluation import language as evaluation
+from .report.explain import compiled_graph, summary
+from .report.explain import explain as explanation
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ops import core as ops  # noqa: F401  (registers torch.ops.wush)
 from .config import WushConfig
 from .formats import dequantize, get_format
+from .ops import core as ops  # noqa: F401  (registers torch.ops.wush)
 
 
 class Member(NamedTuple):

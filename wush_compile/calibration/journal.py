@@ -12,12 +12,11 @@ JSON stay, for who runs the same command again. Whoever works on DIR holds a loc
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,67 +26,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checkpoint.atomic import flush, replaced_file
-from ..checkpoint.layout import (
-    CONFIG,
-    DIGEST,
-    INDEX,
-    JOURNAL,
-    WEIGHT_FILE,
-    build_groups,
-    digest,
-    join,
-    parts,
-    read_config,
-    split_group,
-)
+from ..checkpoint.files import CONFIG, DIGEST, INDEX, JOURNAL, WEIGHT_FILE, Shards, digest, read_config, sha256_of
+from ..checkpoint.layout import build_groups, join, parts, split_group
+from ..checkpoint.record import Quantization
 from ..config import WushConfig
-from ..data import Batch
 from ..errors import CheckpointError, ConfigError
 from ..modules import WushGroup
 from ..passes.calibration.group import LinearGroup
-from ..checkpoint.record import Quantization
-from .shards import Shards, sha256_of
-from .team import Alone
+from .ranks import Alone
 from .tensors import ModelTensors
 
 log = logging.getLogger("wush_compile")
 MANIFEST, LOCK, FINAL = "manifest.json", "lock", "final"
 
-
-# -- what a run is of ------------------------------------------------------------------------------------------------
-
-def _hash(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
-
-
-def fingerprint_of_data(batches: Iterable[Batch] | None) -> str:
-    """sha256 of calibration inputs; "none" without."""
-    if batches is None:
-        return "none"
-    sha = hashlib.sha256()
-    for batch in batches:
-        items = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
-        sha.update(json.dumps([[str(k), str(v.dtype), list(v.shape), _hash(v)] for k, v in items]).encode())
-    return sha.hexdigest()
-
-
-def fingerprint_of_model(model: nn.Module, names: Iterable[str], tensors: ModelTensors) -> str:
-    """sha256 of a model's class, settings and tensors of these names; the same from memory and from disk."""
-    config = getattr(model, "config", None)
-    settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")} \
-        if hasattr(config, "to_dict") else {}
-
-    def one(name: str) -> list:
-        tensor = tensors.load([name], torch.device("cpu"))[name]
-        return [name, str(tensor.dtype), list(tensor.shape), _hash(tensor)]
-
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
-        hashes = list(pool.map(one, sorted(names)))
-    described = json.dumps([type(model).__name__, settings, hashes], default=str, sort_keys=True)
-    return hashlib.sha256(described.encode()).hexdigest()
-
-
-# -- the journal -----------------------------------------------------------------------------------------------------
 
 class Journal:
     """The journal in a directory, to be used as a context: locked in it, and removed if it fails before anything is kept.

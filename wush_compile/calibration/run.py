@@ -11,24 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from .. import data as calibration_data
-from ..checkpoint import hf
-from .loop import Solved, calibrate
-from .ranks import join, local_device
-from .journal import Journal, fingerprint_of_data, fingerprint_of_model
-from .progress import Progress
-from .streaming import open_checkpoint
-from .team import Alone
-from .tensors import ModelTensors
-from .warm_up import meanwhile, pieces
 from ..capture.export import capture, skeleton
+from ..checkpoint import hf
+from ..checkpoint.record import Quantization
+from ..checkpoint.save_load import saved_names, write_settings
 from ..config import WushConfig
 from ..data import Batch
 from ..errors import CaptureError, ConfigError, DataError, WushError, one_of
 from ..modules import install_group, is_quantized
 from ..passes.calibration.group import LinearGroup, find_groups
 from ..phases import phase, timing
-from ..checkpoint.record import Quantization
-from ..checkpoint.save_load import saved_names, write_settings
+from .fingerprint import fingerprint_of_data, fingerprint_of_model
+from .journal import Journal
+from .loop import calibrate
+from .progress import Progress
+from .ranks import Alone, join, local_device
+from .solve_group import Solved
+from .streaming import open_checkpoint
+from .tensors import ModelTensors
+from .warm_up import meanwhile, pieces
 
 log = logging.getLogger("wush_compile")
 # (windows, tokens in each) that a language model samples for itself where it gets no data.

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import hf
-from ..checkpoint.layout import weight_files
+from ..checkpoint.files import Shards, weight_files
 from ..errors import CheckpointError, NonFiniteError
-from .shards import Shards
 from .tensors import finite
 
 

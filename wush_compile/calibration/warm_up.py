@@ -22,8 +22,9 @@ from ..modules import has_global_scale
 from ..passes.calibration.group import ignored_by
 from ..passes.calibration.observe import SAMPLE_ROWS
 from ..phases import phase
-from ..solver.solve import CHUNK_ELEMENTS, block_size, moment_shape, solve
 from ..solver.loss import layer_loss
+from ..solver.solution import block_size, moment_shape
+from ..solver.solve import CHUNK_ELEMENTS, solve
 from ..solver.transforms import PANEL
 from .microbatch import most_rows, sequences
 

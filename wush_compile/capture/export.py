@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from . import repeats
 from ..data import Batch
 from ..errors import CaptureError, DataError
+from . import repeats
 
 log = logging.getLogger("wush_compile")
 

@@ -28,20 +28,10 @@ from transformers.quantizers.auto import (
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .layout import (
-    DIGEST,
-    Weights,
-    build_groups,
-    check_specs,
-    digest,
-    group_specs,
-    join,
-    parts,
-    read_record,
-    split_state_dict,
-)
 from ..errors import CheckpointError
 from ..modules import WushGroup, WushLinear, install_group, named_groups
+from .files import DIGEST, Weights, digest
+from .layout import build_groups, check_specs, group_specs, join, parts, read_record, split_state_dict
 from .record import ATTRIBUTE, Quantization
 
 METHOD = "wush"

@@ -4,36 +4,21 @@ A directory of safetensors files and a `config.json`, which holds the `quantizat
 every tensor. Nothing is unpickled, and nothing is put into a model before all of it has been checked.
 """
 
-import hashlib
-import json
-import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import NamedTuple
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..formats import get_format
 from ..modules import Member, WushGroup, WushLinear, buffer_layout, named_groups
+from .files import Spec
 from .record import Quantization
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-JOURNAL = ".wush"                                          # of the run that made a checkpoint, in its directory
-WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-DIGEST = "wush_sha256"
 OTHER_MODEL = "load it into the kind of model it was made from"
 BY_ROWS = ("weight_packed", "weight_scale", "bias")        # a member has its rows; weight_global_scale: a copy
 
 
-class Spec(NamedTuple):
-    """What is known of a tensor without its values."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 # -- groups <-> linears ----------------------------------------------------------------------------------------------
@@ -152,33 +137,8 @@ def group_specs(groups: Iterable[WushGroup]) -> dict[str, Spec]:
 
 # -- files -----------------------------------------------------------------------------------------------------------
 
-def digest(settings: Mapping, names: Iterable[str], tensor) -> str:
-    """sha256 over a `quantization_config` and over name, dtype, shape and bytes of each tensor, sorted by name."""
-    sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name in sorted(names):
-        value = tensor(name).detach().cpu().contiguous()
-        sha.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        sha.update(value.reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
 
 
-def read_config(directory: Path) -> dict:
-    """The `config.json` of a checkpoint, as far as it tells that it is one."""
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is no directory: give the one that wush_compile.save wrote")
-    try:
-        config = json.loads((directory / CONFIG).read_text())
-        method = config["quantization_config"]["quant_method"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory} is no checkpoint: it has no {CONFIG}") from None
-    except (KeyError, TypeError):
-        method = None
-    except ValueError as error:
-        raise CheckpointError(f"{directory / CONFIG} is not JSON ({error}): save the model again") from None
-    if method != "wush":
-        raise CheckpointError(f"{directory} is no wush checkpoint: its {CONFIG} has no quantization_config of "
-                              "quant_method 'wush'; quantize the model first")
-    return config
 
 
 def read_record(settings: Mapping) -> Quantization:
@@ -198,51 +158,8 @@ def read_record(settings: Mapping) -> Quantization:
     return record
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in one piece or in shards."""
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    if not (directory / INDEX).is_file():
-        others = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        found = f", only {', '.join(sorted(others))}, which is never unpickled" if others else ""
-        raise CheckpointError(f"{directory} has no {WEIGHTS}{found}: save the model again")
-    try:
-        names = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{directory / INDEX} cannot be read: save the model again") from None
-    return [directory / os.path.basename(name) for name in names]
 
 
-class Weights:
-    """The tensors of safetensors files, with their `specs`; opening reads the headers and checks the lengths."""
-
-    def __init__(self, files: Iterable[str | os.PathLike]):
-        self._files, self.specs = {}, {}
-        for path in map(Path, files):
-            if path.suffix != ".safetensors":
-                raise CheckpointError(f"{path} is not safetensors, and nothing else is read: save the model again")
-            try:
-                file = safetensors.safe_open(path, framework="pt")
-                for name in file.keys():  # noqa: SIM118 (no mapping)
-                    self._files[name] = file
-                    tensor = file.get_tensor(name)         # mapped, not read
-                    self.specs[name] = Spec(tuple(tensor.shape), tensor.dtype)
-            except FileNotFoundError:
-                raise CheckpointError(f"{path} is missing: copy or save the checkpoint again") from None
-            except (OSError, safetensors.SafetensorError) as error:
-                raise CheckpointError(f"{path} is truncated or damaged ({error}): copy or save it again") from error
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor as it is on disk; its memory may be the file's."""
-        return self._files[name].get_tensor(name)
-
-    def verify(self, settings: Mapping, expected: str | None) -> None:
-        """Compares the digest."""
-        if expected is None:
-            raise CheckpointError(f"{CONFIG} has no {DIGEST}, so the tensors cannot be checked: save the model again")
-        if digest(settings, self.specs, self.tensor) != expected:
-            raise CheckpointError("the tensors or the quantization_config are not those that were saved "
-                                  f"({DIGEST} differs): copy or save the checkpoint again")
 
 
 def check_specs(found: Mapping[str, Spec], groups: list[WushGroup], rest: Mapping[str, tuple[int, ...]],

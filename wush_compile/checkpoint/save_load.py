@@ -11,28 +11,13 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
+from ..modules import WushGroup, install_group
 from . import hf
 from .atomic import recover, replaced_directory
-from .layout import (
-    CONFIG,
-    DIGEST,
-    JOURNAL,
-    WEIGHT_FILE,
-    WEIGHTS,
-    Weights,
-    build_groups,
-    check_specs,
-    digest,
-    join,
-    parts,
-    read_config,
-    read_record,
-    split_state_dict,
-    weight_files,
-)
-from ..errors import CheckpointError
+from .files import CONFIG, DIGEST, JOURNAL, WEIGHT_FILE, WEIGHTS, Weights, digest, read_config, weight_files
 from .gguf import load_gguf
-from ..modules import WushGroup, install_group
+from .layout import build_groups, check_specs, join, parts, read_record, split_state_dict
 from .record import Quantization, quantization_of
 
 

@@ -1,0 +1,1 @@
+"""`make demo`: SmolLM2-135M-Instruct, quantized in four ways on a CPU."""

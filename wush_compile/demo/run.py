@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from . import smollm2
+from ..calibration.run import quantize
+from ..checkpoint.save_load import save
 from ..config import WushConfig
 from ..data import python_topics, windows
 from ..evaluation.language import compare
-from ..report.explain import quantized_bytes
 from ..modules import WushLinear
-from ..calibration.run import quantize
-from ..checkpoint.save_load import save
+from ..report.explain import quantized_bytes
+from . import smollm2
 
 WINDOW = 512
 CALIBRATION_WINDOWS = 24

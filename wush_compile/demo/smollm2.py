@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import CheckpointError
 from ..checkpoint.gguf import load_gguf
+from ..errors import CheckpointError
 
 log = logging.getLogger("wush_compile")
 

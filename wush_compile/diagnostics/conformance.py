@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..ops import fused as fused_ops, core as ops
 from ..formats import FORMATS
-from ..kernels.dispatch import PROVIDERS, Implementation
 from ..kernels import layouts
+from ..kernels.dispatch import PROVIDERS
+from ..kernels.provider import Implementation
+from ..ops import core as ops
+from ..ops import fused as fused_ops
 
 # (rows, K): a single group, odd counts of groups, no whole tile of anything, and sizes that fill a GPU.
 SHAPES = ((1, 32), (3, 96), (37, 576), (128, 1024), (257, 4096))

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 
 from .. import formats
-from ..ops import core as ops
 from ..formats import FORMATS
 from ..kernels.dispatch import PROVIDERS, forced, resolve
+from ..ops import core as ops
 
 VERSIONS = ("torch", "triton", "transformers", "wush-compile")
 # Rows that reach every kind of kernel, and the width of the operands.

@@ -12,34 +12,19 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from ..errors import one_of
+from .provider import Implementation, Mendable, Provider
 
 logger = logging.getLogger("wush_compile")
 
 
-class Implementation(NamedTuple):
-    """An op of a provider; `refuses(*args)` is a sentence, or None if it takes the call. Where `yields(*args)`, others are
-    known to be faster: it is asked after them."""
-
-    run: Callable
-    refuses: Callable[..., str | None]
-    yields: Callable[..., bool] = lambda *args: False
 
 
-class Mendable(str):
-    """Why a provider is unavailable, where that is a fault of the installation and not of the device: a warning."""
 
 
-class Provider(NamedTuple):
-    """Kernels of one kind; `unavailable(capability)` is a sentence, or None if they run on such a device."""
-
-    name: str
-    unavailable: Callable[[tuple[int, int]], str | None]
-    load: Callable[[], dict[str, Implementation]]
 
 
 def _triton_unavailable(capability: tuple[int, int]) -> str | None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import formats
-from .dispatch import Implementation
 from . import cuda
 from .layouts import swizzle_scales
+from .provider import Implementation
 
 logger = logging.getLogger("wush_compile")
 

@@ -12,8 +12,9 @@ from .execution.cse import cse
 from .execution.fuse_activation import fuse_activation
 from .execution.fuse_epilogue import fuse_epilogue
 from .execution.fuse_norm import fuse_norm
-from .execution.lower import inline, lower
+from .execution.lower import lower
 from .execution.merge_siblings import merge_siblings
+from .execution.package import package
 
 EXECUTION: tuple[Callable[[Graph], int], ...] = (
     cse,                # one transform-quantize per distinct input
@@ -25,7 +26,7 @@ EXECUTION: tuple[Callable[[Graph], int], ...] = (
     lower,              # the variant of each fused op that the target device has
 )
 # For a program that has to run without Python: the same, then no wush op is left.
-PACKAGING = (*EXECUTION, inline)
+PACKAGING = (*EXECUTION, package)
 
 
 def run(

@@ -14,12 +14,12 @@ from torch import nn
 
 from ..backend import preview
 from ..capture.export import capture, skeleton
+from ..checkpoint.record import quantization_of
 from ..data import Batch
 from ..errors import WushError, one_of
+from ..graphs.printing import print_graph
 from ..modules import WushLinear, named_groups
 from ..passes.calibration.partition import Stage, partition
-from ..checkpoint.record import quantization_of
-from ..graphs.log import print_graph
 
 
 def quantized_bytes(model: nn.Module) -> int:

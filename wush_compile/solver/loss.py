@@ -12,7 +12,7 @@ from .transforms import apply_blockwise
 CHUNK_ELEMENTS = 2**24
 
 if TYPE_CHECKING:
-    from .solve import GroupSolution
+    from .solution import GroupSolution
 
 
 def layer_loss(x: Tensor, weight: Tensor, solution: "GroupSolution", config: WushConfig) -> tuple[float, float]:

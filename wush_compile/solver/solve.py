@@ -1,68 +1,21 @@
-"""From a group's weights and second moment to its transform, codes and scales (SPEC §2–4).
+"""Solves one group: from its weights and second moment to its transform, codes and scales (SPEC §2–4)."""
 
-    transforms.py   T_b in float64, and its rounding to the model dtype
-    choose.py       which T_b each block gets, and from which moments
-    scales.py       the global scales of both sides
-    gptq.py         rounding with error propagation
-    layer_loss.py   the loss of what was solved, on rows of calibration data
-"""
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import formats
 from ..config import WushConfig
-from ..errors import ConfigError, DataError, NonFiniteError
+from ..errors import DataError, NonFiniteError
 from ..phases import phase
 from .choose import CLOSED_FORM, Transforms, uses_conditional_moments
 from .gptq import gptq, gptq_conditional, rotate_
-from .loss import layer_loss
 from .scales import global_scale, has_free_global_scale
+from .solution import GroupSolution, block_size
 from .transforms import PANEL, apply_blockwise, damped_cholesky, diagonal_blocks
 
 # Values a rounding works on at a time: its temporaries are many times as large.
 CHUNK_ELEMENTS = 2**24
-
-__all__ = ["GroupSolution", "block_size", "layer_loss", "moment_shape", "solve", "solve_cost"]
-
-
-@dataclass
-class GroupSolution:
-    """What a group of linears with one input needs to run in 4 bits; N counts the stacked rows of all members."""
-
-    transform: Tensor | None            # [K/B, B, B], or [1, B, B] for one that all blocks share; model dtype
-    transform_block_size: int           # B
-    weight_packed: Tensor               # uint8 [N, K/2]
-    weight_scale: Tensor                # uint8 [N, K/G]; int4: bf16
-    weight_global_scale: Tensor | None  # fp32 [1]; None for 1
-    input_global_scale: Tensor | None   # fp32 [1]; None for 1
-    report: dict                        # plain numbers
-
-
-def block_size(config: WushConfig, width: int) -> int:
-    """The transform block for `width` input channels: the configured one where it divides, else the group."""
-    group = config.group_size
-    if width % group:
-        raise ConfigError(f"width {width} is not a multiple of {config.format}'s group of {group}")
-    block = config.transform_block_size or group
-    return block if width % block == 0 else group
-
-
-def moment_shape(config: WushConfig, width: int) -> tuple[int, ...]:
-    """Shape of the second moment to accumulate: [K, K] where channels of different blocks meet, else [K/B, B, B]."""
-    if config.solver == "gptq" or uses_conditional_moments(config):
-        return (width, width)
-    block = block_size(config, width)
-    return (width // block, block, block)
-
-
-def solve_cost(config: WushConfig, rows: int, width: int) -> float:
-    """Operations that solving a group takes, about: to compare groups by."""
-    if len(moment_shape(config, width)) == 2:
-        return width**3 / 3 + rows * width**2              # a Cholesky factor, and errors carried from channel to channel
-    return rows * width * block_size(config, width)
 
 
 def solve(

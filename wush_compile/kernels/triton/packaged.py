@@ -17,15 +17,15 @@ from torch._higher_order_ops.triton_kernel_wrap import (
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...formats import FORMATS
+from .common.memory import Workspace
 from .linear.choose import WIDE, Fused, Gemv, Scaled, choose
 from .linear.expand import expand_bf16_kernel, expand_fp8_kernel
 from .linear.gemm import fused_gemm_kernel
 from .linear.gemv import gemv_kernel
-from .common.memory import Workspace
-from .provider import IMPLEMENTATIONS
-from .quantize.transform_quantize import dense_rows, transform_quantize_kernel
 from .linear.scaled import scaled_gemm_kernel
+from .provider import IMPLEMENTATIONS
 from .quantize.tiles import choose_tile
+from .quantize.transform_quantize import dense_rows, transform_quantize_kernel
 
 # (first, last) number of rows; the kernel that suits the last serves the band.
 BANDS = ((1, 1), (2, 16), (17, 64), (65, 128), (129, None))

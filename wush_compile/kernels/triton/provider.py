@@ -7,10 +7,11 @@ import torch
 
 from ...formats import FORMATS
 from ...ops.fused import GAINS
-from ..dispatch import Implementation
-from .quantize import fused as triton_fused, transform_quantize as triton_quantize
+from ..provider import Implementation
 from .calibration import moments as triton_gram
 from .linear import fp4_linear as triton_linear
+from .quantize import fused as triton_fused
+from .quantize import transform_quantize as triton_quantize
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 

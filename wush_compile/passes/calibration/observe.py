@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from ...config import WushConfig
-from ...solver.solve import moment_shape
+from ...solver.solution import moment_shape
 from .group import LinearGroup
 
 SAMPLE_ROWS = 2048

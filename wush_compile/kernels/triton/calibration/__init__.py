@@ -1,0 +1,1 @@
+"""Kernels that calibration uses: second moments, GPTQ."""

@@ -1,0 +1,1 @@
+"""What several kernels share: formats, decoding, epilogues, memory, overlap of kernels."""

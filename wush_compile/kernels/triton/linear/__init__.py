@@ -1,0 +1,1 @@
+"""Kernels of `wush::fp4_linear`."""

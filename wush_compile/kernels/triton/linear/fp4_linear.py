@@ -20,13 +20,13 @@ import triton
 from torch import Tensor
 
 from ....formats import FORMATS
+from ..common.memory import Workspace, is_power_of_two, row_facts, settled, workspace
+from ..common.overlap import overlaps
 from .choose import Fused, Gemv, Hopper, Int4, Scaled, choose, give_up_gluon, parts, precise_by_default
 from .expand import expand_bf16_kernel, expand_both_kernel, expand_fp8_kernel
 from .gemm import fused_gemm_kernel
 from .gemv import gemv_kernel
 from .int4 import int4_gemm_kernel
-from ..common.overlap import overlaps
-from ..common.memory import Workspace, is_power_of_two, row_facts, settled, workspace
 from .scaled import scaled_gemm_kernel
 
 # Memory that one call may take for expanded weights; a larger weight goes to the library in parts.

@@ -11,10 +11,10 @@ Splitting K over programs: each stores its fp32 part, the last one to arrive add
 import triton
 import triton.language as tl
 
-from .expand import E5M2_UNIT, decode_bf16
 from ..common.formats import e8m0_factor
-from .gemv import finish
 from ..common.overlap import start_next, wait_inputs
+from .expand import E5M2_UNIT, decode_bf16
+from .gemv import finish
 
 
 @triton.constexpr_function

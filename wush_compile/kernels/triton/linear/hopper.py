@@ -12,7 +12,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from ..common import formats as triton_formats, overlap as triton_launch
+from ..common import formats as triton_formats
+from ..common import overlap as triton_launch
 from .expand import BF16_PTX, E5M2_UNIT
 from .gemm import fp8_ptx
 

@@ -1,0 +1,1 @@
+"""Kernels that transform and quantize activations."""

@@ -17,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from ..common.overlap import arrive, overlaps, start_next, wait_inputs
 from ..common.memory import workspace
+from ..common.overlap import arrive, overlaps, start_next, wait_inputs
 from .prologue import Prologue
-from .transform_quantize import dense_rows, prepare, quantize_rows, transform_quantize
 from .tiles import Tile, assembly, choose_tile
+from .transform_quantize import dense_rows, prepare, quantize_rows, transform_quantize
 
 SEGMENT = 1024                          # columns of a row that are added side by side: 16 bytes for 128 threads
 DEPTH = tl.constexpr(10)                # SEGMENT = 2^DEPTH

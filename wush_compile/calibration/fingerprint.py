@@ -1,0 +1,44 @@
+"""What a run is of: sha256 of its data and of its model. A journal goes on only with the same ones."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Batch
+from .tensors import ModelTensors
+
+
+def _hash(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def fingerprint_of_data(batches: Iterable[Batch] | None) -> str:
+    """sha256 of calibration inputs; "none" without."""
+    if batches is None:
+        return "none"
+    sha = hashlib.sha256()
+    for batch in batches:
+        items = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+        sha.update(json.dumps([[str(k), str(v.dtype), list(v.shape), _hash(v)] for k, v in items]).encode())
+    return sha.hexdigest()
+
+
+def fingerprint_of_model(model: nn.Module, names: Iterable[str], tensors: ModelTensors) -> str:
+    """sha256 of a model's class, settings and tensors of these names; the same from memory and from disk."""
+    config = getattr(model, "config", None)
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")} \
+        if hasattr(config, "to_dict") else {}
+
+    def one(name: str) -> list:
+        tensor = tensors.load([name], torch.device("cpu"))[name]
+        return [name, str(tensor.dtype), list(tensor.shape), _hash(tensor)]
+
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
+        hashes = list(pool.map(one, sorted(names)))
+    described = json.dumps([type(model).__name__, settings, hashes], default=str, sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()

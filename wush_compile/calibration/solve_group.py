@@ -1,0 +1,65 @@
+"""Solves one group: from its weights and what its observer saw to its run-time module and a report."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..config import WushConfig
+from ..modules import Member, WushGroup
+from ..passes.calibration.group import LinearGroup
+from ..passes.calibration.observe import Observation
+from ..phases import phase
+from ..solver.loss import layer_loss
+from ..solver.solve import solve
+
+LOSS_ROWS = 512
+
+
+@dataclass
+class Solved:
+    """A group's run-time module and what its solution was measured to be."""
+
+    group: WushGroup
+    report: dict
+
+
+def members_of(group: LinearGroup) -> list[Member]:
+    """Row ranges of the group's linears in its stacked buffers."""
+    members, start = [], 0
+    for linear in group.linears:
+        members.append(Member(linear.name, start, start + linear.rows, linear.bias is not None))
+        start += linear.rows
+    return members
+
+
+def _loss_rows(sample: Tensor) -> Tensor:
+    """Rows of the uniform part of a sample, for layer losses; empty slots are zero and drop out."""
+    rows = sample[:LOSS_ROWS]
+    return rows[rows.any(-1)]
+
+
+def solve_group(
+    group: LinearGroup, tensors: Mapping[str, Tensor], config: WushConfig, seen: Observation | None
+) -> Solved:
+    """Transform, codes and scales of one group, from its weights by name and what its observer saw (None: data-free)."""
+    weight = group.stacked_weight(tensors)                                 # [N, K]
+    solution = solve(
+        weight, config, name=group.name,
+        moment=None if seen is None else seen.moment,
+        count=0 if seen is None else int(seen.count),
+        sample=None if seen is None else seen.sample,
+    )
+    report = {**solution.report, "rows": weight.shape[0], "width": group.width,
+              "tokens": 0 if seen is None else int(seen.count)}
+    rows = None if seen is None else _loss_rows(seen.sample)
+    if rows is not None and rows.shape[0]:
+        with phase("layer losses"):
+            report["loss"], report["relative_loss"] = layer_loss(rows, weight, solution, config)
+    buffers = {
+        "weight_packed": solution.weight_packed, "weight_scale": solution.weight_scale,
+        "weight_global_scale": solution.weight_global_scale, "input_transform": solution.transform,
+        "input_global_scale": solution.input_global_scale, "bias": group.stacked_bias(tensors),
+    }
+    buffers = {name: None if buffer is None else buffer.contiguous() for name, buffer in buffers.items()}
+    return Solved(WushGroup(members_of(group), config, solution.transform_block_size, buffers), report)

@@ -1,0 +1,46 @@
+"""What the solver returns for a group, and the shapes and costs that follow from a configuration."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..config import WushConfig
+from ..errors import ConfigError
+from .choose import uses_conditional_moments
+
+
+@dataclass
+class GroupSolution:
+    """What a group of linears with one input needs to run in 4 bits; N counts the stacked rows of all members."""
+
+    transform: Tensor | None            # [K/B, B, B], or [1, B, B] for one that all blocks share; model dtype
+    transform_block_size: int           # B
+    weight_packed: Tensor               # uint8 [N, K/2]
+    weight_scale: Tensor                # uint8 [N, K/G]; int4: bf16
+    weight_global_scale: Tensor | None  # fp32 [1]; None for 1
+    input_global_scale: Tensor | None   # fp32 [1]; None for 1
+    report: dict                        # plain numbers
+
+
+def block_size(config: WushConfig, width: int) -> int:
+    """The transform block for `width` input channels: the configured one where it divides, else the group."""
+    group = config.group_size
+    if width % group:
+        raise ConfigError(f"width {width} is not a multiple of {config.format}'s group of {group}")
+    block = config.transform_block_size or group
+    return block if width % block == 0 else group
+
+
+def moment_shape(config: WushConfig, width: int) -> tuple[int, ...]:
+    """Shape of the second moment to accumulate: [K, K] where channels of different blocks meet, else [K/B, B, B]."""
+    if config.solver == "gptq" or uses_conditional_moments(config):
+        return (width, width)
+    block = block_size(config, width)
+    return (width // block, block, block)
+
+
+def solve_cost(config: WushConfig, rows: int, width: int) -> float:
+    """Operations that solving a group takes, about: to compare groups by."""
+    if len(moment_shape(config, width)) == 2:
+        return width**3 / 3 + rows * width**2              # a Cholesky factor, and errors carried from channel to channel
+    return rows * width * block_size(config, width)
