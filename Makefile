@@ -7,12 +7,18 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test cuda cuda-check bench clean
+.PHONY: demo lint test cuda cuda-check bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/wush-compile demo
 
-test: $(VENV)/ready
+# What every commit keeps: style, and imports that point one way.
+lint: $(VENV)/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+
+test: lint
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # Of nvidia-cutlass only the headers are used.

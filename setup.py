@@ -14,7 +14,7 @@ LIBRARIES = sorted((Path(__file__).parent / "build" / "csrc").glob("libwush_sm_*
 class BuildPy(build_py):
     def run(self):
         super().run()
-        if LIBRARIES and not self.editable_mode:           # an editable install finds them where they were built
+        if LIBRARIES and not self.editable_mode:  # an editable install finds them where they were built
             directory = Path(self.build_lib) / "wush_compile" / "kernels" / "lib"
             directory.mkdir(parents=True, exist_ok=True)
             for library in LIBRARIES:

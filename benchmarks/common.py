@@ -28,8 +28,8 @@ def device(name: str) -> torch.device:
 
 def load_smollm2(gguf: Path | None, where: torch.device) -> tuple[torch.nn.Module, object]:
     """(bf16 model on a device, tokenizer); `gguf` None fetches the file."""
-    from wush_compile.demo import smollm2
     from wush_compile.checkpoint.gguf import load_gguf
+    from wush_compile.demo import smollm2
 
     model, tokenizer = load_gguf(gguf or smollm2.fetch())
     return model.to(where), tokenizer
@@ -39,9 +39,17 @@ def environment(where: torch.device) -> dict[str, str]:
     """Device and versions, for the record."""
     import transformers
 
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__}
+    name = (
+        torch.cuda.get_device_name(where)
+        if where.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
+    return {
+        "device": name,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def write_json(path: Path | None, result: dict) -> None:

@@ -33,8 +33,9 @@ def float8(linear: nn.Linear) -> nn.Module:
 def int4(linear: nn.Linear) -> nn.Module:
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
-    quantize_(linear, Int4WeightOnlyConfig(
-        group_size=128, int4_packing_format="tile_packed_to_4d", set_inductor_config=False))
+    quantize_(
+        linear, Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
+    )
     return linear
 
 
@@ -51,19 +52,34 @@ def mxfp4_emulated(linear: nn.Linear) -> nn.Module:
     from torchao.quantization import quantize_
     from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 
-    quantize_(linear, MXDynamicActivationMXWeightConfig(
-        activation_dtype=torch.float4_e2m1fn_x2, weight_dtype=torch.float4_e2m1fn_x2,
-        kernel_preference=KernelPreference.EMULATED))
+    quantize_(
+        linear,
+        MXDynamicActivationMXWeightConfig(
+            activation_dtype=torch.float4_e2m1fn_x2,
+            weight_dtype=torch.float4_e2m1fn_x2,
+            kernel_preference=KernelPreference.EMULATED,
+        ),
+    )
     return linear
 
 
 def fp_quant(linear: nn.Linear) -> nn.Module:
     from fp_quant import FPQuantConfig, FPQuantDtype, FPQuantLinear
 
-    config = FPQuantConfig(forward_dtype=FPQuantDtype.MXFP4, forward_method="abs_max", backward_dtype=FPQuantDtype.BF16,
-                           pseudoquantization=True)
-    module = FPQuantLinear(linear.in_features, linear.out_features, config, bias=False, device=linear.weight.device,
-                           dtype=linear.weight.dtype)
+    config = FPQuantConfig(
+        forward_dtype=FPQuantDtype.MXFP4,
+        forward_method="abs_max",
+        backward_dtype=FPQuantDtype.BF16,
+        pseudoquantization=True,
+    )
+    module = FPQuantLinear(
+        linear.in_features,
+        linear.out_features,
+        config,
+        bias=False,
+        device=linear.weight.device,
+        dtype=linear.weight.dtype,
+    )
     module.weight.copy_(linear.weight)
     module.pre_forward()
     return module
@@ -88,7 +104,7 @@ COMPARISONS = {
     "torchao float8, eager": Comparison(float8, 1),
     "torchao NVFP4 weights, eager": Comparison(nvfp4_weights, 0.56),
 }
-SECONDS = 45                            # for all libraries; which one is not through by then is left out
+SECONDS = 45  # for all libraries; which one is not through by then is left out
 DEVICE = "cuda"
 
 
@@ -128,7 +144,7 @@ def warm(job: tuple[str, int, int, tuple[int, ...]]) -> str | None:
             for m in rows:
                 module(activations(m, k))
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()        # many such processes share the device
+        torch.cuda.empty_cache()  # many such processes share the device
     except Exception as error:
         return f"{name} {n}x{k}: {why(error)}"
 
@@ -139,15 +155,15 @@ def times(
 ) -> Iterator[tuple[int, str, float]]:
     """(rows, group, µs) of a library; raises what it raises, and if a result is no product of x and the weight."""
     for group, (n, k) in groups.items():
-        torch._dynamo.reset()           # it gives up on a function that was compiled for many sizes
-        torch.cuda.empty_cache()        # of the graphs before
+        torch._dynamo.reset()  # it gives up on a function that was compiled for many sizes
+        torch.cuda.empty_cache()  # of the graphs before
         linear, module = layer(name, n, k)
         modules = [module, *(layer(name, n, k)[1] for _ in range(copies(COMPARISONS[name].nbytes * n * k) - 1))]
         for m in rows:
             x = activations(m, k)
             got, want = module(x), linear(x)
             error = ((got - want).norm() / want.norm()).item()
-            if not error < 0.3:         # 4 bits on both sides: 0.16
+            if not error < 0.3:  # 4 bits on both sides: 0.16
                 raise ArithmeticError(f"relative error {error:.2g} at {m} rows")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not through, {SECONDS} s after the first library began")
@@ -160,6 +176,6 @@ def compare(groups: dict[str, tuple[int, int]], rows: tuple[int, ...]) -> dict[s
     for name in COMPARISONS:
         try:
             found[name] = {(m, group): us for m, group, us in times(name, groups, rows, deadline)}
-        except Exception as error:      # a library that is not there or fails is a result
+        except Exception as error:  # a library that is not there or fails is a result
             print(f"no column for {name}: {why(error)}", flush=True)
     return found

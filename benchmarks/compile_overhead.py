@@ -24,7 +24,11 @@ CALLS = 2000
 def llama(layers: int) -> torch.nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
         num_key_value_heads=2,
     )
     return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
@@ -46,12 +50,14 @@ def compile_seconds(model: torch.nn.Module, backend: str) -> float:
 
 def timed_passes(spent: Counter) -> tuple:
     """The execution passes, each adding its seconds to `spent`."""
+
     def timed(step):
         def run(graph):
             start = time.perf_counter()
             changes = step(graph)
             spent[step.__name__] += time.perf_counter() - start
             return changes
+
         run.__name__ = step.__name__
         return run
 
@@ -121,10 +127,18 @@ def main() -> None:
     print("\n| op | overhead of a call, µs |\n|---|---|")
     for name, microseconds in calls.items():
         print(f"| {name} | {microseconds:.1f} |")
-    write_json(options.json, {
-        **where, "layers": options.layers, "inductor_s": plain, "wush_s": wush, "passes_s": dict(spent),
-        "share": ours / wush, "calls_us": calls,
-    })
+    write_json(
+        options.json,
+        {
+            **where,
+            "layers": options.layers,
+            "inductor_s": plain,
+            "wush_s": wush,
+            "passes_s": dict(spent),
+            "share": ours / wush,
+            "calls_us": calls,
+        },
+    )
 
 
 if __name__ == "__main__":

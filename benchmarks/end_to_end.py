@@ -32,17 +32,37 @@ from typing import NamedTuple
 
 import torch
 
-SHAPE = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
-             max_position_embeddings=131072, rope_theta=500000.0, rms_norm_eps=1e-5, tie_word_embeddings=False)
+SHAPE = dict(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=131072,
+    rope_theta=500000.0,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+)
 DEVICE = "cuda"
-STEPS = 24                              # decoding steps that are timed
-WARM_UP = 4                             # calls that compile, warm up and record the CUDA graph
-ROOM = 32                               # tokens a cache holds beyond the context: attention likes multiples of 16
+STEPS = 24  # decoding steps that are timed
+WARM_UP = 4  # calls that compile, warm up and record the CUDA graph
+ROOM = 32  # tokens a cache holds beyond the context: attention likes multiples of 16
 GIB = 2**30
-WIDTHS = {"q_proj": 4096, "k_proj": 1024, "v_proj": 1024, "o_proj": 4096, "gate_proj": 14336, "up_proj": 14336,
-          "down_proj": 4096}
-GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj"), 4096), ("self_attn", ("o_proj",), 4096),
-          ("mlp", ("gate_proj", "up_proj"), 4096), ("mlp", ("down_proj",), 14336))
+WIDTHS = {
+    "q_proj": 4096,
+    "k_proj": 1024,
+    "v_proj": 1024,
+    "o_proj": 4096,
+    "gate_proj": 14336,
+    "up_proj": 14336,
+    "down_proj": 4096,
+}
+GROUPS = (
+    ("self_attn", ("q_proj", "k_proj", "v_proj"), 4096),
+    ("self_attn", ("o_proj",), 4096),
+    ("mlp", ("gate_proj", "up_proj"), 4096),
+    ("mlp", ("down_proj",), 14336),
+)
 
 
 def random_group(prefix: str, names: tuple[str, ...], width: int, config):
@@ -59,7 +79,7 @@ def random_group(prefix: str, names: tuple[str, ...], width: int, config):
             buffers[name] = None
         elif name == "weight_packed":
             buffers[name] = torch.randint(0, 256, layout[0], dtype=torch.uint8, device=DEVICE)
-        elif name == "weight_scale":                                  # weights of about 0.02: their products stay of order 1
+        elif name == "weight_scale":  # weights of about 0.02: their products stay of order 1
             low, high = (118, 121) if config.format == "mxfp4" else (1, 20)
             buffers[name] = torch.randint(low, high, layout[0], dtype=torch.uint8, device=DEVICE)
         elif name == "input_transform":
@@ -103,7 +123,7 @@ def build(kind: str, layers: int, attention: str) -> torch.nn.Module:
         for layer in range(layers):
             for part, names, width in GROUPS:
                 group = random_group(f"model.layers.{layer}.{part}", names, width, settings)
-                for member in group.members:                          # the old linear holds nothing: its device is meta
+                for member in group.members:  # the old linear holds nothing: its device is meta
                     assert model.get_submodule(member.name).weight.shape == (member.stop - member.start, width)
                 install_group(model, group)
     for module in model.modules():
@@ -121,8 +141,13 @@ def filled_cache(config, batch: int, context: int):
     from transformers import StaticCache
 
     cache = StaticCache(config=config, max_cache_len=context + ROOM)
-    cache.early_initialization(batch, config.num_key_value_heads, config.hidden_size // config.num_attention_heads,
-                               torch.bfloat16, torch.device(DEVICE))
+    cache.early_initialization(
+        batch,
+        config.num_key_value_heads,
+        config.hidden_size // config.num_attention_heads,
+        torch.bfloat16,
+        torch.device(DEVICE),
+    )
     for layer in cache.layers:
         layer.keys[:, :, :context].normal_()
         layer.values[:, :, :context].normal_()
@@ -145,8 +170,12 @@ class Decoding:
 
     def __call__(self) -> None:
         torch.compiler.cudagraph_mark_step_begin()
-        logits = self.run(self.token, past_key_values=self.cache, use_cache=True,
-                          position_ids=self.position[None].expand(self.batch, 1)).logits
+        logits = self.run(
+            self.token,
+            past_key_values=self.cache,
+            use_cache=True,
+            position_ids=self.position[None].expand(self.batch, 1),
+        ).logits
         self.token = logits[:, -1].argmax(-1, keepdim=True)
         self.position += 1
 
@@ -176,7 +205,7 @@ def timed(call, repeats: int, queued: bool) -> float:
         if not queued:
             stop.synchronize()
     torch.cuda.synchronize()
-    if queued:                          # the first ones wait for the host
+    if queued:  # the first ones wait for the host
         return events[repeats // 4][0].elapsed_time(events[-1][1]) / (repeats - repeats // 4)
     return statistics.median(start.elapsed_time(stop) for start, stop in events)
 
@@ -215,7 +244,7 @@ def measure(job: Job, out: pathlib.Path) -> dict:
         started = time.perf_counter()
         model = build(job.model, job.layers, job.attention)
         memory = torch.cuda.memory_allocated() / GIB
-        backend = "inductor" if job.model == "bf16" else wush         # as backend="wush" of an installed package
+        backend = "inductor" if job.model == "bf16" else wush  # as backend="wush" of an installed package
         run = torch.compile(model, backend=backend, mode="reduce-overhead", fullgraph=True, dynamic=False)
         call = (Decoding if job.what == "decode" else Prefill)(model, run, job.batch, job.context)
         call.restart()
@@ -228,11 +257,19 @@ def measure(job: Job, out: pathlib.Path) -> dict:
         ms, queued = (timed(call, repeats, queued) for queued in (False, True))
     tokens = job.batch * (1 if job.what == "decode" else job.context)
     skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-    return {**job._asdict(), "memory GiB": memory, "ms": ms, "queued ms": queued, "tokens/s": 1e3 * tokens / ms,
-            "compile s": compiled, "cudagraph skips": skips}
+    return {
+        **job._asdict(),
+        "memory GiB": memory,
+        "ms": ms,
+        "queued ms": queued,
+        "tokens/s": 1e3 * tokens / ms,
+        "compile s": compiled,
+        "cudagraph skips": skips,
+    }
 
 
 # -- output ----------------------------------------------------------------------------------------------------------
+
 
 def rows_of(out: pathlib.Path) -> list[dict]:
     """The last row of each job."""
@@ -259,6 +296,7 @@ def table(rows: list[dict]) -> str:
 
 def slopes(rows: list[dict]) -> list[str]:
     """What a layer takes, and so 32, where a case was timed with several counts of layers."""
+
     def case(row: dict) -> tuple:
         return row["model"], row["attention"], row["what"], row["batch"], row["context"]
 
@@ -280,6 +318,7 @@ def report(out: pathlib.Path) -> None:
 
 # -- processes -------------------------------------------------------------------------------------------------------
 
+
 def waves(jobs: list[Job], gib: float) -> list[list[Job]]:
     """The jobs in groups that fit the memory together, in their order as far as that goes."""
     groups = []
@@ -297,8 +336,10 @@ def run_wave(jobs: list[Job], out: pathlib.Path, deadline: float) -> None:
     """Runs a process for each; those that are not through by the deadline are ended."""
     threads = max(2, (os.cpu_count() or 2) // len(jobs))
     env = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
-    processes = [subprocess.Popen([sys.executable, __file__, "--out", str(out), "--job", *map(str, job)], env=env)
-                 for job in jobs]
+    processes = [
+        subprocess.Popen([sys.executable, __file__, "--out", str(out), "--job", *map(str, job)], env=env)
+        for job in jobs
+    ]
     for job, process in zip(jobs, processes, strict=True):
         try:
             if process.wait(max(0.1, deadline - time.monotonic())):
@@ -333,8 +374,13 @@ def main() -> None:
     elif not args.table:
         cases = [("decode", batch, context) for context in args.context for batch in args.batch]
         if args.prefill:
-            cases.insert(len(args.batch), ("prefill", 1, args.prefill))      # behind the first context's
-        jobs = [Job(model, args.attention, layers, *case) for layers in args.layers for case in cases for model in args.models]
+            cases.insert(len(args.batch), ("prefill", 1, args.prefill))  # behind the first context's
+        jobs = [
+            Job(model, args.attention, layers, *case)
+            for layers in args.layers
+            for case in cases
+            for model in args.models
+        ]
         deadline = time.monotonic() + args.seconds
         for wave in waves(jobs, 0.97 * torch.cuda.get_device_properties(0).total_memory / GIB):
             if time.monotonic() < deadline:

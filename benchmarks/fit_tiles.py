@@ -15,15 +15,18 @@ import torch
 from wush_compile.kernels.triton.linear import choose as triton_choose
 from wush_compile.kernels.triton.linear.choose import MULTIPROCESSORS, Hopper
 
-Key = tuple[str, int, int, int]                            # format, rows, N, K
+Key = tuple[str, int, int, int]  # format, rows, N, K
 
 
 def read(path: pathlib.Path) -> dict[Key, dict]:
     """Microseconds of each candidate at each shape; a kernel with a name is "library" or "bf16"."""
     rows = json.loads(path.read_text())["rows"]
-    return {(row["format"], row["M"], row["N"], row["K"]):
-            {eval(name, {"Hopper": Hopper}): us for us, name in row["all"] if not name.startswith(("Fused", "Gemv"))}
-            for row in rows}                               # our own repr of a kernel's tile
+    return {
+        (row["format"], row["M"], row["N"], row["K"]): {
+            eval(name, {"Hopper": Hopper}): us for us, name in row["all"] if not name.startswith(("Fused", "Gemv"))
+        }
+        for row in rows
+    }  # our own repr of a kernel's tile
 
 
 def terms(key: Key, tile: Hopper) -> dict[str, float]:
@@ -35,8 +38,12 @@ def terms(key: Key, tile: Hopper) -> dict[str, float]:
         waves += tail > 0
         return {"LAUNCH": waves, step: waves * steps}
     parts, values = -(-tail * tile.split // MULTIPROCESSORS), tile.bn * tile.bm
-    return {"LAUNCH": waves + parts, step: waves * steps + parts * -(-steps // tile.split), "HAND": tile.split - 1,
-            "VALUE": (tile.split - 1) * values}
+    return {
+        "LAUNCH": waves + parts,
+        step: waves * steps + parts * -(-steps // tile.split),
+        "HAND": tile.split - 1,
+        "VALUE": (tile.split - 1) * values,
+    }
 
 
 def fit(measured: dict[Key, dict]) -> dict[str, float]:

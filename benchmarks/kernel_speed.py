@@ -21,13 +21,14 @@ import time
 import torch
 import triton
 
-from wush_compile.formats import FORMATS
-from wush_compile.kernels.triton.linear import choose as triton_choose, fp4_linear as triton_linear
-from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
 from wush_compile.diagnostics.timing import copies, time_us
+from wush_compile.formats import FORMATS
+from wush_compile.kernels.triton.linear import choose as triton_choose
+from wush_compile.kernels.triton.linear import fp4_linear as triton_linear
 from wush_compile.kernels.triton.linear.choose import Fused, Gemv, Hopper
+from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
 
-GROUPS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}     # name: (N, K)
+GROUPS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # name: (N, K)
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
 
 
@@ -35,8 +36,13 @@ def environment() -> dict:
     query = "clocks.sm,clocks.mem,power.draw,driver_version"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     smi = subprocess.run(command, capture_output=True, text=True)
-    return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-            "cuda": torch.version.cuda, query: smi.stdout.strip().splitlines()[:1]}
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        query: smi.stdout.strip().splitlines()[:1],
+    }
 
 
 def random_weight(n: int, k: int, format: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,9 +57,12 @@ def random_transform(k: int, block: int) -> torch.Tensor:
 
 # -- linear ----------------------------------------------------------------------------------------------------------
 
+
 def weight_sets(format: str, n: int, k: int) -> list[tuple]:
-    return [(*random_weight(n, k, format), random_transform(k, FORMATS[format].group_size))
-            for _ in range(copies(n * k * 0.55))]
+    return [
+        (*random_weight(n, k, format), random_transform(k, FORMATS[format].group_size))
+        for _ in range(copies(n * k * 0.55))
+    ]
 
 
 def linear_time(format: str, m: int, n: int, k: int, kernel=None, quantize: bool = True, sets=None) -> float:
@@ -97,7 +106,7 @@ def _job(format: str, m: int, n: int, k: int, kernel) -> tuple:
     return format, rows, n, k, kernel
 
 
-TUNED: dict = {}                        # (format, N, K) -> {rows: kernel}, from an earlier `tune-linear`
+TUNED: dict = {}  # (format, N, K) -> {rows: kernel}, from an earlier `tune-linear`
 
 
 def read_tuned(path: pathlib.Path) -> None:
@@ -124,10 +133,16 @@ def bench_linear(rows=ROWS) -> list[dict]:
     for m in rows:
         total = {"M": m, "group": "layer"}
         for group, (n, k) in GROUPS.items():
-            row = {"M": m, "group": group, "N": n, "K": k,
-                   "bf16 us": bf16_time(m, n, k), "fp8 ceiling us": fp8_time(m, n, k),
-                   "mxfp4 us": linear_time("mxfp4", m, n, k, tuned("mxfp4", m, n, k)),
-                   "nvfp4 us": linear_time("nvfp4", m, n, k, tuned("nvfp4", m, n, k))}
+            row = {
+                "M": m,
+                "group": group,
+                "N": n,
+                "K": k,
+                "bf16 us": bf16_time(m, n, k),
+                "fp8 ceiling us": fp8_time(m, n, k),
+                "mxfp4 us": linear_time("mxfp4", m, n, k, tuned("mxfp4", m, n, k)),
+                "nvfp4 us": linear_time("nvfp4", m, n, k, tuned("nvfp4", m, n, k)),
+            }
             for key, value in row.items():
                 if key.endswith("us"):
                     total[key] = total.get(key, 0) + value
@@ -154,11 +169,19 @@ def bench_parts() -> list[dict]:
         for dtype in (torch.float8_e5m2, torch.float8_e4m3fn):
             x = torch.randn(m, k, device="cuda").to(dtype)
             for fast in (True, False):
-                row[f"{dtype} fast={fast} us"] = time_us([lambda w=w: torch._scaled_mm(
-                    x, w.t(), a, b, out_dtype=torch.bfloat16, use_fast_accum=fast) for w in ws])
+                row[f"{dtype} fast={fast} us"] = time_us(
+                    [
+                        lambda w=w: torch._scaled_mm(x, w.t(), a, b, out_dtype=torch.bfloat16, use_fast_accum=fast)
+                        for w in ws
+                    ]
+                )
             one = torch.ones((), device="cuda")
-            row[f"{dtype} one scale us"] = time_us([lambda w=w: torch._scaled_mm(
-                x, w.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True) for w in ws])
+            row[f"{dtype} one scale us"] = time_us(
+                [
+                    lambda w=w: torch._scaled_mm(x, w.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+                    for w in ws
+                ]
+            )
         row["bf16 us"] = bf16_time(m, n, k)
         rows.append(row)
     return rows
@@ -187,8 +210,14 @@ def bench_compare() -> list[dict]:
         cells["bf16"][m, group] = bf16_time(m, n, k)
         cells["mxfp4"][m, group] = linear_time("mxfp4", m, n, k)
     cells |= comparisons.compare(GROUPS, COMPARED_ROWS)
-    return [{"M": m, **{f"{name} us": sum(us[m, group] for group in GROUPS) for name, us in cells.items()},
-             "all": {name: {group: us[m, group] for group in GROUPS} for name, us in cells.items()}} for m in COMPARED_ROWS]
+    return [
+        {
+            "M": m,
+            **{f"{name} us": sum(us[m, group] for group in GROUPS) for name, us in cells.items()},
+            "all": {name: {group: us[m, group] for group in GROUPS} for name, us in cells.items()},
+        }
+        for m in COMPARED_ROWS
+    ]
 
 
 # -- tune ------------------------------------------------------------------------------------------------------------
@@ -211,25 +240,53 @@ TILES = {
 }
 # Hopper's tiles: (weight rows, activation rows, warpgroups, steps copied ahead); with a tail in parts where there is one.
 HOPPER_TILES = {
-    "mxfp4": ((128, 16, 2, 8), (256, 16, 4, 8), (128, 32, 2, 8), (256, 32, 4, 8), (128, 64, 2, 8), (256, 64, 4, 8),
-              (128, 128, 2, 6), (256, 128, 4, 6), (128, 192, 2, 6), (128, 256, 2, 4)),
-    "nvfp4": ((128, 16, 2, 8), (256, 16, 4, 8), (128, 32, 2, 8), (256, 32, 4, 7), (128, 64, 2, 7), (256, 64, 4, 6),
-              (128, 128, 2, 5), (256, 128, 4, 4), (128, 192, 2, 3), (128, 256, 2, 3)),
+    "mxfp4": (
+        (128, 16, 2, 8),
+        (256, 16, 4, 8),
+        (128, 32, 2, 8),
+        (256, 32, 4, 8),
+        (128, 64, 2, 8),
+        (256, 64, 4, 8),
+        (128, 128, 2, 6),
+        (256, 128, 4, 6),
+        (128, 192, 2, 6),
+        (128, 256, 2, 4),
+    ),
+    "nvfp4": (
+        (128, 16, 2, 8),
+        (256, 16, 4, 8),
+        (128, 32, 2, 8),
+        (256, 32, 4, 7),
+        (128, 64, 2, 7),
+        (256, 64, 4, 6),
+        (128, 128, 2, 5),
+        (256, 128, 4, 4),
+        (128, 192, 2, 3),
+        (128, 256, 2, 3),
+    ),
 }
-GEMVS = tuple(Gemv(*tile) for tile in ((16, 2048, 8), (8, 2048, 4), (16, 1024, 4), (4, 16384, 8), (2, 16384, 4), (8, 8192, 8)))
+GEMVS = tuple(
+    Gemv(*tile) for tile in ((16, 2048, 8), (8, 2048, 4), (16, 1024, 4), (4, 16384, 8), (2, 16384, 4), (8, 8192, 8))
+)
 
 
 def candidates(format: str, m: int) -> list:
     """Kernels worth timing at m rows."""
     tiles = next((tiles for most, tiles in TILES[format].items() if m <= most), ())
-    fused = [Fused(bn, bm, bk, split, warps, stages, False) for bn, bm, bk, warps, stages in tiles for split in (1, 2, 4)]
+    fused = [
+        Fused(bn, bm, bk, split, warps, stages, False) for bn, bm, bk, warps, stages in tiles for split in (1, 2, 4)
+    ]
     if m <= 16:
         bn, bm, bk, warps, stages = tiles[0]
         fused += [Fused(bn, bm, bk, split, warps, stages, True) for split in (1, 2, 4)]
     if m in (1, 2, 4):
         return [*GEMVS, *([Gemv(8, 4096, 4)] if m == 1 else fused[-2:])]
-    hopper = [Hopper(bn, bm, groups, split, stages) for bn, bm, groups, stages in HOPPER_TILES[format]
-              for split in (1, 2, 3, 4, 6, 8) if m > bm // 2 and (m <= 2 * bm or bm >= 128)]
+    hopper = [
+        Hopper(bn, bm, groups, split, stages)
+        for bn, bm, groups, stages in HOPPER_TILES[format]
+        for split in (1, 2, 3, 4, 6, 8)
+        if m > bm // 2 and (m <= 2 * bm or bm >= 128)
+    ]
     return fused + hopper + ([] if m < 256 else ["library"] if format == "mxfp4" else ["bf16"])
 
 
@@ -241,8 +298,10 @@ def _fits(kernel, format: str, m: int, n: int, k: int) -> bool:
         tiles = -(-n // kernel.bn) * -(-m // kernel.bm)
         known = triton_choose.hopper_times(format, m, n, k)
         if kernel._replace(split=1) in known and known.get(kernel, 1e9) > 1.3 * min(known.values()):
-            return False                                                                # far from what has been measured
-        return tiles >= 48 if kernel.split == 1 else kernel.warpgroups == 2 and tiles % triton_choose.MULTIPROCESSORS > 0
+            return False  # far from what has been measured
+        return (
+            tiles >= 48 if kernel.split == 1 else kernel.warpgroups == 2 and tiles % triton_choose.MULTIPROCESSORS > 0
+        )
     return not isinstance(kernel, Fused) or (k % kernel.bk == 0 and k // kernel.bk % kernel.split == 0)
 
 
@@ -254,10 +313,10 @@ def _compile(job) -> str | None:
         x = torch.randn(m, k, device="cuda").bfloat16()
         q = triton_quantize.transform_quantize(x, random_transform(k, FORMATS[format].group_size), g, format, "absmax")
         w = random_weight(n, k, format)
-        for _ in range(2):                  # a weight's second use may start early, which is another compilation
+        for _ in range(2):  # a weight's second use may start early, which is another compilation
             triton_linear.fp4_linear(*q, g, *w, g, None, None, format, torch.bfloat16, kernel)
         torch.cuda.synchronize()
-    except Exception as error:                                       # a candidate that does not compile is a result
+    except Exception as error:  # a candidate that does not compile is a result
         return f"{job}: {type(error).__name__} {str(error)[:200]}"
 
 
@@ -267,14 +326,21 @@ def compile_all(jobs: list, compile=_compile) -> list[str]:
     start = time.time()
     with concurrent.futures.ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
         failed = [f for f in pool.map(compile, jobs) if f]
-    print(f"compiled {len(jobs)} in {time.time() - start:.0f} s, failed {len(failed)}", *failed[:8], sep="\n",
-          flush=True)
+    print(
+        f"compiled {len(jobs)} in {time.time() - start:.0f} s, failed {len(failed)}", *failed[:8], sep="\n", flush=True
+    )
     return failed
 
 
 def tune_linear(rows=TUNED_ROWS) -> list[dict]:
-    cases = [(f, m, *GROUPS[g], c) for f in ("mxfp4", "nvfp4") for m in rows
-             for g in GROUPS for c in candidates(f, m) if _fits(c, f, m, *GROUPS[g])]
+    cases = [
+        (f, m, *GROUPS[g], c)
+        for f in ("mxfp4", "nvfp4")
+        for m in rows
+        for g in GROUPS
+        for c in candidates(f, m)
+        if _fits(c, f, m, *GROUPS[g])
+    ]
     cases.sort(key=lambda c: (c[0], c[2:4], c[1]))
     failed = compile_all([_job(*case) for case in cases])
     rows, held, sets = [], None, []
@@ -282,8 +348,11 @@ def tune_linear(rows=TUNED_ROWS) -> list[dict]:
         if held != (f, n, k):
             held, sets = (f, n, k), []
             sets = weight_sets(f, n, k)
-        timed = [(linear_time(f, m, n, k, c, sets=sets), repr(c)) for *_, c in group
-                 if not any(repr(_to_compile(c, m)[1]) in line for line in failed)]
+        timed = [
+            (linear_time(f, m, n, k, c, sets=sets), repr(c))
+            for *_, c in group
+            if not any(repr(_to_compile(c, m)[1]) in line for line in failed)
+        ]
         timed.sort()
         bf16 = bf16_time(m, n, k)
         rows.append({"format": f, "M": m, "N": n, "K": k, "bf16 us": bf16, "all": timed})
@@ -293,6 +362,7 @@ def tune_linear(rows=TUNED_ROWS) -> list[dict]:
 
 
 # -- output ----------------------------------------------------------------------------------------------------------
+
 
 def markdown(rows: list[dict]) -> str:
     keys = list(dict.fromkeys(key for row in rows for key in row if key != "all"))

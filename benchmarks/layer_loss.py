@@ -17,21 +17,40 @@ from wush_compile.data import windows
 from wush_compile.evaluation.layers import layer_loss
 
 LETTERS = {"identity": "I", "random": "R", "hadamard": "H", "wus": "WUS", "wush": "WUSH"}
-LINEARS = {"Q": "self_attn.q_proj", "K": "self_attn.k_proj", "V": "self_attn.v_proj", "O": "self_attn.o_proj",
-           "G": "mlp.gate_proj", "U": "mlp.up_proj", "D": "mlp.down_proj"}
+LINEARS = {
+    "Q": "self_attn.q_proj",
+    "K": "self_attn.k_proj",
+    "V": "self_attn.v_proj",
+    "O": "self_attn.o_proj",
+    "G": "mlp.gate_proj",
+    "U": "mlp.up_proj",
+    "D": "mlp.down_proj",
+}
 # Scale rules that clip no more than the formats' own; int4 is Gaussian clipping in the paper.
 RULES = {"mxfp4": "absmax", "nvfp4": "absmax", "int4": "gaussian"}
 # The paper's Table 1 (Qwen3-8B, block 18), only for its orderings: Q K V O G U D.
 PAPER = {
-    "mxfp4": {"I": (11.1, 12.0, 10.7, 4.35, 7.10, 6.56, 5.47), "R": (7.61, 7.73, 9.14, 3.84, 5.56, 5.68, 4.07),
-              "H": (7.24, 7.20, 8.60, 3.79, 5.45, 5.61, 3.90), "WUS": (6.27, 7.22, 4.05, 3.57, 5.76, 4.75, 4.46),
-              "WUSH": (3.34, 3.34, 3.30, 2.76, 4.49, 4.39, 3.39)},
-    "nvfp4": {"I": (4.23, 4.35, 4.37, 2.34, 3.49, 3.41, 2.41), "R": (4.98, 5.01, 5.86, 2.54, 3.63, 3.68, 2.66),
-              "H": (5.60, 5.62, 6.70, 2.58, 3.71, 3.79, 2.78), "WUS": (2.26, 2.36, 2.30, 2.00, 3.04, 3.01, 2.23),
-              "WUSH": (2.40, 2.44, 2.28, 1.92, 3.09, 3.02, 2.33)},
-    "int4": {"I": (170, 123, 13.2, 4.55, 55.9, 9.83, 19.3), "R": (5.79, 5.84, 6.96, 2.94, 4.22, 4.29, 3.10),
-             "H": (5.57, 5.55, 6.80, 2.86, 4.09, 4.25, 3.03), "WUS": (213, 142, 10.7, 4.54, 50.2, 7.42, 13.1),
-             "WUSH": (2.39, 2.43, 2.54, 2.10, 3.43, 3.43, 2.55)},
+    "mxfp4": {
+        "I": (11.1, 12.0, 10.7, 4.35, 7.10, 6.56, 5.47),
+        "R": (7.61, 7.73, 9.14, 3.84, 5.56, 5.68, 4.07),
+        "H": (7.24, 7.20, 8.60, 3.79, 5.45, 5.61, 3.90),
+        "WUS": (6.27, 7.22, 4.05, 3.57, 5.76, 4.75, 4.46),
+        "WUSH": (3.34, 3.34, 3.30, 2.76, 4.49, 4.39, 3.39),
+    },
+    "nvfp4": {
+        "I": (4.23, 4.35, 4.37, 2.34, 3.49, 3.41, 2.41),
+        "R": (4.98, 5.01, 5.86, 2.54, 3.63, 3.68, 2.66),
+        "H": (5.60, 5.62, 6.70, 2.58, 3.71, 3.79, 2.78),
+        "WUS": (2.26, 2.36, 2.30, 2.00, 3.04, 3.01, 2.23),
+        "WUSH": (2.40, 2.44, 2.28, 1.92, 3.09, 3.02, 2.33),
+    },
+    "int4": {
+        "I": (170, 123, 13.2, 4.55, 55.9, 9.83, 19.3),
+        "R": (5.79, 5.84, 6.96, 2.94, 4.22, 4.29, 3.10),
+        "H": (5.57, 5.55, 6.80, 2.86, 4.09, 4.25, 3.03),
+        "WUS": (213, 142, 10.7, 4.54, 50.2, 7.42, 13.1),
+        "WUSH": (2.39, 2.43, 2.54, 2.10, 3.43, 3.43, 2.55),
+    },
 }
 
 
@@ -42,8 +61,12 @@ def configurations(random_runs: int) -> dict[str, WushConfig]:
         for transform in LETTERS:
             for seed in range(random_runs if transform == "random" else 1):
                 table[f"{format} {transform} {seed}"] = WushConfig(
-                    format=format, transform=transform, solver="rtn", weight_scale_rule=rule,
-                    activation_scale_rule=rule, seed=seed,
+                    format=format,
+                    transform=transform,
+                    solver="rtn",
+                    weight_scale_rule=rule,
+                    activation_scale_rule=rule,
+                    seed=seed,
                 )
     return table
 
@@ -89,8 +112,10 @@ def main() -> None:
     result = {**common.environment(where), "block": args.block, "calibration_tokens": data.numel(), **losses.to_dict()}
     for kind in ("loss", "relative"):
         table = {
-            format: {letter: [mean_over_seeds(result[kind][name], format, transform) for name in names.values()]
-                     for transform, letter in LETTERS.items()}
+            format: {
+                letter: [mean_over_seeds(result[kind][name], format, transform) for name in names.values()]
+                for transform, letter in LETTERS.items()
+            }
             for format in RULES
         }
         title = "loss" if kind == "loss" else "relative loss, %"

@@ -15,7 +15,7 @@ import argparse
 import math
 from typing import NamedTuple
 
-GROUPS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}     # name: (N, K)
+GROUPS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # name: (N, K)
 ROWS = (1, 16, 64, 256, 1024, 4096, 8192)
 GROUP_SIZE = {"mxfp4": 32, "nvfp4": 16}
 
@@ -32,10 +32,22 @@ class Device(NamedTuple):
 
 
 DEVICES = (
-    Device("B200", 9e15, 2.25e15, 8e12, 148,
-           "NVIDIA DGX B200 datasheet, an eighth of it: 72 PFLOP/s dense FP4, 64 TB/s; 1000 W"),
-    Device("RTX 5090", 1676e12, 209.5e12, 1.792e12, 170,
-           "NVIDIA RTX Blackwell GPU architecture whitepaper: half of 3352 TFLOP/s with sparsity; 2407 MHz"),
+    Device(
+        "B200",
+        9e15,
+        2.25e15,
+        8e12,
+        148,
+        "NVIDIA DGX B200 datasheet, an eighth of it: 72 PFLOP/s dense FP4, 64 TB/s; 1000 W",
+    ),
+    Device(
+        "RTX 5090",
+        1676e12,
+        209.5e12,
+        1.792e12,
+        170,
+        "NVIDIA RTX Blackwell GPU architecture whitepaper: half of 3352 TFLOP/s with sparsity; 2407 MHz",
+    ),
 )
 
 
@@ -110,9 +122,12 @@ def bf16_floor(device: Device, m: int, n: int, k: int) -> float:
 
 
 def table(device: Device, format: str) -> str:
-    lines = [f"{device.name}, {format.upper()}, *projected* floors in µs ({device.source})", "",
-             "| rows | " + " | ".join(GROUPS) + " | products | quantizers | bf16's floor | bound |",
-             "|---|" + "---|" * (len(GROUPS) + 4)]
+    lines = [
+        f"{device.name}, {format.upper()}, *projected* floors in µs ({device.source})",
+        "",
+        "| rows | " + " | ".join(GROUPS) + " | products | quantizers | bf16's floor | bound |",
+        "|---|" + "---|" * (len(GROUPS) + 4),
+    ]
     for m in ROWS:
         counts = [count(device, format, m, n, k) for n, k in GROUPS.values()]
         cells = [f"{c.floor * 1e6:.1f} {c.tile.name}" for c in counts]

@@ -38,18 +38,43 @@ from wush_compile.checkpoint.record import quantization_of
 from wush_compile.solver.solution import moment_shape
 
 SHAPES = {
-    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-               num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=False),
-    "3b": dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
-               num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=True),
-    "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=32, vocab_size=256, tie_word_embeddings=False),
+    "8b": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+    ),
+    "3b": dict(
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    ),
+    "tiny": dict(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=256,
+        tie_word_embeddings=False,
+    ),
 }
-OUTLIERS = 4                # channels, times OUTLIER
+OUTLIERS = 4  # channels, times OUTLIER
 OUTLIER = 10.0
 
 
 # -- the model -------------------------------------------------------------------------------------------------------
+
 
 def channel_scales(channels: int, generator: torch.Generator) -> Tensor:
     """fp32 [channels], log-uniform over two decades, a few of them tenfold, of mean square 1."""
@@ -67,7 +92,7 @@ def build(name: str, layers: int | None, device: torch.device) -> nn.Module:
     config = LlamaConfig(**settings, max_position_embeddings=8192, rope_theta=500000.0, bos_token_id=1, eos_token_id=2)
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    rotary = type(model.model.rotary_emb)(config)              # its frequencies are no parameters
+    rotary = type(model.model.rotary_emb)(config)  # its frequencies are no parameters
     model = model.to_empty(device="cpu").eval()
     model.model.rotary_emb = rotary
     model.tie_weights()
@@ -87,10 +112,16 @@ def groups(shape: dict) -> dict[str, tuple[int, int]]:
     """(N, K) of the groups of one layer."""
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     heads, kv = shape["num_attention_heads"] * shape["head_dim"], shape["num_key_value_heads"] * shape["head_dim"]
-    return {"qkv": (heads + 2 * kv, hidden), "o": (hidden, heads), "gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+    return {
+        "qkv": (heads + 2 * kv, hidden),
+        "o": (hidden, heads),
+        "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner),
+    }
 
 
 # -- floors ----------------------------------------------------------------------------------------------------------
+
 
 def best(work, repeats: int = 5) -> float:
     """Seconds of the fastest repetition."""
@@ -121,22 +152,22 @@ def ceilings(device: torch.device) -> dict[str, float]:
         "pageable": 2**28 / best(lambda: near.copy_(there)),
         "pinned": 2**28 / best(lambda: near.copy_(pinned)),
     }
-    del half, wide, block, target, near
-    torch.cuda.empty_cache()
     return rates
 
 
 def floors(shape: dict, layers: int, tokens: int, length: int, config: wc.WushConfig, rates: dict[str, float]) -> dict:
     """Seconds by phase. FLOP are counted with symmetry where the result has it."""
-    seconds = dict.fromkeys(("forwards", "moments", "samples", "Cholesky", "transforms", "GPTQ", "packing", "layer losses",
-                             "transfers"), 0.0)
+    seconds = dict.fromkeys(
+        ("forwards", "moments", "samples", "Cholesky", "transforms", "GPTQ", "packing", "layer losses", "transfers"),
+        0.0,
+    )
 
     def add(phase: str, flops: float = 0.0, rate: str = "bf16", nbytes: float = 0.0, by: str = "copy") -> None:
         seconds[phase] += layers * max(flops / rates[rate], nbytes / rates[by])
 
     for rows, width in groups(shape).values():
         block = config.transform_block_size or config.group_size
-        kept = 2 if layers > 1 else 1                          # the last layer is only observed
+        kept = 2 if layers > 1 else 1  # the last layer is only observed
         add("forwards", flops=2 * tokens * rows * width * kept, nbytes=2 * tokens * (rows + width) * kept)
         whole = len(moment_shape(config, width)) == 2
         add("moments", flops=tokens * width * (width if whole else block), nbytes=2 * tokens * width)
@@ -152,15 +183,22 @@ def floors(shape: dict, layers: int, tokens: int, length: int, config: wc.WushCo
         add("layer losses", nbytes=(2 + 0.5 + 4) * rows * width)
         add("transfers", nbytes=2 * rows * width, by="pageable")
         add("transfers", nbytes=0.5 * rows * width, by="pageable")
-    attention = 2 * tokens * length * shape["num_attention_heads"] * shape["head_dim"]     # causal: half of 4·T²·d
+    attention = 2 * tokens * length * shape["num_attention_heads"] * shape["head_dim"]  # causal: half of 4·T²·d
     add("forwards", flops=2 * attention)
     return seconds
 
 
 # -- a run -----------------------------------------------------------------------------------------------------------
 
+
 def measure(
-    name: str, solver: str, layers: int | None, windows: list[Tensor], device: torch.device, options: dict, separate: bool,
+    name: str,
+    solver: str,
+    layers: int | None,
+    windows: list[Tensor],
+    device: torch.device,
+    options: dict,
+    separate: bool,
 ) -> dict:
     """Seconds by phase, in all, and peak memory of one quantization."""
     start = time.perf_counter()
@@ -170,18 +208,28 @@ def measure(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
-    together(None)                                             # nobody waits for another's model in what is timed
+    together(None)  # nobody waits for another's model in what is timed
     start = time.perf_counter()
     with phases.timing(synchronize=separate) as seconds:
         wc.quantize(model, windows, progress=False, device=device, solver=solver, **options)
         torch.cuda.synchronize()
     total = time.perf_counter() - start
-    mine = {"phases": {**seconds, "everything else": total - sum(seconds.values())}, "sha256": digest(model),
-            "peak_allocated": torch.cuda.max_memory_allocated(), "peak_reserved": torch.cuda.max_memory_reserved()}
+    mine = {
+        "phases": {**seconds, "everything else": total - sum(seconds.values())},
+        "sha256": digest(model),
+        "peak_allocated": torch.cuda.max_memory_allocated(),
+        "peak_reserved": torch.cuda.max_memory_reserved(),
+    }
     everybody = together(mine)
     losses = [report["relative_loss"] for report in quantization_of(model).report.values()]
-    return {"seconds": total, "made": made, **mine, "losses": losses, "sha256": sorted({one["sha256"] for one in everybody}),
-            "ranks": everybody}
+    return {
+        "seconds": total,
+        "made": made,
+        **mine,
+        "losses": losses,
+        "sha256": sorted({one["sha256"] for one in everybody}),
+        "ranks": everybody,
+    }
 
 
 def together(mine: object) -> list:
@@ -195,6 +243,7 @@ def together(mine: object) -> list:
 
 def digest(model: nn.Module) -> str:
     """sha256 over those of all tensors of the quantized groups, which are read by several threads."""
+
     def one(item: tuple[str, Tensor]) -> bytes:
         return hashlib.sha256(item[1].contiguous().reshape(-1).view(torch.uint8).numpy()).digest()
 
@@ -204,8 +253,10 @@ def digest(model: nn.Module) -> str:
 
 
 def show(result: dict) -> None:
-    print(f"\n{result['model']} {result['solver']}, {result['layers']} of {result['all_layers']} layers, "
-          f"{result['tokens']} tokens, {result['processes']} process(es)")
+    print(
+        f"\n{result['model']} {result['solver']}, {result['layers']} of {result['all_layers']} layers, "
+        f"{result['tokens']} tokens, {result['processes']} process(es)"
+    )
     ranks = result["ranks"]
     columns = ["seconds"] if len(ranks) == 1 else [f"rank {rank}" for rank in range(len(ranks))]
     print(f"| phase | {' | '.join(columns)} | floor | ratio |\n{'|---' * (3 + len(ranks))}|")
@@ -213,13 +264,17 @@ def show(result: dict) -> None:
         floor = result["floors"].get(phase)
         row = [phase, *(f"{one['phases'].get(phase, 0.0):.3f}" for one in ranks)]
         print("| " + " | ".join([*row, *((f"{floor:.3f}", f"{seconds / floor:.1f}") if floor else ("", ""))]) + " |")
-    print(f"all: {result['seconds']:.2f} s, floor {sum(result['floors'].values()):.2f} s; "
-          f"made in {result['made']:.1f} s, not counted")
+    print(
+        f"all: {result['seconds']:.2f} s, floor {sum(result['floors'].values()):.2f} s; "
+        f"made in {result['made']:.1f} s, not counted"
+    )
     allocated, reserved = result["peak_allocated"] / 1e9, result["peak_reserved"] / 1e9
     print(f"peak GPU memory {allocated:.2f} GB allocated, {reserved:.2f} GB reserved")
     same = "the same in all processes" if len(result["sha256"]) == 1 else "DIFFERENT between processes"
-    print(f"sha256 of the codes and scales, {same}: {', '.join(s[:16] for s in result['sha256'])}; "
-          f"mean relative loss {sum(result['losses']) / len(result['losses']):.4f}")
+    print(
+        f"sha256 of the codes and scales, {same}: {', '.join(s[:16] for s in result['sha256'])}; "
+        f"mean relative loss {sum(result['losses']) / len(result['losses']):.4f}"
+    )
     if result["layers"] < result["all_layers"]:
         print(f"all {result['all_layers']} layers at this rate: {result['projected']:.0f} s")
     if "faster" in result:
@@ -228,7 +283,9 @@ def show(result: dict) -> None:
 
 def alike(run: dict, result: dict) -> bool:
     """Whether a recorded run of one process is of the same work."""
-    return run["processes"] == 1 and all(run[key] == result[key] for key in ("model", "solver", "format", "layers", "tokens"))
+    return run["processes"] == 1 and all(
+        run[key] == result[key] for key in ("model", "solver", "format", "layers", "tokens")
+    )
 
 
 def main() -> None:
@@ -256,6 +313,7 @@ def main() -> None:
     windows = list(torch.randint(3, shape["vocab_size"], (args.windows, args.length), generator=generator).split(1))
     options = {"format": args.format, "moments": args.moments, "batch_size": args.batch_size}
     rates = ceilings(device)
+    torch.cuda.empty_cache()
     if rank == 0:
         shown = {name: f"{rate / 1e12:.3f}e12/s" for name, rate in rates.items()}
         print(json.dumps({**common.environment(device), **shown}), flush=True)
@@ -269,8 +327,14 @@ def main() -> None:
         tokens = args.windows * args.length // processes
         config = wc.WushConfig(format=args.format, moments=args.moments, solver=solver)
         result |= {
-            "model": args.model, "solver": solver, "format": args.format, "layers": layers, "tokens": tokens * processes,
-            "all_layers": shape["num_hidden_layers"], "processes": processes, "rates": rates,
+            "model": args.model,
+            "solver": solver,
+            "format": args.format,
+            "layers": layers,
+            "tokens": tokens * processes,
+            "all_layers": shape["num_hidden_layers"],
+            "processes": processes,
+            "rates": rates,
             "floors": floors(shape, layers, tokens, args.length, config, rates),
             "projected": result["seconds"] * shape["num_hidden_layers"] / layers,
         }

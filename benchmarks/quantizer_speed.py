@@ -15,17 +15,21 @@ import torch
 import triton
 from kernel_speed import compile_all, random_transform, write
 
-from wush_compile.ops import core as ops
+from wush_compile.diagnostics.timing import copies, time_us
 from wush_compile.formats import FORMATS
+from wush_compile.kernels.triton.calibration import moments as triton_gram
 from wush_compile.kernels.triton.quantize import (
     fused as triton_fused,
+)
+from wush_compile.kernels.triton.quantize import (
     norm as triton_norm,
+)
+from wush_compile.kernels.triton.quantize import (
     transform_quantize as triton_quantize,
 )
-from wush_compile.kernels.triton.calibration import moments as triton_gram
-from wush_compile.diagnostics.timing import copies, time_us
 from wush_compile.kernels.triton.quantize.norm import Plan
 from wush_compile.kernels.triton.quantize.tiles import Tile, choose_tile
+from wush_compile.ops import core as ops
 
 SHAPES = ((1, 4096), (16, 4096), (64, 4096), (1024, 4096), (4096, 4096), (8192, 4096), (8192, 14336))
 
@@ -62,8 +66,14 @@ def bench_quantize() -> list[dict]:
         copy = copy_time(m, k)
         for format in ("mxfp4", "nvfp4"):
             ideal = ideal_time(copy, format)
-            row = {"M": m, "K": k, "format": format, "copy us": copy, "copy TB/s": 4e-6 * m * k / copy,
-                   "ideal us": ideal}
+            row = {
+                "M": m,
+                "K": k,
+                "format": format,
+                "copy us": copy,
+                "copy TB/s": 4e-6 * m * k / copy,
+                "ideal us": ideal,
+            }
             for kind, rule in (("none", "absmax"), ("shared", "absmax"), ("blocks", "absmax"), ("blocks", "mse")):
                 us = quantize_time(m, k, format, rule, kind)
                 row[f"{kind} {rule} us"], row[f"{kind} {rule} share"] = us, ideal / us
@@ -87,9 +97,14 @@ def bench_fused() -> list[dict]:
         }
         times = {name: time_us([lambda a=a, b=b: call(a, b) for a, b in pairs]) for name, call in calls.items()}
         row = {"M": m, "K": k} | {f"{name} us": us for name, us in times.items()}
-        rows.append(row | {"rms_norm / quantizer": times["rms_norm"] / times["quantizer"],
-                           "layer_norm / quantizer": times["layer_norm"] / times["quantizer"],
-                           "silu_mul share": ideal_time(copy_time(m, k), "mxfp4", 2) / times["silu_mul"]})
+        rows.append(
+            row
+            | {
+                "rms_norm / quantizer": times["rms_norm"] / times["quantizer"],
+                "layer_norm / quantizer": times["layer_norm"] / times["quantizer"],
+                "silu_mul share": ideal_time(copy_time(m, k), "mxfp4", 2) / times["silu_mul"],
+            }
+        )
     return rows
 
 
@@ -111,17 +126,38 @@ def bench_moments() -> list[dict]:
 
 # -- tune ------------------------------------------------------------------------------------------------------------
 
+
 def tiles(m: int, kind: str) -> list[Tile]:
     if kind == "none":
-        shapes = [(1, 512, 1, 1, 1), (1, 512, 1, 1, 2), (1, 1024, 1, 1, 4), (1, 256, 1, 1, 1)] if m <= 4 else [
-            (16, 256, 1, 1, 4), (8, 512, 1, 1, 4), (16, 512, 1, 1, 8), (32, 128, 1, 1, 4), (4, 1024, 1, 1, 4),
-            (4, 512, 1, 1, 2)]
+        shapes = (
+            [(1, 512, 1, 1, 1), (1, 512, 1, 1, 2), (1, 1024, 1, 1, 4), (1, 256, 1, 1, 1)]
+            if m <= 4
+            else [
+                (16, 256, 1, 1, 4),
+                (8, 512, 1, 1, 4),
+                (16, 512, 1, 1, 8),
+                (32, 128, 1, 1, 4),
+                (4, 1024, 1, 1, 4),
+                (4, 512, 1, 1, 2),
+            ]
+        )
     elif m <= 64:
         shapes = [(16, 64, 1, 1, 1), (16, 64, 1, 1, 2), (16, 32, 1, 1, 1), (16, 128, 1, 1, 1)]
     else:
-        shapes = [(64, 64, 1, 1, 4), (64, 64, 4, 3, 4), (64, 64, 6, 3, 4), (64, 64, 6, 4, 4), (64, 64, 8, 3, 4),
-                  (64, 64, 8, 2, 4), (64, 128, 4, 2, 4), (64, 128, 8, 2, 4), (64, 128, 4, 3, 4), (32, 64, 4, 3, 2),
-                  (16, 64, 8, 3, 1), (128, 64, 4, 3, 8)]
+        shapes = [
+            (64, 64, 1, 1, 4),
+            (64, 64, 4, 3, 4),
+            (64, 64, 6, 3, 4),
+            (64, 64, 6, 4, 4),
+            (64, 64, 8, 3, 4),
+            (64, 64, 8, 2, 4),
+            (64, 128, 4, 2, 4),
+            (64, 128, 8, 2, 4),
+            (64, 128, 4, 3, 4),
+            (32, 64, 4, 3, 2),
+            (16, 64, 8, 3, 1),
+            (128, 64, 4, 3, 8),
+        ]
     return [Tile(*s) for s in shapes]
 
 
@@ -133,14 +169,18 @@ def compile_tile(job) -> str | None:
         x = torch.zeros(m, k, device="cuda").bfloat16()
         triton_quantize.transform_quantize(x, t, g, format, rule, tile)
         torch.cuda.synchronize()
-    except Exception as error:                                       # a candidate that does not compile is a result
+    except Exception as error:  # a candidate that does not compile is a result
         return f"{job}: {type(error).__name__} {str(error)[:200]}"
 
 
 def tune() -> list[dict]:
     shapes = ((1, 4096), (16, 4096), (64, 4096), (1024, 4096), (4096, 4096), (8192, 4096), (8192, 14336))
-    kinds = (("mxfp4", "absmax", "blocks"), ("mxfp4", "mse", "blocks"), ("nvfp4", "absmax", "blocks"),
-             ("mxfp4", "absmax", "none"))
+    kinds = (
+        ("mxfp4", "absmax", "blocks"),
+        ("mxfp4", "mse", "blocks"),
+        ("nvfp4", "absmax", "blocks"),
+        ("mxfp4", "absmax", "none"),
+    )
     cases = [(m, k, *kind, t) for kind in kinds for m, k in shapes for t in tiles(m, kind[2])]
     compile_all([(min(m, 1024), *case) for m, *case in cases], compile_tile)
     rows = []
@@ -159,15 +199,23 @@ def norm_plans(m: int, k: int) -> list[Plan]:
     plans = [chosen, Plan("apart", choose_tile(m, k, 32), 1)]
     if m <= 16:
         rows = triton.next_power_of_2(m)
-        plans += [Plan("own", Tile(16, w, 1, 1, warps), rows) for w in (32, 64) for warps in (1, 2, 4, 8)
-                  if 2 * warps >= rows]                              # else a thread's sums do not fit its registers
+        plans += [
+            Plan("own", Tile(16, w, 1, 1, warps), rows) for w in (32, 64) for warps in (1, 2, 4, 8) if 2 * warps >= rows
+        ]  # else a thread's sums do not fit its registers
     if m <= 64:
-        plans += [Plan("ahead", Tile(16, w, 1, 1, warps), rows, 0)
-                  for w, warps in ((32, 1), (32, 2), (64, 1), (64, 4)) for rows in (1, 2)]
+        plans += [
+            Plan("ahead", Tile(16, w, 1, 1, warps), rows, 0)
+            for w, warps in ((32, 1), (32, 2), (64, 1), (64, 4))
+            for rows in (1, 2)
+        ]
     else:
         walks = ((1, 1), (2, 2), (4, 3)) if m * k <= 2**22 else ((2, 2), (4, 3), (8, 3))
-        plans += [Plan("ahead", Tile(64, 64, tiles, stages, 4), rows, ahead)
-                  for tiles, stages in walks for rows in (1, 2, 4) for ahead in (0, 128, 256, 512, 1024)]
+        plans += [
+            Plan("ahead", Tile(64, 64, tiles, stages, 4), rows, ahead)
+            for tiles, stages in walks
+            for rows in (1, 2, 4)
+            for ahead in (0, 128, 256, 512, 1024)
+        ]
     return list(dict.fromkeys(plans))
 
 
@@ -175,8 +223,7 @@ def norm_call(k: int, plan: Plan | None):
     weight, (t, _) = torch.ones(k, device="cuda").bfloat16(), operands(k, "mxfp4", "blocks")
     if plan is None:
         return lambda x: triton_quantize.transform_quantize(x, t, None, "mxfp4", "absmax")
-    return lambda x: triton_norm.norm_quantize(
-        x, weight, None, 1e-5, "rms_rounded", t, None, "mxfp4", "absmax", plan)
+    return lambda x: triton_norm.norm_quantize(x, weight, None, 1e-5, "rms_rounded", t, None, "mxfp4", "absmax", plan)
 
 
 def compile_plan(job) -> str | None:
@@ -198,21 +245,39 @@ def tune_norm() -> list[dict]:
     rows = []
     for (m, k), group in itertools.groupby(cases, key=lambda c: c[:2]):
         xs = inputs(m, k)
-        plain, chosen, *others = [(time_us([lambda x=x: call(x) for x in xs]), plan) for call, plan in
-                                  ((norm_call(k, plan), plan) for *_, plan in group)]
+        plain, chosen, *others = [
+            (time_us([lambda x=x: call(x) for x in xs]), plan)
+            for call, plan in ((norm_call(k, plan), plan) for *_, plan in group)
+        ]
         timed = sorted([chosen, *others])
-        rows.append({"M": m, "K": k, "quantizer us": plain[0], "chosen us": chosen[0],
-                     "all": [(us, repr(plan)) for us, plan in timed]})
+        rows.append(
+            {
+                "M": m,
+                "K": k,
+                "quantizer us": plain[0],
+                "chosen us": chosen[0],
+                "all": [(us, repr(plan)) for us, plan in timed],
+            }
+        )
         apart = min(us for us, plan in timed if plan.way == "apart")
-        best = "  ".join(f"{us / plain[0]:.2f} {plan.way} {tuple(plan.tile)} {plan.rows} {plan.ahead}"
-                         for us, plan in timed[:5])
-        print(f"M={m} K={k} quantizer {plain[0]:.1f} us | times that: apart {apart / plain[0]:.2f}, "
-              f"chosen {chosen[0] / plain[0]:.2f} | {best}", flush=True)
+        best = "  ".join(
+            f"{us / plain[0]:.2f} {plan.way} {tuple(plan.tile)} {plan.rows} {plan.ahead}" for us, plan in timed[:5]
+        )
+        print(
+            f"M={m} K={k} quantizer {plain[0]:.1f} us | times that: apart {apart / plain[0]:.2f}, "
+            f"chosen {chosen[0] / plain[0]:.2f} | {best}",
+            flush=True,
+        )
     return rows
 
 
-BENCHMARKS = {"quantize": bench_quantize, "fused": bench_fused, "moments": bench_moments, "tune": tune,
-              "tune-norm": tune_norm}
+BENCHMARKS = {
+    "quantize": bench_quantize,
+    "fused": bench_fused,
+    "moments": bench_moments,
+    "tune": tune,
+    "tune-norm": tune_norm,
+}
 
 
 def main() -> None:

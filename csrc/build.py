@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "build" / "csrc"
 TARGETS = ("sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a")
 LEAST_NVCC = (12, 9)
-TORCH_TARGET = "0x020b000000000000"                    # 2.11
+TORCH_TARGET = "0x020b000000000000"  # 2.11
 
 
 class BuildError(Exception):
@@ -83,8 +83,16 @@ def _text_with_headers(source: Path, seen: set[Path]) -> bytes:
 
 def _command(source: Path, target: str, nvcc: str) -> list[str]:
     torch = package_directory("torch", "its headers are needed, a CPU-only torch is enough")
-    command = [nvcc, "-c", "-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-DWUSH_TARGET={target}",
-               f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DUSE_CUDA"]
+    command = [
+        nvcc,
+        "-c",
+        "-O3",
+        "-std=c++20",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+        f"-DWUSH_TARGET={target}",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+        "-DUSE_CUDA",
+    ]
     if source.suffix == ".cu":
         # No fused multiply-add but where the source says so: results are compared bit for bit.
         arch = target.removeprefix("sm_")
@@ -120,7 +128,7 @@ def compile_object(source: Path, target: str, out: Path = OUT) -> Path:
         part.unlink(missing_ok=True)
         raise BuildError(f"{source.name} does not compile for {target}:\n{run.stdout}{run.stderr}")
     path.with_suffix(".log").write_text(run.stderr)
-    part.rename(path)                                   # complete or absent
+    part.rename(path)  # complete or absent
     return path
 
 
@@ -135,8 +143,21 @@ def link(target: str, objects: list[Path], out: Path = OUT) -> Path:
     torch = package_directory("torch", "it is linked against")
     nvcc, _ = find_nvcc()
     part = library.with_suffix(f".{os.getpid()}.part")
-    run = subprocess.run([nvcc, "-shared", "-cudart=static", "-o", str(part), *map(str, objects),
-                          f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl"], capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            nvcc,
+            "-shared",
+            "-cudart=static",
+            "-o",
+            str(part),
+            *map(str, objects),
+            f"-L{torch / 'lib'}",
+            "-ltorch_cpu",
+            "-ldl",
+        ],
+        capture_output=True,
+        text=True,
+    )
     if run.returncode:
         raise BuildError(f"libwush_{target}.so does not link:\n{run.stderr}")
     part.rename(library)

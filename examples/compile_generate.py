@@ -1,6 +1,6 @@
 """Text generation with a compiled quantized model: one graph for the prompt, one for every further token.
 
-    python examples/compile_generate.py [CHECKPOINT]     # without one: a tiny random model
+python examples/compile_generate.py [CHECKPOINT]     # without one: a tiny random model
 """
 
 import sys
@@ -14,10 +14,19 @@ import wush_compile as wc
 
 def tiny() -> torch.nn.Module:
     torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, eos_token_id=None, pad_token_id=0,
-    ), dtype=torch.bfloat16).eval()
+    model = LlamaForCausalLM._from_config(
+        LlamaConfig(
+            vocab_size=97,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            eos_token_id=None,
+            pad_token_id=0,
+        ),
+        dtype=torch.bfloat16,
+    ).eval()
     return wc.quantize(model, solver="rtn", transform="hadamard", progress=False)
 
 
@@ -31,7 +40,7 @@ def main(checkpoint: str | None = None) -> None:
     gpu = torch.cuda.is_available()
     how = {"mode": "reduce-overhead"} if gpu else {"mode": None, "options": {"emulate_precision_casts": True}}
     config = CompileConfig(backend="wush", fullgraph=True, **how)
-    config._compile_all_devices = True          # transformers leaves CPUs in eager mode unless told otherwise
+    config._compile_all_devices = True  # transformers leaves CPUs in eager mode unless told otherwise
     for run in ("compiling", "compiled"):
         start = time.perf_counter()
         tokens = model.generate(ids, cache_implementation="static", compile_config=config, **settings)

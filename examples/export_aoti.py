@@ -30,10 +30,17 @@ class Logits(nn.Module):
 
 def main(path: str = "model.pt2", device: str = "cpu") -> None:
     torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(LlamaConfig(
-        vocab_size=97, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2,
-    ), dtype=torch.bfloat16).eval()
+    model = LlamaForCausalLM._from_config(
+        LlamaConfig(
+            vocab_size=97,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        ),
+        dtype=torch.bfloat16,
+    ).eval()
     model = Logits(wc.quantize(model, solver="rtn", transform="hadamard", progress=False)).to(device)
 
     ids = torch.randint(97, (2, 9), device=device)

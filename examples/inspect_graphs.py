@@ -1,6 +1,6 @@
 """What the compile backend does to a model, step by step.
 
-    python examples/inspect_graphs.py [DIRECTORY]        # also saves every step there, one file each, to be diffed
+python examples/inspect_graphs.py [DIRECTORY]        # also saves every step there, one file each, to be diffed
 """
 
 import sys
@@ -13,10 +13,17 @@ import wush_compile as wc
 
 def main(directory: str | None = None) -> None:
     torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2,
-    ), dtype=torch.bfloat16).eval()
+    model = LlamaForCausalLM._from_config(
+        LlamaConfig(
+            vocab_size=97,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        ),
+        dtype=torch.bfloat16,
+    ).eval()
     model = wc.quantize(model, solver="rtn", transform="hadamard", progress=False)
 
     compiled = torch.compile(model, backend="wush")

@@ -13,14 +13,22 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import wush_compile as wc
-from wush_compile.data import windows
 from wush_compile.checkpoint.save_load import load_model
+from wush_compile.data import windows
 
 
 def tiny() -> tuple[torch.nn.Module, list[torch.Tensor]]:
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=None)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
     return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16), list(torch.randint(2, 256, (8, 1, 64)))
 
 
@@ -32,7 +40,7 @@ def main(arguments: list[str]) -> None:
     else:
         (model, data), tokenizer, out = tiny(), None, str(Path(tempfile.mkdtemp()) / "checkpoint")
 
-    model = wc.quantize(model, data, format="mxfp4")          # the same object, its linears in 4 bits
+    model = wc.quantize(model, data, format="mxfp4")  # the same object, its linears in 4 bits
     print(wc.explain(model))
 
     wc.save(model, out, tokenizer=tokenizer)

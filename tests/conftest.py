@@ -33,7 +33,9 @@ def shared_libstdcxx(monkeypatch, tmp_path):
     """AOTInductor compiles with a g++ whose libraries use the process's libstdc++. One that links its own makes packages that
     crash on loading, whatever is in them: `std::regex` meets a facet of the other libstdc++."""
     source, library = tmp_path / "regex.cpp", tmp_path / "regex.so"
-    source.write_text('#include <regex>\nextern "C" bool match(const char* t) { return std::regex_match(t, std::regex("[a-z]+")); }\n')
+    source.write_text(
+        '#include <regex>\nextern "C" bool match(const char* t) { return std::regex_match(t, std::regex("[a-z]+")); }\n'
+    )
     for compiler in (os.environ.get("CXX"), "g++", "/usr/bin/g++"):
         if compiler and shutil.which(compiler):
             done = subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], capture_output=True)

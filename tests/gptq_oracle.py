@@ -20,11 +20,11 @@ def obq(w, h, format, rule, g):
     scales = torch.zeros(n, k // group, dtype=formats.get_format(format).scale_dtype)
     for j in range(k - 1, -1, -1):
         if (j + 1) % group == 0:
-            members = w[:, j + 1 - group:j + 1].to(torch.float32)
+            members = w[:, j + 1 - group : j + 1].to(torch.float32)
             scales[:, j // group] = formats.compute_scales(members, format, rule, g)
         s = scales[:, j // group]
-        codes[:, j] = formats.encode(w[:, j:j + 1].to(torch.float32), s, format, g)[:, 0]
-        value = formats.decode(codes[:, j:j + 1], s, format)[:, 0].to(torch.float64)
+        codes[:, j] = formats.encode(w[:, j : j + 1].to(torch.float32), s, format, g)[:, 0]
+        value = formats.decode(codes[:, j : j + 1], s, format)[:, 0].to(torch.float64)
         if g is not None:
             value = value / g.to(torch.float64)
         error = (w[:, j] - value) / inverse[j, j]

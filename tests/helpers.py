@@ -57,12 +57,17 @@ def same_tensors(a: nn.Module, b: nn.Module) -> bool:
     """Whether two models have the same names, dtypes and bytes."""
     one, other = a.state_dict(), b.state_dict()
     return list(one) == list(other) and all(
-        t.dtype == other[n].dtype and t.shape == other[n].shape
-        and torch.equal(t.reshape(-1).view(torch.uint8), other[n].reshape(-1).view(torch.uint8)) for n, t in one.items()
+        t.dtype == other[n].dtype
+        and t.shape == other[n].shape
+        and torch.equal(t.reshape(-1).view(torch.uint8), other[n].reshape(-1).view(torch.uint8))
+        for n, t in one.items()
     )
 
 
 def files(directory: Path) -> dict[str, str]:
     """sha256 of every file under a directory, by its relative path."""
-    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(Path(directory).rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(directory).rglob("*"))
+        if p.is_file()
+    }

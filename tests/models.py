@@ -37,7 +37,9 @@ def pair_rows(*lead: int, width: int = 256) -> torch.Tensor:
 def pair(layers: int = 1, **settings) -> nn.Module:
     """Quantized `Pair`s in a row."""
     torch.manual_seed(0)
-    return quantize(nn.Sequential(*(Pair() for _ in range(layers))), pair_rows(32), **{"transform": "hadamard", **settings})
+    return quantize(
+        nn.Sequential(*(Pair() for _ in range(layers))), pair_rows(32), **{"transform": "hadamard", **settings}
+    )
 
 
 KINDS = {
@@ -53,9 +55,18 @@ def plain(kind: str, dtype: torch.dtype = torch.bfloat16, layers: int = 2) -> nn
     torch.manual_seed(0)
     config_class, model_class = KINDS[kind]
     config = config_class(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, pad_token_id=0, bos_token_id=1,
-        eos_token_id=None, tie_word_embeddings=False,
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+        tie_word_embeddings=False,
     )
     return model_class._from_config(config, dtype=dtype).eval()
 

@@ -19,7 +19,7 @@ def nearest_even(table: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
     """Index of the table's nearest value, the even index on a tie, the last one above the table; exact in float64."""
     middle = (table[1:] + table[:-1]) / 2
     magnitude = magnitude.astype(np.float64)
-    below = np.searchsorted(middle, magnitude, "left")                   # middles strictly below the value
+    below = np.searchsorted(middle, magnitude, "left")  # middles strictly below the value
     tie = magnitude == middle[np.minimum(below, len(middle) - 1)]
     return below + (tie & (below % 2 == 1))
 
@@ -63,7 +63,7 @@ def squared_error(x: np.ndarray, inverse: np.ndarray, unit: np.ndarray) -> np.nd
 
 def mxfp4_bytes(x: np.ndarray, rule: str) -> np.ndarray:
     a = np.abs(x).max(-1).astype(np.float64)
-    mantissa, exponent = np.frexp(a)                                     # a = mantissa·2^exponent, mantissa in [½, 1)
+    mantissa, exponent = np.frexp(a)  # a = mantissa·2^exponent, mantissa in [½, 1)
     biased = np.where(a > 0, exponent - 1 + 127, -1000)
     if rule == "paper":
         return np.clip(biased, 1, 254)
@@ -117,9 +117,11 @@ def int4_decode(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 def silent(f: Callable) -> Callable:
     """Overflow to Inf and Inf − Inf are part of the contract, not warnings."""
+
     def run(*args):
         with np.errstate(all="ignore"):
             return f(*args)
+
     return run
 
 

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from wush_compile.passes import pipeline as passes
 from wush_compile.graphs.printing import count_ops, print_graph, readable_name
+from wush_compile.passes import pipeline as passes
 
 
 class PassBackend:

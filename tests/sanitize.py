@@ -18,23 +18,25 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from wush_compile.ops import fused as fused_ops
 from wush_compile.formats import FORMATS, get_format
 from wush_compile.kernels import cuda
-from wush_compile.kernels.triton.quantize import fused as triton_fused, transform_quantize as triton_quantize
-from wush_compile.kernels.triton.calibration import gptq as triton_gptq, moments as triton_gram
+from wush_compile.kernels.triton.calibration import gptq as triton_gptq
+from wush_compile.kernels.triton.calibration import moments as triton_gram
 from wush_compile.kernels.triton.linear import fp4_linear as triton_linear
 from wush_compile.kernels.triton.linear.choose import Fused, Gemv, Hopper
+from wush_compile.kernels.triton.quantize import fused as triton_fused
+from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
 from wush_compile.kernels.triton.quantize.tiles import Tile
 from wush_compile.kernels.triton.quantize.transform import block_transform
+from wush_compile.ops import fused as fused_ops
 
-Case = tuple[str, Callable[[], object]]                  # name, call
+Case = tuple[str, Callable[[], object]]  # name, call
 
 FLOATS = ("mxfp4", "nvfp4")
 RULES = [(format, rule) for format in FLOATS for rule in FORMATS[format].scale_rules]
 ROWS = (1, 3, 17, 129)
 WIDTHS = (576, 1536, 4096)
-TRANSFORMS = ("none", "shared", "distinct", "double")    # double: blocks of two groups
+TRANSFORMS = ("none", "shared", "distinct", "double")  # double: blocks of two groups
 GENERATOR = torch.Generator().manual_seed(0)
 DEVICE = "cuda"
 
@@ -45,6 +47,7 @@ def size(index: int) -> tuple[int, int]:
 
 
 # -- operands --------------------------------------------------------------------------------------------------------
+
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(shape, generator=GENERATOR).to(dtype).to(DEVICE)
@@ -86,15 +89,23 @@ def both_passes(m: int, k: int, quantize: Callable[[Tensor], tuple[Tensor, Tenso
 
 # -- Triton ----------------------------------------------------------------------------------------------------------
 
+
 def quantizer_cases() -> Iterator[Case]:
     """All sizes with absmax, with a matrix a block and without; all rules and transforms at sizes taken in turn."""
     cases = [(f, "absmax", t, m, k) for f, t, m, k in itertools.product(FLOATS, ("none", "distinct"), ROWS, WIDTHS)]
     cases += [(*rule, t, *size(i)) for i, (rule, t) in enumerate(itertools.product(RULES, TRANSFORMS))]
     for index, (format, rule, kind, m, k) in enumerate(dict.fromkeys(cases)):
+
         def call(format=format, rule=rule, kind=kind, m=m, k=k, swizzled=index // 3 % 2 == 1):
             g = scalar(3.0 if rule == "paper" else 0.37 if format == "nvfp4" else None)
-            return both_passes(m, k, lambda x: triton_quantize.transform_quantize(
-                x, matrices(kind, k, format), g, format, rule, None, swizzled))
+            return both_passes(
+                m,
+                k,
+                lambda x: triton_quantize.transform_quantize(
+                    x, matrices(kind, k, format), g, format, rule, None, swizzled
+                ),
+            )
+
         yield f"quantize {format} {rule} {kind} {m}x{k} swizzled={index // 3 % 2 == 1}", call
 
 
@@ -102,14 +113,24 @@ def tile_cases() -> Iterator[Case]:
     """Programs that walk several tiles, and the other dtypes."""
     tiles = (Tile(64, 64, 4, 3, 4), Tile(64, 64, 8, 3, 4), Tile(128, 64, 1, 1, 4), Tile(32, 64, 4, 3, 2))
     for index, (format, tile, (m, k)) in enumerate(itertools.product(FLOATS, tiles, ((129, 576), (333, 1536)))):
+
         def call(format=format, tile=tile, m=m, k=k, swizzled=index % 2 == 0):
-            return both_passes(m, k, lambda x: triton_quantize.transform_quantize(
-                x, matrices("distinct", k, format), None, format, "mse", tile, swizzled))
+            return both_passes(
+                m,
+                k,
+                lambda x: triton_quantize.transform_quantize(
+                    x, matrices("distinct", k, format), None, format, "mse", tile, swizzled
+                ),
+            )
+
         yield f"quantize {format} {tile} {m}x{k}", call
     for format, dtype, kind in itertools.product(FLOATS, (torch.float16, torch.float32), ("none", "distinct")):
+
         def call(format=format, dtype=dtype, kind=kind):
             return triton_quantize.transform_quantize(
-                rows(37, 576, dtype), matrices(kind, 576, format, dtype), None, format, "absmax")
+                rows(37, 576, dtype), matrices(kind, 576, format, dtype), None, format, "absmax"
+            )
+
         yield f"quantize {format} {dtype} {kind}", call
 
 
@@ -131,6 +152,7 @@ def prologue_cases() -> Iterator[Case]:
             if kind == "silu_mul":
                 return triton_fused.silu_mul_transform_quantize(both[:, :k], both[:, k:], *tail)
             return triton_fused.gelu_mul_transform_quantize(both[:, :k], both[:, k:], detail, *tail)
+
         yield f"{kind} {detail} {format} {transform} {m}x{k}", call
 
 
@@ -170,6 +192,7 @@ def product_cases() -> Iterator[Case]:
         if isinstance(kernel, Hopper) and not on_hopper:
             continue
         for format, (m, n, k), full in itertools.product(kinds, sizes, (False, True)):
+
             def call(format=format, kernel=kernel, precise=precise, m=m, n=n, k=k, full=full):
                 gx, gw = (scalar(v if full and format == "nvfp4" else None) for v in (0.37, 4.0))
                 bias = normal(n) if full and kernel != "library" else None
@@ -178,9 +201,12 @@ def product_cases() -> Iterator[Case]:
                 x, w = packed(m, k, format), packed(n, k, format)
                 # As on a GPU of four multiprocessors: several tiles for a program, and some behind the last whole wave.
                 with mock.patch.object(triton_linear, "multiprocessors", lambda device: 4):
-                    run = [triton_linear.fp4_linear(*x, gx, *w, gw, bias, residual, format, dtype, kernel, precise)
-                           for _ in range(2)]                          # a weight's second use may start early
+                    run = [
+                        triton_linear.fp4_linear(*x, gx, *w, gw, bias, residual, format, dtype, kernel, precise)
+                        for _ in range(2)
+                    ]  # a weight's second use may start early
                 return run[1]
+
             yield f"linear {format} {kernel} precise={precise} {m}x{n}x{k} full={full}", call
 
 
@@ -188,20 +214,29 @@ def other_cases() -> Iterator[Case]:
     for dtype, block, shared, m in itertools.product(
         (torch.bfloat16, torch.float32), (16, 32, 64, 128), (False, True), (3, 129)
     ):
+
         def call(dtype=dtype, block=block, shared=shared, m=m):
-            return block_transform(rows(m, 1536, dtype), normal(1 if shared else 1536 // block, block, block, dtype=dtype))
+            return block_transform(
+                rows(m, 1536, dtype), normal(1 if shared else 1536 // block, block, block, dtype=dtype)
+            )
+
         yield f"block transform {dtype} {block} shared={shared} {m} rows", call
     for m, k, block in ((1, 64, 32), (70, 96, 16), (300, 576, 32), (1000, 1536, 64), (129, 512, 128), (17, 64, None)):
+
         def call(m=m, k=k, block=block):
             moment = torch.zeros((k, k) if block is None else (k // block, block, block)).to(DEVICE)
             triton_gram.add_moment(rows(m, k), moment)
             return moment
+
         yield f"moment {m}x{k} block {block}", call
     for (format, rule), n in itertools.product(((f, r) for f in FORMATS for r in FORMATS[f].scale_rules), (1, 41)):
+
         def call(format=format, rule=rule, n=n):
             group = get_format(format).group_size
-            w, z, unit = (torch.randn(group, columns, dtype=torch.float64, generator=GENERATOR).to(DEVICE)
-                          for columns in (n, n, 2 * group))
+            w, z, unit = (
+                torch.randn(group, columns, dtype=torch.float64, generator=GENERATOR).to(DEVICE)
+                for columns in (n, n, 2 * group)
+            )
             unit = unit[:, group:]
             codes = torch.empty(group, n, dtype=torch.uint8, device=DEVICE)
             scales = torch.empty(n, dtype=get_format(format).scale_dtype, device=DEVICE)
@@ -209,10 +244,12 @@ def other_cases() -> Iterator[Case]:
             g = scalar(3.0 if rule == "paper" else 4.0 if format == "nvfp4" else None)
             triton_gptq.round_group(w, z, unit, format, rule, g, codes, scales, error)
             return codes, scales, error
+
         yield f"gptq {format} {rule} {n} rows", call
 
 
 # -- csrc ------------------------------------------------------------------------------------------------------------
+
 
 def csrc_cases() -> Iterator[Case]:
     """Nothing where there is no library for this GPU. On Hopper the product is the one with the FP4 instruction emulated."""
@@ -224,32 +261,57 @@ def csrc_cases() -> Iterator[Case]:
 
         def call(format=format, rule=rule, kind=kind, swizzled=swizzled, m=m, k=k):
             g = scalar(3.0 if rule == "paper" else 0.37)
-            return both_passes(m, k, lambda x: cuda.transform_quantize(
-                x, matrices(kind, k, format), g, format, rule, swizzled))
+            return both_passes(
+                m, k, lambda x: cuda.transform_quantize(x, matrices(kind, k, format), g, format, rule, swizzled)
+            )
+
         yield f"csrc quantize {format} {rule} {kind} {m}x{k} swizzled={swizzled}", call
     for format, kind, (m, k) in itertools.product(FLOATS, ("none", "distinct"), ((1, 576), (17, 1536), (129, 576))):
+
         def norm(format=format, kind=kind, m=m, k=k):
             return cuda.rms_norm_transform_quantize(
-                rows(m, k), normal(k), 1e-5, None, "rounded", matrices(kind, k, format), None, format, "absmax", m > 1)
+                rows(m, k), normal(k), 1e-5, None, "rounded", matrices(kind, k, format), None, format, "absmax", m > 1
+            )
 
         def gated(format=format, kind=kind, m=m, k=k):
             both = normal(m, 2 * k)
             return cuda.silu_mul_transform_quantize(
-                both[:, :k], both[:, k:], matrices(kind, k, format), None, format, "mse", m > 1)
+                both[:, :k], both[:, k:], matrices(kind, k, format), None, format, "mse", m > 1
+            )
+
         yield f"csrc rms_norm {format} {kind} {m}x{k}", norm
         yield f"csrc silu_mul {format} {kind} {m}x{k}", gated
     for format, (m, n, k) in itertools.product(FLOATS, ((1, 33, 576), (17, 72, 96), (130, 200, 512))):
+
         def product(format=format, m=m, n=n, k=k):
             return cuda.fp4_linear(
-                *packed(m, k, format), scalar(0.5), *packed(n, k, format), scalar(4.0), normal(n), normal(m, n), format,
-                torch.bfloat16)
+                *packed(m, k, format),
+                scalar(0.5),
+                *packed(n, k, format),
+                scalar(4.0),
+                normal(n),
+                normal(m, n),
+                format,
+                torch.bfloat16,
+            )
+
         yield f"csrc linear {format} {m}x{n}x{k}", product
-    yield "csrc swizzle", lambda: cuda.load(cuda.TARGETS[torch.cuda.get_device_capability()]).swizzle_scales(
-        packed(130, 576, "nvfp4")[1])
+    yield (
+        "csrc swizzle",
+        lambda: cuda.load(cuda.TARGETS[torch.cuda.get_device_capability()]).swizzle_scales(
+            packed(130, 576, "nvfp4")[1]
+        ),
+    )
 
 
-GROUPS = {"quantizer": quantizer_cases, "tiles": tile_cases, "prologues": prologue_cases, "products": product_cases,
-          "others": other_cases, "csrc": csrc_cases}
+GROUPS = {
+    "quantizer": quantizer_cases,
+    "tiles": tile_cases,
+    "prologues": prologue_cases,
+    "products": product_cases,
+    "others": other_cases,
+    "csrc": csrc_cases,
+}
 
 
 def cases(groups=tuple(GROUPS)) -> Iterator[Case]:

@@ -18,9 +18,9 @@ from transformers import CompileConfig
 
 import wush_compile as wc
 from wush_compile import backend
+from wush_compile.errors import ConfigError
 from wush_compile.kernels import dispatch as kernels
 from wush_compile.ops import core as ops
-from wush_compile.errors import ConfigError
 
 EXACT = {"emulate_precision_casts": True}
 EMULATED = emulates_rounding()
@@ -121,9 +121,17 @@ def test_mode_and_options_reach_inductor(monkeypatch):
 
 # -- numerics --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("format, dynamic", [
-    ("mxfp4", None), ("mxfp4", True), ("mxfp4", False), ("nvfp4", None), ("int4", True),
-])
+
+@pytest.mark.parametrize(
+    "format, dynamic",
+    [
+        ("mxfp4", None),
+        ("mxfp4", True),
+        ("mxfp4", False),
+        ("nvfp4", None),
+        ("int4", True),
+    ],
+)
 def test_a_compiled_block_gives_the_bits_of_eager(format, dynamic):
     model = mlp(format=format)
     run = compiled(model, dynamic=dynamic)
@@ -169,13 +177,13 @@ def test_what_differs_without_emulated_rounding_is_flipped_codes():
         actual = run(ids, use_cache=False).logits
     assert len(codes) == len(eager_codes) == 4
     flipped = [(a[0] != b[0]).float().mean().item() for a, b in zip(codes, eager_codes)]
-    assert flipped[0] == 0 and max(flipped) < 0.1            # bytes; measured 0, .007, .013, .061
+    assert flipped[0] == 0 and max(flipped) < 0.1  # bytes; measured 0, .007, .013, .061
 
-    given = iter(codes)                                      # eager, with the codes of the compiled run
+    given = iter(codes)  # eager, with the codes of the compiled run
     with quantizer(lambda *args: next(given)):
         replayed = model(ids, use_cache=False).logits
     # The same model in full precision is at 2.2e-7 under Inductor; with its flipped codes this one is at 9.8e-7.
-    assert divergence(replayed, actual) <= 2 * 2.2e-7        # measured: 0
+    assert divergence(replayed, actual) <= 2 * 2.2e-7  # measured: 0
     assert divergence(eager, actual) > 0
 
 
@@ -187,7 +195,7 @@ def test_regions_share_one_graph_and_keep_their_own_weights():
         layer.compile(backend="wush", fullgraph=True, options=EXACT)
     assert torch.equal(model(x), expected)
     assert counters["stats"]["unique_graphs"] == 1
-    model[1].gate.group.weight_packed.bitwise_xor_(8 << 4)   # flips signs: a graph that had baked it in would not notice
+    model[1].gate.group.weight_packed.bitwise_xor_(8 << 4)  # flips signs: a graph that had baked it in would not notice
     changed = model(x)
     assert not torch.equal(changed, expected)
     assert torch.equal(changed, copy.deepcopy(model)(x))
@@ -201,14 +209,20 @@ def test_compiling_without_no_grad_works():
 
 FUSED = {
     "rms_norm_transform_quantize": [
-        lambda x, w: (x, w, 1e-6, None, "rounded"), lambda x, w: (x, w, 1e-6, None, "wide_plus_one"),
-        lambda x, w: (x, w, 0.0, torch.tensor(1e-6, dtype=torch.float64), "wide"), lambda x, w: (x, None, 1e-6, None, "none"),
+        lambda x, w: (x, w, 1e-6, None, "rounded"),
+        lambda x, w: (x, w, 1e-6, None, "wide_plus_one"),
+        lambda x, w: (x, w, 0.0, torch.tensor(1e-6, dtype=torch.float64), "wide"),
+        lambda x, w: (x, None, 1e-6, None, "none"),
     ],
     "layer_norm_transform_quantize": [
-        lambda x, w: (x, w, w.flip(0), 1e-5, None), lambda x, w: (x, None, None, 0.0, torch.tensor(1e-5)),
+        lambda x, w: (x, w, w.flip(0), 1e-5, None),
+        lambda x, w: (x, None, None, 0.0, torch.tensor(1e-5)),
     ],
     "silu_mul_transform_quantize": [lambda x, w: (x, x.flip(-1))],
-    "gelu_mul_transform_quantize": [lambda x, w: (x, x.flip(-1), "tanh"), lambda x, w: (x[..., ::2], x[..., 1::2], "none")],
+    "gelu_mul_transform_quantize": [
+        lambda x, w: (x, x.flip(-1), "tanh"),
+        lambda x, w: (x[..., ::2], x[..., 1::2], "none"),
+    ],
 }
 
 
@@ -227,12 +241,13 @@ def test_fused_ops_are_what_they_fuse(op, prologue):
 
 # -- generate, recompiles --------------------------------------------------------------------------------------------
 
+
 def test_generate_with_static_and_dynamic_caches():
     model = quantized("llama", layers=1)
     ids = tokens(2, 6)
     settings = dict(max_new_tokens=20, do_sample=False)
     config = CompileConfig(backend="wush", mode=None, fullgraph=True, options=EXACT)
-    config._compile_all_devices = True                       # transformers compiles only on GPUs unless told
+    config._compile_all_devices = True  # transformers compiles only on GPUs unless told
     expected = model.generate(ids, **settings, cache_implementation="static", disable_compile=True)
     assert counters["stats"]["unique_graphs"] == 0
     actual = model.generate(ids, **settings, cache_implementation="static", compile_config=config)
@@ -278,6 +293,7 @@ def test_a_static_decode_loop_of_64_tokens_compiles_two_graphs():
 
 # -- caches ----------------------------------------------------------------------------------------------------------
 
+
 def cache_counts(model, x) -> tuple[int, int]:
     """(hits, misses) of compiling anew."""
     torch._dynamo.reset()
@@ -290,14 +306,17 @@ def cache_counts(model, x) -> tuple[int, int]:
 def test_caches_are_keyed_on_passes_configuration_and_providers(monkeypatch, tmp_path):
     from torch._functorch import config as functorch
 
-    with functorch.patch(enable_autograd_cache=False):       # its hits would hide Inductor's counters
+    with functorch.patch(enable_autograd_cache=False):  # its hits would hide Inductor's counters
         model, x = mlp(), rows(4, 11)
         assert cache_counts(model, x) == (0, 1)
         assert cache_counts(model, x) == (1, 0)
         source = tmp_path / "cse.py"
         source.write_text("# another cse\n")
-        for name, value in (("SOURCES", (*backend.SOURCES, source)), ("_providers", lambda: ("other",)),
-                            ("EXACT", None)):
+        for name, value in (
+            ("SOURCES", (*backend.SOURCES, source)),
+            ("_providers", lambda: ("other",)),
+            ("EXACT", None),
+        ):
             with monkeypatch.context() as patch:
                 if name == "EXACT":
                     patch.setitem(EXACT, "max_autotune", True)
@@ -323,14 +342,16 @@ def test_a_second_process_compiles_from_the_cache(tmp_path):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     hits = []
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", WARM, os.path.dirname(__file__)], env=environment,
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", WARM, os.path.dirname(__file__)], env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         hits.append(int(done.stdout.split()[-1]))
     assert hits[0] == 0 and hits[1] >= 1
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------
+
 
 def test_hooks_fire_and_change_what_is_compiled():
     model, x = mlp(), rows(2, 5)
@@ -383,8 +404,9 @@ def offload(model: nn.Module, where: str, device_map: dict, folder) -> None:
     elif where == "disk_offload":
         accelerate.disk_offload(model, str(folder), execution_device=main, offload_buffers=True)
     else:
-        accelerate.dispatch_model(model, device_map, main_device=main, offload_dir=str(folder),
-                                  force_hooks=True, offload_buffers=True)
+        accelerate.dispatch_model(
+            model, device_map, main_device=main, offload_dir=str(folder), force_hooks=True, offload_buffers=True
+        )
     assert any(b.is_meta for name, b in model.named_buffers() if name.endswith("weight_packed"))
 
 
@@ -395,8 +417,14 @@ OFFLOADS = pytest.mark.parametrize("where", ["cpu_offload", "disk_offload", "dev
 def test_offloaded_models_give_the_same_logits(where, tmp_path):
     model, ids = quantized("llama"), tokens(2, 9)
     expected = model(ids, use_cache=False).logits
-    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
-                  "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
     offload(model, where, device_map, tmp_path)
     assert torch.equal(model(ids, use_cache=False).logits, expected)
 
@@ -413,13 +441,18 @@ def test_offloaded_models_compile(where, region, tmp_path):
         run = model
     else:
         run = torch.compile(model, backend="wush", options=EXACT)
-    for _ in range(2):                                       # the hooks put the weights away again behind each call
+    for _ in range(2):  # the hooks put the weights away again behind each call
         assert torch.equal(run(x), expected)
 
 
 def test_partly_quantized_models_compile():
-    model = quantize(plain("llama", layers=1), tokens(2, 9), format="mxfp4", transform="hadamard",
-                     ignore=("*.o_proj", "*.up_proj", "lm_head"))
+    model = quantize(
+        plain("llama", layers=1),
+        tokens(2, 9),
+        format="mxfp4",
+        transform="hadamard",
+        ignore=("*.o_proj", "*.up_proj", "lm_head"),
+    )
     ids = tokens(2, 9)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*no quantized linear.*")

@@ -11,8 +11,8 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import wush_compile as wc
-from wush_compile.ops import fused as fused_ops
 from wush_compile.kernels import dispatch as kernels
+from wush_compile.ops import fused as fused_ops
 
 pytestmark = pytest.mark.gpu
 PROVIDERS = kernels.resolve
@@ -26,7 +26,7 @@ def test_gpu_linears_give_the_bits_of_eager(format, mode):
     for lead in ((1, 1), (2, 5), (1, 1), (64, 8)):
         x = pair_rows(*lead).cuda()
         expected = model(x)
-        for _ in range(3):                                   # warm-up, capture, replay
+        for _ in range(3):  # warm-up, capture, replay
             assert torch.equal(run(x), expected), lead
 
 
@@ -38,12 +38,12 @@ def test_gpu_fused_ops_compile_to_themselves(op, prologue):
     with torch._inductor.config.patch(force_disable_caches=True), wc.trace_graphs() as log:
         compiled_result = torch.compile(function, backend="wush", fullgraph=True, options=EXACT, dynamic=True)(*args)
     result = function(*args)
-    if log.graphs[0].snapshots[-1].counts[op]:               # its provider has a kernel: the same one
+    if log.graphs[0].snapshots[-1].counts[op]:  # its provider has a kernel: the same one
         assert all(map(torch.equal, compiled_result, result))
     flipped = [(a != b).float().mean().item() for a, b in zip(compiled_result, result)]
     reference = fused_ops.FUSED_REFERENCE[op](*args)
     far = [(a != b).float().mean().item() for a, b in zip(result, reference)]
-    assert max(flipped + far) <= 0.05, (flipped, far)        # another order of the norm's sum
+    assert max(flipped + far) <= 0.05, (flipped, far)  # another order of the norm's sum
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -57,6 +57,7 @@ def test_gpu_blocks_are_eager_up_to_flipped_codes(mode):
 
 def watched(monkeypatch, watch) -> None:
     """From now on every quantizer, fused or not, gives what `watch` makes of its (codes, scales)."""
+
     def watching(entries):
         def taking(args):
             return next((kernel for _, kernel in entries if kernel.refuses(*args) is None), None)
@@ -74,8 +75,9 @@ def watched(monkeypatch, watch) -> None:
 def test_gpu_what_differs_from_eager_is_flipped_codes(monkeypatch):
     layers, ids = 2, tokens(4, 64).cuda()
     full = plain("llama", layers=layers).cuda()
-    unquantized = divergence(full(ids, use_cache=False).logits,
-                             torch.compile(full, backend="inductor")(ids, use_cache=False).logits)
+    unquantized = divergence(
+        full(ids, use_cache=False).logits, torch.compile(full, backend="inductor")(ids, use_cache=False).logits
+    )
     torch._dynamo.reset()
     model = quantized("llama", "nvfp4", layers=layers).cuda()
     run = torch.compile(model, backend="wush", fullgraph=True)
@@ -103,8 +105,10 @@ def test_gpu_what_differs_from_eager_is_flipped_codes(monkeypatch):
     watched(monkeypatch, replay)
     replayed = model(ids, use_cache=False).logits
     kl = divergence(replayed, actual)
-    print(f"KL of bf16 under Inductor {unquantized:.2e}; of the quantized model {divergence(eager, actual):.2e}, "
-          f"with the same codes {kl:.2e}; flipped bytes {[round(f, 4) for f in flipped]}")
+    print(
+        f"KL of bf16 under Inductor {unquantized:.2e}; of the quantized model {divergence(eager, actual):.2e}, "
+        f"with the same codes {kl:.2e}; flipped bytes {[round(f, 4) for f in flipped]}"
+    )
     assert len(flipped) == len(groups) and max(flipped) <= 0.05
     assert kl <= 2 * unquantized
 

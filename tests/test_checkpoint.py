@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wush_compile as wc
-from wush_compile.checkpoint import atomic, layout as checkpoint, save_load as storage
+from wush_compile.checkpoint import atomic
+from wush_compile.checkpoint import layout as checkpoint
+from wush_compile.checkpoint import save_load as storage
+from wush_compile.checkpoint.record import ATTRIBUTE
 from wush_compile.errors import CheckpointError, WushError
 from wush_compile.modules import WushLinear
-from wush_compile.checkpoint.record import ATTRIBUTE
 
 SETTINGS = [
     {"format": "mxfp4"},
@@ -60,13 +62,14 @@ def edit_weights(directory: Path, change) -> None:
 
 # -- what comes back -------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_reload_is_exact_and_saves_the_same_bytes(tmp_path, settings, dtype):
     model, x = branches(dtype, **settings)
     wc.save(model, tmp_path / "a")
     wc.save(model, tmp_path / "b")
-    skeleton = Branches()                                  # of another dtype: what was saved wins
+    skeleton = Branches()  # of another dtype: what was saved wins
     loaded = wc.load(tmp_path / "a", model=skeleton)
     assert loaded is skeleton
     assert same_tensors(model, loaded)
@@ -87,8 +90,10 @@ def test_names_on_disk(saved):
     settings = json.loads((directory / "config.json").read_text())["quantization_config"]
     assert set(settings) == {"quant_method", "format_version", "config", "groups", "ignored"}
     assert settings["quant_method"] == "wush" and settings["format_version"] == 1
-    assert settings["groups"] == [{"members": ["q", "k"], "transform_block_size": 16},
-                                  {"members": ["out"], "transform_block_size": 16}]
+    assert settings["groups"] == [
+        {"members": ["q", "k"], "transform_block_size": 16},
+        {"members": ["out"], "transform_block_size": 16},
+    ]
 
 
 def test_rows_on_disk_are_the_members_own(saved):
@@ -112,7 +117,7 @@ def test_meta_skeleton(saved):
 def test_loaded_tensors_are_not_the_files(saved):
     model, x, directory = saved
     loaded = wc.load(directory, model=Branches())
-    with open(directory / "model.safetensors", "r+b") as file:          # as a careless writer would
+    with open(directory / "model.safetensors", "r+b") as file:  # as a careless writer would
         file.seek(0)
         file.write(b"\0" * os.path.getsize(directory / "model.safetensors"))
     assert same_tensors(model, loaded) and torch.equal(model(x), loaded(x))
@@ -168,7 +173,8 @@ def test_build_groups_leaves_the_skeleton_alone(saved):
     assert all(t.is_meta for g in groups for t in g.buffers())
     for group, own in zip(groups, (model.q.owner, model.out.owner), strict=True):
         assert {n: (t.shape, t.dtype) for n, t in group.named_buffers()} == {
-            n: (t.shape, t.dtype) for n, t in own.named_buffers()}
+            n: (t.shape, t.dtype) for n, t in own.named_buffers()
+        }
     assert isinstance(skeleton.q, nn.Linear)
 
 
@@ -176,10 +182,11 @@ def test_split_rows_have_storages_of_their_own(saved):
     state = checkpoint.split_state_dict(saved[0])
     storages = [t.untyped_storage().data_ptr() for t in state.values()]
     assert len(set(storages)) == len(storages)
-    assert state["k.weight_packed"].data_ptr() == saved[0].q.owner.weight_packed[64:].data_ptr()    # no copy
+    assert state["k.weight_packed"].data_ptr() == saved[0].q.owner.weight_packed[64:].data_ptr()  # no copy
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
+
 
 def truncate(directory):
     with open(directory / "model.safetensors", "r+b") as file:
@@ -216,10 +223,14 @@ DAMAGE = {
     "truncated": (truncate, "truncated or damaged"),
     "truncated header": (cut_header, "truncated or damaged"),
     "flipped bit": (flip_a_bit, "not those that were saved"),
-    "swapped tensors": (lambda d: edit_weights(d, lambda t: t.update({"norm.weight": t["norm.bias"].clone()})),
-                        "not those that were saved"),
-    "edited settings": (lambda d: edit_config(d, lambda c: c["quantization_config"]["config"].update(seed=1)),
-                        "not those that were saved"),
+    "swapped tensors": (
+        lambda d: edit_weights(d, lambda t: t.update({"norm.weight": t["norm.bias"].clone()})),
+        "not those that were saved",
+    ),
+    "edited settings": (
+        lambda d: edit_config(d, lambda c: c["quantization_config"]["config"].update(seed=1)),
+        "not those that were saved",
+    ),
     "reordered groups": (swap_members, "not those that were saved"),
     "no digest": (lambda d: edit_config(d, lambda c: c.pop("wush_sha256")), "has no wush_sha256"),
     "missing file": (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors"),
@@ -229,15 +240,22 @@ DAMAGE = {
     "missing parameter": (lambda d: edit_weights(d, lambda t: t.pop("norm.weight")), "lacks norm.weight"),
     "unknown tensor": (lambda d: edit_weights(d, lambda t: t.update(extra=torch.ones(2))), "no extra"),
     "bias too many": (lambda d: edit_weights(d, lambda t: t.update({"q.bias": torch.ones(64)})), "no q.bias"),
-    "wrong shape": (lambda d: edit_weights(d, lambda t: t.update(
-        {"q.weight_packed": t["q.weight_packed"][:-1].clone()})),
-                    r"q.weight_packed is torch.uint8 \[63, 32\], the model needs torch.uint8 \[64, 32\]"),
-    "wrong dtype": (lambda d: edit_weights(d, lambda t: t.update({"q.weight_scale": t["q.weight_scale"].float()})),
-                    "q.weight_scale is torch.float32"),
-    "integer transform": (lambda d: edit_weights(d, lambda t: t.update(
-        {"q.input_transform": t["q.input_transform"].int()})), "q.input_transform is torch.int32"),
-    "wrong parameter": (lambda d: edit_weights(d, lambda t: t.update({"norm.bias": torch.ones(63)})),
-                        r"norm.bias has shape \[63\]"),
+    "wrong shape": (
+        lambda d: edit_weights(d, lambda t: t.update({"q.weight_packed": t["q.weight_packed"][:-1].clone()})),
+        r"q.weight_packed is torch.uint8 \[63, 32\], the model needs torch.uint8 \[64, 32\]",
+    ),
+    "wrong dtype": (
+        lambda d: edit_weights(d, lambda t: t.update({"q.weight_scale": t["q.weight_scale"].float()})),
+        "q.weight_scale is torch.float32",
+    ),
+    "integer transform": (
+        lambda d: edit_weights(d, lambda t: t.update({"q.input_transform": t["q.input_transform"].int()})),
+        "q.input_transform is torch.int32",
+    ),
+    "wrong parameter": (
+        lambda d: edit_weights(d, lambda t: t.update({"norm.bias": torch.ones(63)})),
+        r"norm.bias has shape \[63\]",
+    ),
     "no config": (lambda d: (d / "config.json").unlink(), "is no checkpoint: it has no config.json"),
     "config not JSON": (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
     "another config": (lambda d: (d / "config.json").write_text("[1]"), "is no wush checkpoint"),
@@ -245,10 +263,14 @@ DAMAGE = {
     "newer": (settings(format_version=2), "format_version 2.*upgrade"),
     "unknown key": (settings(color="red"), "unknown keys color"),
     "missing key": (lambda d: edit_config(d, lambda c: c["quantization_config"].pop("ignored")), "lacks ignored"),
-    "unknown setting": (lambda d: edit_config(d, lambda c: c["quantization_config"]["config"].update(shape=1)),
-                        "shape"),
-    "unknown format": (lambda d: edit_config(d, lambda c: c["quantization_config"]["config"].update(format="mxfp5")),
-                       "did you mean 'mxfp4'"),
+    "unknown setting": (
+        lambda d: edit_config(d, lambda c: c["quantization_config"]["config"].update(shape=1)),
+        "shape",
+    ),
+    "unknown format": (
+        lambda d: edit_config(d, lambda c: c["quantization_config"]["config"].update(format="mxfp5")),
+        "did you mean 'mxfp4'",
+    ),
     "malformed groups": (settings(groups=3), "malformed"),
     "malformed members": (settings(groups=[{"members": "q", "transform_block_size": 16}]), "malformed"),
     "a linear twice": (settings(groups=[{"members": ["q", "k"], "transform_block_size": 16}] * 2), "in two groups"),
@@ -312,6 +334,7 @@ def test_refusals_to_save(saved, tmp_path):
 
 
 # -- replacing a directory -------------------------------------------------------------------------------------------
+
 
 def test_saves_into_new_empty_nested_and_linked_directories(saved, tmp_path):
     model, _, directory = saved
@@ -440,7 +463,7 @@ def kill_at(points: list[str], directories: list[Path]) -> None:
     """Saves in one process each, killed at a point each; all are forks of one that has the model."""
     script = textwrap.dedent(KILLED.format(tests=str(Path(__file__).parent)))
     arguments = [f"{point}={directory}" for point, directory in zip(points, directories, strict=True)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}   # forks share no thread pool
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # forks share no thread pool
     subprocess.run([sys.executable, "-c", script, *arguments], env=environment, check=True, timeout=300)
 
 
@@ -456,10 +479,10 @@ def test_a_killed_save_leaves_the_old_or_the_new(saved, tmp_path):
     for point, path in zip(OLD + NEW, copies, strict=True):
         loaded = wc.load(path, model=Branches())
         assert same_tensors(loaded, model if point in OLD else other), point
-        wc.save(model, path)                               # the next save clears up
+        wc.save(model, path)  # the next save clears up
         assert os.listdir(path.parent) == ["model"], point
         assert files(path) == files(directory), point
-    for directory in first:                                # interrupted first saves leave nothing that loads
+    for directory in first:  # interrupted first saves leave nothing that loads
         assert not directory.exists() and len(os.listdir(directory.parent)) == 1
         with pytest.raises(CheckpointError, match="no directory"):
             wc.load(directory, model=Branches())

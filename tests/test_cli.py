@@ -26,8 +26,17 @@ def tiny(tmp_path_factory):
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, bos_token_id=1,
-                         num_attention_heads=4, num_key_value_heads=2, eos_token_id=None, pad_token_id=0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        bos_token_id=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
     text = directory / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
@@ -44,8 +53,26 @@ def run(*arguments, code=0):
 def quantized(tiny, tmp_path_factory):
     model, text = tiny
     out = tmp_path_factory.mktemp("out") / "checkpoint"
-    output = run("quantize", model, "--calibration", text, "--out", out, "--window", 64, "--format", "nvfp4",
-                 "--solver", "rtn", "--ignore", "lm_head", "--ignore", "*.o_proj", "--device", "cpu")
+    output = run(
+        "quantize",
+        model,
+        "--calibration",
+        text,
+        "--out",
+        out,
+        "--window",
+        64,
+        "--format",
+        "nvfp4",
+        "--solver",
+        "rtn",
+        "--ignore",
+        "lm_head",
+        "--ignore",
+        "*.o_proj",
+        "--device",
+        "cpu",
+    )
     return out, output
 
 
@@ -61,12 +88,12 @@ def test_quantize_goes_on_streams_and_logs(tiny, tmp_path):
     same = ("--calibration", text, "--window", 64, "--count", 4, "--solver", "rtn", "--device", "cpu")
     output = run("quantize", model, "--out", tmp_path / "a", *same)
     lines = [line.split()[0] for line in output.splitlines() if line.strip().startswith("model.layers")]
-    assert len(lines) == 8 and "relative" in output                        # the table of groups
+    assert len(lines) == 8 and "relative" in output  # the table of groups
     log = tmp_path / "log.jsonl"
     assert run("quantize", model, "--out", tmp_path / "b", *same, "--stream", "--quiet", "--log", log) == ""
     assert files(tmp_path / "a") == files(tmp_path / "b") and (tmp_path / "a" / "tokenizer.json").exists()
     assert json.loads(log.read_text().splitlines()[-1])["event"] == "finished"
-    run("quantize", model, "--out", tmp_path / "b", *same, "--quiet")       # finished: nothing to do
+    run("quantize", model, "--out", tmp_path / "b", *same, "--quiet")  # finished: nothing to do
     changed = ("quantize", model, "--out", tmp_path / "b", *same, "--format", "nvfp4", "--quiet")
     assert "format 'mxfp4', not 'nvfp4'" in run(*changed, code=1)
     run(*changed, "--restart")
@@ -77,7 +104,7 @@ def test_evaluate(tiny, quantized):
     model, text = tiny
     output = run("evaluate", quantized[0], "--text", text, "--reference", model, "--window", 64, "--device", "cpu")
     kl = float(re.search(r"(\d\.\d{4})", output).group(1))
-    assert 0 < kl < 0.1 and "top-1" in output                              # measured: .0018
+    assert 0 < kl < 0.1 and "top-1" in output  # measured: .0018
     assert float(re.search(r"(\d+\.\d{3})", run("evaluate", model, "--text", text, "--window", 64)).group(1)) > 100
 
 
@@ -87,17 +114,32 @@ def test_explain_and_generate(quantized):
     assert output.startswith("It is")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (("explain", "{empty}"), "config.json"),
-    (("generate", "{model}/text.txt", "--prompt", "a"), "GGUF"),
-    (("explain", "{model}"), "wush"),
-    (("quantize", "{model}", "--out", "{empty}/x", "--format", "mxpf4"), "did you mean 'mxfp4'"),
-    (("quantize", "{model}", "--calibration", "{model}/none.txt", "--out", "{empty}/x"), "none.txt"),
-    (("quantize", "{model}", "--calibration", "{model}/text.txt", "--window", "9999", "--out", "{empty}/x", "--quiet"),
-     "shorter windows"),
-    (("quantize", "{model}", "--out", "{empty}/x", "--stream"), "pass data"),
-    (("evaluate", "{empty}", "--text", "{model}/text.txt"), "no config.json"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("explain", "{empty}"), "config.json"),
+        (("generate", "{model}/text.txt", "--prompt", "a"), "GGUF"),
+        (("explain", "{model}"), "wush"),
+        (("quantize", "{model}", "--out", "{empty}/x", "--format", "mxpf4"), "did you mean 'mxfp4'"),
+        (("quantize", "{model}", "--calibration", "{model}/none.txt", "--out", "{empty}/x"), "none.txt"),
+        (
+            (
+                "quantize",
+                "{model}",
+                "--calibration",
+                "{model}/text.txt",
+                "--window",
+                "9999",
+                "--out",
+                "{empty}/x",
+                "--quiet",
+            ),
+            "shorter windows",
+        ),
+        (("quantize", "{model}", "--out", "{empty}/x", "--stream"), "pass data"),
+        (("evaluate", "{empty}", "--text", "{model}/text.txt"), "no config.json"),
+    ],
+)
 def test_errors_are_one_line(tiny, tmp_path, arguments, message):
     error = run(*(a.format(model=tiny[0], empty=tmp_path) for a in arguments), code=1)
     assert message in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
@@ -112,11 +154,15 @@ def test_help(command):
 def test_demo(tiny, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from wush_compile.demo import run as demo, smollm2
+    from wush_compile.demo import run as demo
+    from wush_compile.demo import smollm2
 
     model, _ = tiny
-    monkeypatch.setattr(smollm2, "load", lambda: (AutoModelForCausalLM.from_pretrained(model, dtype="auto"),
-                                                  AutoTokenizer.from_pretrained(model)))
+    monkeypatch.setattr(
+        smollm2,
+        "load",
+        lambda: (AutoModelForCausalLM.from_pretrained(model, dtype="auto"), AutoTokenizer.from_pretrained(model)),
+    )
     monkeypatch.setattr(demo, "WINDOW", 32)
     monkeypatch.setattr(demo, "CALIBRATION_WINDOWS", 4)
     monkeypatch.setattr(demo, "EVALUATION_WINDOWS", 2)

@@ -10,20 +10,23 @@ from wush_compile.errors import ConfigError, WushError, one_of
 from wush_compile.formats import FORMATS
 
 
-@pytest.mark.parametrize("settings, near", [
-    (dict(format="mxpf4"), "did you mean 'mxfp4'"),
-    (dict(format="NVFP4x"), "one of: mxfp4, nvfp4, int4"),
-    (dict(transform="wuhs"), "did you mean 'wu"),
-    (dict(transform="hadamrad"), "did you mean 'hadamard'"),
-    (dict(solver="gptk"), "did you mean 'gptq'"),
-    (dict(moments="marginals"), "did you mean 'marginal'"),
-    (dict(weight_scale_rule="absmin"), "weight_scale_rule for mxfp4 'absmin'; did you mean 'absmax'"),
-    (dict(activation_scale_rule="gaussian"), "activation_scale_rule for mxfp4"),
-    (dict(format="nvfp4", weight_scale_rule="ocp"), "weight_scale_rule for nvfp4"),
-    (dict(format="int4", activation_scale_rule="ocp"), "activation_scale_rule for int4"),
-    (dict(format=None), "unknown format None"),
-    (dict(solver=["gptq"]), "unknown solver"),
-])
+@pytest.mark.parametrize(
+    "settings, near",
+    [
+        (dict(format="mxpf4"), "did you mean 'mxfp4'"),
+        (dict(format="NVFP4x"), "one of: mxfp4, nvfp4, int4"),
+        (dict(transform="wuhs"), "did you mean 'wu"),
+        (dict(transform="hadamrad"), "did you mean 'hadamard'"),
+        (dict(solver="gptk"), "did you mean 'gptq'"),
+        (dict(moments="marginals"), "did you mean 'marginal'"),
+        (dict(weight_scale_rule="absmin"), "weight_scale_rule for mxfp4 'absmin'; did you mean 'absmax'"),
+        (dict(activation_scale_rule="gaussian"), "activation_scale_rule for mxfp4"),
+        (dict(format="nvfp4", weight_scale_rule="ocp"), "weight_scale_rule for nvfp4"),
+        (dict(format="int4", activation_scale_rule="ocp"), "activation_scale_rule for int4"),
+        (dict(format=None), "unknown format None"),
+        (dict(solver=["gptq"]), "unknown solver"),
+    ],
+)
 def test_unknown_names_are_answered_with_the_nearest(settings, near):
     with pytest.raises(ConfigError) as error:
         WushConfig(**settings)
@@ -43,8 +46,20 @@ def test_nothing_near_gives_no_hint():
     assert str(error.value) == "unknown solver 'qqqqqqqq' (one of: rtn, gptq)"
 
 
-@pytest.mark.parametrize("format, block", [("mxfp4", 16), ("mxfp4", 48), ("mxfp4", 0), ("mxfp4", -32), ("mxfp4", 32.0),
-                                           ("mxfp4", "32"), ("mxfp4", True), ("nvfp4", 8), ("int4", 96)])
+@pytest.mark.parametrize(
+    "format, block",
+    [
+        ("mxfp4", 16),
+        ("mxfp4", 48),
+        ("mxfp4", 0),
+        ("mxfp4", -32),
+        ("mxfp4", 32.0),
+        ("mxfp4", "32"),
+        ("mxfp4", True),
+        ("nvfp4", 8),
+        ("int4", 96),
+    ],
+)
 def test_bad_transform_block_sizes(format, block):
     with pytest.raises(ConfigError, match=f"multiple of {FORMATS[format].group_size}, or None"):
         WushConfig(format=format, weight_scale_rule="mse", transform_block_size=block)
@@ -75,17 +90,28 @@ def test_errors_are_value_errors_and_ours():
 @pytest.mark.parametrize("format", FORMATS)
 def test_paper(format):
     config = WushConfig.paper(format)
-    assert config == WushConfig(format=format, transform="wush", solver="gptq", moments="conditional",
-                                weight_scale_rule="paper", activation_scale_rule="paper", share_transform=False)
+    assert config == WushConfig(
+        format=format,
+        transform="wush",
+        solver="gptq",
+        moments="conditional",
+        weight_scale_rule="paper",
+        activation_scale_rule="paper",
+        share_transform=False,
+    )
     assert WushConfig.paper(format, solver="rtn", share_transform=True).solver == "rtn"
     assert WushConfig.paper(format, moments="marginal").moments == "marginal"
 
 
-@pytest.mark.parametrize("config", [
-    WushConfig(), WushConfig.paper("nvfp4", seed=7),
-    WushConfig(ignore=("a", "b.*"), transform_block_size=64, damping=0.0),
-    WushConfig(format="int4", transform="random", solver="rtn", weight_scale_rule="gaussian", ignore=()),
-])
+@pytest.mark.parametrize(
+    "config",
+    [
+        WushConfig(),
+        WushConfig.paper("nvfp4", seed=7),
+        WushConfig(ignore=("a", "b.*"), transform_block_size=64, damping=0.0),
+        WushConfig(format="int4", transform="random", solver="rtn", weight_scale_rule="gaussian", ignore=()),
+    ],
+)
 def test_round_trip_through_json(config):
     again = WushConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config and hash(again) == hash(config)
@@ -109,6 +135,10 @@ def test_group_size_and_need_of_data():
     plain = dict(solver="rtn", transform="hadamard")
     assert not WushConfig(**plain).needs_data and not WushConfig(format="int4", **plain).needs_data
     assert not WushConfig(format="nvfp4", activation_scale_rule="paper", **plain).needs_data
-    for settings in (dict(solver="gptq", transform="identity"), dict(solver="rtn", transform="wus"),
-                     dict(solver="rtn", transform="wush"), dict(format="nvfp4", **plain)):
+    for settings in (
+        dict(solver="gptq", transform="identity"),
+        dict(solver="rtn", transform="wus"),
+        dict(solver="rtn", transform="wush"),
+        dict(format="nvfp4", **plain),
+    ):
         assert WushConfig(**settings).needs_data

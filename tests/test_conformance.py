@@ -7,11 +7,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from wush_compile.ops import fused as fused_ops, core as ops
 from wush_compile.cli import app
-from wush_compile.kernels.provider import Implementation
 from wush_compile.diagnostics import conformance, deep, timing
 from wush_compile.diagnostics.timing import Time
+from wush_compile.kernels.provider import Implementation
+from wush_compile.ops import core as ops
+from wush_compile.ops import fused as fused_ops
 
 CPU = torch.device("cpu")
 
@@ -90,7 +91,7 @@ def test_refusals_are_recorded():
 def test_fused_references_are_not_the_provider_under_test():
     """What a fused op is compared with runs on the CPU, where no provider is asked."""
     for op in ("silu_mul_transform_quantize", "rms_norm_transform_quantize"):
-        for format, case, args, reference in itertools.islice(conformance.CASES[op](CPU), 3):
+        for _, _, args, reference in itertools.islice(conformance.CASES[op](CPU), 3):
             codes, scales = reference()
             assert codes.shape[-1] * 2 == args[0].shape[-1] and scales.device == CPU
 
@@ -108,8 +109,11 @@ def test_the_benchmark_asks_every_provider(monkeypatch):
     """Once round without a clock, on a CPU: every op of a provider with arguments that it takes, failures as rows."""
     every = ops.REFERENCE | fused_ops.FUSED_REFERENCE
     takes = {op: Implementation(run, lambda *args: None) for op, run in every.items()}
-    table = {"mine": takes, "broken": {"fp4_linear": Implementation(raises, lambda *args: None)},
-             "refuses": {"fp4_linear": Implementation(raises, lambda *args: "never")}}
+    table = {
+        "mine": takes,
+        "broken": {"fp4_linear": Implementation(raises, lambda *args: None)},
+        "refuses": {"fp4_linear": Implementation(raises, lambda *args: "never")},
+    }
     monkeypatch.setattr(timing, "available", lambda device: table)
     monkeypatch.setattr(timing, "QUANTIZER_SHAPES", ((3, 96),))
     monkeypatch.setattr(timing, "WEIGHTS", ((32, 96),))

@@ -11,10 +11,11 @@ import subprocess
 import pytest
 import torch
 
-from wush_compile.ops import fused as fused_ops, core as ops
-from wush_compile.kernels import dispatch as kernels
 from wush_compile.formats import FORMATS
 from wush_compile.kernels import cuda, layouts
+from wush_compile.kernels import dispatch as kernels
+from wush_compile.ops import core as ops
+from wush_compile.ops import fused as fused_ops
 
 ROOT = pathlib.Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
@@ -43,6 +44,7 @@ def nvcc():
 
 # -- build -----------------------------------------------------------------------------------------------------------
 
+
 def _cuobjdump() -> str | None:
     """CUDA's own, or the one that Triton carries."""
     beside = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
@@ -58,8 +60,12 @@ def sass(path: pathlib.Path) -> dict[str, str]:
     if tool is None:
         pytest.skip("no cuobjdump: CUDA's toolkit or Triton has one")
     nvdisasm = str(pathlib.Path(tool).parent)
-    run = subprocess.run([tool, "--dump-sass", str(path)], capture_output=True, text=True,
-                         env=os.environ | {"PATH": nvdisasm + os.pathsep + os.environ["PATH"]})
+    run = subprocess.run(
+        [tool, "--dump-sass", str(path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": nvdisasm + os.pathsep + os.environ["PATH"]},
+    )
     if "Cannot decode architecture" in run.stderr:
         pytest.skip(f"{tool} is too old: {run.stderr.splitlines()[0]}")
     assert run.returncode == 0, run.stderr
@@ -70,13 +76,18 @@ def sass(path: pathlib.Path) -> dict[str, str]:
 def resources(path: pathlib.Path) -> dict[str, dict[str, int]]:
     """Kernel -> registers, bytes of shared memory and of spills, from ptxas's report."""
     found = {}
-    for name, text in re.findall(r"Compiling entry function '(\S+)' for \S+\n(.*?)(?=ptxas info\s+: Compiling|\Z)",
-                                 path.with_suffix(".log").read_text(), re.S):
+    for name, text in re.findall(
+        r"Compiling entry function '(\S+)' for \S+\n(.*?)(?=ptxas info\s+: Compiling|\Z)",
+        path.with_suffix(".log").read_text(),
+        re.S,
+    ):
         shared = re.search(r"(\d+) bytes smem", text)
-        found[name] = {"registers": int(re.search(r"Used (\d+) registers", text)[1]),
-                       "shared": int(shared[1]) if shared else 0,
-                       "spills": sum(map(int, re.findall(r"(\d+) bytes spill", text))),
-                       "stack": int(re.search(r"(\d+) bytes stack frame", text)[1])}
+        found[name] = {
+            "registers": int(re.search(r"Used (\d+) registers", text)[1]),
+            "shared": int(shared[1]) if shared else 0,
+            "spills": sum(map(int, re.findall(r"(\d+) bytes spill", text))),
+            "stack": int(re.search(r"(\d+) bytes stack frame", text)[1]),
+        }
     return found
 
 
@@ -85,7 +96,7 @@ def test_the_quantizer_builds(nvcc, target):
     """One quantizer for every target: nothing spills, and three CTAs of 128 threads find room on a multiprocessor."""
     path = build.compile_object(build.HERE / "quantize_mxfp4.cu", target)
     kernels_of = {name: used for name, used in resources(path).items() if "quantize_kernel" in name}
-    assert len(kernels_of) == 24                      # 2 dtypes, with and without transform, mse or not, 3 prologues
+    assert len(kernels_of) == 24  # 2 dtypes, with and without transform, mse or not, 3 prologues
     for name, used in kernels_of.items():
         assert used["spills"] == used["stack"] == 0, name
         assert used["registers"] <= 168 and used["shared"] <= 40 * 1024, (name, used)
@@ -142,11 +153,14 @@ def test_without_nvcc_one_sentence(monkeypatch, capsys):
 
 # -- provider --------------------------------------------------------------------------------------------------------
 
+
 def test_a_cpu_only_torch_loads_the_library(nvcc):
     """The stable ABI: a library built with these headers loads without libtorch_cuda; its ops are there."""
     path = build.build(["sm_90a"])[0]
-    code = (f"import torch; torch.ops.load_library({str(path)!r}); "
-            "print(torch.ops.wush_sm_90a.transform_quantize.default._schema)")
+    code = (
+        f"import torch; torch.ops.load_library({str(path)!r}); "
+        "print(torch.ops.wush_sm_90a.transform_quantize.default._schema)"
+    )
     run = subprocess.run([os.sys.executable, "-c", code], capture_output=True, text=True)
     assert "bool swizzled) -> (Tensor codes, Tensor scales)" in run.stdout, run.stderr
     needed = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True).stdout
@@ -190,8 +204,9 @@ def test_without_a_driver_the_library_says_so(nvcc):
 
 # -- quantizers, on a GPU --------------------------------------------------------------------------------------------
 
-RULES = [("mxfp4", rule, g) for rule in FORMATS["mxfp4"].scale_rules
-         for g in ((3.0,) if rule == "paper" else (None, 0.7))]
+RULES = [
+    ("mxfp4", rule, g) for rule in FORMATS["mxfp4"].scale_rules for g in ((3.0,) if rule == "paper" else (None, 0.7))
+]
 RULES += [("nvfp4", rule, g) for rule in FORMATS["nvfp4"].scale_rules for g in (None, 0.37, 512.0)]
 rules = pytest.mark.parametrize("format, rule, g", RULES)
 
@@ -293,7 +308,7 @@ def test_every_rounding_of_e2m1(library, format):
     x = torch.full((-(-values.numel() // (group - 1)), group), 6.0, dtype=torch.bfloat16)
     x[:, 1:].reshape(-1)
     flat = torch.zeros(x.shape[0] * (group - 1), dtype=torch.bfloat16)
-    flat[:values.numel()] = values
+    flat[: values.numel()] = values
     x[:, 1:] = flat.view(x.shape[0], -1)
     x = x.to(DEVICE)
     for g in (None, 0.37):
@@ -341,19 +356,30 @@ def test_all_e4m3_scales_round_as_the_reference(library):
         for rule in ("absmax", "mse"):
             for width in (16, 256):
                 rows = x[: amax.numel() // 16 * 16].reshape(-1, width)
-                assert_same(cuda.transform_quantize(rows, None, scalar(g), "nvfp4", rule),
-                            ops._transform_quantize(rows, None, scalar(g), "nvfp4", rule))
+                assert_same(
+                    cuda.transform_quantize(rows, None, scalar(g), "nvfp4", rule),
+                    ops._transform_quantize(rows, None, scalar(g), "nvfp4", rule),
+                )
 
 
 @gpu
 @both
 def test_strided_rows_and_leading_dimensions(library, format):
     wide = spread(40, 2048, torch.bfloat16)
-    views = [wide[:, 512:1536].view(5, 8, 1024), wide[:, 8:1032], wide[:, 3:1027], wide.view(5, 8, 2048)[:, ::2],
-             wide[::3], wide[7], wide.view(5, 8, 2048).transpose(0, 1)]
+    views = [
+        wide[:, 512:1536].view(5, 8, 1024),
+        wide[:, 8:1032],
+        wide[:, 3:1027],
+        wide.view(5, 8, 2048)[:, ::2],
+        wide[::3],
+        wide[7],
+        wide.view(5, 8, 2048).transpose(0, 1),
+    ]
     for x in views:
-        assert_same(cuda.transform_quantize(x, None, None, format, "absmax"),
-                    ops._transform_quantize(x.contiguous(), None, None, format, "absmax"))
+        assert_same(
+            cuda.transform_quantize(x, None, None, format, "absmax"),
+            ops._transform_quantize(x.contiguous(), None, None, format, "absmax"),
+        )
     empty = cuda.transform_quantize(wide[:0], None, None, format, "absmax")
     assert empty[0].shape == (0, 1024)
     with pytest.raises(RuntimeError, match="not a multiple"):
@@ -371,7 +397,7 @@ def test_silu_mul_is_the_reference(library, format, m, k):
         want = fused_ops._silu_mul_transform_quantize(gate, up, None, None, format, "absmax")
         assert_same(cuda.silu_mul_transform_quantize(gate, up, None, None, format, "absmax"), want)
         t = torch.eye(block, dtype=dtype, device=DEVICE).expand(k // block, -1, -1).contiguous()
-        for swizzled in (False, True):                         # with the unit matrix nothing is summed but zeros
+        for swizzled in (False, True):  # with the unit matrix nothing is summed but zeros
             got = cuda.silu_mul_transform_quantize(gate, up, t, None, format, "absmax", swizzled)
             values = torch.nn.functional.silu(gate) * up
             assert_same(got, ops._transform_quantize(values, t, None, format, "absmax"), swizzled)
@@ -417,7 +443,7 @@ def test_in_a_cuda_graph_and_on_another_stream(library, format):
     want = cuda.transform_quantize(x, None, None, format, "absmax")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):                              # captures a stream of its own
+    with torch.cuda.graph(graph):  # captures a stream of its own
         got = cuda.transform_quantize(x, None, None, format, "absmax")
     for t in got:
         t.zero_()

@@ -120,9 +120,9 @@ def test_chunks_are_permuted_and_meet_all_banks(layout, row_bytes):
 def test_scale_words_do_not_meet_in_a_bank(layout, rows):
     at = [layout.scale_row(r) for r in range(rows)]
     assert len(set(at)) == rows and max(at) < layout.scale_rows(rows)
-    for first in range(0, rows, 16):                                  # read: A's lanes, 16 rows
-        assert len({a % 32 for a in at[first:first + 16]}) == 16
-    side = max(1, rows // 32)                                         # written from a swizzled tile: its neighbours
+    for first in range(0, rows, 16):  # read: A's lanes, 16 rows
+        assert len({a % 32 for a in at[first : first + 16]}) == 16
+    side = max(1, rows // 32)  # written from a swizzled tile: its neighbours
     for first in range(0, rows, 32):
         written = [at[i % side * 32 + i // side] for i in range(first, min(first + 32, rows))]
         assert max(Counter(a % 32 for a in written).values()) <= (2 if rows == 64 else 1)
@@ -139,7 +139,8 @@ def cute(shape, stride):
 def test_fragments_are_those_of_the_instruction(layout):
     """PTX ISA's formulas, which fp4_layout.h follows, against CuTe's layouts of the same instruction (CUTLASS 4.2,
     mma_traits_sm120.hpp: (lane, element) -> m + 16k, n + 8k; C is SM80_16x8_Row); and every element held once."""
-    def offsets(lanes, elements):                                     # [lane, element]
+
+    def offsets(lanes, elements):  # [lane, element]
         return np.array([[a + b for b in elements] for a in lanes])
 
     a, b = table(layout.fragment_a, 32, 32, 2), table(layout.fragment_b, 32, 16, 2)
@@ -172,8 +173,11 @@ def test_ldmatrix_gives_the_fragments(layout):
 
 
 # BM, BN, BK, warps along M, N, K, stages, blocks on a multiprocessor: the tiles of csrc/linear_tiles.h.
-TILES = {"narrow": (16, 32, 512, 1, 1, 4, 3, 2), "middle": (64, 32, 256, 2, 1, 2, 3, 2),
-         "wide": (128, 128, 128, 2, 4, 1, 4, 1)}
+TILES = {
+    "narrow": (16, 32, 512, 1, 1, 4, 3, 2),
+    "middle": (64, 32, 256, 2, 1, 2, 3, 2),
+    "wide": (128, 128, 128, 2, 4, 1, 4, 1),
+}
 
 
 def test_the_counted_model_knows_the_tiles(layout):
@@ -189,7 +193,7 @@ def test_the_counted_model_knows_the_tiles(layout):
             args = ctypes.c_int64(m), ctypes.c_int64(n)
             assert projection.SM120[layout.choose_sm120(*args, rtx.multiprocessors)] == projection.choose(rtx, m, n)
             assert projection.SM100[layout.choose_sm100(*args, b200.multiprocessors)] == projection.choose(b200, m, n)
-    c = projection.count(rtx, "mxfp4", 1024, 4096, 4096)              # by hand: 8 x 32 tiles in 2 waves of 170
+    c = projection.count(rtx, "mxfp4", 1024, 4096, 4096)  # by hand: 8 x 32 tiles in 2 waves of 170
     assert c.tile.name == "wide" and c.useful == 1 and c.busy == 256 / 340
     assert c.moved == (1024 + 4096) * (2048 + 128) + 2 * 1024 * 4096
     assert c.compute_time == pytest.approx(2 * 340 * 128 * 128 * 4096 / 1676e12)
@@ -258,7 +262,7 @@ def test_sm120_products_are_the_instruction(target, format):
         assert len(upper) == (len(products) // 2 if format == "mxfp4" else 0), tile
         assert not re.search(OTHER_PRODUCTS, code)
         assert not re.search(r"\b(LDL|STL)", code), tile
-        assert not re.search(r"\b(F2F|F2FP|I2F|I2FP|PRMT\S* .*E2M1)\b", inside), tile       # nothing is unpacked
+        assert not re.search(r"\b(F2F|F2FP|I2F|I2FP|PRMT\S* .*E2M1)\b", inside), tile  # nothing is unpacked
         assert len(re.findall(r"\bLDSM\.16\.M88\.4\b", inside)) == (wm // 16 + wn // 16) * steps
         assert "LDGSTS.E.BYPASS.128" in inside or "LDGSTS.E.BYPASS.LTC128B.128" in inside
         assert used[name]["spills"] == used[name]["stack"] == 0
@@ -282,17 +286,18 @@ def test_sm100_products_are_the_instruction(target, format, tile):
         pytest.skip(str(error))
     if not path.exists():
         pytest.skip(f"not built: python csrc/build.py --targets {target} --only {source.stem}")
-    (name, code), = ((n, c) for n, c in sass(path).items() if "GemmUniversal" in n)
+    ((name, code),) = ((n, c) for n, c in sass(path).items() if "GemmUniversal" in n)
     products = re.findall(r"\bUTCOMMA\S*", code)
     pair = ".2CTA" if tile == "wide" else ""
     block16 = "" if format == "mxfp4" else ".4X" if target == "sm_100a" else ".BLOCK16"
     assert len(products) == (8 if tile == "wide" else 4) and set(products) == {"UTCOMMA" + pair + block16}, products
-    assert "UTCCP" in code and "UTMALDG" in code                      # scales into tensor memory; tiles by TMA
+    assert "UTCCP" in code and "UTMALDG" in code  # scales into tensor memory; tiles by TMA
     assert not re.search(OTHER_PRODUCTS, code) and not re.search(r"\b(LDL|STL)\b", code)
     assert resources(path)[name]["spills"] == 0
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def linear():
@@ -303,29 +308,36 @@ def linear():
         pytest.skip(f"cuda {reason}")
     library = cuda.load(cuda.TARGETS[capability])
 
-    def run(x, w, format, bias=None, residual=None, dtype=torch.float32, swizzled=(False, False), tile=-1,
-            g=(None, None)):
+    def run(
+        x, w, format, bias=None, residual=None, dtype=torch.float32, swizzled=(False, False), tile=-1, g=(None, None)
+    ):
         (codes, scales), (weight, weight_scales) = x, w
         if swizzled[0]:
             scales = layouts.swizzle_scales(scales.flatten(0, -2))
         if swizzled[1]:
             weight_scales = layouts.swizzle_scales(weight_scales)
         poison(4 * codes.shape[:-1].numel() * weight.shape[0], 2 * codes.shape[:-1].numel() * weight.shape[0])
-        return library.fp4_linear(codes, scales, g[0], weight, weight_scales, g[1], bias, residual, format, dtype,
-                                  *swizzled, tile)
+        return library.fp4_linear(
+            codes, scales, g[0], weight, weight_scales, g[1], bias, residual, format, dtype, *swizzled, tile
+        )
 
     run.library = library
     # The fourth tile of sm_120: sm_100's preparations of odd widths and row-major scales, then the narrow tile.
-    run.tiles, run.dtypes = (4, (torch.float32, torch.bfloat16, torch.float16)) if capability[0] != 10 else (
-        2, (torch.bfloat16,))
+    run.tiles, run.dtypes = (
+        (4, (torch.float32, torch.bfloat16, torch.float16)) if capability[0] != 10 else (2, (torch.bfloat16,))
+    )
     return run
 
 
 def operand(rows, k, format, seed, wide=False):
     """Random codes; scales of a few octaves, so that every fp32 sum below is exact, or, `wide`, of many."""
     generator = torch.Generator().manual_seed(seed)
-    low, high = {("mxfp4", False): (125, 129), ("nvfp4", False): (0x30, 0x3F),
-                 ("mxfp4", True): (107, 147), ("nvfp4", True): (0x01, 0x7E)}[format, wide]
+    low, high = {
+        ("mxfp4", False): (125, 129),
+        ("nvfp4", False): (0x30, 0x3F),
+        ("mxfp4", True): (107, 147),
+        ("nvfp4", True): (0x01, 0x7E),
+    }[format, wide]
     codes = torch.randint(0, 256, (rows, k // 2), dtype=torch.uint8, generator=generator)
     groups = k // FORMATS[format].group_size
     scales = torch.randint(low, high + 1, (rows, groups), dtype=torch.uint8, generator=generator)
@@ -343,10 +355,26 @@ def scalar(g):
 
 
 # Every tail of M and N, one or several tiles of each, K shorter and longer than a stage and than the pipeline.
-SHAPES = [(1, 32, 512), (1, 128, 4096), (2, 8, 32), (7, 33, 96), (15, 31, 1024), (16, 257, 2080), (17, 64, 256),
-          (33, 100, 544), (64, 96, 4096), (65, 129, 1056), (100, 1, 512), (127, 255, 128), (128, 128, 128),
-          (129, 300, 640), (257, 384, 1536), (1100, 130, 288), (3, 4096, 64)]
-ODD = [(5, 40, 16), (9, 64, 48), (17, 65, 80), (130, 200, 336), (66, 31, 1040), (1, 129, 2064)]      # nvfp4 only
+SHAPES = [
+    (1, 32, 512),
+    (1, 128, 4096),
+    (2, 8, 32),
+    (7, 33, 96),
+    (15, 31, 1024),
+    (16, 257, 2080),
+    (17, 64, 256),
+    (33, 100, 544),
+    (64, 96, 4096),
+    (65, 129, 1056),
+    (100, 1, 512),
+    (127, 255, 128),
+    (128, 128, 128),
+    (129, 300, 640),
+    (257, 384, 1536),
+    (1100, 130, 288),
+    (3, 4096, 64),
+]
+ODD = [(5, 40, 16), (9, 64, 48), (17, 65, 80), (130, 200, 336), (66, 31, 1040), (1, 129, 2064)]  # nvfp4 only
 
 
 @gpu
@@ -437,8 +465,9 @@ def test_padding_of_the_groups_is_not_read(linear, format):
         return layouts.swizzle_scales(wide)
 
     for tile in range(3):
-        got = linear.library.fp4_linear(x[0], poisoned(x[1]), None, w[0], poisoned(w[1]), None, None, None, format,
-                                        torch.float32, True, True, tile)
+        got = linear.library.fp4_linear(
+            x[0], poisoned(x[1]), None, w[0], poisoned(w[1]), None, None, None, format, torch.float32, True, True, tile
+        )
         assert torch.equal(got.double(), product(x, w, format)[0])
 
 
@@ -453,7 +482,7 @@ def test_leading_dimensions_graphs_and_nothing(linear, format):
     assert linear(tuple(t[:0] for t in x), w, format, dtype=dtype).shape == (0, 24)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):                                     # captures a stream of its own
+    with torch.cuda.graph(graph):  # captures a stream of its own
         got = linear.library.fp4_linear(*x, None, *w, None, None, None, format, dtype, False, False)
     got.zero_()
     graph.replay()
@@ -486,9 +515,13 @@ def test_wrong_operands_are_errors(linear):
     run = linear.library.fp4_linear
     dtype = linear.dtypes[0]
     changes = (
-        ({1: x[1][:3]}, "elements"), ({4: w[1].cpu()}, "another device"), ({0: x[0].T.contiguous().T}, "contiguous"),
-        ({0: x[0][:, :16].contiguous(), 1: x[1][:, :1].contiguous()}, "channels"), ({8: "int4"}, "no CUDA kernel"),
-        ({6: torch.zeros(7, device=DEVICE, dtype=dtype)}, "elements"), ({12: 7}, "no such tile"),
+        ({1: x[1][:3]}, "elements"),
+        ({4: w[1].cpu()}, "another device"),
+        ({0: x[0].T.contiguous().T}, "contiguous"),
+        ({0: x[0][:, :16].contiguous(), 1: x[1][:, :1].contiguous()}, "channels"),
+        ({8: "int4"}, "no CUDA kernel"),
+        ({6: torch.zeros(7, device=DEVICE, dtype=dtype)}, "elements"),
+        ({12: 7}, "no such tile"),
         ({6: torch.zeros(8, device=DEVICE, dtype=torch.float64)}, "dtype"),
     )
     for change, message in changes:
@@ -513,21 +546,38 @@ def test_swizzle_is_the_reference(linear, rows, groups):
 
 # -- sm_100's epilogue, on Hopper ------------------------------------------------------------------------------------
 
+
 @functools.cache
 def epilogue_library() -> Path:
     """tests/cutlass_epilogue.cu for sm_90a, built once for its sources; `BuildError` without nvcc or CUTLASS."""
     source = Path(__file__).with_name("cutlass_epilogue.cu")
     headers = build.HERE / "linear_epilogue.cuh", build.HERE / "linear.h"
-    text = b"".join(p.read_bytes() for p in (source, *headers)) + b"-fmad=false"    # as csrc/build.py compiles
+    text = b"".join(p.read_bytes() for p in (source, *headers)) + b"-fmad=false"  # as csrc/build.py compiles
     path = build.OUT.parent / "tests" / f"epilogue-{hashlib.sha256(text).hexdigest()[:12]}.so"
     if not path.exists():
         nvcc, _ = build.find_nvcc()
         cutlass = build.package_directory("cutlass_library", "pip install nvidia-cutlass") / "source"
         path.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(
-            [nvcc, "-shared", "-O3", "-std=c++20", "-fmad=false", "-Xcompiler=-fPIC", "-cudart=static",
-             "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a", f"-I{build.HERE}",
-             f"-I{cutlass}/include", f"-I{cutlass}/tools/util/include", source, "-o", path], check=True)
+            [
+                nvcc,
+                "-shared",
+                "-O3",
+                "-std=c++20",
+                "-fmad=false",
+                "-Xcompiler=-fPIC",
+                "-cudart=static",
+                "--expt-relaxed-constexpr",
+                "-gencode=arch=compute_90a,code=sm_90a",
+                f"-I{build.HERE}",
+                f"-I{cutlass}/include",
+                f"-I{cutlass}/tools/util/include",
+                source,
+                "-o",
+                path,
+            ],
+            check=True,
+        )
     return path
 
 
@@ -551,7 +601,9 @@ def test_the_epilogue_of_sm100_rounds_where_the_op_does():
         sums = (x.double() @ w.double().T).float()
         bias = torch.randn(n, device=DEVICE).bfloat16() * 20
         residual = torch.randn(m, n, device=DEVICE).bfloat16() * 90
-        for gx, gw, b, r in itertools.product((None, scalar(3.0)), (None, scalar(0.37)), (None, bias), (None, residual)):
+        for gx, gw, b, r in itertools.product(
+            (None, scalar(3.0)), (None, scalar(0.37)), (None, bias), (None, residual)
+        ):
             y = sums * (1.0 / ((1.0 if gx is None else gx) * (1.0 if gw is None else gw)))
             y = (y if b is None else y + b.float()).bfloat16()
             y = y if r is None else y + r

@@ -26,8 +26,16 @@ def tokenizer():
 def llama():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -43,6 +51,7 @@ def equal(a, b):
 
 
 # -- windows ---------------------------------------------------------------------------------------------------------
+
 
 def test_windows_cut_without_overlap_and_without_special_tokens(tokenizer):
     text = " ".join(f"w{i}" for i in range(1, 12))
@@ -66,6 +75,7 @@ def test_python_topics_is_a_lot_of_english_and_the_same_every_time():
 
 
 # -- normalize -------------------------------------------------------------------------------------------------------
+
 
 def test_tensors_become_input_ids():
     row, rows = ids(5), ids(2, 7).to(torch.int32)
@@ -112,8 +122,8 @@ def test_moments_of_padded_input_are_those_of_unpadded_input(llama):
     padded = torch.full((3, 9), 13)
     mask = torch.zeros(3, 9, dtype=torch.bool)
     for i, row in enumerate(rows):
-        padded[i, 9 - len(row):] = row
-        mask[i, 9 - len(row):] = True
+        padded[i, 9 - len(row) :] = row
+        mask[i, 9 - len(row) :] = True
 
     def moment(batches):
         state = torch.zeros(64, 64), torch.zeros((), dtype=torch.int64), torch.zeros(8, 64)
@@ -160,24 +170,28 @@ def used_up():
     return generator
 
 
-@pytest.mark.parametrize("data, message", [
-    ([], "data is empty"),
-    (used_up(), "can be used only once"),
-    (["w1"], "batch 0 of data is a string: pass tokenizer="),
-    ("w1", r"single str; .* write \[data\]"),
-    ({"input_ids": ids(1, 3)}, r"single dict; .* write \[data\]"),
-    (ids(3), "single 1-D tensor"),
-    (7, "data is int"),
-    ([ids(3), 7], "batch 1 of data is int"),
-    ([ids(3), ids(0)], r"batch 1 of data is an empty tensor, shape \[0\]"),
-    ([{"input_ids": [1, 2]}], "input_ids of batch 0 of data is list; .*return_tensors='pt'"),
-    ([{}], "empty dict"),
-    ([{"input_ids": torch.randn(1, 3)}], r"input_ids of batch 0 of data are torch.float32"),
-    ([ids(1, 2, 3)], r"int64 \[1, 2, 3\]; integers of shape \[S\] or \[B, S\]"),
-    ([{"input_ids": ids(1, 3), "attention_mask": torch.ones(1, 4)}], r"\[1, 4\], its input_ids \[1, 3\]"),
-    ([{"input_ids": ids(1, 3), "attention_mask": torch.zeros(1, 3)}], "holds a token: all are empty or masked"),
-    ([ids(3), {"input_ids": ids(3), "token_type_ids": ids(1, 3)}], "different inputs"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ([], "data is empty"),
+        (used_up(), "can be used only once"),
+        (["w1"], "batch 0 of data is a string: pass tokenizer="),
+        ("w1", r"single str; .* write \[data\]"),
+        ({"input_ids": ids(1, 3)}, r"single dict; .* write \[data\]"),
+        (ids(3), "single 1-D tensor"),
+        (7, "data is int"),
+        ([ids(3), 7], "batch 1 of data is int"),
+        ([ids(3), ids(0)], r"batch 1 of data is an empty tensor, shape \[0\]"),
+        ([{"input_ids": [1, 2]}], "input_ids of batch 0 of data is list; .*return_tensors='pt'"),
+        ([{}], "empty dict"),
+        ([{"input_ids": torch.randn(1, 3)}], r"input_ids of batch 0 of data are torch.float32"),
+        ([ids(1, 2, 3)], r"int64 \[1, 2, 3\]; integers of shape \[S\] or \[B, S\]"),
+        ([{"input_ids": ids(1, 3), "attention_mask": torch.ones(1, 4)}], r"\[1, 4\], its input_ids \[1, 3\]"),
+        ([{"input_ids": ids(1, 3), "attention_mask": torch.zeros(1, 3)}], "holds a token: all are empty or masked"),
+        ([ids(3), {"input_ids": ids(3), "token_type_ids": ids(1, 3)}], "different inputs"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_bad_data_is_named(data, message):
     with pytest.raises(DataError, match=message):
         normalize(data)
@@ -192,11 +206,14 @@ def test_only_empty_strings_is_no_data(tokenizer):
 def test_token_ids_out_of_range_are_named(bad):
     batches = normalize([ids(4), torch.tensor([1, bad])])
     check_token_ids(batches, VOCABULARY + 1 if bad > 0 else VOCABULARY) if bad > 0 else None
-    with pytest.raises(DataError, match=rf"batch 1 holds token id {bad}, .* {VOCABULARY} entries \(0 to {VOCABULARY - 1}\)"):
+    with pytest.raises(
+        DataError, match=rf"batch 1 holds token id {bad}, .* {VOCABULARY} entries \(0 to {VOCABULARY - 1}\)"
+    ):
         check_token_ids(batches, VOCABULARY)
 
 
 # -- a model's own text ----------------------------------------------------------------------------------------------
+
 
 def test_sampled_text_follows_the_seed_and_leaves_no_trace(llama, caplog):
     torch.manual_seed(5)

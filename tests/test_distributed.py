@@ -14,8 +14,7 @@ from models import plain, tokens
 
 import wush_compile as wc
 from wush_compile.calibration import loop as calibrate
-from wush_compile.calibration.ranks import Ranks, assign, join, merge_samples
-from wush_compile.calibration.ranks import Alone
+from wush_compile.calibration.ranks import Alone, Ranks, assign, join, merge_samples
 from wush_compile.errors import NonFiniteError, WushError
 from wush_compile.solver.solution import solve_cost
 
@@ -49,8 +48,9 @@ class Watch:
         def reduced(team, seen, costs):
             original(team, seen, costs)
             for i, observation in seen.items():
-                if observation.moment is not None and i < 4:                # a Llama layer has four groups
+                if observation.moment is not None and i < 4:  # a Llama layer has four groups
                     self.moments[i] = observation.moment.clone()
+
         return reduced
 
 
@@ -60,6 +60,7 @@ def broken(*args):
 
 def errors(rank: int, monkeypatch) -> list[str]:
     """What each process says of data that cannot be dealt out, and of failures of the second one alone."""
+
     def attempt(work, *arguments, **settings) -> str:
         with pytest.raises(WushError) as caught:
             work(*arguments, **settings)
@@ -67,8 +68,10 @@ def errors(rank: int, monkeypatch) -> list[str]:
 
     different = data()
     different[0][0, 0] += rank
-    said = [attempt(join(torch.device("cpu")).share, [{"input_ids": b} for b in batches])
-            for batches in (different, [data()[0][:1]])]
+    said = [
+        attempt(join(torch.device("cpu")).share, [{"input_ids": b} for b in batches])
+        for batches in (different, [data()[0][:1]])
+    ]
     for owner, name in ((calibrate.Calibration, "_check_finite"), (calibrate, "solve_group")):
         with monkeypatch.context() as patch:
             if rank == 1:
@@ -108,8 +111,13 @@ def launch(mode: str, out: Path, size: int = 2) -> list[tuple[int, str]]:
     processes = []
     for rank in range(size):
         env = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
             "CUDA_VISIBLE_DEVICES": "",
         }
         processes.append(subprocess.Popen([sys.executable, "-c", command], env=env, stderr=subprocess.PIPE, text=True))
@@ -132,8 +140,10 @@ def finished(mode: str, out: Path) -> tuple[list[dict], list[dict]]:
     """What each of two processes reports, and its tensors."""
     for status, error in launch(mode, out):
         assert status == 0, error[-3000:]
-    return ([json.loads((out / f"{rank}.json").read_text()) for rank in range(2)],
-            [torch.load(out / f"{rank}.pt") for rank in range(2)])
+    return (
+        [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)],
+        [torch.load(out / f"{rank}.pt") for rank in range(2)],
+    )
 
 
 def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -164,7 +174,7 @@ def test_two_processes_are_one(two, monkeypatch):
     assert forwarded[0] == forwarded[1]
 
     first, second = (r["moments"] for r in results)
-    assert first and second and not set(first) & set(second)               # each group's moments are on one rank
+    assert first and second and not set(first) & set(second)  # each group's moments are on one rank
     for i, moment in (first | second).items():
         assert (moment - watch.moments[i]).norm() <= 1e-5 * watch.moments[i].norm()
 
@@ -182,7 +192,7 @@ def test_a_death_ends_the_others_and_the_journal_goes_on(two, tmp_path):
     assert killed == -signal.SIGKILL and status == 1
     assert "WushError: rank 0 lost another process" in error and "start the same command again" in error
     kept = sorted(path.name for path in (tmp_path / "checkpoint" / ".wush").glob("stage-*.json"))
-    assert kept == ["stage-00000.json", "stage-00001.json"]                # the embedding and the first layer
+    assert kept == ["stage-00000.json", "stage-00001.json"]  # the embedding and the first layer
     before = [(tmp_path / "checkpoint" / ".wush" / name).read_bytes() for name in kept]
 
     _, results = finished("resume", tmp_path)
@@ -195,12 +205,13 @@ def test_a_death_ends_the_others_and_the_journal_goes_on(two, tmp_path):
 
 # -- parts -----------------------------------------------------------------------------------------------------------
 
+
 def rows(first: int, count: int, capacity: int = 28) -> torch.Tensor:
     """A sample of `count` rows numbered from `first`: 28 uniform slots, 4 of the largest."""
     sample = torch.zeros(capacity + 4, 2)
     filled = min(count, capacity)
     sample[:filled, 0] = torch.arange(first, first + filled) + 1.0
-    sample[capacity:, 0] = torch.tensor([1e3, 2e3, 3e3, 4e3])[: 4] + first
+    sample[capacity:, 0] = torch.tensor([1e3, 2e3, 3e3, 4e3])[:4] + first
     return sample
 
 
@@ -209,7 +220,7 @@ def test_merged_samples(counts):
     samples = [rows(100 * r, c) for r, c in enumerate(counts)]
     merged = merge_samples(samples, list(counts))
     uniform = merged[:28, 0][merged[:28, 0] != 0].tolist()
-    assert len(uniform) == len(set(uniform)) == min(28, sum(counts))        # no row twice, no slot wasted
+    assert len(uniform) == len(set(uniform)) == min(28, sum(counts))  # no row twice, no slot wasted
     own = [sum(100 * r < u <= 100 * r + 100 for u in uniform) for r in range(len(counts))]
     for count, share in zip(counts, own, strict=True):
         assert share == count or abs(share - 28 * count / sum(counts)) < 1

@@ -8,8 +8,8 @@ from models import VOCABULARY, plain, tokens
 from torch import nn
 
 from wush_compile import WushConfig
-from wush_compile.evaluation import language as evaluate
 from wush_compile.errors import ConfigError, DataError
+from wush_compile.evaluation import language as evaluate
 
 
 class Bigram(nn.Module):
@@ -64,8 +64,10 @@ def test_chunks_of_positions_change_nothing_but_memory(monkeypatch):
     reference, model, ids = Bigram(0).eval(), Bigram(1).eval(), text(40)
     whole = evaluate.compare(reference, model, ids, 20, progress=False)
     monkeypatch.setattr(evaluate, "CHUNK_ELEMENTS", 7 * VOCABULARY)
-    check(evaluate.compare(reference, model, ids, 20, progress=False),
-          (whole.kl, whole.top1, whole.perplexity, whole.reference_perplexity))
+    check(
+        evaluate.compare(reference, model, ids, 20, progress=False),
+        (whole.kl, whole.top1, whole.perplexity, whole.reference_perplexity),
+    )
 
 
 def test_a_transformers_model_in_bf16():
@@ -83,7 +85,8 @@ def test_a_short_text_is_one_window_and_a_rest_is_left_out():
     assert evaluate.compare(model, model, text(5), 2048, progress=False).predictions == 4
     assert evaluate.compare(model, model, text(19), 8, progress=False).predictions == 14
     assert evaluate.perplexity(model, text(19), 8, progress=False) == evaluate.perplexity(
-        model, text(19)[:16].tolist(), 8, progress=False)
+        model, text(19)[:16].tolist(), 8, progress=False
+    )
 
 
 def test_impossible_tokens_cost_nothing_where_the_reference_excludes_them_too():
@@ -103,15 +106,18 @@ def test_models_keep_their_modes_and_are_measured_without_dropout():
     assert model.dropout.training and not model.training
 
 
-@pytest.mark.parametrize("ids, window, message", [
-    (torch.tensor([3]), 8, "holds 1 tokens; at least 2"),
-    (torch.tensor([], dtype=torch.int64), 8, "holds 0 tokens"),
-    (text(8), 1, "window is 1"),
-    (torch.randn(8), 8, r"float32 \[8\]; integers of shape \[T\]"),
-    (tokens(2, 8), 8, r"int64 \[2, 8\]"),
-    (torch.tensor([1, VOCABULARY, 2]), 8, f"token_ids holds token id {VOCABULARY}, but the model's vocabulary has"),
-    (torch.tensor([1, -5]), 8, "token id -5"),
-])
+@pytest.mark.parametrize(
+    "ids, window, message",
+    [
+        (torch.tensor([3]), 8, "holds 1 tokens; at least 2"),
+        (torch.tensor([], dtype=torch.int64), 8, "holds 0 tokens"),
+        (text(8), 1, "window is 1"),
+        (torch.randn(8), 8, r"float32 \[8\]; integers of shape \[T\]"),
+        (tokens(2, 8), 8, r"int64 \[2, 8\]"),
+        (torch.tensor([1, VOCABULARY, 2]), 8, f"token_ids holds token id {VOCABULARY}, but the model's vocabulary has"),
+        (torch.tensor([1, -5]), 8, "token id -5"),
+    ],
+)
 def test_bad_tokens_are_named(ids, window, message):
     with pytest.raises(DataError, match=message):
         evaluate.perplexity(plain("llama"), ids, window, progress=False)
@@ -160,8 +166,9 @@ def test_layer_loss_ignores_masked_positions():
     mask = torch.cat((torch.ones(2, 24), torch.zeros(2, 5)), dim=1)
     config = {"one": WushConfig(solver="rtn")}
     apart = [ids[:1], ids[1:]]
-    assert evaluate.compare_layers(model, [{"input_ids": padded, "attention_mask": mask}], LAYERS, config, progress=False) == (
-        evaluate.compare_layers(model, apart, LAYERS, config, progress=False))
+    assert evaluate.compare_layers(
+        model, [{"input_ids": padded, "attention_mask": mask}], LAYERS, config, progress=False
+    ) == (evaluate.compare_layers(model, apart, LAYERS, config, progress=False))
 
 
 def test_layer_loss_counts_no_position_of_a_mask_with_holes():
@@ -175,7 +182,9 @@ def test_layer_loss_counts_no_position_of_a_mask_with_holes():
 def test_layer_loss_of_any_module():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32))
-    result = evaluate.compare_layers(model, [torch.randn(100, 64)], ["0", "2"], [WushConfig(format="nvfp4")], progress=False)
+    result = evaluate.compare_layers(
+        model, [torch.randn(100, 64)], ["0", "2"], [WushConfig(format="nvfp4")], progress=False
+    )
     assert all(0 < row["wush"] < 0.1 for row in result.relative.values())
 
 
@@ -193,5 +202,7 @@ def test_bad_columns_and_layers_are_named():
 def test_a_gpu_measures_what_a_cpu_measures():
     reference, model, ids = Bigram(0).eval(), Bigram(1).eval(), text(400)
     expected = evaluate.compare(reference, model, ids, 16, progress=False)
-    check(evaluate.compare(reference.cuda(), model.cuda(), ids, 16, progress=False),
-          (expected.kl, expected.top1, expected.perplexity, expected.reference_perplexity))
+    check(
+        evaluate.compare(reference.cuda(), model.cuda(), ids, 16, progress=False),
+        (expected.kl, expected.top1, expected.perplexity, expected.reference_perplexity),
+    )

@@ -9,10 +9,13 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("name, says", [
-    ("quantize_llm.py", "the loaded model generates the same tokens"),
-    ("quantize_any_module.py", "GPTQ WUSH: relative error of the output"),
-])
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("quantize_llm.py", "the loaded model generates the same tokens"),
+        ("quantize_any_module.py", "GPTQ WUSH: relative error of the output"),
+    ],
+)
 def test_example_runs(name, says):
     result = subprocess.run([sys.executable, EXAMPLES / name], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

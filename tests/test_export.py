@@ -98,8 +98,13 @@ def test_fuse_leaves_an_unquantized_program_alone():
 def make_package(folder: Path, *arguments: str) -> tuple[Path, str]:
     """What `examples/export_aoti.py` writes: (path, its output)."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
-    done = subprocess.run([sys.executable, EXAMPLES / "export_aoti.py", folder / "model.pt2", *arguments],
-                          env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "export_aoti.py", folder / "model.pt2", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr
     return folder / "model.pt2", done.stdout
 
@@ -119,8 +124,9 @@ IDS = ["12", "7", "42", "3", "3"]
 
 def run_only_torch(path: Path, device: str) -> list[str]:
     """The most likely tokens, from a process that imports only torch."""
-    python = subprocess.run([sys.executable, "-c", ONLY_TORCH, path, device, *IDS], capture_output=True, text=True,
-                            cwd=path.parent)
+    python = subprocess.run(
+        [sys.executable, "-c", ONLY_TORCH, path, device, *IDS], capture_output=True, text=True, cwd=path.parent
+    )
     assert python.returncode == 0, python.stderr
     return python.stdout.split()
 
@@ -139,14 +145,17 @@ def test_a_package_runs_in_a_process_that_imports_only_torch_and_in_cpp(tmp_path
     if shutil.which("cmake") is None or shutil.which("g++") is None:
         pytest.skip("needs cmake and g++")
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    for command in (["cmake", "-S", EXAMPLES / "export_aoti", "-B", tmp_path / "build", prefix],
-                    ["cmake", "--build", tmp_path / "build"]):
+    for command in (
+        ["cmake", "-S", EXAMPLES / "export_aoti", "-B", tmp_path / "build", prefix],
+        ["cmake", "--build", tmp_path / "build"],
+    ):
         built = subprocess.run(command, capture_output=True, text=True)
         assert built.returncode == 0, built.stdout + built.stderr
     assert run_cpp(tmp_path / "build" / "host", path) == python
 
 
 # -- GPU -------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("format, rule", [("mxfp4", "mse"), ("nvfp4", "mse")])
@@ -164,7 +173,7 @@ def test_gpu_packages_hold_triton_kernels_for_every_number_of_rows(format, rule,
         for n in (1, 16, 64, 128, 3, 5, 100, 300):
             x = pair_rows(n).cuda()
             expected, actual = model(x), packaged(x)
-            if n in (1, 16, 64):                             # where the band's kernel is the one that eager chooses
+            if n in (1, 16, 64):  # where the band's kernel is the one that eager chooses
                 assert torch.equal(actual, expected), n
             difference = (actual - expected).float().norm() / expected.float().norm()
             assert difference < 0.01, (n, difference)
@@ -174,7 +183,7 @@ def test_gpu_packages_hold_triton_kernels_for_every_number_of_rows(format, rule,
 @pytest.mark.gpu
 def test_a_gpu_package_runs_in_a_process_that_imports_only_torch_and_in_cpp(shared_libstdcxx, tmp_path):
     path, printed = make_package(tmp_path, "cuda")
-    assert float(printed.split()[-1]) < 0.05, printed        # Inductor's norm and activation may flip a code
+    assert float(printed.split()[-1]) < 0.05, printed  # Inductor's norm and activation may flip a code
     python = run_only_torch(path, "cuda")
     assert len(python) == len(IDS)
     from torch.utils import cpp_extension

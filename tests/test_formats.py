@@ -16,10 +16,18 @@ from wush_compile import formats
 from wush_compile.errors import ConfigError
 from wush_compile.formats import FORMATS
 
-GLOBALS = {("mxfp4", "paper"): (3.0,), ("nvfp4", "paper"): (10.0,), ("nvfp4", "absmax"): (None, 0.37, 2.0**9),
-           ("nvfp4", "mse"): (None, 0.37, 2.0**9)}
-CASES = [(name, rule, g) for name, fmt in FORMATS.items() for rule in fmt.scale_rules
-         for g in GLOBALS.get((name, rule), (None,))]
+GLOBALS = {
+    ("mxfp4", "paper"): (3.0,),
+    ("nvfp4", "paper"): (10.0,),
+    ("nvfp4", "absmax"): (None, 0.37, 2.0**9),
+    ("nvfp4", "mse"): (None, 0.37, 2.0**9),
+}
+CASES = [
+    (name, rule, g)
+    for name, fmt in FORMATS.items()
+    for rule in fmt.scale_rules
+    for g in GLOBALS.get((name, rule), (None,))
+]
 all_cases = pytest.mark.parametrize("format, rule, g", CASES)
 all_formats = pytest.mark.parametrize("format", FORMATS)
 FP4 = pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
@@ -65,6 +73,7 @@ def check(x, format, rule, g=None):
 
 # -- exhaustive ------------------------------------------------------------------------------------------------------
 
+
 @all_cases
 def test_every_bf16_value_as_an_element(format, rule, g):
     """Next to neighbours of its own size, next to anything, and below six fixed maxima that set the group's scale."""
@@ -82,8 +91,9 @@ def test_every_bf16_value_as_e2m1():
     x = all_bf16()
     codes = formats.e2m1_encode(torch.from_numpy(x))
     np.testing.assert_array_equal(codes.numpy(), oracle.e2m1_encode(x))
-    np.testing.assert_array_equal(bits_of(formats.e2m1_round(torch.from_numpy(x)).numpy()),
-                                  bits_of(oracle.e2m1_decode(codes.numpy())))
+    np.testing.assert_array_equal(
+        bits_of(formats.e2m1_round(torch.from_numpy(x)).numpy()), bits_of(oracle.e2m1_decode(codes.numpy()))
+    )
 
 
 def test_every_e8m0_byte_decodes():
@@ -102,8 +112,15 @@ def test_e4m3_encode_is_nearest_even_and_torchs_in_range():
     """All bf16 in [0, 448], every middle of two neighbours, and the fp32 values next to those."""
     middle = ((oracle.E4M3[1:] + oracle.E4M3[:-1]) / 2).astype(np.float32)
     x = all_bf16()
-    x = np.concatenate((x[(x >= 0) & (x <= 448) & ~np.signbit(x)], middle,
-                        np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(999)), oracle.E4M3))
+    x = np.concatenate(
+        (
+            x[(x >= 0) & (x <= 448) & ~np.signbit(x)],
+            middle,
+            np.nextafter(middle, np.float32(0)),
+            np.nextafter(middle, np.float32(999)),
+            oracle.E4M3,
+        )
+    )
     x = x.astype(np.float32)
     bytes_ = formats.e4m3_encode(torch.from_numpy(x))
     np.testing.assert_array_equal(bytes_.numpy(), oracle.e4m3_encode(x))
@@ -127,16 +144,20 @@ def test_pack_and_unpack_every_byte():
     packed = torch.arange(256, dtype=torch.uint8).reshape(4, 64)
     codes = formats.unpack(packed)
     assert codes.shape == (4, 128) and torch.equal(formats.pack(codes), packed)
-    assert codes[0, :4].tolist() == [0, 0, 1, 0] and codes[1, 4:6].tolist() == [2, 4]   # byte 0x42: low nibble first
+    assert codes[0, :4].tolist() == [0, 0, 1, 0] and codes[1, 4:6].tolist() == [2, 4]  # byte 0x42: low nibble first
 
 
 # -- ties, zeros, extremes -------------------------------------------------------------------------------------------
 
+
 def test_e2m1_ties_go_to_the_even_code_and_their_neighbours_do_not():
     ties = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)
     even = np.array([0, 2, 2, 4, 4, 6, 6], np.uint8)
-    for x, codes in ((ties, even), (np.nextafter(ties, np.float32(0)), np.arange(7)),
-                     (np.nextafter(ties, np.float32(9)), np.arange(1, 8))):
+    for x, codes in (
+        (ties, even),
+        (np.nextafter(ties, np.float32(0)), np.arange(7)),
+        (np.nextafter(ties, np.float32(9)), np.arange(1, 8)),
+    ):
         assert formats.e2m1_encode(torch.from_numpy(x)).tolist() == codes.tolist()
         assert formats.e2m1_encode(torch.from_numpy(-x)).tolist() == (codes + 8).tolist()
 
@@ -202,7 +223,7 @@ def test_zero_groups_decode_to_exact_zeros(format, rule, g):
     x[2, ::2] = -0.0
     codes, _, decoded = check(x, format, rule, g)
     assert not decoded.any()
-    if format != "int4":                                                 # −0 keeps its sign, in the code and beyond
+    if format != "int4":  # −0 keeps its sign, in the code and beyond
         assert codes.tolist() == [0] * (size // 2) + [0x88] * (size // 2) + [0x08] * (size // 2)
         np.testing.assert_array_equal(np.signbit(decoded), np.signbit(x))
 
@@ -232,7 +253,7 @@ def test_subnormal_and_huge_values(format, rule, g):
 def test_a_group_with_nan_or_inf_is_marked_and_alone(value, format, rule, g):
     size, rng = oracle.GROUP[format], np.random.default_rng(3)
     clean = rng.standard_normal((size, size)).astype(np.float32)
-    x = np.repeat(clean, 2, axis=0)                                      # every second group has one bad element
+    x = np.repeat(clean, 2, axis=0)  # every second group has one bad element
     x[1::2][np.arange(size), np.arange(size)] = value
     codes, scales, decoded = check(x, format, rule, g)
     codes = codes.view(2 * size, -1)
@@ -252,6 +273,7 @@ def test_marked_groups_decode_to_nan_whatever_their_codes(format):
 
 
 # -- hypothesis ------------------------------------------------------------------------------------------------------
+
 
 @st.composite
 def wide_groups(draw, size):
@@ -283,6 +305,7 @@ def test_round_is_decode_of_encode(x):
 
 
 # -- scale rules -----------------------------------------------------------------------------------------------------
+
 
 def total_error(x, scales, format, g):
     """Σ(x − dequantized)² in float64: what `mse` means, without its order of fp32 sums."""
@@ -321,7 +344,7 @@ def test_mse_is_the_candidate_of_least_error(format, g):
 def test_mse_takes_the_first_candidate_on_a_tie():
     """What several scales hold exactly keeps the absmax scale."""
     x = torch.zeros(4, 32)
-    x[1:, 0] = torch.tensor([4.0, 2.0, 1.0])                             # exact at absmax, and at the next larger scale
+    x[1:, 0] = torch.tensor([4.0, 2.0, 1.0])  # exact at absmax, and at the next larger scale
     x[3, 1:] = -0.5
     assert torch.equal(formats.compute_scales(x, "mxfp4", "mse"), formats.compute_scales(x, "mxfp4", "absmax"))
     # 6·2^-9 and 4·2^-9 are exact with byte 1, and a·1.5 rounds to another byte that is exact, too.
@@ -348,6 +371,7 @@ def test_mxfp4_paper_is_absmax_of_three_times_x():
 
 
 # -- idempotence -----------------------------------------------------------------------------------------------------
+
 
 def random_groups(size):
     torch.manual_seed(6)
@@ -380,6 +404,7 @@ def test_quantizing_nvfp4_absmax_again_changes_nothing(g):
 
 # -- the interface ---------------------------------------------------------------------------------------------------
 
+
 @all_formats
 def test_shapes_and_dtypes(format):
     size = oracle.GROUP[format]
@@ -389,7 +414,7 @@ def test_shapes_and_dtypes(format):
             codes, scales = formats.quantize(x, format, "absmax")
             assert codes.shape == (*lead, 3 * size // 2) and scales.shape == (*lead, 3)
             assert scales.dtype == formats.get_format(format).scale_dtype
-            wide = formats.quantize(x.float(), format, "absmax")         # bf16 and fp16 count as their fp32 values
+            wide = formats.quantize(x.float(), format, "absmax")  # bf16 and fp16 count as their fp32 values
             assert torch.equal(codes, wide[0]) and torch.equal(scales, wide[1])
             decoded = formats.dequantize(codes, scales, format)
             assert decoded.shape == x.shape and decoded.dtype == torch.float32
@@ -401,6 +426,7 @@ def test_unknown_format_names_the_nearest():
 
 
 # -- compilation -----------------------------------------------------------------------------------------------------
+
 
 def hard_groups(size):
     """Ties, zeros of both signs, subnormals, extremes, NaN, Inf, and normal values: every branch of the quantizers."""

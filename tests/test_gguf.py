@@ -11,9 +11,9 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from wush_compile.checkpoint.gguf import _correct_special_tokens, load_gguf, read_metadata
 from wush_compile.demo import smollm2
 from wush_compile.errors import CheckpointError
-from wush_compile.checkpoint.gguf import _correct_special_tokens, load_gguf, read_metadata
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HIDDEN, HEADS, KV_HEADS, MIDDLE = 64, 4, 2, 96
@@ -61,9 +61,15 @@ def write_gguf(path: Path, pre: str = "smollm", arch: str = "llama") -> Path:
     for norm in ("attn_norm", "ffn_norm"):
         add(f"blk.0.{norm}", HIDDEN)
     kv = HIDDEN // HEADS * KV_HEADS
-    for name, shape in {"attn_q": (HIDDEN, HIDDEN), "attn_k": (kv, HIDDEN), "attn_v": (kv, HIDDEN),
-                        "attn_output": (HIDDEN, HIDDEN), "ffn_gate": (MIDDLE, HIDDEN), "ffn_up": (MIDDLE, HIDDEN),
-                        "ffn_down": (HIDDEN, MIDDLE)}.items():
+    for name, shape in {
+        "attn_q": (HIDDEN, HIDDEN),
+        "attn_k": (kv, HIDDEN),
+        "attn_v": (kv, HIDDEN),
+        "attn_output": (HIDDEN, HIDDEN),
+        "ffn_gate": (MIDDLE, HIDDEN),
+        "ffn_up": (MIDDLE, HIDDEN),
+        "ffn_down": (HIDDEN, MIDDLE),
+    }.items():
         add(f"blk.0.{name}", *shape)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -94,7 +100,11 @@ def test_digits_are_tokens_of_their_own(loaded, tmp_path):
 def test_special_tokens_are_the_metadatas(loaded):
     model, tokenizer = loaded
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token) == (
-        "<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+    )
     for settings in (model.config, model.generation_config, tokenizer):
         assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (1, 2, 2)
 
@@ -153,6 +163,7 @@ def test_a_missing_package_names_the_remedy(file, monkeypatch):
 
 
 # -- SmolLM2 ---------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path) -> Path:

@@ -15,30 +15,45 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import wush_compile as wc
 from wush_compile.checkpoint import hf
+from wush_compile.checkpoint.record import ATTRIBUTE
 from wush_compile.errors import CheckpointError
 from wush_compile.modules import WushLinear, named_groups
-from wush_compile.checkpoint.record import ATTRIBUTE
 
 IDS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 def llama(layers: int = 2):
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=97, tie_word_embeddings=True,
-    ))
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=97,
+            tie_word_embeddings=True,
+        )
+    )
 
 
-def qwen2():                                               # q, k, v have biases, o has none
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1,
-        vocab_size=97, tie_word_embeddings=False,
-    ))
+def qwen2():  # q, k, v have biases, o has none
+    return transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            vocab_size=97,
+            tie_word_embeddings=False,
+        )
+    )
 
 
-def gpt2():                                                # Conv1D: weights are [K, N]
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=97,
-                                                                bos_token_id=1, eos_token_id=2))
+def gpt2():  # Conv1D: weights are [K, N]
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=97, bos_token_id=1, eos_token_id=2)
+    )
 
 
 def bert():
@@ -50,8 +65,9 @@ def classifier():
 
 
 def _bert():
-    return transformers.BertConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
-                                   vocab_size=97)
+    return transformers.BertConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, vocab_size=97
+    )
 
 
 MODELS = {
@@ -91,6 +107,7 @@ def outputs(model, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 # -- what comes back -------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", MODELS)
 def test_reload_is_exact_and_saves_the_same_bytes(models, tmp_path, name):
     model, auto = models(name), MODELS[name][1]
@@ -124,9 +141,12 @@ def test_names_on_disk(models, tmp_path):
         *(f"{m}.{t}" for m in linears for t in ("weight_packed", "weight_scale")),
         *(f"{attention}.{n}_proj.bias" for n in "qkv"),
         *(f"{m}.input_transform" for m in (linears[0], linears[3], linears[4])),
-        f"{mlp}.down_proj.input_transform",                # 96 is no multiple of 64: blocks of 32
-        f"{layer}.input_layernorm.weight", f"{layer}.post_attention_layernorm.weight",
-        "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight",
+        f"{mlp}.down_proj.input_transform",  # 96 is no multiple of 64: blocks of 32
+        f"{layer}.input_layernorm.weight",
+        f"{layer}.post_attention_layernorm.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
     }
     settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert set(settings) == {"quant_method", "format_version", "config", "groups", "ignored"}
@@ -195,7 +215,7 @@ def test_shards(models, tmp_path):
     assert same_tensors(model, loaded) and torch.equal(outputs(model), outputs(loaded))
     loaded.save_pretrained(tmp_path / "b", max_shard_size="3KB")
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    wc.save(loaded, tmp_path / "a")                        # shards of the old save do not stay
+    wc.save(loaded, tmp_path / "a")  # shards of the old save do not stay
     assert sorted(os.listdir(tmp_path / "a")) == ["config.json", "generation_config.json", "model.safetensors"]
     assert same_tensors(model, wc.load(tmp_path / "a"))
     (tmp_path / "b" / shards[0]).unlink()
@@ -237,13 +257,15 @@ def test_tokenizer(models, tmp_path):
     from tokenizers.models import WordLevel
 
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")), unk_token="?")
+        tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")), unk_token="?"
+    )
     wc.save(models("llama"), tmp_path / "a", tokenizer=tokenizer)
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
 # -- devices ---------------------------------------------------------------------------------------------------------
+
 
 def test_device_map_cpu(saved, tmp_path):
     model, directory = saved
@@ -255,10 +277,17 @@ def test_device_map_cpu(saved, tmp_path):
 
 def test_device_map_disk(saved, tmp_path):
     model, directory = saved
-    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu",
-                  "model.layers.0": "cpu", "model.layers.1": "disk"}
-    loaded = AutoModelForCausalLM.from_pretrained(directory, device_map=device_map, offload_folder=tmp_path / "o",
-                                                  offload_buffers=True)
+    device_map = {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.norm": "cpu",
+        "lm_head": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(
+        directory, device_map=device_map, offload_folder=tmp_path / "o", offload_buffers=True
+    )
     assert loaded.model.layers[1].mlp.gate_proj.group.weight_packed.is_meta
     assert torch.equal(outputs(model), outputs(loaded))
     with pytest.warns(UserWarning, match="offloaded"):
@@ -279,6 +308,7 @@ def test_accelerate_offload(models, tmp_path, offload):
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
+
 
 def truncate(directory):
     with open(directory / "model.safetensors", "r+b") as file:

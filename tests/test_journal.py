@@ -14,7 +14,8 @@ from helpers import files, same_tensors
 from torch import nn
 
 import wush_compile as wc
-from wush_compile.calibration import loop as calibrate, journal
+from wush_compile.calibration import journal
+from wush_compile.calibration import loop as calibrate
 from wush_compile.calibration.journal import Journal
 from wush_compile.errors import CheckpointError, ConfigError, NonFiniteError
 
@@ -78,6 +79,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def failing(monkeypatch):
     """Makes the n-th call of a function fail once: failing(module, name, n, error)."""
+
     def install(module, name, n, error):
         real, calls = getattr(module, name), []
 
@@ -172,14 +174,21 @@ KILLED = """
 
 def test_killed_at_random_moments_the_result_is_that_of_an_uninterrupted_run(whole, tmp_path):
     script = textwrap.dedent(KILLED.format(tests=str(Path(__file__).parent)))
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          check=True, timeout=300, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
     assert int(done.stdout) >= 20
     for name in ("0", "1", "2", "3", "timed", "counted"):
         assert files(tmp_path / name) == files(whole[0]), name
 
 
 # -- going on --------------------------------------------------------------------------------------------------------
+
 
 def test_an_interrupted_run_goes_on_and_does_not_load_before(whole, tmp_path, failing):
     calls, model = failing(calibrate, "solve", 6, KeyboardInterrupt()), net()
@@ -190,7 +199,7 @@ def test_an_interrupted_run_goes_on_and_does_not_load_before(whole, tmp_path, fa
         wc.load(tmp_path, model=net())
     calls.clear()
     quantize(model, tmp_path)
-    assert len(calls) == 9 - 4                             # two of four layers were finished, of two groups each
+    assert len(calls) == 9 - 4  # two of four layers were finished, of two groups each
     assert same_tensors(model, whole[1]) and files(tmp_path) == files(whole[0])
     assert model.wush_quantization.report == whole[1].wush_quantization.report
     assert same_tensors(wc.load(tmp_path, model=net()), model)
@@ -215,13 +224,16 @@ def test_a_damaged_shard_is_done_again(whole, tmp_path, failing):
     assert files(tmp_path) == files(whole[0])
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(solver="rtn"), "solver 'gptq', not 'rtn'"),
-    (dict(data=DATA[:2]), "other data"),
-    (dict(model=Words), "other (data|model)"),
-    (dict(weight=1), "other model"),
-    (dict(batch_size=2), "batch size as given, not 2"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(solver="rtn"), "solver 'gptq', not 'rtn'"),
+        (dict(data=DATA[:2]), "other data"),
+        (dict(model=Words), "other (data|model)"),
+        (dict(weight=1), "other model"),
+        (dict(batch_size=2), "batch size as given, not 2"),
+    ],
+)
 def test_other_settings_data_or_weights_are_refused(whole, change, message):
     change, before = dict(change), files(whole[0])
     model = net(change.pop("model", Net))
@@ -250,7 +262,7 @@ def test_a_saved_checkpoint_is_replaced(whole, tmp_path):
     wc.save(wc.quantize(net(), DATA, solver="rtn", progress=False), tmp_path)
     quantize(net(), tmp_path)
     assert files(tmp_path) == files(whole[0])
-    wc.save(whole[1], tmp_path)                            # and a save takes the journal of what it replaces with it
+    wc.save(whole[1], tmp_path)  # and a save takes the journal of what it replaces with it
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -271,6 +283,7 @@ def test_sampled_text_is_kept(tmp_path):
 
 # -- memory ----------------------------------------------------------------------------------------------------------
 
+
 def test_out_of_memory_halves_the_micro_batch_and_a_resumed_run_takes_that(tmp_path, failing):
     one, two = tmp_path / "one", tmp_path / "two"
     plain = wc.quantize(net(Words), IDS, progress=False, batch_size=4)
@@ -278,7 +291,8 @@ def test_out_of_memory_halves_the_micro_batch_and_a_resumed_run_takes_that(tmp_p
     model = quantize(net(Words), one, IDS)
     manifest = json.loads((one / ".wush" / "manifest.json").read_text())
     assert manifest["micro_batch"] == 2 and manifest["events"] == [
-        {"stage": "net.layers.1", "micro_batch": 2, "reason": "out of memory"}]
+        {"stage": "net.layers.1", "micro_batch": 2, "reason": "out of memory"}
+    ]
     assert not same_tensors(model, plain)
     failing(calibrate, "functional_call", 14, torch.OutOfMemoryError("simulated"))
     calls = failing(calibrate, "solve", 6, KeyboardInterrupt())
@@ -301,6 +315,7 @@ def test_a_single_sequence_that_does_not_fit_is_an_error(monkeypatch):
 
 
 # -- failures --------------------------------------------------------------------------------------------------------
+
 
 def test_a_full_disk_is_our_error_and_the_run_goes_on(whole, tmp_path, failing):
     model = net()

@@ -15,5 +15,5 @@ def test_swizzled_scales(rows, groups):
     r, c = torch.arange(rows)[:, None], torch.arange(groups)
     offset = (r // 128 * wide + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4
     assert torch.equal(flat[offset], scales)
-    assert flat.count_nonzero() == scales.numel()                     # what is not a scale is zero
+    assert flat.count_nonzero() == scales.numel()  # what is not a scale is zero
     assert torch.equal(layouts.unswizzle_scales(swizzled, rows, groups), scales)

@@ -10,16 +10,17 @@ from test_passes import Norm, Quantizer, x_like
 from torch import nn
 
 from wush_compile import formats
+from wush_compile.graphs.printing import count_ops, print_graph
 from wush_compile.kernels import dispatch as kernels
 from wush_compile.passes import pipeline as passes
 from wush_compile.passes.pattern import op_name, value
-from wush_compile.graphs.printing import count_ops, print_graph
 
 wush = torch.ops.wush
 
 
 def on_gpu(program: torch.export.ExportedProgram) -> torch.fx.Graph:
     """The program's graph as it would be had the model been on a GPU: only what was recorded of each node changes."""
+
     def move(fake):
         if not isinstance(fake, torch.Tensor):
             return fake
@@ -42,12 +43,16 @@ class Gate(nn.Module):
         return nn.functional.silu(gate) * up
 
 
-FUSED = {"rms_norm_transform_quantize": (Norm("rounded", torch.bfloat16), (x_like(5, 64),)),
-         "silu_mul_transform_quantize": (Gate(), (x_like(5, 64), x_like(5, 64, seed=1)))}
+FUSED = {
+    "rms_norm_transform_quantize": (Norm("rounded", torch.bfloat16), (x_like(5, 64),)),
+    "silu_mul_transform_quantize": (Gate(), (x_like(5, 64), x_like(5, 64, seed=1))),
+}
 
 
 @pytest.mark.parametrize("fused", FUSED)
-@pytest.mark.parametrize("kernels_for, apart", [("quantizer", True), ("both", False), ("none", False), ("refused", True)])
+@pytest.mark.parametrize(
+    "kernels_for, apart", [("quantizer", True), ("both", False), ("none", False), ("refused", True)]
+)
 def test_lower_takes_apart_what_a_gpu_has_only_the_quantizer_for(fused, kernels_for, apart, monkeypatch):
     prologue, inputs = FUSED[fused]
 
@@ -59,6 +64,7 @@ def test_lower_takes_apart_what_a_gpu_has_only_the_quantizer_for(fused, kernels_
         def refuses(*args):
             assert len(args) == arguments and args[-2:] == ("mxfp4", "absmax")
             return reason
+
         return [("triton", kernels.Implementation(None, refuses))]
 
     arguments = len(getattr(wush, fused).default._schema.arguments)
@@ -67,8 +73,10 @@ def test_lower_takes_apart_what_a_gpu_has_only_the_quantizer_for(fused, kernels_
         table[fused] = implementation(arguments, "too wide" if kernels_for == "refused" else None)
     monkeypatch.setattr(kernels, "resolve", lambda device: table)
     with torch.no_grad():
-        program = torch.export.export(Forward(prologue), inputs, dynamic_shapes=({0: torch.export.Dim.AUTO},) * len(inputs))
-    passes.run(program.graph, passes.EXECUTION)              # on a CPU every op stays
+        program = torch.export.export(
+            Forward(prologue), inputs, dynamic_shapes=({0: torch.export.Dim.AUTO},) * len(inputs)
+        )
+    passes.run(program.graph, passes.EXECUTION)  # on a CPU every op stays
     assert count_ops(program.graph) == {fused: 1}
     graph = on_gpu(program)
     assert passes.lower(graph) == apart
@@ -145,7 +153,10 @@ def test_packages_for_a_gpu_leave_out_what_the_shapes_rule_out(hopper):
         program = torch.export.export(Product("mxfp4"), (x_like(5, 256),))
     graph = on_gpu(program)
     passes.run(graph, passes.PACKAGING)
-    assert [name for name, _ in launches(graph) if "expand" not in name] == ["transform_quantize_kernel", "fused_gemm_kernel"]
+    assert [name for name, _ in launches(graph) if "expand" not in name] == [
+        "transform_quantize_kernel",
+        "fused_gemm_kernel",
+    ]
 
 
 def test_equal_constants_of_a_package_are_made_once(hopper):
@@ -197,7 +208,7 @@ def test_the_text_that_inductor_makes_of_the_kernels_is_python(format, hopper):
 
 def test_packaged_launches_read_the_same_every_time(hopper):
     texts = []
-    for _ in range(2):                                       # kernels and symbols are numbered on
+    for _ in range(2):  # kernels and symbols are numbered on
         graph = on_gpu(exported(Product("mxfp4"), x_like(5, 256)))
         passes.run(graph, passes.PACKAGING)
         texts.append(print_graph(graph))

@@ -13,20 +13,24 @@ import tempfile
 import pytest
 
 triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from wush_compile.formats import FORMATS  # noqa: E402
-from wush_compile.kernels.triton.linear import choose as triton_choose  # noqa: E402
+from wush_compile.formats import FORMATS
+from wush_compile.kernels.triton.linear import choose as triton_choose
+from wush_compile.kernels.triton.linear.gemm import fused_gemm_kernel
+from wush_compile.kernels.triton.linear.gemv import gemv_kernel
+from wush_compile.kernels.triton.linear.int4 import int4_gemm_kernel
+from wush_compile.kernels.triton.linear.scaled import scaled_gemm_kernel
 from wush_compile.kernels.triton.quantize import (
     norm as triton_norm,
-    transform_quantize as triton_quantize,
+)
+from wush_compile.kernels.triton.quantize import (
     tiles as triton_tiles,
 )
-from wush_compile.kernels.triton.linear.gemm import fused_gemm_kernel  # noqa: E402
-from wush_compile.kernels.triton.linear.gemv import gemv_kernel  # noqa: E402
-from wush_compile.kernels.triton.linear.int4 import int4_gemm_kernel  # noqa: E402
-from wush_compile.kernels.triton.linear.scaled import scaled_gemm_kernel  # noqa: E402
+from wush_compile.kernels.triton.quantize import (
+    transform_quantize as triton_quantize,
+)
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 8192)
 SHAPES = ((28672, 4096), (4096, 14336))
@@ -39,10 +43,16 @@ def compile_kernel(kernel, pointers, constants, cc, warps, stages=3, fusion=True
     """The compiled kernel: `pointers` are argument types, everything else is a constant."""
     signature = {p.name: pointers.get(p.name, "constexpr") for p in kernel.params}
     values = {name: constants[name] for name in signature if name not in pointers}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name].startswith("*")
-               or name == "pitch"}
-    return triton.compile(source(kernel, signature, values, aligned), target=GPUTarget("cuda", cc, 32),
-                          options=dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fusion))
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(signature)
+        if signature[name].startswith("*") or name == "pitch"
+    }
+    return triton.compile(
+        source(kernel, signature, values, aligned),
+        target=GPUTarget("cuda", cc, 32),
+        options=dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fusion),
+    )
 
 
 def sass(compiled) -> str:
@@ -59,14 +69,22 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
     if isinstance(kernel, triton_choose.Scaled):
         scale = "*u8" if mx else "*fp8e4nv"
         pointers = dict(x="*u8", w="*u8", xs=scale, ws=scale, out="*bf16", M="i32")
-        constants = dict(PLAIN, N=n, K=k, G=FORMATS[format].group_size, BM=kernel.bm, BN=kernel.bn, BK=kernel.bk,
-                         STAGES=kernel.stages)
+        constants = dict(
+            PLAIN,
+            N=n,
+            K=k,
+            G=FORMATS[format].group_size,
+            BM=kernel.bm,
+            BN=kernel.bn,
+            BK=kernel.bk,
+            STAGES=kernel.stages,
+        )
         return compile_kernel(scaled_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
     if isinstance(kernel, triton_choose.Int4):
         pointers = dict(x="*u8", xs="*bf16", w="*u8", ws="*bf16", out="*bf16", M="i32")
         constants = dict(PLAIN, N=n, K=k, BN=kernel.bn, BM=kernel.bm, STAGES=kernel.stages, PDL=pdl)
         return compile_kernel(int4_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
-    if isinstance(kernel, triton_choose.Hopper):                  # chosen only where Gluon is what the kernel expects
+    if isinstance(kernel, triton_choose.Hopper):  # chosen only where Gluon is what the kernel expects
         from triton.experimental.gluon._runtime import GluonASTSource
         from triton.experimental.gluon.language import NVMMASharedLayout
 
@@ -75,36 +93,111 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
         x_layout, w_layout = NVMMASharedLayout(128, 8 if mx else 16), NVMMASharedLayout(64, 32)
         bm = 1 << kernel.bm.bit_length() - 1
         more, x_type = kernel.bm - bm, "fp8e5" if mx else "bf16"
-        pointers = {name: f"tensordesc<{x_type}[{rows}, 128],{x_layout!r}>" for name, rows in (("x", bm), ("x_more", more)) if rows}
-        pointers |= dict(w=f"tensordesc<i32[{kernel.bn}, 16],{w_layout!r}>", w_scales="*u8", out="*bf16", M="i32",
-                        total="i32", whole="i32", split="i32", early="i32")
+        pointers = {
+            name: f"tensordesc<{x_type}[{rows}, 128],{x_layout!r}>"
+            for name, rows in (("x", bm), ("x_more", more))
+            if rows
+        }
+        pointers |= dict(
+            w=f"tensordesc<i32[{kernel.bn}, 16],{w_layout!r}>",
+            w_scales="*u8",
+            out="*bf16",
+            M="i32",
+            total="i32",
+            whole="i32",
+            split="i32",
+            early="i32",
+        )
         pointers |= dict(x_unit="*fp32", w_top="*u8") if mx else {}
         pointers |= dict(parts="*fp32", count="*i32") if kernel.split > 1 else {}
-        constants = dict(x_more=None, gx=None, gw=None, bias=None, residual=None, x_unit=None, w_top=None, parts=None, count=None,
-                         N=n, K=k, MX=mx, BN=kernel.bn, BM=bm, MORE=more, WARPGROUPS=kernel.warpgroups, STAGES=kernel.stages,
-                         GROUP=8)
+        constants = dict(
+            x_more=None,
+            gx=None,
+            gw=None,
+            bias=None,
+            residual=None,
+            x_unit=None,
+            w_top=None,
+            parts=None,
+            count=None,
+            N=n,
+            K=k,
+            MX=mx,
+            BN=kernel.bn,
+            BM=bm,
+            MORE=more,
+            WARPGROUPS=kernel.warpgroups,
+            STAGES=kernel.stages,
+            GROUP=8,
+        )
         return compile_kernel(hopper_gemm_kernel, pointers, constants, cc, 4, source=GluonASTSource)
     if isinstance(kernel, triton_choose.Gemv):
         pointers = dict(x="*i32", xs="*u8", w="*i32", ws="*u8", out="*bf16")
         constants = dict(PLAIN, N=n, K=k, M=1, MX=mx, BN=kernel.bn, BK=kernel.bk, PDL=pdl)
         return compile_kernel(gemv_kernel, pointers, constants, cc, kernel.warps)
-    pointers = dict(x="*u8" if kernel.packed else "*fp8e5" if mx else "*bf16", w="*u8", ws="*i32", selectors="*i32",
-                    out="*bf16", M="i32")
+    pointers = dict(
+        x="*u8" if kernel.packed else "*fp8e5" if mx else "*bf16",
+        w="*u8",
+        ws="*i32",
+        selectors="*i32",
+        out="*bf16",
+        M="i32",
+    )
     pointers |= dict(xs="*i32") if kernel.packed else dict(x_unit="*fp32") if mx else {}
     pointers |= (dict(w_top="*u8") if mx else {}) | (dict(parts="*fp32", count="*i32") if kernel.split > 1 else {})
-    constants = dict(PLAIN, xs=None, x_unit=None, w_top=None, parts=None, count=None, N=n, K=k, MX=mx,
-                     PACKED=kernel.packed, BN=kernel.bn, BM=kernel.bm, BK=kernel.bk, SPLIT=kernel.split,
-                     STAGES=kernel.stages, GROUP=8, PDL=pdl, PROMOTE=promote)
+    constants = dict(
+        PLAIN,
+        xs=None,
+        x_unit=None,
+        w_top=None,
+        parts=None,
+        count=None,
+        N=n,
+        K=k,
+        MX=mx,
+        PACKED=kernel.packed,
+        BN=kernel.bn,
+        BM=kernel.bm,
+        BK=kernel.bk,
+        SPLIT=kernel.split,
+        STAGES=kernel.stages,
+        GROUP=8,
+        PDL=pdl,
+        PROMOTE=promote,
+    )
     return compile_kernel(fused_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
 
 
 def compile_quantize(format, cc, block, native, tile, rule="absmax"):
     pointers = dict(x="*bf16", codes="*u8", scales="*u8", M="i32", pitch="i32") | ({"t": "*bf16"} if block else {})
-    constants = dict(t=None, global_scale=None, up=None, weight=None, bias=None, mean=None, scale=None, up_pitch=0, K=4096,
-                     STRIDE=4096, B=block, SHARED=False, FORMAT=format, RULE=rule, SCALED=False, SWIZZLED=False,
-                     PROLOGUE=None, PTX=2 if cc >= 86 else 1, NATIVE=native, WIDE=False, R=tile.rows, W=tile.columns,
-                     TILES=tile.tiles, STAGES=tile.stages,
-                     WORDS=triton_tiles.words(tile, True, False, block, 4096), PDL=cc >= 90)
+    constants = dict(
+        t=None,
+        global_scale=None,
+        up=None,
+        weight=None,
+        bias=None,
+        mean=None,
+        scale=None,
+        up_pitch=0,
+        K=4096,
+        STRIDE=4096,
+        B=block,
+        SHARED=False,
+        FORMAT=format,
+        RULE=rule,
+        SCALED=False,
+        SWIZZLED=False,
+        PROLOGUE=None,
+        PTX=2 if cc >= 86 else 1,
+        NATIVE=native,
+        WIDE=False,
+        R=tile.rows,
+        W=tile.columns,
+        TILES=tile.tiles,
+        STAGES=tile.stages,
+        WORDS=triton_tiles.words(tile, True, False, block, 4096),
+        PDL=cc >= 90,
+    )
     return compile_kernel(triton_quantize.transform_quantize_kernel, pointers, constants, cc, tile.warps, fusion=False)
 
 
@@ -112,11 +205,35 @@ def compile_norm(k, plan, cc):
     tile, own = plan.tile, plan.way == "own"
     pointers = dict(x="*bf16", weight="*bf16", t="*bf16", codes="*u8", scales="*u8", M="i32", lead="i32", pitch="i32")
     pointers |= dict(eps="fp32") | ({} if own else dict(scale="*fp32", counters="*i32"))
-    constants = dict(bias=None, mean=None, scale=None, counters=None, global_scale=None, K=k, STRIDE=k, B=32, SHARED=False,
-                     FORMAT="mxfp4", RULE="absmax", SCALED=False, SWIZZLED=False, PROLOGUE="rms_rounded", PTX=2,
-                     NATIVE=cc >= 100, WIDE=False, R=tile.rows, W=tile.columns, TILES=tile.tiles, STAGES=tile.stages,
-                     WORDS=triton_tiles.words(tile, True, False, 32, k), PDL=cc >= 90, EPS_TENSOR=False,
-                     ROWS=plan.rows, SEGMENT=triton_norm.SEGMENT, STEPS=triton_norm.steps(k, plan.rows, tile.warps))
+    constants = dict(
+        bias=None,
+        mean=None,
+        scale=None,
+        counters=None,
+        global_scale=None,
+        K=k,
+        STRIDE=k,
+        B=32,
+        SHARED=False,
+        FORMAT="mxfp4",
+        RULE="absmax",
+        SCALED=False,
+        SWIZZLED=False,
+        PROLOGUE="rms_rounded",
+        PTX=2,
+        NATIVE=cc >= 100,
+        WIDE=False,
+        R=tile.rows,
+        W=tile.columns,
+        TILES=tile.tiles,
+        STAGES=tile.stages,
+        WORDS=triton_tiles.words(tile, True, False, 32, k),
+        PDL=cc >= 90,
+        EPS_TENSOR=False,
+        ROWS=plan.rows,
+        SEGMENT=triton_norm.SEGMENT,
+        STEPS=triton_norm.steps(k, plan.rows, tile.warps),
+    )
     return compile_kernel(triton_norm.norm_quantize_kernel, pointers, constants, cc, tile.warps, fusion=False)
 
 
@@ -185,7 +302,9 @@ def main_loops(code: str, products: int = 1) -> list[str]:
     for i, line in enumerate(lines):
         jump = re.search(r"BRA `\((\.L_x_\d+)\)", line)
         inside = frozenset(at for at in found_at if labels[jump[1]] < at < i) if jump else frozenset()
-        if len(inside) >= products and (inside not in loops or i - labels[jump[1]] < loops[inside][1] - loops[inside][0]):
+        if len(inside) >= products and (
+            inside not in loops or i - labels[jump[1]] < loops[inside][1] - loops[inside][0]
+        ):
             loops[inside] = labels[jump[1]], i
     inner = (span for found, span in loops.items() if not any(other < found for other in loops))
     return ["\n".join(lines[a:b]) + "\n" for a, b in sorted(inner)]
@@ -261,7 +380,7 @@ def test_hopper_products_stay_in_registers(format):
                 assert not overwritten_too_early(2 * loop), kernel
                 assert nothing_runs_on(loop), kernel
         else:
-            assert "IDP" in code and "STL" not in code                # dp4a
+            assert "IDP" in code and "STL" not in code  # dp4a
 
 
 @pytest.mark.parametrize("rule", FORMATS["nvfp4"].scale_rules)
@@ -310,7 +429,7 @@ def test_older_gpus_compile(cc, format):
     capability = divmod(cc, 10)
     limit = 163 * 1024 if cc == 80 else 99 * 1024
     found = list(choices(format, capability))
-    for kernel, (n, k) in found[-1:] if cc == 86 else found:              # 86 is 89 without fp8, which none of these uses
+    for kernel, (n, k) in found[-1:] if cc == 86 else found:  # 86 is 89 without fp8, which none of these uses
         assert compile_linear(format, n, k, kernel, cc).metadata.shared <= limit, kernel
     block = FORMATS[format].group_size
     for m, b in ((1, block), (4096, block), (4096, 0)):
@@ -329,11 +448,13 @@ def test_int4_runs_on_int8_tensor_cores(cc):
 def test_choice_is_a_pure_function_of_the_shape():
     assert triton_choose.choose("mxfp4", 1, 4096, 4096) == triton_choose.choose("mxfp4", 1, 4096, 4096, (9, 0))
     assert triton_choose.choose("mxfp4", 3000, 4096, 4096, portable=True) == "library"
-    assert triton_choose.has_gluon() and isinstance(triton_choose.choose("mxfp4", 300, 4096, 4096), triton_choose.Hopper)
+    assert triton_choose.has_gluon() and isinstance(
+        triton_choose.choose("mxfp4", 300, 4096, 4096), triton_choose.Hopper
+    )
     assert isinstance(triton_choose.choose("mxfp4", 100, 4096, 4096, precise=True), triton_choose.Fused)
     assert triton_choose.choose("mxfp4", 300, 128, 576) == "bf16"
-    rows = (*ROWS, 3, 5, 24, 48, 96, 192, 256, 384, 768, 1024, 1536, 2048, 4096)
-    for rows, (n, k), format in itertools.product(rows, (*SHAPES, (6144, 4096), (4096, 640)), ("mxfp4", "nvfp4")):
+    sizes = (*ROWS, 3, 5, 24, 48, 96, 192, 256, 384, 768, 1024, 1536, 2048, 4096)
+    for rows, (n, k), format in itertools.product(sizes, (*SHAPES, (6144, 4096), (4096, 640)), ("mxfp4", "nvfp4")):
         kernel = triton_choose.choose(format, rows, n, k)
         if isinstance(kernel, triton_choose.Fused):
             assert k % (kernel.bk * kernel.split) == 0

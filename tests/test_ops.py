@@ -12,8 +12,8 @@ import torch
 from torch.library import opcheck
 
 from wush_compile import formats
-from wush_compile.ops import core as ops
 from wush_compile.formats import FORMATS
+from wush_compile.ops import core as ops
 
 wush = torch.ops.wush
 LEADS = [(), (0,), (1,), (3,), (17,), (129,), (2, 0), (2, 5)]
@@ -93,6 +93,7 @@ def seeded():
 
 # -- schemas, fakes, functionalization -------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("block", [None, 32])
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck_observe(block, masked):
@@ -100,9 +101,17 @@ def test_opcheck_observe(block, masked):
     opcheck(wush.observe.default, (torch.randn(2, 3, 64).bfloat16(), mask, *new_state(64, block), 5))
 
 
-@pytest.mark.parametrize("format, rule, kind, width", [
-    ("mxfp4", "absmax", "none", 1), ("mxfp4", "mse", "shared", 1), ("mxfp4", "ocp", "blocks", 2),
-    ("nvfp4", "mse", "blocks", 1), ("nvfp4", "absmax", "shared", 2), ("int4", "gaussian", "blocks", 1)])
+@pytest.mark.parametrize(
+    "format, rule, kind, width",
+    [
+        ("mxfp4", "absmax", "none", 1),
+        ("mxfp4", "mse", "shared", 1),
+        ("mxfp4", "ocp", "blocks", 2),
+        ("nvfp4", "mse", "blocks", 1),
+        ("nvfp4", "absmax", "shared", 2),
+        ("int4", "gaussian", "blocks", 1),
+    ],
+)
 def test_opcheck_transform_quantize(format, rule, kind, width):
     transform = integer_transform(128, kind, width * oracle.GROUP[format])
     opcheck(wush.transform_quantize.default, (torch.randn(2, 3, 128), transform, global_scale(format), format, rule))
@@ -132,6 +141,7 @@ def test_fakes_give_the_shapes_and_dtypes_of_the_real(format):
 
 # -- transform_quantize ----------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("kind, width", [("none", 1), ("shared", 1), ("shared", 2), ("blocks", 1), ("blocks", 2)])
 @pytest.mark.parametrize("format, rule", [(name, rule) for name, fmt in FORMATS.items() for rule in fmt.scale_rules])
 def test_transform_quantize_equals_the_oracle(format, rule, kind, width):
@@ -143,8 +153,10 @@ def test_transform_quantize_equals_the_oracle(format, rule, kind, width):
     transform = integer_transform(k, kind, size)
     for lead, dtype in zip(LEADS, itertools.cycle(DTYPES)):
         x = integer_input(*lead, k, dtype=dtype)
-        assert_same(wush.transform_quantize(x, transform, g, format, rule),
-                    packed_oracle(transformed(x, transform), format, rule, g))
+        assert_same(
+            wush.transform_quantize(x, transform, g, format, rule),
+            packed_oracle(transformed(x, transform), format, rule, g),
+        )
 
 
 @all_formats
@@ -156,7 +168,7 @@ def test_the_transformed_activation_is_not_rounded_before_the_quantizer(format):
     want = packed_oracle(exact, format, "mse", global_scale(format))
     assert_same(wush.transform_quantize(x, transform, global_scale(format), format, "mse"), want)
     rounded = packed_oracle(exact.bfloat16(), format, "mse", global_scale(format))
-    assert not torch.equal(want[0], rounded[0])                          # the comparison can tell
+    assert not torch.equal(want[0], rounded[0])  # the comparison can tell
 
 
 @pytest.mark.parametrize("kind", ["none", "shared", "blocks"])
@@ -166,8 +178,10 @@ def test_strided_input_equals_contiguous(format, kind):
     wide = integer_input(6, 7, 256)
     repeated = wide[:1, :, :128].expand(3, 7, 128)
     for x in (wide[..., ::2], wide[::2, 1:, 64:192], wide.transpose(0, 1)[..., :128], repeated):
-        assert_same(wush.transform_quantize(x, transform, None, format, "absmax"),
-                    wush.transform_quantize(x.contiguous(), transform, None, format, "absmax"))
+        assert_same(
+            wush.transform_quantize(x, transform, None, format, "absmax"),
+            wush.transform_quantize(x.contiguous(), transform, None, format, "absmax"),
+        )
 
 
 @pytest.mark.parametrize("kind", ["none", "shared", "blocks"])
@@ -195,6 +209,7 @@ def test_a_bad_value_stays_in_its_row_and_block(format, kind, value):
 
 
 # -- fp4_linear ------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("lead", LEADS)
 @all_formats
@@ -231,12 +246,12 @@ def test_one_rounding_then_the_residual_in_out_dtype(format, out_dtype):
     y = wush.fp4_linear(*x, g, *w, g, bias, None, format, out_dtype)
     assert_same([y], [wide.to(out_dtype)])
     without = wush.fp4_linear(*x, g, *w, g, None, None, format, torch.float32)
-    assert not torch.equal(y, without.to(out_dtype) + bias.to(out_dtype))   # the bias is added before the rounding
+    assert not torch.equal(y, without.to(out_dtype) + bias.to(out_dtype))  # the bias is added before the rounding
     added = wush.fp4_linear(*x, g, *w, g, bias, residual.to(out_dtype), format, out_dtype)
     assert_same([added], [wide.to(out_dtype) + residual.to(out_dtype)])
     assert not torch.equal(added, (wide + residual.to(out_dtype).float()).to(out_dtype))
     mixed = wush.fp4_linear(*x, g, *w, g, bias, residual.to(out_dtype).float(), format, out_dtype)
-    assert_same([mixed], [added])                                        # a wider residual does not widen the output
+    assert_same([mixed], [added])  # a wider residual does not widen the output
 
 
 def test_either_global_scale_alone():
@@ -251,8 +266,17 @@ def test_leading_dimensions_are_free(format):
     w = quantized((5,), 64, format)
     for lead in LEADS:
         codes, scales = quantized(lead, 64, format)
-        flat = wush.fp4_linear(codes.reshape(-1, 32), scales.reshape(-1, scales.shape[-1]), None, *w, None, None, None,
-                               format, torch.float32)
+        flat = wush.fp4_linear(
+            codes.reshape(-1, 32),
+            scales.reshape(-1, scales.shape[-1]),
+            None,
+            *w,
+            None,
+            None,
+            None,
+            format,
+            torch.float32,
+        )
         y = wush.fp4_linear(codes, scales, None, *w, None, None, None, format, torch.float32)
         assert_same([y], [flat.view(*lead, 5)])
 
@@ -261,7 +285,7 @@ def test_leading_dimensions_are_free(format):
 def test_strided_codes_and_row_ranges_equal_contiguous(format):
     x, w = quantized((3, 10), 64, format), quantized((40,), 64, format)
     strided = [a.transpose(0, 1)[::2] for a in x]
-    rows = [a[8:30] for a in w]                                          # how siblings lie in one buffer
+    rows = [a[8:30] for a in w]  # how siblings lie in one buffer
     y = wush.fp4_linear(*strided, None, *rows, None, None, None, format, torch.float32)
     dense = [a.contiguous() for a in strided], [a.clone() for a in rows]
     want = wush.fp4_linear(*dense[0], None, *dense[1], None, None, None, format, torch.float32)
@@ -283,10 +307,11 @@ def test_a_nan_row_stays_in_its_row(format):
 
 # -- observe ---------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("block", [None, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_observe_moment_and_count(block, dtype):
-    x = integer_input(4, 9, 48, dtype=dtype)                             # integers: the fp32 sums are exact
+    x = integer_input(4, 9, 48, dtype=dtype)  # integers: the fp32 sums are exact
     moment, count, _ = observed(x, x[:1, :0], x[0, 0], block=block)
     rows = torch.cat((x.flatten(0, 1), x[0, :1])).double()
     full = rows.T @ rows
@@ -302,7 +327,7 @@ def test_observe_does_not_wait_for_the_gpu(block):
     batches = [torch.randn(70, 64).bfloat16() for _ in range(3)]
     state = [s.cuda() for s in new_state(64, block, 32, torch.bfloat16)]
     moved = [b.cuda() for b in batches]
-    wush.observe(moved[0], None, *state, 5)                               # the first call finds out what the device can do
+    wush.observe(moved[0], None, *state, 5)  # the first call finds out what the device can do
     torch.cuda.set_sync_debug_mode("error")
     try:
         for x in moved[1:]:
@@ -320,7 +345,7 @@ def test_observe_accumulates_in_fp32(block):
     """Of fp32 values: |error| ≤ (n + 1)·2⁻²⁴ · Σ|x||x| for n rows, whatever the order of the sums."""
     x = torch.randn(300, 48) * torch.rand(300, 1).mul(16).exp2()
     moment = observed(*x.split(70), block=block)[0].double()
-    blocks = x.double().unflatten(1, (-1, block or 48)).transpose(0, 1)   # [K/B, n, B]
+    blocks = x.double().unflatten(1, (-1, block or 48)).transpose(0, 1)  # [K/B, n, B]
     want, size = (a.transpose(1, 2) @ a for a in (blocks, blocks.abs()))
     assert ((moment.view_as(want) - want).abs() <= 301 * 2.0**-24 * size).all()
 
@@ -360,9 +385,9 @@ def test_sample_holds_rows_and_the_largest_among_them():
     x[[3, 500, 501, 999]] *= 1e3
     for seed in range(8):
         _, _, sample = observed(*x.split(77), rows=64, seed=seed)
-        kept = (sample[:, None] == x).all(-1)                            # [64, 1000]
-        assert (kept.sum(1) == 1).all()                                  # every slot holds one observed row
-        assert kept[:56].sum(0).max() == 1                               # the uniform part holds no row twice
+        kept = (sample[:, None] == x).all(-1)  # [64, 1000]
+        assert (kept.sum(1) == 1).all()  # every slot holds one observed row
+        assert kept[:56].sum(0).max() == 1  # the uniform part holds no row twice
         largest = x.square().sum(-1).topk(8).indices
         assert kept[:, largest].any(0).all()
 
@@ -392,6 +417,7 @@ def test_the_reservoir_is_uniform_and_seeded():
 
 # -- refusals --------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_unknown_names_raise(device):
     x = torch.randn(2, 64, device=device)
@@ -413,15 +439,28 @@ def test_operands_on_two_devices_raise(device, other):
         with pytest.raises(RuntimeError, match=f"{device}.*{other}"):
             wush.transform_quantize(x, *extra, "nvfp4", "absmax")
     codes, scales = quantized((2,), 64, "nvfp4")
-    good = dict(codes=codes, scales=scales, global_scale=torch.ones(1), weight_codes=codes, weight_scales=scales,
-                weight_global_scale=torch.ones(1), bias=torch.ones(2), residual=torch.ones(2, 2))
+    good = dict(
+        codes=codes,
+        scales=scales,
+        global_scale=torch.ones(1),
+        weight_codes=codes,
+        weight_scales=scales,
+        weight_global_scale=torch.ones(1),
+        bias=torch.ones(2),
+        residual=torch.ones(2, 2),
+    )
     wush.fp4_linear(**good, format="nvfp4", out_dtype=torch.float32)
     for name in good:
         moved = {key: value.to(other if key == name else device) for key, value in good.items()}
         with pytest.raises(RuntimeError, match="is on"):
             wush.fp4_linear(**moved, format="nvfp4", out_dtype=torch.float32)
-    good = dict(x=torch.randn(2, 64), mask=torch.ones(2), moment=torch.zeros(64, 64),
-                count=torch.zeros((), dtype=torch.int64), sample=torch.zeros(8, 64))
+    good = dict(
+        x=torch.randn(2, 64),
+        mask=torch.ones(2),
+        moment=torch.zeros(64, 64),
+        count=torch.zeros((), dtype=torch.int64),
+        sample=torch.zeros(8, 64),
+    )
     for name in good:
         moved = {key: value.to(other if key == name else device) for key, value in good.items()}
         with pytest.raises(RuntimeError, match="is on"):
@@ -434,9 +473,14 @@ def test_shapes_that_do_not_fit_raise(device):
         transform = None if transform is None else torch.zeros(transform, device=device)
         wush.transform_quantize(torch.zeros(shape, device=device), transform, None, format, "absmax")
 
-    for shape, transform, format in [((4, 48), None, "mxfp4"), ((2, 8), None, "nvfp4"), ((4, 64), (4, 32, 32), "mxfp4"),
-                                     ((4, 128), (2, 32, 32), "mxfp4"), ((4, 96), (1, 64, 64), "mxfp4"),
-                                     ((4, 32), (1, 64, 64), "mxfp4")]:
+    for shape, transform, format in [
+        ((4, 48), None, "mxfp4"),
+        ((2, 8), None, "nvfp4"),
+        ((4, 64), (4, 32, 32), "mxfp4"),
+        ((4, 128), (2, 32, 32), "mxfp4"),
+        ((4, 96), (1, 64, 64), "mxfp4"),
+        ((4, 32), (1, 64, 64), "mxfp4"),
+    ]:
         with pytest.raises(RuntimeError):
             quantize(shape, transform, format)
     x = [a.to(device) for a in quantized((2,), 64, "mxfp4")]

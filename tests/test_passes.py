@@ -9,9 +9,9 @@ from pass_harness import PassBackend, run
 from torch import nn
 
 from wush_compile import formats
-from wush_compile.passes import pipeline as passes
-from wush_compile.ops.fused import GAINS
 from wush_compile.modules import named_groups
+from wush_compile.ops.fused import GAINS
+from wush_compile.passes import pipeline as passes
 
 wush = torch.ops.wush
 HADAMARD = torch.tensor([[1.0]])
@@ -48,9 +48,11 @@ class Siblings(nn.Module):
         for start, stop in self.ranges:
             xq, xs = wush.transform_quantize(x, None, None, "mxfp4", "absmax")
             bias = None if self.bias is None else self.bias[start:stop]
-            outputs.append(wush.fp4_linear(
-                xq, xs, None, self.codes[start:stop], self.scales[start:stop], None, bias, None, "mxfp4", x.dtype
-            ))
+            outputs.append(
+                wush.fp4_linear(
+                    xq, xs, None, self.codes[start:stop], self.scales[start:stop], None, bias, None, "mxfp4", x.dtype
+                )
+            )
         return tuple(outputs)
 
 
@@ -59,6 +61,7 @@ def x_like(*shape, dtype=torch.bfloat16, seed=0):
 
 
 # -- cse, merge_siblings ---------------------------------------------------------------------------------------------
+
 
 def test_cse_leaves_one_quantizer_per_input():
     seen = run(Siblings([(0, 32), (32, 96)]), x_like(2, 5, 64), steps=[passes.cse])
@@ -82,14 +85,16 @@ def test_siblings_become_one_matmul_and_a_split(ranges, bias):
     assert ("split_with_sizes" in seen.after) == (len(ranges) > 1)
 
 
-@pytest.mark.parametrize("ranges", [[(0, 32), (32, 64)], [(0, 64), (32, 96)], [(0, 32), (64, 96)]],
-                         ids=["part", "overlap", "gap"])
+@pytest.mark.parametrize(
+    "ranges", [[(0, 32), (32, 64)], [(0, 64), (32, 96)], [(0, 32), (64, 96)]], ids=["part", "overlap", "gap"]
+)
 def test_ranges_that_do_not_cover_the_buffer_stay(ranges):
     seen = run(Siblings(ranges), x_like(2, 5, 64), steps=[passes.cse, passes.merge_siblings])
     assert seen.counts_after["fp4_linear"] == 2
 
 
 # -- prologues -------------------------------------------------------------------------------------------------------
+
 
 class Norm(nn.Module):
     def __init__(self, gain, dtype):
@@ -112,7 +117,7 @@ class Norm(nn.Module):
 def test_rms_norm_fuses(gain, dtype):
     seen = run(Quantizer(Norm(gain, dtype), dtype), x_like(2, 5, 64, dtype=dtype), steps=[passes.fuse_norm])
     assert seen.counts_after == {"rms_norm_transform_quantize": 1}
-    if dtype != torch.float32:                               # in fp32 "wide" and "rounded" are one graph
+    if dtype != torch.float32:  # in fp32 "wide" and "rounded" are one graph
         assert f"'{gain}'" in seen.after
     assert "rsqrt" not in seen.after
 
@@ -131,8 +136,12 @@ def test_rms_norm_fuses_with_eps_as_a_node():
 
 
 def test_torch_norms_fuse():
-    for norm, op in ((nn.RMSNorm(64, eps=1e-6), "rms_norm"), (nn.LayerNorm(64), "layer_norm"),
-                     (nn.LayerNorm(64, bias=False), "layer_norm"), (nn.LayerNorm(64, elementwise_affine=False), "layer_norm")):
+    for norm, op in (
+        (nn.RMSNorm(64, eps=1e-6), "rms_norm"),
+        (nn.LayerNorm(64), "layer_norm"),
+        (nn.LayerNorm(64, bias=False), "layer_norm"),
+        (nn.LayerNorm(64, elementwise_affine=False), "layer_norm"),
+    ):
         for parameter in norm.parameters():
             nn.init.normal_(parameter)
         seen = run(Quantizer(norm.bfloat16()), x_like(2, 5, 64), steps=[passes.fuse_norm])
@@ -157,7 +166,7 @@ def test_norms_that_round_or_reduce_differently_stay(change):
     quantizer = Quantizer(forward)
     both = (lambda x: (quantizer(x), forward(x))) if change == "read elsewhere" else quantizer
     seen = run(both, x_like(5, 64), steps=[passes.cse, passes.fuse_norm])
-    if change == "read elsewhere":                           # two equal norms, of which the quantizer takes its own
+    if change == "read elsewhere":  # two equal norms, of which the quantizer takes its own
         assert seen.counts_after["rms_norm_transform_quantize"] == 1
     else:
         assert seen.counts_after == {"transform_quantize": 1}
@@ -174,16 +183,25 @@ def test_a_norm_read_by_others_is_not_computed_twice():
 
 
 @pytest.mark.parametrize("dtype, gate_first", [(torch.float32, True), (torch.bfloat16, False)])
-@pytest.mark.parametrize("name, act", [
-    ("silu", nn.functional.silu), ("gelu", nn.functional.gelu),
-    ("gelu", lambda x: nn.functional.gelu(x, approximate="tanh")), ("silu", lambda x: x * torch.sigmoid(x.float()).to(x)),
-])
+@pytest.mark.parametrize(
+    "name, act",
+    [
+        ("silu", nn.functional.silu),
+        ("gelu", nn.functional.gelu),
+        ("gelu", lambda x: nn.functional.gelu(x, approximate="tanh")),
+        ("silu", lambda x: x * torch.sigmoid(x.float()).to(x)),
+    ],
+)
 def test_gated_activations_fuse(name, act, dtype, gate_first):
     def gated(gate, up):
         return act(gate) * up if gate_first else up * act(gate)
 
-    seen = run(Quantizer(gated, dtype), x_like(2, 5, 64, dtype=dtype), x_like(2, 5, 64, dtype=dtype, seed=1),
-               steps=[passes.fuse_activation])
+    seen = run(
+        Quantizer(gated, dtype),
+        x_like(2, 5, 64, dtype=dtype),
+        x_like(2, 5, 64, dtype=dtype, seed=1),
+        steps=[passes.fuse_activation],
+    )
     spelled_out = name == "silu" and "sigmoid" in seen.before and dtype == torch.bfloat16 and "exp" not in seen.before
     assert seen.counts_after == {"transform_quantize" if spelled_out else f"{name}_mul_transform_quantize": 1}
 
@@ -200,12 +218,17 @@ def test_activations_spelled_out_in_low_precision_stay(name):
         return x / (1 + torch.exp(-x))
 
     for act in {"sigmoid": (sigmoid, silu), "tanh": (tanh,)}[name]:
-        seen = run(Quantizer(lambda gate, up, act=act: act(gate) * up), x_like(2, 5, 64), x_like(2, 5, 64, seed=1),
-                   steps=[passes.fuse_activation])
+        seen = run(
+            Quantizer(lambda gate, up, act=act: act(gate) * up),
+            x_like(2, 5, 64),
+            x_like(2, 5, 64, seed=1),
+            steps=[passes.fuse_activation],
+        )
         assert seen.counts_after == {"transform_quantize": 1}
 
 
 # -- epilogues, cleanup ----------------------------------------------------------------------------------------------
+
 
 class Linear(nn.Module):
     def __init__(self, after):
@@ -227,18 +250,29 @@ def test_a_residual_becomes_an_argument(after):
     assert "add" not in seen.after
 
 
-@pytest.mark.parametrize("after, shape", [
-    (lambda y, r: torch.add(y, r, alpha=2), (2, 5, 64)), (lambda y, r: y + r, (64,)), (lambda y, r: y + r, (2, 5, 1)),
-    (lambda y, r: (y + r, y), (2, 5, 64)), (lambda y, r: y + r.float(), (2, 5, 64)),
-], ids=["alpha", "bias in bf16", "broadcast", "read elsewhere", "dtype"])
+@pytest.mark.parametrize(
+    "after, shape",
+    [
+        (lambda y, r: torch.add(y, r, alpha=2), (2, 5, 64)),
+        (lambda y, r: y + r, (64,)),
+        (lambda y, r: y + r, (2, 5, 1)),
+        (lambda y, r: (y + r, y), (2, 5, 64)),
+        (lambda y, r: y + r.float(), (2, 5, 64)),
+    ],
+    ids=["alpha", "bias in bf16", "broadcast", "read elsewhere", "dtype"],
+)
 def test_adds_that_round_differently_stay(after, shape):
     seen = run(Linear(after), x_like(2, 5, 64), x_like(*shape, seed=1), steps=[passes.fuse_epilogue])
     assert "add" in seen.after
 
 
 def test_a_bias_in_fp32_becomes_an_argument():
-    seen = run(Linear(lambda y, b: y + b), x_like(5, 64, dtype=torch.float32), x_like(64, dtype=torch.float32, seed=1),
-               steps=[passes.fuse_epilogue])
+    seen = run(
+        Linear(lambda y, b: y + b),
+        x_like(5, 64, dtype=torch.float32),
+        x_like(64, dtype=torch.float32, seed=1),
+        steps=[passes.fuse_epilogue],
+    )
     assert "add" not in seen.after
 
 
@@ -248,10 +282,11 @@ def test_cleanup_drops_views_and_paddings_that_change_nothing():
         return wush.transform_quantize(x.contiguous(), None, None, "mxfp4", "absmax")
 
     seen = run(forward, x_like(2, 5, 64), steps=[passes.cleanup])
-    assert seen.after.count("\n") == 1                       # the op and the return
+    assert seen.after.count("\n") == 1  # the op and the return
 
 
 # -- rewrite ---------------------------------------------------------------------------------------------------------
+
 
 class Chain(nn.Module):
     def __init__(self):
@@ -274,6 +309,7 @@ def test_a_linear_whose_input_is_another_linear_is_rewritten(solver):
 
 # -- all of them -----------------------------------------------------------------------------------------------------
 
+
 def test_passes_do_nothing_to_foreign_graphs():
     def forward(x, w):
         h = nn.functional.rms_norm(x, (64,), w).view(5, 64)
@@ -290,7 +326,10 @@ def test_a_decoder_ends_with_four_quantizers_and_four_matmuls_a_layer(kind, dyna
     assert seen.counts_before == {"transform_quantize": 7 * layers, "fp4_linear": 7 * layers}
     activation = "gelu_mul_transform_quantize" if kind == "gemma3" else "silu_mul_transform_quantize"
     assert seen.counts_after == {
-        "rms_norm_transform_quantize": 2 * layers, activation: layers, "transform_quantize": layers, "fp4_linear": 4 * layers,
+        "rms_norm_transform_quantize": 2 * layers,
+        activation: layers,
+        "transform_quantize": layers,
+        "fp4_linear": 4 * layers,
     }
 
 
@@ -304,7 +343,9 @@ class DecoderLayer(ExpectTest):
         torch._dynamo.reset()
         with torch.no_grad():
             torch.compile(quantized("llama", layers=1), backend=backend, dynamic=True)(tokens(2, 9), use_cache=False)
-        self.assertExpectedInline(backend.text(backend.graph, layer=0), """\
+        self.assertExpectedInline(
+            backend.text(backend.graph, layer=0),
+            """\
 rms_norm_transform_quantize = wush.rms_norm_transform_quantize(embedding, input_layernorm.weight, 0.0, convert_element_type_6, 'rounded', self_attn.q_proj.group.input_transform, None, 'mxfp4', 'absmax')  # (u8[s0, s1, 32], u8[s0, s1, 2])
 fp4_linear = wush.fp4_linear(rms_norm_transform_quantize[0], rms_norm_transform_quantize[1], None, self_attn.q_proj.group.weight_packed, self_attn.q_proj.group.weight_scale, None, None, None, 'mxfp4', bf16)  # bf16[s0, s1, 128]
 split_with_sizes = aten.split_with_sizes(fp4_linear, [64, 32, 32], -1)  # (bf16[s0, s1, 64], bf16[s0, s1, 32], bf16[s0, s1, 32])
@@ -355,4 +396,5 @@ rms_norm_transform_quantize_1 = wush.rms_norm_transform_quantize(fp4_linear_1, p
 fp4_linear_2 = wush.fp4_linear(rms_norm_transform_quantize_1[0], rms_norm_transform_quantize_1[1], None, mlp.gate_proj.group.weight_packed, mlp.gate_proj.group.weight_scale, None, None, None, 'mxfp4', bf16)  # bf16[s0, s1, 256]
 split_with_sizes_1 = aten.split_with_sizes(fp4_linear_2, [128, 128], -1)  # (bf16[s0, s1, 128], bf16[s0, s1, 128])
 silu_mul_transform_quantize = wush.silu_mul_transform_quantize(split_with_sizes_1[0], split_with_sizes_1[1], mlp.down_proj.group.input_transform, None, 'mxfp4', 'absmax')  # (u8[s0, s1, 64], u8[s0, s1, 4])
-fp4_linear_3 = wush.fp4_linear(silu_mul_transform_quantize[0], silu_mul_transform_quantize[1], None, mlp.down_proj.group.weight_packed, mlp.down_proj.group.weight_scale, None, None, fp4_linear_1, 'mxfp4', bf16)  # bf16[s0, s1, 64]""")
+fp4_linear_3 = wush.fp4_linear(silu_mul_transform_quantize[0], silu_mul_transform_quantize[1], None, mlp.down_proj.group.weight_packed, mlp.down_proj.group.weight_scale, None, None, fp4_linear_1, 'mxfp4', bf16)  # bf16[s0, s1, 64]""",
+        )

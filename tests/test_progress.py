@@ -24,7 +24,7 @@ def test_the_bar_says_where_the_run_is(capsys):
     shown = capsys.readouterr().err
     for part in ("layers.2, out, loss ", "solving a", "tokens/s", "GiB", "30/30"):
         assert part in shown, part
-    assert shown.count("quantizing:") == shown.count("\r")                             # one bar
+    assert shown.count("quantizing:") == shown.count("\r")  # one bar
 
 
 def test_without_data_the_bar_counts_groups(capsys):
@@ -33,7 +33,7 @@ def test_without_data_the_bar_counts_groups(capsys):
 
 
 def test_quiet_is_quiet(capsys):
-    wc.quantize(net(), DATA, progress=False, solver="rtn")                 # no warning of few tokens either
+    wc.quantize(net(), DATA, progress=False, solver="rtn")  # no warning of few tokens either
     assert capsys.readouterr() == ("", "")
 
 
@@ -54,7 +54,7 @@ def test_the_log_is_of_json_lines(tmp_path, monkeypatch):
 
     progress = Progress(False, path)
     wc.quantize(net(Words), IDS, progress=progress, out=tmp_path / "out")
-    assert [e["event"] for e in events(path)[len(log):]] == ["run", "resumed", "finished"]
+    assert [e["event"] for e in events(path)[len(log) :]] == ["run", "resumed", "finished"]
     monkeypatch.setattr(calibrate, "solve", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         wc.quantize(net(), DATA, progress=progress)
@@ -78,11 +78,13 @@ def test_a_smaller_micro_batch_is_logged(tmp_path, monkeypatch):
 
 
 def test_the_table_begins_with_the_worst():
-    table = group_table({
-        "good": {"rows": 8, "width": 4, "tokens": 9, "loss": 1.0, "relative_loss": 0.01, "damping_tries": 1},
-        "bad": {"rows": 8, "width": 4, "tokens": 9, "loss": 0.5, "relative_loss": 0.2, "damping_tries": 3},
-        "free": {"rows": 8, "width": 4, "tokens": 0},
-    })
+    table = group_table(
+        {
+            "good": {"rows": 8, "width": 4, "tokens": 9, "loss": 1.0, "relative_loss": 0.01, "damping_tries": 1},
+            "bad": {"rows": 8, "width": 4, "tokens": 9, "loss": 0.5, "relative_loss": 0.2, "damping_tries": 3},
+            "free": {"rows": 8, "width": 4, "tokens": 0},
+        }
+    )
     lines = [line.split() for line in table.splitlines()]
     assert [line[0] for line in lines if line and line[0] in ("good", "bad", "free")] == ["bad", "good", "free"]
     bad = next(line for line in lines if line and line[0] == "bad")
@@ -104,6 +106,7 @@ def test_phases_nest_and_charge_the_innermost():
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------
+
 
 def test_a_rank_deficient_moment_is_damped_and_reported(caplog):
     """Eight rows for 64 channels, and no damping asked for: some is added until the factor exists."""

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from wush_compile.diagnostics import doctor
+from wush_compile.errors import ConfigError
 from wush_compile.kernels import dispatch as kernels
 from wush_compile.ops import core as ops
-from wush_compile.errors import ConfigError
-from wush_compile.diagnostics import doctor
 
 
 def test_the_report_on_a_cpu():
@@ -30,7 +30,7 @@ def test_the_self_test_can_fail(monkeypatch):
     checks = doctor.self_test(torch.device("cpu"), "transform_quantize")
     assert checks and not any(check.ok for check in checks)
     monkeypatch.setitem(ops.REFERENCE, "observe", failing)
-    check, = doctor.self_test(torch.device("cpu"), "observe")
+    (check,) = doctor.self_test(torch.device("cpu"), "observe")
     assert not check.ok and "RuntimeError: no kernel image" in check.case and "more" not in check.case
 
 
@@ -93,8 +93,9 @@ def test_what_writes_in_place_is_not_tried_again(monkeypatch):
     class OnGpu(torch.Tensor):
         device = torch.device("cuda", 0)
 
-    monkeypatch.setattr(kernels, "resolve", lambda device: {"observe": [
-        ("triton", kernels.Implementation(fails, lambda *args: None))]})
+    monkeypatch.setattr(
+        kernels, "resolve", lambda device: {"observe": [("triton", kernels.Implementation(fails, lambda *args: None))]}
+    )
     monkeypatch.delenv("WUSH_PROVIDER", raising=False)
     moment = torch.zeros(()).as_subclass(OnGpu)
     with pytest.raises(RuntimeError, match="triton failed in observe.*WUSH_PROVIDER=reference"):

@@ -22,13 +22,13 @@ from transformers import (
 import wush_compile as wc
 from wush_compile.calibration.loop import calibrate
 from wush_compile.capture.export import capture
+from wush_compile.checkpoint.record import quantization_of
 from wush_compile.data import normalize
 from wush_compile.errors import CaptureError, ConfigError, DataError, NonFiniteError
 from wush_compile.modules import WushLinear, named_groups
 from wush_compile.passes.calibration.group import find_groups
 from wush_compile.passes.calibration.observe import allocate, insert_observers, observed, remove_observers
 from wush_compile.passes.calibration.partition import partition
-from wush_compile.checkpoint.record import quantization_of
 
 DATA = [tokens(2, 24, seed=s) for s in range(1, 7)]
 
@@ -51,14 +51,20 @@ def mlp(**kwargs) -> nn.Module:
 
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64,
-                                      bos_token_id=1, eos_token_id=None)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=64, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, bos_token_id=1, eos_token_id=None
+        )
+    ).eval()
 
 
 def bert() -> nn.Module:
     torch.manual_seed(0)
-    return BertModel(BertConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                                vocab_size=VOCABULARY)).eval()
+    return BertModel(
+        BertConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY
+        )
+    ).eval()
 
 
 def quantize(model, data=DATA, **settings):
@@ -82,8 +88,11 @@ def state_bytes(model):
 # -- the graph pass --------------------------------------------------------------------------------------------------
 
 MODELS = {
-    "llama": lambda: plain("llama"), "qwen3": lambda: plain("qwen3"), "gemma3": lambda: plain("gemma3"),
-    "gpt2": gpt2, "bert": bert,
+    "llama": lambda: plain("llama"),
+    "qwen3": lambda: plain("qwen3"),
+    "gemma3": lambda: plain("gemma3"),
+    "gpt2": gpt2,
+    "bert": bert,
 }
 
 
@@ -112,8 +121,12 @@ def test_stages_chained_are_the_model(kind):
 def test_siblings_are_one_group():
     model = quantize(plain("llama"), solver="rtn")
     members = [[m.name.removeprefix("model.layers.0.") for m in g.members] for _, g in named_groups(model)][:4]
-    assert members == [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
-                       ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+    assert members == [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ]
     own = quantize(plain("llama"), solver="rtn", share_transform=False)
     assert all(len(g.members) == 1 for _, g in named_groups(own)) and len(list(named_groups(own))) == 14
 
@@ -134,28 +147,55 @@ def test_observers_come_and_go():
 
 
 def test_every_matrix_is_quantized_or_has_a_reason():
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-        decoder_sparse_step=1, mlp_only_layers=[], bos_token_id=1, eos_token_id=None)).eval()
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            bos_token_id=1,
+            eos_token_id=None,
+        )
+    ).eval()
     model.model.layers[0].self_attn.extra = nn.Linear(8, 8)
     quantize(model, solver="rtn", ignore=("lm_head", "*.o_proj"))
-    assert_expected_inline("\n".join(f"{k}: {v}" for k, v in quantization_of(model).ignored.items()), """\
+    assert_expected_inline(
+        "\n".join(f"{k}: {v}" for k, v in quantization_of(model).ignored.items()),
+        """\
 model.layers.0.self_attn.o_proj: ignored by the configuration ('*.o_proj')
 model.layers.0.mlp.gate: belongs to Qwen3MoeTopKRouter, not to a linear layer
 lm_head: ignored by the configuration ('lm_head')
 model.embed_tokens: belongs to Embedding, not to a linear layer
 model.layers.0.self_attn.extra: not reached by the traced forward
 model.layers.0.mlp.experts.gate_up_proj: 3-D weight of Qwen3MoeExperts: MoE experts are not supported
-model.layers.0.mlp.experts.down_proj: 3-D weight of Qwen3MoeExperts: MoE experts are not supported""")
+model.layers.0.mlp.experts.down_proj: 3-D weight of Qwen3MoeExperts: MoE experts are not supported""",
+    )
 
 
 def test_cross_attention_of_several_layers():
     """Keys and values of every decoder layer read the encoder's output: a group for each layer."""
     torch.manual_seed(0)
-    model = BartForConditionalGeneration(BartConfig(
-        vocab_size=VOCABULARY, d_model=64, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=32)).eval()
+    model = BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=64,
+            encoder_layers=1,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=96,
+            decoder_ffn_dim=96,
+            max_position_embeddings=32,
+        )
+    ).eval()
     data = [{"input_ids": tokens(2, 12, seed=s), "decoder_input_ids": tokens(2, 7, seed=s + 9)} for s in range(3)]
     expected = model(**data[0]).logits
     quantize(model, data, solver="rtn")
@@ -185,14 +225,18 @@ def test_reasons_for_odd_linears():
     model = Odd()
     quantize(model, [(tokens(2, 5),)], solver="rtn", ignore=())
     assert isinstance(model.good, WushLinear)
-    assert_expected_inline("\n".join(f"{k}: {v}" for k, v in sorted(quantization_of(model).ignored.items())), """\
+    assert_expected_inline(
+        "\n".join(f"{k}: {v}" for k, v in sorted(quantization_of(model).ignored.items())),
+        """\
 behind: used by Odd directly, not through its own forward
 head: weight is tied to embed
 narrow: width 40 is not a multiple of mxfp4's group of 32
-twice: applied 2 times in one forward""")
+twice: applied 2 times in one forward""",
+    )
 
 
 # -- results ---------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int4"])
 @pytest.mark.parametrize("kind", MODELS)
@@ -257,8 +301,8 @@ def test_padded_input_gives_the_moments_of_unpadded_input():
     padded = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
     mask = torch.zeros_like(padded)
     for i, row in enumerate(rows):
-        start = 0 if i % 2 else max(lengths) - row.shape[1]                # left and right padding
-        padded[i, start:start + row.shape[1]], mask[i, start:start + row.shape[1]] = row[0], 1
+        start = 0 if i % 2 else max(lengths) - row.shape[1]  # left and right padding
+        padded[i, start : start + row.shape[1]], mask[i, start : start + row.shape[1]] = row[0], 1
     a = quantize(plain("llama"), rows)
     b = quantize(plain("llama"), [{"input_ids": padded, "attention_mask": mask}])
     assert state_bytes(a) == state_bytes(b)
@@ -271,7 +315,7 @@ def test_masked_positions_in_the_middle_enter_no_moment():
     mask[0, 4:7] = 0
     model = quantize(bert(), [{"input_ids": ids, "attention_mask": mask}], solver="rtn", transform="wush")
     tokens_seen = {name: r["tokens"] for name, r in quantization_of(model).report.items()}
-    assert tokens_seen.pop("pooler.dense") == 2                            # one row a sequence: the mask does not apply
+    assert tokens_seen.pop("pooler.dense") == 2  # one row a sequence: the mask does not apply
     assert set(tokens_seen.values()) == {21}
 
 
@@ -299,12 +343,13 @@ def test_hooks_and_training_mode_survive():
     model.train()
     model.layers[0].register_forward_hook(lambda *_: seen.append(1))
     quantize(model, [torch.randn(100, 64)])
-    seen.clear()                                                           # tracing ran it too
+    seen.clear()  # tracing ran it too
     model(torch.randn(2, 64))
     assert seen == [1] and model.training and model.layers[0].training
 
 
 # -- without data ----------------------------------------------------------------------------------------------------
+
 
 def test_no_data_samples_text_or_asks(caplog, monkeypatch):
     monkeypatch.setattr("wush_compile.calibration.run.SELF_WINDOWS", (4, 16))
@@ -327,6 +372,7 @@ def test_a_model_on_a_gpu_needs_no_data_either(settings, monkeypatch):
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
+
 
 class Untraceable(nn.Module):
     def __init__(self):
@@ -364,17 +410,33 @@ BAD = {
     "setting": (lambda: plain("llama"), DATA, dict(formt="mxfp4"), ConfigError, "did you mean 'format'"),
     "ignore": (lambda: plain("llama"), DATA, dict(ignore=("model.layers.0.mlp.down_prj",)), ConfigError, "down_proj"),
     "empty data": (lambda: plain("llama"), [], {}, DataError, "empty"),
-    "token ids": (lambda: plain("llama"), [torch.tensor([[VOCABULARY + 3]])], {}, DataError, f"vocabulary has {VOCABULARY}"),
+    "token ids": (
+        lambda: plain("llama"),
+        [torch.tensor([[VOCABULARY + 3]])],
+        {},
+        DataError,
+        f"vocabulary has {VOCABULARY}",
+    ),
     "strings": (lambda: plain("llama"), ["hello"], {}, DataError, "tokenizer="),
     "nan weight": (lambda: poison(plain("llama"), float("nan")), DATA, {}, NonFiniteError, "layers.1.mlp.up_proj"),
     "inf weight": (lambda: poison(plain("llama"), float("inf")), DATA, {}, NonFiniteError, "layers.1.mlp.up_proj"),
     "nan activation": (Overflowing, [torch.randn(64, 32)], {}, NonFiniteError, "second"),
     "untraceable": (Untraceable, [torch.randn(4, 32)], {}, CaptureError, "inner.1"),
-    "nothing": (lambda: nn.Sequential(nn.Linear(10, 10), nn.ReLU()), [torch.randn(4, 10)], {}, CaptureError,
-                "nothing to quantize.*width 10"),
+    "nothing": (
+        lambda: nn.Sequential(nn.Linear(10, 10), nn.ReLU()),
+        [torch.randn(4, 10)],
+        {},
+        CaptureError,
+        "nothing to quantize.*width 10",
+    ),
     "no linear": (lambda: nn.Conv1d(4, 4, 1), [torch.randn(2, 4, 8)], {}, CaptureError, "nothing to quantize"),
-    "mixed batches": (lambda: plain("llama"), [DATA[0], {"input_ids": DATA[0], "position_ids": DATA[0]}], {}, DataError,
-                      "different inputs"),
+    "mixed batches": (
+        lambda: plain("llama"),
+        [DATA[0], {"input_ids": DATA[0], "position_ids": DATA[0]}],
+        {},
+        DataError,
+        "different inputs",
+    ),
 }
 
 
@@ -431,14 +493,23 @@ def test_fewer_tokens_than_channels_is_a_warning(caplog):
 
 # -- explain ---------------------------------------------------------------------------------------------------------
 
+
 def test_explain_is_stable_and_whole():
     model = quantize(plain("llama"))
     text = wc.explain(model)
     assert text == wc.explain(model)
-    for part in ("format=mxfp4", "14 linears in 8 groups", "not quantized: lm_head", "before: model.layers.0",
-                 "after: model.layers.0", "aten.linear", "wush.transform_quantize", "wush.fp4_linear"):
+    for part in (
+        "format=mxfp4",
+        "14 linears in 8 groups",
+        "not quantized: lm_head",
+        "before: model.layers.0",
+        "after: model.layers.0",
+        "aten.linear",
+        "wush.transform_quantize",
+        "wush.fp4_linear",
+    ):
         assert part in text, part
-    after = text[text.index("after:"):]
+    after = text[text.index("after:") :]
     assert "aten.linear" not in after and after.count("wush.fp4_linear(") == 7
     with pytest.raises(wc.WushError, match="not quantized"):
         wc.explain(mlp())

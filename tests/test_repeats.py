@@ -9,7 +9,8 @@ from torch import fx, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import wush_compile as wc
-from wush_compile.capture import export as capture, repeats
+from wush_compile.capture import export as capture
+from wush_compile.capture import repeats
 
 BATCHES = [{"input_ids": tokens(2, 16)}, {"input_ids": tokens(1, 24)}]
 
@@ -61,7 +62,9 @@ def test_one_layer_of_each_kind_is_traced(monkeypatch):
     model = plain("llama", layers=6)
     for layer in model.model.layers:
         original = layer.self_attn.forward
-        monkeypatch.setattr(layer.self_attn, "forward", lambda *a, original=original, **k: calls.append(1) or original(*a, **k))
+        monkeypatch.setattr(
+            layer.self_attn, "forward", lambda *a, original=original, **k: calls.append(1) or original(*a, **k)
+        )
     monkeypatch.setattr(repeats, "verify", lambda kinds, skeleton: None)
     capture.capture(model, BATCHES)
     assert len(calls) == 1
@@ -138,10 +141,21 @@ def hooks(net: Net) -> Net:
     return net
 
 
-@pytest.mark.parametrize("make", [
-    lambda: Net(Numbered), lambda: Net(Remembers), lambda: Net(Appends), lambda: Net(Writes), lambda: Net(Counts),
-    lambda: Net(Wide), lambda: shares(Net(Layer)), lambda: hooks(Net(Layer)), lambda: Net(Layer, count=3),
-], ids=["number", "attribute", "argument", "in place", "buffer", "width", "shared", "hook", "few"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Net(Numbered),
+        lambda: Net(Remembers),
+        lambda: Net(Appends),
+        lambda: Net(Writes),
+        lambda: Net(Counts),
+        lambda: Net(Wide),
+        lambda: shares(Net(Layer)),
+        lambda: hooks(Net(Layer)),
+        lambda: Net(Layer, count=3),
+    ],
+    ids=["number", "attribute", "argument", "in place", "buffer", "width", "shared", "hook", "few"],
+)
 def test_layers_that_differ_are_all_traced(make, monkeypatch):
     model, batches = make().eval(), [(torch.randn(4, 32),)]
     by_layers, whole = traced(model, batches, monkeypatch)
@@ -160,9 +174,19 @@ def test_layers_that_are_alike_are_not(monkeypatch):
 
 
 def test_a_scale_by_the_layers_number_is_seen(monkeypatch):
-    model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=97, n_embd=64, n_layer=5, n_head=4, n_positions=64, scale_attn_by_inverse_layer_idx=True, bos_token_id=1,
-        eos_token_id=None, attn_implementation="eager")).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=97,
+            n_embd=64,
+            n_layer=5,
+            n_head=4,
+            n_positions=64,
+            scale_attn_by_inverse_layer_idx=True,
+            bos_token_id=1,
+            eos_token_id=None,
+            attn_implementation="eager",
+        )
+    ).eval()
     by_layers, _ = traced(model, BATCHES, monkeypatch)
     assert by_layers is None
 

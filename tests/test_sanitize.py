@@ -7,10 +7,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-import sanitize  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+import sanitize
+from triton.runtime.jit import JITFunction
 
-from wush_compile.kernels import cuda  # noqa: E402
+from wush_compile.kernels import cuda
 from wush_compile.kernels.triton.common import memory as triton_memory
 
 
@@ -44,8 +44,24 @@ def test_every_call_is_launched(group, monkeypatch):
     monkeypatch.setattr(torch, "baddbmm", lambda *args, out_dtype, out: launched.append("baddbmm"))
     monkeypatch.setattr(cuda, "unavailable", lambda capability: None)
     monkeypatch.setattr(cuda, "_target", lambda x: "sm_90a")
-    monkeypatch.setattr(cuda, "load", lambda target: type("Library", (), {n: staticmethod(ours) for n in (
-        "transform_quantize", "rms_norm_transform_quantize", "silu_mul_transform_quantize", "fp4_linear", "swizzle_scales")}))
+    monkeypatch.setattr(
+        cuda,
+        "load",
+        lambda target: type(
+            "Library",
+            (),
+            {
+                n: staticmethod(ours)
+                for n in (
+                    "transform_quantize",
+                    "rms_norm_transform_quantize",
+                    "silu_mul_transform_quantize",
+                    "fp4_linear",
+                    "swizzle_scales",
+                )
+            },
+        ),
+    )
     names = []
     for name, call in sanitize.cases([group]):
         before = len(launched)

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from wush_compile import formats
-from wush_compile.ops import core as ops
 from wush_compile.kernels import layouts, scaled_mm
+from wush_compile.ops import core as ops
 
 both = pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 
@@ -18,7 +18,10 @@ def library(monkeypatch):
 
     def product(a, b, scale_a, recipe_a, scale_b, recipe_b, swizzle_a, swizzle_b, bias, output_dtype):
         sides, format = [], "nvfp4" if scale_a[0].dtype == torch.float8_e4m3fn else "mxfp4"
-        for codes, scales, recipe, swizzle in ((a, scale_a, recipe_a, swizzle_a), (b.t(), scale_b, recipe_b, swizzle_b)):
+        for codes, scales, recipe, swizzle in (
+            (a, scale_a, recipe_a, swizzle_a),
+            (b.t(), scale_b, recipe_b, swizzle_b),
+        ):
             assert codes.dtype == torch.float4_e2m1fn_x2 and codes.is_contiguous()
             assert recipe[0] is (F.ScalingType.BlockWise1x16 if format == "nvfp4" else F.ScalingType.BlockWise1x32)
             assert swizzle[0] is F.SwizzleType.SWIZZLE_32_4_4 and len(scales) == len(recipe) == len(swizzle)
@@ -52,7 +55,7 @@ def test_operands_are_what_the_library_reads(library, format, scaled):
         want = ops._fp4_linear(*x, gx, *w, gw, b, r, format, torch.bfloat16)
         assert got.shape == want.shape and got.dtype == want.dtype
         assert ((got - want).abs() > 0.01 * want.abs() + 0.01).sum() == 0
-        assert (got != want).float().mean() < 0.01               # fp32 sums against float64 ones
+        assert (got != want).float().mean() < 0.01  # fp32 sums against float64 ones
     assert library == [format] * 3
 
 
@@ -80,7 +83,7 @@ def test_a_product_that_fails_or_is_wrong_is_refused(monkeypatch):
     monkeypatch.setattr(F, "scaled_mm", lambda *args: torch.zeros(48, 64, dtype=torch.bfloat16))
     assert "wrong" in scaled_mm.problem("nvfp4", False, 0)
     monkeypatch.setattr(F, "scaled_mm", broken)
-    assert "wrong" in scaled_mm.problem("nvfp4", False, 0)         # not tried again
+    assert "wrong" in scaled_mm.problem("nvfp4", False, 0)  # not tried again
 
 
 def test_what_it_does_not_take():

@@ -12,11 +12,11 @@ from gptq_oracle import block_diagonal, obq
 from wush_compile import formats
 from wush_compile.config import MOMENTS, SOLVERS, TRANSFORMS, WushConfig
 from wush_compile.errors import ConfigError, DataError, NonFiniteError
+from wush_compile.solver.gptq import _rounder, gptq, gptq_conditional, rotate_, round_e2m1, round_group, triangular
+from wush_compile.solver.loss import layer_loss
+from wush_compile.solver.scales import global_scale
 from wush_compile.solver.solution import block_size, moment_shape
 from wush_compile.solver.solve import solve
-from wush_compile.solver.loss import layer_loss
-from wush_compile.solver.gptq import _rounder, gptq, gptq_conditional, rotate_, round_e2m1, round_group, triangular
-from wush_compile.solver.scales import global_scale
 from wush_compile.solver.transforms import (
     apply_blockwise,
     cholesky_,
@@ -59,6 +59,7 @@ def damped(x):
 
 
 # -- transforms ------------------------------------------------------------------------------------------------------
+
 
 def random_blocks(blocks=3, size=16, seed=0):
     """Second moments of inputs and weights, [b, B, B] each."""
@@ -197,15 +198,20 @@ def agrees_with_the_oracle(format, rule, groups, device):
     x, w = problem(n=40, k=width, seed=groups)
     cases = [("identity", "marginal"), ("hadamard", "marginal"), ("wush", "marginal"), ("wush", "conditional")]
     for transform, moments in cases:
-        config = WushConfig(format=format, weight_scale_rule=rule, transform=transform, moments=moments,
-                            transform_block_size=block)
-        moment = (x.T @ x).to(device)                                   # the CPU's sums on every device
+        config = WushConfig(
+            format=format, weight_scale_rule=rule, transform=transform, moments=moments, transform_block_size=block
+        )
+        moment = (x.T @ x).to(device)  # the CPU's sums on every device
         solution = solve(w.to(device), config, moment=moment, count=len(x), sample=x[:64].to(device), name="a")
         t = block_diagonal(None if solution.transform is None else solution.transform.cpu(), width)
         g = solution.weight_global_scale
-        codes, scales = obq(w.to(torch.float64) @ torch.linalg.inv(t), t @ damped(x) @ t.T, format, rule,
-                            None if g is None else g.cpu())
-        assert torch.equal(scales.view(torch.uint8), solution.weight_scale.cpu().view(torch.uint8)), (transform, moments)
+        codes, scales = obq(
+            w.to(torch.float64) @ torch.linalg.inv(t), t @ damped(x) @ t.T, format, rule, None if g is None else g.cpu()
+        )
+        assert torch.equal(scales.view(torch.uint8), solution.weight_scale.cpu().view(torch.uint8)), (
+            transform,
+            moments,
+        )
         assert torch.equal(codes, formats.unpack(solution.weight_packed.cpu())), (transform, moments)
 
 
@@ -256,7 +262,7 @@ def rotated_factor(device):
                 torch.testing.assert_close(unit.tril(), expected / expected.diagonal(), rtol=1e-8, atol=1e-10)
                 assert not diagonal_blocks(unit, block).triu(1).any()
     m = torch.randn(5, 32, 32, dtype=torch.float64, device=device, generator=torch.Generator(device).manual_seed(0))
-    m[1] *= 10 ** torch.linspace(0, -7, 32, device=device)                 # a condition number beyond one Cholesky's reach
+    m[1] *= 10 ** torch.linspace(0, -7, 32, device=device)  # a condition number beyond one Cholesky's reach
     lower, q = triangular(m)
     eye = torch.eye(32, dtype=torch.float64, device=device).expand(5, -1, -1)
     torch.testing.assert_close(q @ q.mT, eye, rtol=0, atol=1e-13)
@@ -313,11 +319,22 @@ def group_kernel_agrees(device):
             codes = torch.full((size, n), 77, dtype=torch.uint8, device=where)
             scales = torch.zeros(n, dtype=formats.get_format(format).scale_dtype, device=where)
             error = torch.full((size, n), 99.0, dtype=torch.float64, device=where)
-            function(w.to(where), z.to(where, copy=True), unit.to(where)[size:, size:], format, rule,
-                     None if g is None else g.to(where), codes, scales, error)
+            function(
+                w.to(where),
+                z.to(where, copy=True),
+                unit.to(where)[size:, size:],
+                format,
+                rule,
+                None if g is None else g.to(where),
+                codes,
+                scales,
+                error,
+            )
             results.append([r.cpu() for r in (codes, scales, error)])
         for here, there in zip(*results, strict=True):
-            torch.testing.assert_close(there, here, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{format} {rule}: {m}")
+            torch.testing.assert_close(
+                there, here, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{format} {rule}: {m}"
+            )
     print("same")
 
 
@@ -337,8 +354,15 @@ def test_group_kernel_interpreted():
 
 def test_in_loop_rounding_is_the_format_s():
     edges = torch.tensor([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 1e30])
-    values = torch.cat((edges, torch.nextafter(edges, torch.tensor(0.0)), torch.nextafter(edges, torch.tensor(9e30)),
-                        torch.linspace(0, 7, 5001), torch.tensor([1e-40, 1e-45])))
+    values = torch.cat(
+        (
+            edges,
+            torch.nextafter(edges, torch.tensor(0.0)),
+            torch.nextafter(edges, torch.tensor(9e30)),
+            torch.linspace(0, 7, 5001),
+            torch.tensor([1e-40, 1e-45]),
+        )
+    )
     values = torch.cat((values, -values))
     assert torch.equal(round_e2m1(values.clone()), formats.e2m1_round(values))
 
@@ -431,10 +455,11 @@ def test_weight_error_is_that_of_the_weights():
 
 # -- damping, odd data -----------------------------------------------------------------------------------------------
 
+
 def test_damping_is_repeated_until_cholesky_succeeds():
-    h = torch.diag(torch.tensor([4.0, 4.0, 4.0, -0.1], dtype=torch.float64))       # mean diagonal 2.975
+    h = torch.diag(torch.tensor([4.0, 4.0, 4.0, -0.1], dtype=torch.float64))  # mean diagonal 2.975
     factor, tries = damped_cholesky(h, 0.01, "a")
-    assert tries == 4                                                               # 0.1 / 2.975 lies above 3 %
+    assert tries == 4  # 0.1 / 2.975 lies above 3 %
     torch.testing.assert_close(factor @ factor.T, h + 0.04 * 2.975 * torch.eye(4, dtype=torch.float64))
     assert damped_cholesky(torch.stack((h, h.abs())), 0.01, "a")[1] == 4
     with pytest.raises(ConfigError, match="layers.3.*damping"):
@@ -535,6 +560,7 @@ def test_block_sizes_and_moment_shapes():
 
 # -- global scales ---------------------------------------------------------------------------------------------------
 
+
 def test_global_scale_constants():
     cpu = torch.device("cpu")
     assert global_scale("mxfp4", "paper", None, None, cpu).item() == 3
@@ -553,7 +579,7 @@ def test_global_scale_follows_the_unit(method, unit):
     g = global_scale("nvfp4", "absmax", group_max, rms, torch.device("cpu"), method)
     assert g.log2() == g.log2().round()
     scale = group_max.to(torch.float64) * g / 6
-    assert 2.0**-4 < scale.min() and scale.max() < 448
+    assert scale.min() > 2.0**-4 and scale.max() < 448
 
 
 @pytest.mark.parametrize("factor", [100, 1000, 10000])
@@ -600,6 +626,7 @@ def test_same_bytes_on_a_gpu(format, moments):
 
 
 # -- devices ---------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")

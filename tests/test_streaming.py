@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import wush_compile as wc
 from wush_compile.calibration.activations import Activations
 from wush_compile.calibration.microbatch import TOKENS, choose_rows, regroup
-from wush_compile.checkpoint.files import Shards
 from wush_compile.calibration.streaming import CheckpointTensors, open_checkpoint
 from wush_compile.capture.export import capture
+from wush_compile.checkpoint.files import Shards
 from wush_compile.data import normalize
 from wush_compile.errors import CheckpointError, DataError, NonFiniteError
 from wush_compile.passes.calibration.partition import partition
@@ -27,16 +27,30 @@ DATA = [tokens(2, 24, seed=s) for s in range(1, 5)]
 
 def tied() -> torch.nn.Module:
     torch.manual_seed(0)
-    return LlamaForCausalLM._from_config(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=None,
-    ), dtype=torch.bfloat16).eval()
+    return LlamaForCausalLM._from_config(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=None,
+        ),
+        dtype=torch.bfloat16,
+    ).eval()
 
 
 def gpt2() -> torch.nn.Module:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, bos_token_id=1,
-                                      eos_token_id=None)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=64, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, bos_token_id=1, eos_token_id=None
+        )
+    ).eval()
 
 
 MODELS = {"tied": tied, "gemma3": lambda: plain("gemma3"), "qwen3": lambda: plain("qwen3"), "gpt2": gpt2}
@@ -54,10 +68,15 @@ def stream(source, out, data=DATA, **settings):
     return wc.quantize_checkpoint(source, data, progress=False, out=out, **settings)
 
 
-@pytest.mark.parametrize("kind, settings", [
-    ("tied", {}), ("gemma3", dict(format="nvfp4", solver="rtn")), ("qwen3", dict(moments="conditional", format="int4")),
-    ("gpt2", dict(solver="rtn", batch_size=4)),
-])
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("tied", {}),
+        ("gemma3", dict(format="nvfp4", solver="rtn")),
+        ("qwen3", dict(moments="conditional", format="int4")),
+        ("gpt2", dict(solver="rtn", batch_size=4)),
+    ],
+)
 def test_streamed_files_are_those_of_the_model_in_memory(kind, settings, tmp_path):
     MODELS[kind]().save_pretrained(tmp_path / "source", max_shard_size="60KB")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype="auto")
@@ -73,8 +92,14 @@ def test_streamed_files_are_those_of_the_model_in_memory(kind, settings, tmp_pat
 
 def test_one_stage_of_weights_at_a_time(source, tmp_path, monkeypatch):
     loads, real = [], CheckpointTensors.load
-    monkeypatch.setattr(CheckpointTensors, "load", lambda self, names, device: loads.append(
-        {name.split(".layers.")[1][0] for name in names if ".layers." in name}) or real(self, names, device))
+    monkeypatch.setattr(
+        CheckpointTensors,
+        "load",
+        lambda self, names, device: (
+            loads.append({name.split(".layers.")[1][0] for name in names if ".layers." in name})
+            or real(self, names, device)
+        ),
+    )
     model = stream(source, tmp_path / "out")
     assert max(map(len, loads)) == 1 and set().union(*loads) == {"0", "1", "2"}
     # Nothing is left of what was solved, nor of the weights.
@@ -131,11 +156,22 @@ def damage(source, change):
     save_file(state, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("change, error, message", [
-    (lambda s: s["model.layers.1.mlp.up_proj.weight"].view(-1)[5:6].fill_(torch.nan), NonFiniteError, "layers.1.mlp.up_proj"),
-    (lambda s: s.pop("model.layers.1.mlp.up_proj.weight"), CheckpointError, "no tensor for model.layers.1.mlp.up_proj"),
-    (lambda s: s.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 64)}), CheckpointError, "config.json"),
-])
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (
+            lambda s: s["model.layers.1.mlp.up_proj.weight"].view(-1)[5:6].fill_(torch.nan),
+            NonFiniteError,
+            "layers.1.mlp.up_proj",
+        ),
+        (
+            lambda s: s.pop("model.layers.1.mlp.up_proj.weight"),
+            CheckpointError,
+            "no tensor for model.layers.1.mlp.up_proj",
+        ),
+        (lambda s: s.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 64)}), CheckpointError, "config.json"),
+    ],
+)
 def test_damaged_weights_are_named(source, tmp_path, change, error, message):
     damage(source, change)
     with pytest.raises(error, match=message):
@@ -157,6 +193,7 @@ def test_what_cannot_be_streamed(source, tmp_path):
 
 
 # -- activations and micro-batches -----------------------------------------------------------------------------------
+
 
 def test_activations_in_files(tmp_path):
     one = wc.quantize(plain("llama"), DATA, progress=False)
@@ -184,7 +221,7 @@ def test_offloaded_values_come_back(directory, tmp_path):
     kept = Activations([{}, {}], torch.device("cpu"), True, tmp_path if directory else None)
     kept.write(0, {"x": x, "repeated": repeated, "transposed": transposed, "n": 7, "empty": x[:0]})
     kept.write(1, {"x": x + 1})
-    [a, b, c, n, empty], = [next(kept.read(["x", "repeated", "transposed", "n", "empty"]))]
+    ([a, b, c, n, empty],) = [next(kept.read(["x", "repeated", "transposed", "n", "empty"]))]
     assert torch.equal(a, x) and torch.equal(b, repeated) and torch.equal(c, transposed) and n == 7
     assert empty.shape == (0, 5) and empty.dtype == torch.bfloat16
     assert kept._values[0]["repeated"].tensor.numel() == 4

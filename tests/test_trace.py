@@ -12,20 +12,26 @@ from models import quantized
 from test_backend import mlp, rows
 
 import wush_compile as wc
-from wush_compile.passes import pipeline as passes
 from wush_compile.backend import preview
 from wush_compile.errors import ConfigError
 from wush_compile.graphs.printing import print_graph, readable_name
+from wush_compile.passes import pipeline as passes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 STEPS = ["incoming", *(p.__name__ for p in passes.EXECUTION)]
 
 
-@pytest.mark.parametrize("name, path", [
-    ("L_self_modules_model_modules_layers_modules_0_modules_mlp_modules_up_proj_parameters_weight_", "model.layers.0.mlp.up_proj.weight"),
-    ("l_self_modules_q_proj_group_0_buffers_weight_packed_", "q_proj.group.weight_packed"),
-    ("p_model_norm_weight", "model_norm_weight"),
-])
+@pytest.mark.parametrize(
+    "name, path",
+    [
+        (
+            "L_self_modules_model_modules_layers_modules_0_modules_mlp_modules_up_proj_parameters_weight_",
+            "model.layers.0.mlp.up_proj.weight",
+        ),
+        ("l_self_modules_q_proj_group_0_buffers_weight_packed_", "q_proj.group.weight_packed"),
+        ("p_model_norm_weight", "model_norm_weight"),
+    ],
+)
 def test_inputs_get_readable_names(name, path):
     assert readable_name(name) == path
 
@@ -47,11 +53,12 @@ def dynamic_text() -> str:
 
 
 def test_the_text_is_the_same_in_every_process():
-    for _ in range(2):                                       # symbols and names count up with what was traced before
+    for _ in range(2):  # symbols and names count up with what was traced before
         here = dynamic_text()
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
-    done = subprocess.run([sys.executable, "-c", PRINT, Path(__file__).parent], capture_output=True, text=True,
-                          env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT, Path(__file__).parent], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == here.strip()
     assert "[s0, s1, 64]" in here and not re.search(r"0x[0-9a-f]{4}", here)
@@ -91,10 +98,15 @@ def test_a_log_sees_every_step_and_saves_it(tmp_path, capsys):
     assert [s.step for s in graph.snapshots] == ["dynamo", *STEPS]
     assert graph["incoming"].counts["transform_quantize"] == 3 and graph["cse"].counts["transform_quantize"] == 2
     assert graph["cleanup"].counts == {
-        "rms_norm_transform_quantize": 1, "silu_mul_transform_quantize": 1, "fp4_linear": 2,
+        "rms_norm_transform_quantize": 1,
+        "silu_mul_transform_quantize": 1,
+        "fp4_linear": 2,
     }
     assert [k.split()[-1] for k in graph.kernels if "wush" in k] == [
-        "wush.rms_norm_transform_quantize", "wush.fp4_linear", "wush.silu_mul_transform_quantize", "wush.fp4_linear",
+        "wush.rms_norm_transform_quantize",
+        "wush.fp4_linear",
+        "wush.silu_mul_transform_quantize",
+        "wush.fp4_linear",
     ]
     log.print(after="cleanup")
     assert "wush.silu_mul_transform_quantize(" in capsys.readouterr().out
@@ -111,13 +123,17 @@ def test_foreign_graphs_print_too():
     assert "return" in print_graph(graph)
 
 
-@pytest.mark.parametrize("name, arguments, expected", [
-    ("inspect_graphs.py", ["steps"], "wush.rms_norm_transform_quantize("),
-    ("compile_generate.py", [], "tokens of eager: True"),
-])
+@pytest.mark.parametrize(
+    "name, arguments, expected",
+    [
+        ("inspect_graphs.py", ["steps"], "wush.rms_norm_transform_quantize("),
+        ("compile_generate.py", [], "tokens of eager: True"),
+    ],
+)
 def test_examples_run(name, arguments, expected, tmp_path):
     assert len((EXAMPLES / name).read_text().splitlines()) < 60
-    done = subprocess.run([sys.executable, EXAMPLES / name, *arguments], capture_output=True, text=True, cwd=tmp_path,
-                          timeout=500)
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=500
+    )
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout

@@ -5,12 +5,14 @@ import torch
 from torch.nn import functional as F
 
 from wush_compile import formats
-from wush_compile.ops import fused as fused_ops, core as ops
+from wush_compile.ops import core as ops
+from wush_compile.ops import fused as fused_ops
 
 triton = pytest.importorskip("triton")
-import triton.language as tl  # noqa: E402
+import triton.language as tl
 
-from wush_compile.kernels.triton.quantize import fused as triton_fused, prologue as triton_prologue  # noqa: E402
+from wush_compile.kernels.triton.quantize import fused as triton_fused
+from wush_compile.kernels.triton.quantize import prologue as triton_prologue
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -68,10 +70,13 @@ def with_scales_at_ties(got, want, x, t, format):
     """`got` with those groups of `want` whose two scales leave the same squared error, up to the rounding of an fp32 sum: with the
     least-squares rule both are right. At most 2 of 10 000."""
     group = formats.FORMATS[format].group_size
-    other = got[1] != want[1]                                                                # [m, k / group]
+    other = got[1] != want[1]  # [m, k / group]
     assert other.float().mean() <= 2e-4, other.sum()
     y = torch.einsum("mbk,bnk->mbn", x.double().view(len(x), *t.shape[:2]), t.double()).reshape(x.shape)
-    errors = [(formats.dequantize(*q, format).double() - y).square().view(len(x), -1, group).sum(-1)[other] for q in (got, want)]
+    errors = [
+        (formats.dequantize(*q, format).double() - y).square().view(len(x), -1, group).sum(-1)[other]
+        for q in (got, want)
+    ]
     torch.testing.assert_close(*errors, rtol=1e-5, atol=0)
     return torch.where(other.repeat_interleave(group // 2, 1), want[0], got[0]), torch.where(other, want[1], got[1])
 
@@ -86,9 +91,11 @@ def test_gated_activations(format, rule, block, dtype, m, k):
     gate, up = both[:, :k], both[:, k:]
     t = transform(k, block, dtype)
     gelu_mul = triton_fused.gelu_mul_transform_quantize
-    for run, activation in ((lambda *a: triton_fused.silu_mul_transform_quantize(gate, up, *a), "silu_mul"),
-                            (lambda *a: gelu_mul(gate, up, "none", *a), "gelu_mul"),
-                            (lambda *a: gelu_mul(gate, up, "tanh", *a), "gelu_tanh_mul")):
+    for run, activation in (
+        (lambda *a: triton_fused.silu_mul_transform_quantize(gate, up, *a), "silu_mul"),
+        (lambda *a: gelu_mul(gate, up, "none", *a), "gelu_mul"),
+        (lambda *a: gelu_mul(gate, up, "tanh", *a), "gelu_tanh_mul"),
+    ):
         got = run(t, None, format, rule)
         x = ACTIVATIONS[activation](gate) * up
         want = ops._transform_quantize(x, t, None, format, rule)

@@ -6,15 +6,17 @@ import torch
 from wush_compile.ops import core as ops
 
 pytest.importorskip("triton")
-from wush_compile.kernels.triton.calibration import moments as triton_gram  # noqa: E402
+from wush_compile.kernels.triton.calibration import moments as triton_gram
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("m, k, block", [(1, 64, 32), (70, 96, 16), (300, 1536, 32), (5000, 576, 64), (129, 512, 128),
-                                         (2049, 2048, None), (3, 64, None)])
+@pytest.mark.parametrize(
+    "m, k, block",
+    [(1, 64, 32), (70, 96, 16), (300, 1536, 32), (5000, 576, 64), (129, 512, 128), (2049, 2048, None), (3, 64, None)],
+)
 @pytest.mark.parametrize("strided", [False, True])
 def test_moment_is_exact(dtype, m, k, block, strided):
     x = torch.randint(-8, 9, (m, 2 * k if strided else k), device=DEVICE).to(dtype)[:, :k]
@@ -33,8 +35,11 @@ def test_observe_takes_it(block):
     mask = torch.rand(4, 100, device=DEVICE) < 0.7
     states = []
     for observe in (torch.ops.wush.observe, ops._observe):
-        state = (torch.zeros((k, k) if block is None else (k // block, block, block), device=DEVICE),
-                 torch.zeros((), dtype=torch.int64, device=DEVICE), torch.zeros(64, k, dtype=x.dtype, device=DEVICE))
+        state = (
+            torch.zeros((k, k) if block is None else (k // block, block, block), device=DEVICE),
+            torch.zeros((), dtype=torch.int64, device=DEVICE),
+            torch.zeros(64, k, dtype=x.dtype, device=DEVICE),
+        )
         observe(x, mask, *state, 3)
         states.append(state)
     assert all(torch.equal(a, b) for a, b in zip(*states))

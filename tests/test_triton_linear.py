@@ -12,9 +12,10 @@ from wush_compile import formats
 from wush_compile.formats import FORMATS
 
 pytest.importorskip("triton")
-from wush_compile.kernels.triton.linear import choose as triton_choose, fp4_linear as triton_linear  # noqa: E402
 from wush_compile.kernels.triton.common import memory as triton_memory
-from wush_compile.kernels.triton.linear.choose import Fused, Hopper  # noqa: E402
+from wush_compile.kernels.triton.linear import choose as triton_choose
+from wush_compile.kernels.triton.linear import fp4_linear as triton_linear
+from wush_compile.kernels.triton.linear.choose import Fused, Hopper
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
@@ -45,23 +46,62 @@ def error(got, want):
 
 
 KERNELS = {
-    "mxfp4": [None, Fused(64, 16, 256, 1, 4, 4, True), Fused(64, 16, 128, 4, 4, 6, True),
-              Fused(64, 16, 256, 2, 4, 4, False), Fused(64, 32, 256, 2, 4, 4, False), Fused(64, 64, 256, 2, 4, 3, True),
-              Fused(128, 128, 128, 1, 8, 4, False), Fused(128, 256, 128, 1, 8, 3, False), Hopper(128, 16, 2, 4, 8),
-              Hopper(128, 64, 2, 2, 8), Hopper(128, 128, 2, 4, 6), Hopper(128, 256, 2, 1, 4), Hopper(256, 128, 4, 1, 6),
-              Hopper(256, 128, 4, 2, 6), Hopper(256, 32, 4, 1, 8), Hopper(128, 192, 2, 3, 6), "library", "bf16"],
-    "nvfp4": [None, Fused(64, 16, 128, 4, 4, 4, True), Fused(64, 16, 128, 1, 4, 4, False),
-              Fused(64, 64, 128, 2, 4, 4, False), Fused(128, 128, 128, 2, 8, 3, False), Hopper(128, 16, 2, 4, 8),
-              Hopper(128, 64, 2, 2, 7), Hopper(128, 128, 2, 4, 5), Hopper(128, 256, 2, 1, 3), Hopper(256, 128, 4, 1, 4),
-              Hopper(256, 32, 4, 2, 7), Hopper(128, 192, 2, 3, 3), "bf16"],
+    "mxfp4": [
+        None,
+        Fused(64, 16, 256, 1, 4, 4, True),
+        Fused(64, 16, 128, 4, 4, 6, True),
+        Fused(64, 16, 256, 2, 4, 4, False),
+        Fused(64, 32, 256, 2, 4, 4, False),
+        Fused(64, 64, 256, 2, 4, 3, True),
+        Fused(128, 128, 128, 1, 8, 4, False),
+        Fused(128, 256, 128, 1, 8, 3, False),
+        Hopper(128, 16, 2, 4, 8),
+        Hopper(128, 64, 2, 2, 8),
+        Hopper(128, 128, 2, 4, 6),
+        Hopper(128, 256, 2, 1, 4),
+        Hopper(256, 128, 4, 1, 6),
+        Hopper(256, 128, 4, 2, 6),
+        Hopper(256, 32, 4, 1, 8),
+        Hopper(128, 192, 2, 3, 6),
+        "library",
+        "bf16",
+    ],
+    "nvfp4": [
+        None,
+        Fused(64, 16, 128, 4, 4, 4, True),
+        Fused(64, 16, 128, 1, 4, 4, False),
+        Fused(64, 64, 128, 2, 4, 4, False),
+        Fused(128, 128, 128, 2, 8, 3, False),
+        Hopper(128, 16, 2, 4, 8),
+        Hopper(128, 64, 2, 2, 7),
+        Hopper(128, 128, 2, 4, 5),
+        Hopper(128, 256, 2, 1, 3),
+        Hopper(256, 128, 4, 1, 4),
+        Hopper(256, 32, 4, 2, 7),
+        Hopper(128, 192, 2, 3, 3),
+        "bf16",
+    ],
 }
 CASES = [(format, kernel) for format in KERNELS for kernel in KERNELS[format]]
 
 
 @gpu
 @pytest.mark.parametrize("format, kernel", CASES)
-@pytest.mark.parametrize("m, n, k", [(1, 200, 1024), (2, 128, 512), (4, 1000, 1024), (3, 72, 512), (17, 264, 1024),
-                                     (70, 512, 2048), (300, 1040, 1024), (60, 264, 128), (33, 72, 256), (140, 512, 512)])
+@pytest.mark.parametrize(
+    "m, n, k",
+    [
+        (1, 200, 1024),
+        (2, 128, 512),
+        (4, 1000, 1024),
+        (3, 72, 512),
+        (17, 264, 1024),
+        (70, 512, 2048),
+        (300, 1040, 1024),
+        (60, 264, 128),
+        (33, 72, 256),
+        (140, 512, 512),
+    ],
+)
 def test_linear_is_the_exact_product(format, kernel, m, n, k):
     """fp32 output within the accumulator's error of the float64 product of the same operands, with every extra
     operand."""
@@ -95,8 +135,10 @@ def test_the_parts_of_a_tile_lie_in_one_round_of_programs(multiprocessors):
 
 @gpu
 @both
-@pytest.mark.parametrize("rows, multiprocessors, split, tail", [
-    (64, 6, 3, 3), (64, 12, 4, 9), (64, 44, 2, 1), (64, 400, 8, 45), (64, 45, 5, 0), (192, 16, 2, 2)])
+@pytest.mark.parametrize(
+    "rows, multiprocessors, split, tail",
+    [(64, 6, 3, 3), (64, 12, 4, 9), (64, 44, 2, 1), (64, 400, 8, 45), (64, 45, 5, 0), (192, 16, 2, 2)],
+)
 def test_tiles_behind_the_last_whole_wave_are_done_in_parts(format, rows, multiprocessors, split, tail, monkeypatch):
     """45 tiles, or 18 of 128 and 64 rows of x; of 8 steps, which 3 parts do not divide. The same bits every time."""
     tiles = 45 if rows == 64 else 18
@@ -104,12 +146,16 @@ def test_tiles_behind_the_last_whole_wave_are_done_in_parts(format, rows, multip
     c, s, wc, ws = operands(format, 300, 1040, 1024)
     monkeypatch.setattr(triton_linear, "multiprocessors", lambda device: multiprocessors)
     tile = Hopper(128, rows, 2, split, 7 if rows == 64 else 3)
-    got = [triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.float32, tile) for _ in range(3)]
+    got = [
+        triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.float32, tile) for _ in range(3)
+    ]
     assert error(got[0], exact(c, s, wc, ws, format)) < (5e-4 if format == "mxfp4" else 1e-5)
     assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2])
-    whole = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.float32, tile._replace(split=1))
+    whole = triton_linear.fp4_linear(
+        c, s, None, wc, ws, None, None, None, format, torch.float32, tile._replace(split=1)
+    )
     same = (got[0] == whole).float().mean().item()
-    assert same >= 1 - tail * 128 * rows / whole.numel()                 # only the tail's sums have another order
+    assert same >= 1 - tail * 128 * rows / whole.numel()  # only the tail's sums have another order
 
 
 def test_a_triton_whose_gluon_fails_is_told_once_and_replaced(monkeypatch, caplog):
@@ -127,9 +173,11 @@ def test_a_triton_whose_gluon_fails_is_told_once_and_replaced(monkeypatch, caplo
     with caplog.at_level("WARNING", "wush_compile"):
         for _ in range(2):
             y = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, "mxfp4", torch.bfloat16)
-            assert (y == 7).all()                             # the library's
-        with pytest.raises(AttributeError):                   # what is asked for by name fails as it does
-            triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, "mxfp4", torch.bfloat16, Hopper(128, 64, 2, 1, 8))
+            assert (y == 7).all()  # the library's
+        with pytest.raises(AttributeError):  # what is asked for by name fails as it does
+            triton_linear.fp4_linear(
+                c, s, None, wc, ws, None, None, None, "mxfp4", torch.bfloat16, Hopper(128, 64, 2, 1, 8)
+            )
     triton_choose.choose.cache_clear()
     (record,) = caplog.records
     assert "no such layout" in record.getMessage()
@@ -159,8 +207,10 @@ def test_precise_sums(m):
     q, v = formats.quantize(x, "mxfp4", "absmax"), formats.quantize(w, "mxfp4", "absmax")
     want = exact(*q, *v, "mxfp4")
     dtype = torch.bfloat16 if m > 512 else torch.float32
-    got = [triton_linear.fp4_linear(*q, None, *v, None, None, None, "mxfp4", dtype, None, precise)
-           for precise in (False, True)]
+    got = [
+        triton_linear.fp4_linear(*q, None, *v, None, None, None, "mxfp4", dtype, None, precise)
+        for precise in (False, True)
+    ]
     rounding = error(want.bfloat16(), want)
     if m > 512:
         assert error(got[1], want) < 1.0001 * rounding
@@ -245,8 +295,10 @@ def test_row_facts_follow_the_weight():
 def test_split_sums_are_reproducible():
     c, s, wc, ws = operands("mxfp4", 16, 512, 4096)
     kernel = Fused(64, 16, 256, 4, 4, 4, True)
-    runs = [triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, "mxfp4", torch.float32, kernel)
-            for _ in range(20)]
+    runs = [
+        triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, "mxfp4", torch.float32, kernel)
+        for _ in range(20)
+    ]
     assert all(torch.equal(r, runs[0]) for r in runs)
 
 
@@ -315,7 +367,9 @@ def test_powers_of_two_are_known():
     assert triton_memory.is_power_of_two(None) and triton_memory.is_power_of_two(g)
     g.fill_(10)
     assert not triton_memory.is_power_of_two(g)
-    assert not any(triton_memory.is_power_of_two(torch.tensor([v])) for v in (0.0, -2.0, 3.0, float("nan"), float("inf")))
+    assert not any(
+        triton_memory.is_power_of_two(torch.tensor([v])) for v in (0.0, -2.0, 3.0, float("nan"), float("inf"))
+    )
 
 
 @pytest.mark.parametrize("n, k", [(16, 4096), (256, 64), (28672, 4096), (4096, 14336), (10**6, 2**20)])
@@ -340,16 +394,27 @@ def test_precise_is_an_environment_variable(monkeypatch):
 def test_wrong_operands_are_errors(format):
     """What a kernel would read beyond, or take for something else, is refused by shape, dtype and device."""
     fmt = FORMATS[format]
-    good = dict(codes=torch.zeros(3, 64, dtype=torch.uint8), scales=torch.ones(3, 128 // fmt.group_size, dtype=torch.uint8),
-                gx=None, w_codes=torch.zeros(8, 64, dtype=torch.uint8),
-                w_scales=torch.ones(8, 128 // fmt.group_size, dtype=torch.uint8), gw=torch.ones(1), bias=torch.ones(8),
-                residual=torch.ones(3, 8, dtype=torch.bfloat16), mx=format == "mxfp4")
+    good = dict(
+        codes=torch.zeros(3, 64, dtype=torch.uint8),
+        scales=torch.ones(3, 128 // fmt.group_size, dtype=torch.uint8),
+        gx=None,
+        w_codes=torch.zeros(8, 64, dtype=torch.uint8),
+        w_scales=torch.ones(8, 128 // fmt.group_size, dtype=torch.uint8),
+        gw=torch.ones(1),
+        bias=torch.ones(8),
+        residual=torch.ones(3, 8, dtype=torch.bfloat16),
+        mx=format == "mxfp4",
+    )
     triton_linear.check(triton_linear.Operands(**good), format, torch.bfloat16)
     for name, bad, message in (
-        ("scales", good["scales"][:2], "scales has shape"), ("w_scales", good["w_scales"][:, :-1], "weight_scales has"),
-        ("w_codes", good["w_codes"][:, :-2], "weight_codes has shape"), ("bias", torch.ones(7), "bias has shape"),
-        ("w_scales", good["w_scales"].float(), "weight_scales is torch.float32"), ("gw", torch.ones(2), "has shape"),
-        ("residual", torch.ones(3, 8), "residual is torch.float32"), ("bias", torch.ones(8, device="meta"), "on meta"),
+        ("scales", good["scales"][:2], "scales has shape"),
+        ("w_scales", good["w_scales"][:, :-1], "weight_scales has"),
+        ("w_codes", good["w_codes"][:, :-2], "weight_codes has shape"),
+        ("bias", torch.ones(7), "bias has shape"),
+        ("w_scales", good["w_scales"].float(), "weight_scales is torch.float32"),
+        ("gw", torch.ones(2), "has shape"),
+        ("residual", torch.ones(3, 8), "residual is torch.float32"),
+        ("bias", torch.ones(8, device="meta"), "on meta"),
     ):
         with pytest.raises(ValueError, match=message):
             triton_linear.check(triton_linear.Operands(**good | {name: bad}), format, torch.bfloat16)
@@ -382,6 +447,7 @@ def test_strides_do_not_matter(format):
 
 # -- int4 ------------------------------------------------------------------------------------------------------------
 
+
 @gpu
 @pytest.mark.parametrize("m, n, k", [(1, 200, 1024), (17, 264, 96), (70, 512, 2048), (300, 1040, 576)])
 @pytest.mark.parametrize("rule", ["mse", "gaussian"])
@@ -396,7 +462,7 @@ def test_int4(m, n, k, rule):
     assert error(got, exact(*q, *v, "int4") + bias.double() + residual.double()) < 4e-3
     q[1][m - 1, 2] = float("nan")
     got = triton_linear.fp4_linear(*q, None, *v, None, None, None, "int4", torch.bfloat16)
-    assert got[m - 1].isnan().all() and not got[:m - 1].isnan().any()
+    assert got[m - 1].isnan().all() and not got[: m - 1].isnan().any()
 
 
 INTERPRETED = """
@@ -464,7 +530,7 @@ print("same")
 def test_expansions_interpreted(tmp_path):
     """Both operands of the library's product, each value exact, in the order that both have."""
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    script = tmp_path / "expanded.py"                  # Triton reads a kernel's source from its file
+    script = tmp_path / "expanded.py"  # Triton reads a kernel's source from its file
     script.write_text(EXPANDED)
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
     assert run.stdout.strip().endswith("same"), run.stderr[-2000:]

@@ -8,21 +8,29 @@ import numpy
 import pytest
 import torch
 
-from wush_compile.ops import fused as fused_ops, core as ops
+from wush_compile.ops import core as ops
+from wush_compile.ops import fused as fused_ops
 
 triton = pytest.importorskip("triton")
-from wush_compile.kernels.triton.linear.choose import triton_version  # noqa: E402
-from wush_compile.kernels.triton.common.memory import workspace  # noqa: E402
-from wush_compile.kernels.triton.quantize.norm import FEW_ROWS, Plan, choose_plan, norm_quantize  # noqa: E402
-from wush_compile.kernels.triton.quantize.tiles import Tile  # noqa: E402
+from wush_compile.kernels.triton.common.memory import workspace
+from wush_compile.kernels.triton.linear.choose import triton_version
+from wush_compile.kernels.triton.quantize.norm import FEW_ROWS, Plan, choose_plan, norm_quantize
+from wush_compile.kernels.triton.quantize.tiles import Tile
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
 NORMS = ("rms_none", "rms_rounded", "layer_norm")
 PLANS = [Plan("apart", Tile(16, 64, 1, 1, 1), 1)]
-PLANS += [Plan("ahead", Tile(*tile), rows, ahead) for tile, rows, ahead in (
-    ((16, 32, 1, 1, 1), 1, 0), ((64, 64, 1, 1, 4), 4, 100), ((64, 64, 2, 2, 4), 8, 10**6), ((64, 64, 8, 3, 4), 2, 0),
-    ((64, 64, 8, 3, 4), 2, 10**6))]
+PLANS += [
+    Plan("ahead", Tile(*tile), rows, ahead)
+    for tile, rows, ahead in (
+        ((16, 32, 1, 1, 1), 1, 0),
+        ((64, 64, 1, 1, 4), 4, 100),
+        ((64, 64, 2, 2, 4), 8, 10**6),
+        ((64, 64, 8, 3, 4), 2, 0),
+        ((64, 64, 8, 3, 4), 2, 10**6),
+    )
+]
 
 # Interpreted, programs run one after another in the order of their numbers: one that waited for a higher number, or for
 # more arrivals than there are, would never end.
@@ -84,6 +92,7 @@ def test_plans_fit_what_they_are_for():
 
 # -- on a GPU --------------------------------------------------------------------------------------------------------
 
+
 def operands(m, k, dtype=torch.bfloat16):
     """x, a gain, and signed permutations: with them a product is exact, so that tiles of different shapes agree."""
     x = torch.randn(m, k, device=DEVICE).to(dtype)
@@ -109,8 +118,15 @@ def assert_counters_are_zero():
 
 
 @gpu
-@pytest.mark.parametrize("norm, k, rows", [*((norm, 576, (37, 130)) for norm in NORMS), ("rms_rounded", 16384, (300,)),
-                                           ("rms_rounded", 4096, (3, 1100, 4100)), ("layer_norm", 2048, (1100,))])
+@pytest.mark.parametrize(
+    "norm, k, rows",
+    [
+        *((norm, 576, (37, 130)) for norm in NORMS),
+        ("rms_rounded", 16384, (300,)),
+        ("rms_rounded", 4096, (3, 1100, 4100)),
+        ("layer_norm", 2048, (1100,)),
+    ],
+)
 def test_every_way_gives_the_same_bits(norm, k, rows):
     for m, dtype in [(m, torch.bfloat16) for m in rows] + [(rows[0], torch.float16)] * (k == 576):
         x, weight, t = operands(m, k, dtype)

@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 
-from wush_compile.ops import core as ops
 from wush_compile.formats import FORMATS
+from wush_compile.ops import core as ops
 
 pytest.importorskip("triton")
-from wush_compile.kernels import layouts  # noqa: E402
+from wush_compile.kernels import layouts
 from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
-from wush_compile.kernels.triton.quantize.tiles import Tile  # noqa: E402
+from wush_compile.kernels.triton.quantize.tiles import Tile
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
@@ -58,6 +58,7 @@ def whole(m, k, blocks, block, dtype, device=DEVICE, seed=0):
 
 # -- quantize --------------------------------------------------------------------------------------------------------
 
+
 @gpu
 @rules
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -65,8 +66,9 @@ def whole(m, k, blocks, block, dtype, device=DEVICE, seed=0):
 def test_quantize_is_the_reference(format, rule, g, dtype, m, k):
     x = spread(m, k, dtype)
     g = scalar(g)
-    assert_same(triton_quantize.transform_quantize(x, None, g, format, rule),
-                ops._transform_quantize(x, None, g, format, rule))
+    assert_same(
+        triton_quantize.transform_quantize(x, None, g, format, rule), ops._transform_quantize(x, None, g, format, rule)
+    )
 
 
 @gpu
@@ -97,9 +99,23 @@ def test_transform_of_real_numbers_differs_at_ties_only(format):
 
 @gpu
 @both
-@pytest.mark.parametrize("tile", [(64, 64, 1, 1, 4), (128, 64, 1, 1, 4), (64, 64, 4, 3, 4), (64, 64, 6, 4, 4),
-                                  (64, 128, 4, 2, 4), (32, 64, 1, 1, 2), (32, 64, 4, 3, 2), (16, 64, 1, 1, 1),
-                                  (16, 64, 8, 3, 1), (16, 128, 1, 1, 4), (16, 32, 1, 1, 1), (128, 64, 4, 3, 8)])
+@pytest.mark.parametrize(
+    "tile",
+    [
+        (64, 64, 1, 1, 4),
+        (128, 64, 1, 1, 4),
+        (64, 64, 4, 3, 4),
+        (64, 64, 6, 4, 4),
+        (64, 128, 4, 2, 4),
+        (32, 64, 1, 1, 2),
+        (32, 64, 4, 3, 2),
+        (16, 64, 1, 1, 1),
+        (16, 64, 8, 3, 1),
+        (16, 128, 1, 1, 4),
+        (16, 32, 1, 1, 1),
+        (128, 64, 4, 3, 8),
+    ],
+)
 def test_every_tile(format, tile):
     """Compilers have got scale rounding wrong for some tiles and not for others."""
     block = FORMATS[format].group_size
@@ -111,8 +127,9 @@ def test_every_tile(format, tile):
 
 @gpu
 @both
-@pytest.mark.parametrize("tile", [(16, 256, 1, 1, 4), (8, 512, 1, 1, 4), (1, 512, 1, 1, 2), (4, 1024, 1, 1, 4),
-                                  (32, 128, 1, 1, 4)])
+@pytest.mark.parametrize(
+    "tile", [(16, 256, 1, 1, 4), (8, 512, 1, 1, 4), (1, 512, 1, 1, 2), (4, 1024, 1, 1, 4), (32, 128, 1, 1, 4)]
+)
 def test_every_tile_without_transform(format, tile):
     x = spread(515, 1536, torch.bfloat16)
     g = scalar(0.37) if format == "nvfp4" else None
@@ -129,8 +146,10 @@ def test_strided_rows_and_leading_dimensions(format):
     assert_same(got, ops._transform_quantize(x.contiguous(), None, None, format, "absmax"))
     x = spread(1024, 48, torch.bfloat16)[:, :40].T
     if format == "nvfp4":
-        assert_same(triton_quantize.transform_quantize(x[:, :1008], None, None, format, "absmax"),
-                    ops._transform_quantize(x[:, :1008].contiguous(), None, None, format, "absmax"))
+        assert_same(
+            triton_quantize.transform_quantize(x[:, :1008], None, None, format, "absmax"),
+            ops._transform_quantize(x[:, :1008].contiguous(), None, None, format, "absmax"),
+        )
     empty = triton_quantize.transform_quantize(wide[:0], None, None, format, "absmax")
     assert empty[0].shape == (0, 1024)
 
@@ -162,8 +181,10 @@ def test_huge_values_and_saturated_scales(format, rule, g, transform, tile):
     x = x * torch.exp2(torch.arange(140, device=DEVICE) - 10.0)[:, None].bfloat16()
     x[7, 40], x[100, 300] = 3e38, -3.38e38
     tile = tile and Tile(*tile)
-    assert_same(triton_quantize.transform_quantize(x, t, scalar(g), format, rule, tile),
-                ops._transform_quantize(x, t, scalar(g), format, rule))
+    assert_same(
+        triton_quantize.transform_quantize(x, t, scalar(g), format, rule, tile),
+        ops._transform_quantize(x, t, scalar(g), format, rule),
+    )
 
 
 @gpu
@@ -174,10 +195,10 @@ def test_swizzled_scales(format, m, k, transform):
     """Blackwell's layout of the scales, every byte of the padding written."""
     group = FORMATS[format].group_size
     x, t = whole(m, k, k // group, group, torch.bfloat16)
-    x[m // 2:, :40] = float("nan")
+    x[m // 2 :, :40] = float("nan")
     t = t if transform else None
     for tile in (None, (64, 64, 4, 3, 4), (16, 64, 1, 1, 1)):
-        torch.full((2**20,), 0xAA, dtype=torch.uint8, device=DEVICE)     # what the allocator hands out next is not zero
+        torch.full((2**20,), 0xAA, dtype=torch.uint8, device=DEVICE)  # what the allocator hands out next is not zero
         tile = tile and Tile(*tile)
         codes, scales = triton_quantize.transform_quantize(x, t, None, format, "mse", tile, swizzled=True)
         want = ops._transform_quantize(x, t, None, format, "mse")
@@ -204,8 +225,10 @@ def test_all_e4m3_scales_round_as_the_reference():
     for width in (16, 256, 1024):
         rows = x.reshape(-1, width)
         for rule in ("absmax", "mse"):
-            assert_same(triton_quantize.transform_quantize(rows, None, None, "nvfp4", rule),
-                        ops._transform_quantize(rows, None, None, "nvfp4", rule))
+            assert_same(
+                triton_quantize.transform_quantize(rows, None, None, "nvfp4", rule),
+                ops._transform_quantize(rows, None, None, "nvfp4", rule),
+            )
 
 
 INTERPRETED = """
@@ -260,16 +283,27 @@ def test_quantize_interpreted():
 
 # -- the registered ops ----------------------------------------------------------------------------------------------
 
+
 def test_what_the_kernel_does_not_take_is_refused():
     """Everything it reads out of bounds or misreads otherwise; the reference then raises, or computes it."""
     from wush_compile.kernels.triton.provider import refuses_transform_quantize as refuses
 
     x, t, g = torch.zeros(2, 64).bfloat16(), torch.zeros(2, 32, 32).bfloat16(), torch.ones(1)
     assert refuses(x, t, g, "mxfp4", "mse") is None and refuses(x, None, None, "nvfp4", "absmax") is None
-    for wrong in ((x.double(), t, g, "mxfp4"), (x, t[:, :, :16], g, "mxfp4"), (x, t.repeat(2, 1, 1), g, "mxfp4"),
-                  (x, t[0], g, "mxfp4"), (x, t.to("meta"), g, "mxfp4"), (x, t, g.double(), "mxfp4"),
-                  (x, t, torch.ones(2), "mxfp4"), (x, t, g.to("meta"), "mxfp4"), (x[:, :48], t, g, "mxfp4"),
-                  (x, t, g, "int4"), (x, torch.zeros(1, 24, 24).bfloat16(), g, "mxfp4"), (x, t.int(), g, "mxfp4")):
+    for wrong in (
+        (x.double(), t, g, "mxfp4"),
+        (x, t[:, :, :16], g, "mxfp4"),
+        (x, t.repeat(2, 1, 1), g, "mxfp4"),
+        (x, t[0], g, "mxfp4"),
+        (x, t.to("meta"), g, "mxfp4"),
+        (x, t, g.double(), "mxfp4"),
+        (x, t, torch.ones(2), "mxfp4"),
+        (x, t, g.to("meta"), "mxfp4"),
+        (x[:, :48], t, g, "mxfp4"),
+        (x, t, g, "int4"),
+        (x, torch.zeros(1, 24, 24).bfloat16(), g, "mxfp4"),
+        (x, t.int(), g, "mxfp4"),
+    ):
         assert refuses(*wrong, "absmax") is not None, [getattr(w, "shape", w) for w in wrong]
 
 

@@ -6,7 +6,7 @@ import torch
 from wush_compile.ops import core as ops
 
 pytest.importorskip("triton")
-from wush_compile.kernels.triton.quantize.transform import block_transform  # noqa: E402
+from wush_compile.kernels.triton.quantize.transform import block_transform
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

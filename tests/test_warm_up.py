@@ -16,10 +16,17 @@ from wush_compile.phases import phase, timing
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("config", [
-    wc.WushConfig(), wc.WushConfig(format="nvfp4", moments="conditional"), wc.WushConfig(format="int4", solver="rtn"),
-    wc.WushConfig(solver="rtn", transform="hadamard"), wc.WushConfig(transform="identity"),
-], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        wc.WushConfig(),
+        wc.WushConfig(format="nvfp4", moments="conditional"),
+        wc.WushConfig(format="int4", solver="rtn"),
+        wc.WushConfig(solver="rtn", transform="hadamard"),
+        wc.WushConfig(transform="identity"),
+    ],
+    ids=str,
+)
 def test_pieces_do_what_a_run_does(config):
     """Every op and the solver take what they are given: each piece runs to its end, for each shape once."""
     batches = [{"input_ids": window} for window in tokens(6, 16).split(2)]
@@ -46,6 +53,7 @@ def test_nothing_is_known_of_other_inputs():
 
 def test_a_piece_that_fails_is_harmless(monkeypatch, caplog):
     """On a CPU no piece runs at all; `_attempt` is what keeps a GPU's failures."""
+
     def broken():
         raise RuntimeError("made up")
 

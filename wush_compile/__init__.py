@@ -1,10 +1,10 @@
 """wush_compile: accurate 4-bit inference of PyTorch models, as a compiler pass.
 
-    import wush_compile as wc
-    model = wc.quantize(model, data)          # W4A4, in place
-    wc.save(model, directory); model = wc.load(directory)
-    print(wc.explain(model))
-    torch.compile(model, backend="wush")
+import wush_compile as wc
+model = wc.quantize(model, data)          # W4A4, in place
+wc.save(model, directory); model = wc.load(directory)
+print(wc.explain(model))
+torch.compile(model, backend="wush")
 """
 
 from . import evaluation as evaluate
@@ -22,6 +22,18 @@ from .report.explain import explain
 
 __version__ = "0.1.0"
 __all__ = [
-    "Progress", "WushConfig", "WushError", "evaluate", "explain", "fuse", "load", "load_model", "load_tokenizer",
-    "quantize", "quantize_checkpoint", "save", "trace_graphs", "windows",
+    "Progress",
+    "WushConfig",
+    "WushError",
+    "evaluate",
+    "explain",
+    "fuse",
+    "load",
+    "load_model",
+    "load_tokenizer",
+    "quantize",
+    "quantize_checkpoint",
+    "save",
+    "trace_graphs",
+    "windows",
 ]

@@ -21,7 +21,7 @@ from .ops import fused as fused_ops  # noqa: F401  (registers the ops that passe
 from .passes import pipeline as passes
 
 _ROOT = Path(__file__).parent
-SOURCES = (                                                  # what a graph's code depends on; kernels: what they refuse
+SOURCES = (  # what a graph's code depends on; kernels: what they refuse
     *(path for folder in ("passes", "kernels", "ops") for path in sorted((_ROOT / folder).rglob("*.py"))),
     *(_ROOT / name for name in ("backend.py", "formats.py")),
 )
@@ -68,9 +68,11 @@ def _pass_class() -> type:
 
         def uuid(self):
             if self.first is not None and not hasattr(self.first, "uuid"):
-                return None                                  # somebody's plain function: Inductor must not cache
+                return None  # somebody's plain function: Inductor must not cache
             return (
-                _sources_digest(SOURCES), tuple(s.__name__ for s in self.steps), _providers(),
+                _sources_digest(SOURCES),
+                tuple(s.__name__ for s in self.steps),
+                _providers(),
                 None if self.first is None else self.first.uuid(),
             )
 
@@ -117,7 +119,8 @@ def wush(gm: GraphModule, example_inputs, *, mode: str | None = None, options: d
             _state["warned"] = True
             warnings.warn(
                 "backend='wush' found no quantized linear and compiles with plain Inductor: "
-                "call wush_compile.quantize(model) before torch.compile", stacklevel=2,
+                "call wush_compile.quantize(model) before torch.compile",
+                stacklevel=2,
             )
         return compile_fx(gm, example_inputs, config_patches=patches)
     _state["quantized"] = True

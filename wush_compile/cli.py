@@ -28,7 +28,9 @@ from .report.explain import compiled_graph, summary
 from .report.explain import explain as explanation
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Accurate 4-bit inference of PyTorch models: quantize weights and activations to MXFP4, NVFP4 or INT4 with WUSH.",
 )
 console = Console()
@@ -39,9 +41,13 @@ Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...; 
 
 
 @app.callback()
-def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done, not only warnings.")] = False):
+def _main(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done, not only warnings.")] = False,
+):
     level = logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True))], force=True)
+    logging.basicConfig(
+        level=level, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True))], force=True
+    )
 
 
 @contextlib.contextmanager
@@ -83,24 +89,35 @@ def demo(
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory of the new checkpoint.")],
-    calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on. Default: the model's own text.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text file to calibrate on. Default: the model's own text.")
+    ] = None,
     count: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     window: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
     format: Annotated[str, typer.Option(help="mxfp4, nvfp4 or int4.")] = "mxfp4",
     transform: Annotated[str, typer.Option(help="identity, random, hadamard, wus or wush.")] = "wush",
     solver: Annotated[str, typer.Option(help="rtn or gptq.")] = "gptq",
     moments: Annotated[str, typer.Option(help="marginal or conditional.")] = WushConfig.moments,
-    weight_scale_rule: Annotated[str, typer.Option(help="absmax, mse, paper; mxfp4: ocp; int4: gaussian.")] =
-    WushConfig.weight_scale_rule,
-    activation_scale_rule: Annotated[str, typer.Option(help="As the weights' rule.")] = WushConfig.activation_scale_rule,
+    weight_scale_rule: Annotated[
+        str, typer.Option(help="absmax, mse, paper; mxfp4: ocp; int4: gaussian.")
+    ] = WushConfig.weight_scale_rule,
+    activation_scale_rule: Annotated[
+        str, typer.Option(help="As the weights' rule.")
+    ] = WushConfig.activation_scale_rule,
     transform_block_size: Annotated[int | None, typer.Option(help="Default: the format's group.")] = None,
     share_transform: Annotated[bool, typer.Option(help="One transform for linears with the same input.")] = True,
-    ignore: Annotated[list[str] | None, typer.Option(help="Module left as it is (name or pattern); repeatable.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Module left as it is (name or pattern); repeatable.")
+    ] = None,
     damping: Annotated[float, typer.Option(help="Share of the mean diagonal added to second moments.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Device = "auto",
-    stream: Annotated[bool, typer.Option("--stream", help="Read a local MODEL layer by layer, never all of it.")] = False,
-    batch_size: Annotated[int | None, typer.Option(help="Windows in one forward. Default: what fits a GPU; 1 on a CPU.")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read a local MODEL layer by layer, never all of it.")
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Windows in one forward. Default: what fits a GPU; 1 on a CPU.")
+    ] = None,
     activations_dir: Annotated[Path | None, typer.Option(help="Keep values between layers in files there.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an earlier run left in DIR.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar and no table.")] = False,
@@ -112,9 +129,17 @@ def quantize(
     """
     with _one_line_errors(f"interrupted: the finished layers are kept in {out}; the same command goes on"):
         config = WushConfig(
-            format=format, transform=transform, solver=solver, moments=moments, weight_scale_rule=weight_scale_rule,
-            activation_scale_rule=activation_scale_rule, transform_block_size=transform_block_size,
-            share_transform=share_transform, ignore=tuple(ignore or WushConfig.ignore), damping=damping, seed=seed,
+            format=format,
+            transform=transform,
+            solver=solver,
+            moments=moments,
+            weight_scale_rule=weight_scale_rule,
+            activation_scale_rule=activation_scale_rule,
+            transform_block_size=transform_block_size,
+            share_transform=share_transform,
+            ignore=tuple(ignore or WushConfig.ignore),
+            damping=damping,
+            seed=seed,
         )
         text = None if calibration is None else calibration.read_text(encoding="utf-8")
         if quiet:
@@ -125,12 +150,22 @@ def quantize(
             available = len(_token_ids(text, tokenizer)) // window
             data = windows(text, tokenizer, window, min(count, max(available, 1)))
         progress = Progress(not quiet, log)
-        settings = dict(tokenizer=tokenizer, progress=progress, device=_device(device), batch_size=batch_size,
-                        activations_dir=activations_dir, out=out, restart=restart)
+        settings = dict(
+            tokenizer=tokenizer,
+            progress=progress,
+            device=_device(device),
+            batch_size=batch_size,
+            activations_dir=activations_dir,
+            out=out,
+            restart=restart,
+        )
         with contextlib.closing(progress):
-            net = quantize_checkpoint(model, data, config, **settings) if stream else \
-                quantize_model(net, data, config, **settings)
-        if quiet or int(os.environ.get("RANK", 0)):         # of several processes the first one speaks
+            net = (
+                quantize_checkpoint(model, data, config, **settings)
+                if stream
+                else quantize_model(net, data, config, **settings)
+            )
+        if quiet or int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
             return
         console.print(group_table(net.wush_quantization.report, console.width), soft_wrap=True, markup=False)
         console.print(summary(net), soft_wrap=True)
@@ -167,7 +202,9 @@ def evaluate(
 @app.command()
 def explain(
     directory: Checkpoint,
-    graph: Annotated[str | None, typer.Option(help="Only the graph of this layer in the compile backend: layer.0")] = None,
+    graph: Annotated[
+        str | None, typer.Option(help="Only the graph of this layer in the compile backend: layer.0")
+    ] = None,
     after: Annotated[str | None, typer.Option(help="With --graph: as it stands after this pass: fuse_norm")] = None,
 ) -> None:
     """What a checkpoint holds: settings, groups, what was skipped and why, and a layer's graph before and after."""
@@ -202,7 +239,9 @@ def generate(
 @app.command()
 def doctor(
     device: Device = "auto",
-    deep: Annotated[bool, typer.Option("--deep", help="Also compare and time every provider, minutes; needs a GPU.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also compare and time every provider, minutes; needs a GPU.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Where --deep writes its report.")] = Path("wush-doctor.json"),
 ) -> None:
     """What runs where: versions, providers, native and emulated arithmetic, and a short self-test of every op."""
@@ -214,9 +253,13 @@ def doctor(
             raise ConfigError(f"--deep compares the kernels of a GPU; the device is {where.type}: leave --deep out")
         report = examine(where)
         capability = report["capability"]
-        title = report["device"] + ("" if capability is None else f", compute capability {capability[0]}.{capability[1]}")
+        title = report["device"] + (
+            "" if capability is None else f", compute capability {capability[0]}.{capability[1]}"
+        )
         facts = Table("", title)
-        facts.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version))
+        facts.add_row(
+            "versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+        )
         for name, state in report["providers"].items():
             facts.add_row(f"provider {name}", state)
         for format, words in report["arithmetic"].items():
@@ -226,8 +269,12 @@ def doctor(
         for op, providers in report["ops"].items():
             checks = [check for check in report["self_test"] if check.op == op]
             bad = [f"{c.format} {c.case}: error {c.error:.2g}" for c in checks if not c.ok]
-            tests.add_row(op, ", ".join(providers), "; ".join(bad) or f"{len(checks)} checks passed",
-                          f"{sum(c.seconds for c in checks):.1f}")
+            tests.add_row(
+                op,
+                ", ".join(providers),
+                "; ".join(bad) or f"{len(checks)} checks passed",
+                f"{sum(c.seconds for c in checks):.1f}",
+            )
         console.print(tests)
         good = all(check.ok for check in report["self_test"])
         if deep:
@@ -247,7 +294,9 @@ def _deep(device: torch.device, report: dict, out: Path) -> bool:
     console.print(table)
     for result in results:
         if not result.ok:
-            console.print(f"{result.provider} {result.op} {result.format} {result.case}: error {result.error:.2g}", markup=False)
+            console.print(
+                f"{result.provider} {result.op} {result.format} {result.case}: error {result.error:.2g}", markup=False
+            )
     speed = Table("op", "format", "shape", "baseline µs", *dict.fromkeys(t.provider for t in times))
     for row in deep.side_by_side(times):
         speed.add_row(*row)

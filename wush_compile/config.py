@@ -77,8 +77,9 @@ class WushConfig:
     @classmethod
     def paper(cls, format: str = "mxfp4", **changes) -> "WushConfig":
         """The authors' setting: GPTQ, conditional moments, their scale rules, a transform for each linear."""
-        settings = dict(moments="conditional", weight_scale_rule="paper", activation_scale_rule="paper",
-                        share_transform=False)
+        settings = dict(
+            moments="conditional", weight_scale_rule="paper", activation_scale_rule="paper", share_transform=False
+        )
         return cls.from_dict({"format": format, **settings, **changes})
 
     @classmethod

@@ -26,6 +26,7 @@ SAMPLE_BATCH = 64
 
 # -- texts -----------------------------------------------------------------------------------------------------------
 
+
 def _tokenize(text: str, tokenizer, special: bool) -> Tensor:
     """int64 [S]; `special` keeps the tokens the tokenizer puts around a text (BOS, [CLS] …)."""
     return torch.tensor(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"], dtype=torch.int64)
@@ -57,6 +58,7 @@ def python_topics() -> str:
 
 # -- batches ---------------------------------------------------------------------------------------------------------
 
+
 def normalize(data: Iterable, tokenizer=None, model: nn.Module | None = None) -> list[Batch]:
     """What a user gives as data -> the list of batches, every one with the same inputs.
 
@@ -87,8 +89,9 @@ def normalize(data: Iterable, tokenizer=None, model: nn.Module | None = None) ->
         batches.extend(_batches(item, index, tokenizer, named))
     if not batches:
         raise DataError(
-            f"none of the {items} batches of data holds a token: all are empty or masked" if items else
-            "data is empty: give at least one batch (a generator can be used only once; pass a list)"
+            f"none of the {items} batches of data holds a token: all are empty or masked"
+            if items
+            else "data is empty: give at least one batch (a generator can be used only once; pass a list)"
         )
     return _same_inputs(batches)
 
@@ -165,7 +168,9 @@ def _mapping_batches(item: Mapping, where: str) -> list[Batch]:
         if name == "labels" or value is None:
             continue
         if not isinstance(value, Tensor):
-            raise DataError(f"{name} of {where} is {_kind(value)}; a tensor is wanted (tokenizers: return_tensors='pt')")
+            raise DataError(
+                f"{name} of {where} is {_kind(value)}; a tensor is wanted (tokenizers: return_tensors='pt')"
+            )
         _check_tensor(value, f"{name} of {where}")
         batch[name] = value.detach()
     if not batch:
@@ -183,7 +188,7 @@ def _unpad(batch: dict[str, Tensor], where: str) -> list[Batch]:
     mask = batch.get("attention_mask")
     if mask is None or mask.dim() != 2:
         return [batch]
-    keep = mask != 0                                                       # [B, S]
+    keep = mask != 0  # [B, S]
     others = {name: value for name, value in batch.items() if name != "attention_mask"}
     if not others:
         raise DataError(f"{where} has an attention_mask but no inputs for it")
@@ -193,12 +198,13 @@ def _unpad(batch: dict[str, Tensor], where: str) -> list[Batch]:
     if keep.all():
         return [others]
     edges = torch.diff(keep.to(torch.int8), dim=1, prepend=keep.new_zeros((len(keep), 1), dtype=torch.int8))
-    contiguous = ((edges == 1).sum(1) <= 1).all()                          # one run of ones in every row
+    contiguous = ((edges == 1).sum(1) <= 1).all()  # one run of ones in every row
     if not contiguous or any(value.shape[:2] != mask.shape for value in others.values()):
         return [{**others, "attention_mask": mask}] if keep.any() else []
     return [
         {name: value[row : row + 1, kept] for name, value in others.items()}
-        for row, kept in enumerate(keep) if kept.any()
+        for row, kept in enumerate(keep)
+        if kept.any()
     ]
 
 
@@ -207,7 +213,8 @@ def _same_inputs(batches: list[Batch]) -> list[Batch]:
     if any(isinstance(b, dict) and "attention_mask" in b for b in batches):
         batches = [
             {**b, "attention_mask": b["input_ids"].new_ones(b["input_ids"].shape)}
-            if isinstance(b, dict) and "attention_mask" not in b and "input_ids" in b else b
+            if isinstance(b, dict) and "attention_mask" not in b and "input_ids" in b
+            else b
             for b in batches
         ]
 
@@ -216,7 +223,7 @@ def _same_inputs(batches: list[Batch]) -> list[Batch]:
             return sorted((name, value.dim()) for name, value in batch.items())
         return [(position, value.dim()) for position, value in enumerate(batch)]
 
-    for index, batch in enumerate(batches):
+    for batch in batches:
         if signature(batch) != signature(batches[0]):
             raise DataError(
                 f"batches have different inputs: (name, dimensions) {signature(batches[0])} first, then "
@@ -226,6 +233,7 @@ def _same_inputs(batches: list[Batch]) -> list[Batch]:
 
 
 # -- a model's own text ----------------------------------------------------------------------------------------------
+
 
 class _Progress:
     """What `generate` calls with the prompt and then with every new token."""
@@ -253,12 +261,15 @@ def sample_calibration_text(
 
     if not getattr(model, "can_generate", lambda: False)():
         raise DataError(f"{type(model).__name__} generates no text to calibrate on: pass data, a list of its inputs")
-    log.warning("no calibration data given: the model samples its own, %d windows of %d tokens, seed %d",
-                count, length, seed)
+    log.warning(
+        "no calibration data given: the model samples its own, %d windows of %d tokens, seed %d", count, length, seed
+    )
     device = next(model.parameters()).device
     generation, mode = model.generation_config, model.training
-    bos = generation.bos_token_id if generation.bos_token_id is not None else getattr(model.config, "bos_token_id", None)
-    starts = _starts(model, tokenizer, bos, count, seed)                   # [count, 1]
+    bos = (
+        generation.bos_token_id if generation.bos_token_id is not None else getattr(model.config, "bos_token_id", None)
+    )
+    starts = _starts(model, tokenizer, bos, count, seed)  # [count, 1]
     bar = tqdm(total=length * -(-count // SAMPLE_BATCH), desc="sample text", unit="token", disable=not progress or None)
     # Without an end-of-sequence token nothing stops early; the pad token only has to exist.
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=bos)
@@ -271,8 +282,14 @@ def sample_calibration_text(
                 ids = start.to(device)
                 if length > 1:
                     ids = model.generate(
-                        ids, attention_mask=torch.ones_like(ids), max_new_tokens=length - 1, do_sample=True,
-                        temperature=1.0, top_k=0, top_p=1.0, streamer=_Progress(bar),
+                        ids,
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=length - 1,
+                        do_sample=True,
+                        temperature=1.0,
+                        top_k=0,
+                        top_p=1.0,
+                        streamer=_Progress(bar),
                     )
                 sampled.extend(ids.cpu().split(1))
     finally:

@@ -47,6 +47,7 @@ def get_format(name: str) -> Format:
 
 # -- e2m1 ------------------------------------------------------------------------------------------------------------
 
+
 def _e2m1_steps(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Magnitudes, fp32 -> how many steps of 1/2 below 2, of 1 from 2 to 4, and of 2 from 4 to 6: they add up to the code.
 
@@ -87,6 +88,7 @@ def e2m1_decode(codes: Tensor) -> Tensor:
 
 
 # -- scale bytes -----------------------------------------------------------------------------------------------------
+
 
 def _float_from_bits(bits: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
@@ -129,6 +131,7 @@ def decode_scales(scales: Tensor, format: str) -> Tensor:
 
 # -- scale rules -----------------------------------------------------------------------------------------------------
 
+
 def _tree_sum(x: Tensor) -> Tensor:
     """Sum over the last dimension (a power of two), neighbours first, 2i with 2i + 1 at every step: the order is the
     contract, and what lets a GPU's thread that holds consecutive channels add its own before it asks another."""
@@ -139,7 +142,7 @@ def _tree_sum(x: Tensor) -> Tensor:
 
 def _squared_error(x: Tensor, inverse: Tensor, unit: Tensor) -> Tensor:
     """Σ((v − e2m1(v))·unit)² of v = x·inverse; x [.., G], inverse and unit [..] -> [..]."""
-    v = (x * inverse[..., None]).abs()                               # the sign does not matter
+    v = (x * inverse[..., None]).abs()  # the sign does not matter
     d = (v - _e2m1_magnitude(v)) * unit[..., None]
     return _tree_sum(d * d)
 
@@ -163,7 +166,7 @@ def _halved_scale_gain(x: Tensor, inverse: Tensor) -> Tensor:
 
 def _scales_mxfp4(x: Tensor, amax: Tensor, rule: str) -> Tensor:
     bits = amax.view(torch.int32)
-    exponent = bits >> 23                                            # biased, 0..254 for finite amax
+    exponent = bits >> 23  # biased, 0..254 for finite amax
     if rule == "paper":
         return exponent.clamp(1, 254)
     if rule == "ocp":
@@ -174,7 +177,7 @@ def _scales_mxfp4(x: Tensor, amax: Tensor, rule: str) -> Tensor:
         return best
     # SPEC's third candidate, one above, cannot win: up to the group's maximum its values are a subset of these.
     lower = (best - 1).clamp(1, 254)
-    return torch.where(_halved_scale_gain(x, _exp2(127 - best)) > 0, lower, best)    # the first candidate wins ties
+    return torch.where(_halved_scale_gain(x, _exp2(127 - best)) > 0, lower, best)  # the first candidate wins ties
 
 
 def _scales_nvfp4(x: Tensor, amax: Tensor, rule: str, g: Tensor) -> Tensor:
@@ -228,6 +231,7 @@ def compute_scales(x: Tensor, format: str, rule: str, g: Tensor | None = None) -
 
 # -- encode, decode --------------------------------------------------------------------------------------------------
 
+
 def encode(x: Tensor, scales: Tensor, format: str, g: Tensor | None = None) -> Tensor:
     """fp32 [.., n] with one scale each [..] -> codes, one a byte, uint8 [.., n]; codes of a NaN group are 0."""
     x = x.to(torch.float32)
@@ -269,12 +273,12 @@ def unpack(packed: Tensor) -> Tensor:
 
 def quantize(x: Tensor, format: str, rule: str, g: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """[.., K] -> (codes uint8 [.., K/2], scales [.., K/G]), SPEC §4."""
-    groups = x.to(torch.float32).unflatten(-1, (-1, FORMATS[format].group_size))       # [.., K/G, G]
-    scales = compute_scales(groups, format, rule, g)                                   # [.., K/G]
+    groups = x.to(torch.float32).unflatten(-1, (-1, FORMATS[format].group_size))  # [.., K/G, G]
+    scales = compute_scales(groups, format, rule, g)  # [.., K/G]
     return pack(encode(groups, scales, format, g).flatten(-2)), scales
 
 
 def dequantize(codes: Tensor, scales: Tensor, format: str, g: Tensor | None = None) -> Tensor:
     """(codes [.., K/2], scales [.., K/G]) -> fp32 [.., K]. With g, in the units of what was quantized."""
-    groups = unpack(codes).unflatten(-1, (-1, FORMATS[format].group_size))             # [.., K/G, G]
+    groups = unpack(codes).unflatten(-1, (-1, FORMATS[format].group_size))  # [.., K/G, G]
     return decode(groups, scales, format, g).flatten(-2)

@@ -54,7 +54,9 @@ class WushGroup(nn.Module):
     one matmul.
     """
 
-    def __init__(self, members: Sequence[Member], config: WushConfig, block_size: int, buffers: dict[str, Tensor | None]):
+    def __init__(
+        self, members: Sequence[Member], config: WushConfig, block_size: int, buffers: dict[str, Tensor | None]
+    ):
         super().__init__()
         self.members = tuple(members)
         self.format = config.format
@@ -98,8 +100,16 @@ class WushGroup(nn.Module):
             weight, weight_scale = weight[start:stop], weight_scale[start:stop]
             bias = None if bias is None else bias[start:stop]
         return torch.ops.wush.fp4_linear(
-            codes, scales, self.input_global_scale, weight, weight_scale, self.weight_global_scale,
-            bias, None, self.format, x.dtype,
+            codes,
+            scales,
+            self.input_global_scale,
+            weight,
+            weight_scale,
+            self.weight_global_scale,
+            bias,
+            None,
+            self.format,
+            x.dtype,
         )
 
     def _apply(self, fn, recurse=True):
@@ -109,7 +119,7 @@ class WushGroup(nn.Module):
         )
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_shared": None}          # a weak reference can be neither copied nor pickled
+        return {**self.__dict__, "_shared": None}  # a weak reference can be neither copied nor pickled
 
     def nbytes(self) -> int:
         """Bytes of all buffers."""
@@ -125,7 +135,7 @@ class WushLinear(nn.Module):
 
     def __init__(self, group: WushGroup, member: Member):
         super().__init__()
-        self._group = [group]                              # in a list: only the first member registers it
+        self._group = [group]  # in a list: only the first member registers it
         if group.members[0] == member:
             self.group = group
         self.in_features = 2 * group.weight_packed.shape[1]
@@ -146,13 +156,15 @@ class WushLinear(nn.Module):
         w = dequantize(group.weight_packed[rows], group.weight_scale[rows], group.format, group.weight_global_scale)
         if group.input_transform is None:
             return w
-        blocks = w.unflatten(-1, (-1, group.block_size))                       # [N, K/B, B]
-        t = group.input_transform.to(torch.float32)                            # [K/B or 1, B, B]
+        blocks = w.unflatten(-1, (-1, group.block_size))  # [N, K/B, B]
+        t = group.input_transform.to(torch.float32)  # [K/B or 1, B, B]
         return torch.einsum("nkb,kbc->nkc", blocks, t.expand(blocks.shape[1], -1, -1)).flatten(-2)
 
     def extra_repr(self) -> str:
-        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.has_bias}, "
-                f"format={self.owner.format}")
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.has_bias}, "
+            f"format={self.owner.format}"
+        )
 
 
 def named_groups(model: nn.Module) -> Iterator[tuple[str, WushGroup]]:

@@ -33,8 +33,13 @@ class Activations:
     directory   for offloading to files there instead of CPU memory
     """
 
-    def __init__(self, values: list[dict[str, object]], device: torch.device, offload: bool = False,
-                 directory: str | os.PathLike | None = None):
+    def __init__(
+        self,
+        values: list[dict[str, object]],
+        device: torch.device,
+        offload: bool = False,
+        directory: str | os.PathLike | None = None,
+    ):
         self._values, self.device, self.directory = values, device, None if directory is None else Path(directory)
         self.offload = offload or directory is not None
         # One stream for both ways: a value is read only after it has been written.
@@ -63,10 +68,12 @@ class Activations:
 
     def write(self, index: int, values: dict[str, object]) -> None:
         """Keeps new values of a batch."""
-        self._values[index].update({
-            name: self._store(value) if isinstance(value, Tensor) and self.offload else value
-            for name, value in values.items()
-        })
+        self._values[index].update(
+            {
+                name: self._store(value) if isinstance(value, Tensor) and self.offload else value
+                for name, value in values.items()
+            }
+        )
 
     def drop(self, index: int, dead: Iterable[str]) -> None:
         """Forgets values of a batch."""
@@ -112,5 +119,7 @@ class Activations:
                 os.posix_fallocate(file.fileno(), 0, size)
                 return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype).view(shape)
         except OSError as error:
-            raise WushError(f"{self.directory} cannot take {size} bytes of the values between layers ({error.strerror}): "
-                            "make room, or give another activations_dir") from error
+            raise WushError(
+                f"{self.directory} cannot take {size} bytes of the values between layers ({error.strerror}): "
+                "make room, or give another activations_dir"
+            ) from error

@@ -31,8 +31,11 @@ def fingerprint_of_data(batches: Iterable[Batch] | None) -> str:
 def fingerprint_of_model(model: nn.Module, names: Iterable[str], tensors: ModelTensors) -> str:
     """sha256 of a model's class, settings and tensors of these names; the same from memory and from disk."""
     config = getattr(model, "config", None)
-    settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")} \
-        if hasattr(config, "to_dict") else {}
+    settings = (
+        {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+        if hasattr(config, "to_dict")
+        else {}
+    )
 
     def one(name: str) -> list:
         tensor = tensors.load([name], torch.device("cpu"))[name]

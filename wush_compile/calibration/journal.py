@@ -70,7 +70,9 @@ class Journal:
                 leftover.unlink()
         except OSError as error:
             self._unlock()
-            raise CheckpointError(f"{self.target} cannot be written ({error.strerror}): give another directory") from error
+            raise CheckpointError(
+                f"{self.target} cannot be written ({error.strerror}): give another directory"
+            ) from error
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
@@ -81,7 +83,7 @@ class Journal:
                 if self._made:
                     self.target.rmdir()
         except (OSError, CheckpointError):
-            pass                                           # the error of the run counts
+            pass  # the error of the run counts
         finally:
             self._unlock()
 
@@ -95,8 +97,9 @@ class Journal:
             try:
                 read_config(self.target)
             except CheckpointError:
-                raise CheckpointError(f"{self.target} is not empty and holds no wush checkpoint: give a new directory, "
-                                      "or empty it first") from None
+                raise CheckpointError(
+                    f"{self.target} is not empty and holds no wush checkpoint: give a new directory, or empty it first"
+                ) from None
 
     def _locked(self) -> int:
         while True:
@@ -105,10 +108,11 @@ class Journal:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(descriptor)
-                raise CheckpointError(f"another run is writing {self.target}: wait for it, or give another directory") \
-                    from None
+                raise CheckpointError(
+                    f"another run is writing {self.target}: wait for it, or give another directory"
+                ) from None
             except OSError:
-                return descriptor                          # a file system without locks
+                return descriptor  # a file system without locks
             # A run that failed removes its journal: what is locked here may be gone.
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(self.path / LOCK).st_ino == os.fstat(descriptor).st_ino:
@@ -144,8 +148,15 @@ class Journal:
 
     # -- the manifest ----------------------------------------------------------------------------------------------------
 
-    def begin(self, model: nn.Module, config: WushConfig, names: Mapping[str, str], identity: Mapping[str, str],
-              environment: Mapping[str, object], batch_size: int | None) -> None:
+    def begin(
+        self,
+        model: nn.Module,
+        config: WushConfig,
+        names: Mapping[str, str],
+        identity: Mapping[str, str],
+        environment: Mapping[str, object],
+        batch_size: int | None,
+    ) -> None:
         """Compares with what the journal is of, or writes that down.
 
         names        every parameter's and buffer's name -> its name in the checkpoint, without those not saved
@@ -156,18 +167,30 @@ class Journal:
         identity = {"config": config.to_dict(), **identity}
         found = self._read(self.path / MANIFEST)
         if found is None:
-            self._manifest = {**identity, "environment": dict(environment), "batch_size": batch_size,
-                              "micro_batch": batch_size, "events": []}
+            self._manifest = {
+                **identity,
+                "environment": dict(environment),
+                "batch_size": batch_size,
+                "micro_batch": batch_size,
+                "events": [],
+            }
             if self._writes:
                 self._write_json(self.path / MANIFEST, self._manifest)
             return
         for difference in self._differences(found, identity, batch_size):
-            raise ConfigError(f"{self.target} was begun with {difference}: give the same, another directory, or --restart "
-                              "(restart=True)")
+            raise ConfigError(
+                f"{self.target} was begun with {difference}: give the same, another directory, or --restart "
+                "(restart=True)"
+            )
         for name, value in environment.items():
             if found["environment"].get(name) != value:
-                log.warning("%s was begun with %s %s, now it is %s: the rest may differ in the last bit", self.target, name,
-                            found["environment"].get(name), value)
+                log.warning(
+                    "%s was begun with %s %s, now it is %s: the rest may differ in the last bit",
+                    self.target,
+                    name,
+                    found["environment"].get(name),
+                    value,
+                )
         self._manifest = found
 
     @staticmethod
@@ -234,9 +257,7 @@ class Journal:
                 del left[name]
         self._others[-1] = sorted([*self._others[-1], *left])
         filled = [k for k, own in enumerate(groups) if own or self._others[k]]
-        self._file_names = {
-            k: f"model-{i:05d}-of-{len(filled):05d}.safetensors" for i, k in enumerate(filled, start=1)
-        }
+        self._file_names = {k: f"model-{i:05d}-of-{len(filled):05d}.safetensors" for i, k in enumerate(filled, start=1)}
         self._stages, self._tensors = len(uses), tensors
 
     def _record(self, number: int) -> Path:
@@ -288,8 +309,9 @@ class Journal:
             tensors = self._tensors.load(self._others[number], torch.device("cpu"))
             for one in solved.values():
                 tensors |= {key: tensor.cpu() for key, tensor in split_group(one.group).items()}
-            groups = {key: {"transform_block_size": one.group.block_size, "report": one.report}
-                      for key, one in solved.items()}
+            groups = {
+                key: {"transform_block_size": one.group.block_size, "report": one.report} for key, one in solved.items()
+            }
             self._written = self._writer.submit(self._store, number, tensors, groups)
 
     def _store(self, number: int, tensors: dict[str, Tensor], groups: dict) -> None:

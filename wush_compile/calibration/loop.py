@@ -38,15 +38,7 @@ from .solve_group import Solved, solve_group
 from .tensors import Leaver, Loader, ModelTensors
 
 log = logging.getLogger("wush_compile")
-AS_GIVEN = 2**31                           # stands for a micro-batch without a limit where ranks compare theirs
-
-
-
-
-
-
-
-
+AS_GIVEN = 2**31  # stands for a micro-batch without a limit where ranks compare theirs
 
 
 def _warn_if_short(groups: list[LinearGroup], tokens: int, config: WushConfig) -> None:
@@ -55,7 +47,11 @@ def _warn_if_short(groups: list[LinearGroup], tokens: int, config: WushConfig) -
         if tokens < wide.width:
             log.warning(
                 "%d calibration tokens are fewer than the %d channels of %s: its second moment is rank-deficient and rests "
-                "on damping; give at least %d tokens", tokens, wide.width, wide.name, 4 * wide.width,
+                "on damping; give at least %d tokens",
+                tokens,
+                wide.width,
+                wide.name,
+                4 * wide.width,
             )
 
 
@@ -67,7 +63,9 @@ def _used(stage: Stage) -> set[str]:
 def _groups_by_stage(stages: list[Stage], groups: list[LinearGroup]) -> list[list[int]]:
     """For each stage the numbers of the groups whose linears it runs."""
     stage_of = {
-        node.name: number for number, stage in enumerate(stages) for node in stage.graph_module.graph.nodes
+        node.name: number
+        for number, stage in enumerate(stages)
+        for node in stage.graph_module.graph.nodes
         if node.op == "call_function"
     }
     found = [[] for _ in stages]
@@ -80,9 +78,19 @@ class Calibration:
     """One run of the stage loop. `calibrate` has the arguments; without batches groups are solved without data."""
 
     def __init__(
-        self, captured: Captured, groups: list[LinearGroup], batches: list[Batch] | None, config: WushConfig, *,
-        tensors: ModelTensors, device: torch.device, progress: Progress, team: Alone = ALONE,
-        journal: Journal | None = None, batch_size: int | None = None, activations_dir: str | os.PathLike | None = None,
+        self,
+        captured: Captured,
+        groups: list[LinearGroup],
+        batches: list[Batch] | None,
+        config: WushConfig,
+        *,
+        tensors: ModelTensors,
+        device: torch.device,
+        progress: Progress,
+        team: Alone = ALONE,
+        journal: Journal | None = None,
+        batch_size: int | None = None,
+        activations_dir: str | os.PathLike | None = None,
     ):
         self.captured, self.groups, self.config = captured, groups, config
         self.tensors, self.device, self.progress, self.team, self.journal = tensors, device, progress, team, journal
@@ -108,8 +116,9 @@ class Calibration:
 
         self.rows = choose() if journal is None else journal.rows(choose)
         if journal is not None:
-            journal.lay_out([_used(stage) for stage in self.stages],
-                            [[groups[i] for i in own] for own in self.groups_in], tensors)
+            journal.lay_out(
+                [_used(stage) for stage in self.stages], [[groups[i] for i in own] for own in self.groups_in], tensors
+            )
         self._start()
 
     # -- batches ---------------------------------------------------------------------------------------------------------
@@ -180,7 +189,7 @@ class Calibration:
                 loaded = self.loader.take(number, self._names(number))
                 for i in self.groups_in[number]:
                     if self.solved[i] is not None:
-                        self.leaver.wait()                 # a stage that is run again: what is solved of it may be on its way
+                        self.leaver.wait()  # a stage that is run again: what is solved of it may be on its way
                         group = self.solved[i].group
                         buffers = self.journal.buffers(group) if group.weight_packed.is_meta else group.named_buffers()
                         loaded |= {f"wush_group_{i}.{name}": buffer.to(self.device) for name, buffer in buffers}
@@ -247,15 +256,20 @@ class Calibration:
             self.solved[i], report = solved, solved.report
             self.progress.event("group", stage=stage.name, group=self.groups[i].name, **report)
             if report.get("damping_tries", 0) > 1:
-                log.warning("%s: its second moment was not positive definite; damping was added %d times", self.groups[i].name,
-                            report["damping_tries"])
+                log.warning(
+                    "%s: its second moment was not positive definite; damping was added %d times",
+                    self.groups[i].name,
+                    report["damping_tries"],
+                )
         self._rewrite(number)
-        for name in set(loaded) - _used(stage):            # what has been replaced leaves the device
+        for name in set(loaded) - _used(stage):  # what has been replaced leaves the device
             del loaded[name]
 
     def _rewrite(self, number: int) -> None:
-        rewrite(self.stages[number].graph_module,
-                [(self.groups[i], self.solved[i].group, f"wush_group_{i}") for i in self.groups_in[number]])
+        rewrite(
+            self.stages[number].graph_module,
+            [(self.groups[i], self.solved[i].group, f"wush_group_{i}") for i in self.groups_in[number]],
+        )
 
     def _propagate(self, number: int) -> None:
         stage = self.stages[number]
@@ -306,7 +320,9 @@ class Calibration:
             if self.journal is not None:
                 with phase("journal"):
                     self.journal.settle(self.team)
-            self.progress.event("stage", stage=stage.name, tokens_per_second=round(self.progress.tokens_per_second(), 1))
+            self.progress.event(
+                "stage", stage=stage.name, tokens_per_second=round(self.progress.tokens_per_second(), 1)
+            )
             self._loaded = None
             self.leaver.start([self.solved[i].group for i in own])
         self.loader.close()
@@ -316,8 +332,15 @@ class Calibration:
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, captured: Captured, groups: list[LinearGroup], batches: list[Batch] | None, config: WushConfig,
-    progress: bool | Progress = True, *, device: torch.device | None = None, tensors: ModelTensors | None = None,
+    model: nn.Module,
+    captured: Captured,
+    groups: list[LinearGroup],
+    batches: list[Batch] | None,
+    config: WushConfig,
+    progress: bool | Progress = True,
+    *,
+    device: torch.device | None = None,
+    tensors: ModelTensors | None = None,
     **settings,
 ) -> tuple[list[Solved], list[Stage]]:
     """Solves every group on the batches (None: without data); the model stays as it is.
@@ -332,8 +355,14 @@ def calibrate(
     own = progress if isinstance(progress, Progress) else Progress(progress)
     try:
         return Calibration(
-            captured, groups, batches, config, tensors=tensors, device=tensors.device if device is None else device,
-            progress=own, **settings,
+            captured,
+            groups,
+            batches,
+            config,
+            tensors=tensors,
+            device=tensors.device if device is None else device,
+            progress=own,
+            **settings,
         ).run()
     except Exception as error:
         settings.get("team", ALONE).fail(error)

@@ -33,7 +33,7 @@ class Progress:
     """
 
     def __init__(self, bar: bool = True, log: str | os.PathLike | None = None):
-        self.shown, self._log = bar, None if log is None else open(log, "a", encoding="utf-8")
+        self.shown, self._log = bar, None if log is None else open(log, "a", encoding="utf-8")  # noqa: SIM115
         self._start, self._tokens, self._since = time.perf_counter(), 0, None
         self._bar: tqdm | None = None
         self._device, self._at = torch.device("cpu"), ""
@@ -97,7 +97,9 @@ def group_table(reports: Mapping[str, Mapping], width: int = 120) -> str:
     for name, report in sorted(reports.items(), key=lambda item: -item[1].get("relative_loss", -math.inf)):
         tries = report.get("damping_tries", 0)
         table.add_row(
-            name, f"{report['rows']} x {report['width']}", str(report.get("tokens", "")),
+            name,
+            f"{report['rows']} x {report['width']}",
+            str(report.get("tokens", "")),
             *(f"{report[key]:.3e}" if key in report else "" for key in ("loss", "relative_loss")),
             f"{tries} times" if tries > 1 else "",
         )

@@ -86,13 +86,13 @@ def join(device: torch.device) -> Alone:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group()                          # both backends: gloo for CPU tensors, NCCL for a GPU's
+        dist.init_process_group()  # both backends: gloo for CPU tensors, NCCL for a GPU's
         atexit.register(_leave)
     return Ranks(device)
 
 
 def _leave() -> None:
-    with contextlib.suppress(Exception):                   # the other processes may be gone, or who has launched this one left
+    with contextlib.suppress(Exception):  # the other processes may be gone, or who has launched this one left
         dist.destroy_process_group()
 
 
@@ -107,7 +107,7 @@ def merge_samples(samples: list[Tensor], counts: list[int]) -> Tensor:
     merged = torch.zeros_like(samples[0])
     slots = min(capacity, total)
     ends = [slots * sum(counts[: r + 1]) // max(total, 1) for r in range(len(counts))]
-    picks = []                                              # (place among the rank's own, rank, its slot)
+    picks = []  # (place among the rank's own, rank, its slot)
     for r, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
         filled, share = min(counts[r], capacity), end - begin
         picks += [((j + 0.5) / share, r, j * filled // share) for j in range(share)]
@@ -172,7 +172,9 @@ class Ranks(Alone):
     def share(self, batches: list[Batch]) -> list[Batch]:
         """This rank's stretch of all sequences; of batches, where they cannot be taken apart."""
         if len(set(self._exchange(fingerprint_of_data(batches)))) > 1:
-            raise DataError("the processes have different calibration data: give each the same, of which it takes its part")
+            raise DataError(
+                "the processes have different calibration data: give each the same, of which it takes its part"
+            )
         counts = [sequences(batch) for batch in batches]
         cut = None not in counts
         counts = counts if cut else [1] * len(batches)
@@ -207,7 +209,7 @@ class Ranks(Alone):
                 if samples:
                     observation.sample = merge_samples(samples, own)
                 else:
-                    observation.moment = observation.sample = None       # nobody reads it here: memory for the solver
+                    observation.moment = observation.sample = None  # nobody reads it here: memory for the solver
 
     def solve(self, numbers: Iterable[int], solve: Callable[[int], T]) -> dict[int, T]:
         """Each result is a dataclass whose `group` is a module: its buffers are broadcast, the rest is pickled."""
@@ -218,7 +220,7 @@ class Ranks(Alone):
             for i in numbers:
                 if owners[i] == self.rank:
                     results[i] = solve(i)
-        except Exception as caught:                          # noqa: BLE001 (raised by `_exchange`, here and elsewhere)
+        except Exception as caught:
             error = caught
         described = self._exchange({i: _without_values(result) for i, result in results.items()}, error)
         with self._contact():

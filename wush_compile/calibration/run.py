@@ -38,7 +38,9 @@ SELF_WINDOWS = (64, 512)
 
 def _resolve(config: WushConfig | str | None, settings: dict) -> WushConfig:
     if config is not None and not isinstance(config, WushConfig):
-        raise ConfigError(f"config is a {type(config).__name__}; pass a WushConfig, or settings by name (format='nvfp4')")
+        raise ConfigError(
+            f"config is a {type(config).__name__}; pass a WushConfig, or settings by name (format='nvfp4')"
+        )
     names = [field.name for field in dataclasses.fields(WushConfig)]
     for name in settings:
         one_of("setting", name, names)
@@ -72,10 +74,13 @@ def _without_data(
 
     def sample() -> Tensor:
         with _lent(model, device):
-            return torch.cat(calibration_data.sample_calibration_text(
-                model, tokenizer, *SELF_WINDOWS, seed=config.seed, progress=progress)).cpu()
+            return torch.cat(
+                calibration_data.sample_calibration_text(
+                    model, tokenizer, *SELF_WINDOWS, seed=config.seed, progress=progress
+                )
+            ).cpu()
 
-    texts = sample() if journal is None else journal.remember("sampled", sample)         # [windows, tokens]
+    texts = sample() if journal is None else journal.remember("sampled", sample)  # [windows, tokens]
     return calibration_data.normalize(texts.split(1), model=model), True
 
 
@@ -98,7 +103,12 @@ def _lent(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _prepare(
-    model: nn.Module, data: Iterable | None, config: WushConfig, tokenizer, progress: bool, device: torch.device,
+    model: nn.Module,
+    data: Iterable | None,
+    config: WushConfig,
+    tokenizer,
+    progress: bool,
+    device: torch.device,
     journal: Journal | None,
 ) -> tuple[list[Batch], bool]:
     """(batches on the model's device, whether to calibrate on them)."""
@@ -123,8 +133,10 @@ def _moved(batches: list[Batch], device: torch.device) -> list[Batch]:
 def _nothing(model: nn.Module, ignored: dict[str, str]) -> CaptureError:
     reasons = "; ".join(f"{name}: {reason}" for name, reason in list(ignored.items())[:3])
     more = f" (and {len(ignored) - 3} more)" if len(ignored) > 3 else ""
-    return CaptureError(f"nothing to quantize in {type(model).__name__}: "
-                        f"{reasons + more if reasons else 'its forward applies no linear layer'}")
+    return CaptureError(
+        f"nothing to quantize in {type(model).__name__}: "
+        f"{reasons + more if reasons else 'its forward applies no linear layer'}"
+    )
 
 
 def _record(groups: list[LinearGroup], solved: list, ignored: dict[str, str], config: WushConfig) -> Quantization:
@@ -138,15 +150,20 @@ def _record(groups: list[LinearGroup], solved: list, ignored: dict[str, str], co
 def _environment(device: torch.device, team: Alone) -> dict[str, object]:
     """What may change the last bit of a result."""
     cuda = device.type == "cuda"
-    return {"torch": torch.__version__, "processes": team.size,
-            "device": torch.cuda.get_device_name(device) if cuda else device.type,
-            "threads": None if cuda else torch.get_num_threads()}
+    return {
+        "torch": torch.__version__,
+        "processes": team.size,
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "threads": None if cuda else torch.get_num_threads(),
+    }
 
 
 @contextlib.contextmanager
 def _run(progress: bool | Progress, team: Alone) -> Iterator[Progress]:
     """The progress of a run, of which the first process alone shows and logs something; tells all if it fails."""
-    shown = progress if isinstance(progress, Progress) and team.rank == 0 else Progress(progress is True and team.rank == 0)
+    shown = (
+        progress if isinstance(progress, Progress) and team.rank == 0 else Progress(progress is True and team.rank == 0)
+    )
     try:
         with timing() as seconds:
             yield shown
@@ -162,45 +179,87 @@ def _run(progress: bool | Progress, team: Alone) -> Iterator[Progress]:
 
 
 def _solve(
-    model: nn.Module, tensors: ModelTensors, data: Iterable | None, config: WushConfig, tokenizer, progress: Progress,
-    device: torch.device, team: Alone, journal: Journal | None, batch_size: int | None, activations_dir,
+    model: nn.Module,
+    tensors: ModelTensors,
+    data: Iterable | None,
+    config: WushConfig,
+    tokenizer,
+    progress: Progress,
+    device: torch.device,
+    team: Alone,
+    journal: Journal | None,
+    batch_size: int | None,
+    activations_dir,
 ) -> tuple[list[Solved], Quantization]:
     """Every group of a model, which may be on the meta device if `tensors` has its weights; it stays as it is."""
     if data is None:
-        tensors.check()                                    # before the model writes its own text
+        tensors.check()  # before the model writes its own text
     batches, calibrates = _prepare(model, data, config, tokenizer, progress.shown, device, journal)
     work = [team.connect, *pieces(model, batches, config, device, team.size, batch_size, pins=activations_dir is None)]
     with meanwhile(tensors.check if data is not None else lambda: None, work if calibrates else [], device):
         if journal is not None:
             names = saved_names(model)
-            team.smallest(0)                               # the first process has locked the directory and cleared it
-            identity = {"data": fingerprint_of_data(batches if calibrates else None),
-                        "model": fingerprint_of_model(model, set(names.values()), tensors)}
+            team.smallest(0)  # the first process has locked the directory and cleared it
+            identity = {
+                "data": fingerprint_of_data(batches if calibrates else None),
+                "model": fingerprint_of_model(model, set(names.values()), tensors),
+            }
             journal.begin(model, config, names, identity, _environment(device, team), batch_size)
         with phase("capture"):
             streamed = tensors.device.type == "meta"
-            captured = capture(skeleton(model), _moved(batches, tensors.device)) if streamed else capture(model, batches)
+            captured = (
+                capture(skeleton(model), _moved(batches, tensors.device)) if streamed else capture(model, batches)
+            )
             groups, ignored = find_groups(captured.graph_module, model, config)
     if not groups:
         raise _nothing(model, ignored)
-    progress.event("run", config=config.to_dict(), groups=len(groups), batches=len(batches), device=str(device),
-                   processes=team.size)
+    progress.event(
+        "run",
+        config=config.to_dict(),
+        groups=len(groups),
+        batches=len(batches),
+        device=str(device),
+        processes=team.size,
+    )
     solved, _ = calibrate(
-        model, captured, groups, batches if calibrates else None, config, progress, tensors=tensors, device=device, team=team,
-        journal=journal, batch_size=batch_size, activations_dir=activations_dir,
+        model,
+        captured,
+        groups,
+        batches if calibrates else None,
+        config,
+        progress,
+        tensors=tensors,
+        device=device,
+        team=team,
+        journal=journal,
+        batch_size=batch_size,
+        activations_dir=activations_dir,
     )
     for group, one in zip(groups, solved, strict=True):
         if config.transform_block_size not in (None, one.group.block_size):
-            log.warning("%s: width %d is not a multiple of transform_block_size %d; its transform has blocks of %d",
-                        group.name, group.width, config.transform_block_size, one.group.block_size)
+            log.warning(
+                "%s: width %d is not a multiple of transform_block_size %d; its transform has blocks of %d",
+                group.name,
+                group.width,
+                config.transform_block_size,
+                one.group.block_size,
+            )
     return solved, _record(groups, solved, ignored, config)
 
 
 def quantize(
-    model: nn.Module, data: Iterable | None = None, config: WushConfig | None = None, *,
-    tokenizer=None, progress: bool | Progress = True, device: torch.device | str | None = None,
-    batch_size: int | None = None, activations_dir: str | os.PathLike | None = None,
-    out: str | os.PathLike | None = None, restart: bool = False, **settings,
+    model: nn.Module,
+    data: Iterable | None = None,
+    config: WushConfig | None = None,
+    *,
+    tokenizer=None,
+    progress: bool | Progress = True,
+    device: torch.device | str | None = None,
+    batch_size: int | None = None,
+    activations_dir: str | os.PathLike | None = None,
+    out: str | os.PathLike | None = None,
+    restart: bool = False,
+    **settings,
 ) -> nn.Module:
     """Quantizes the linears of a model to 4 bits on both sides, in place, and returns the same object.
 
@@ -238,8 +297,19 @@ def quantize(
     where = next(model.parameters()).device if device is None else _numbered(local_device(torch.device(device)))
     team = join(where)
     with _run(progress, team) as shown, _journal(out, restart, team) as journal:
-        solved, record = _solve(model, ModelTensors(model), data, config, tokenizer, shown, where, team, journal,
-                                batch_size, activations_dir)
+        solved, record = _solve(
+            model,
+            ModelTensors(model),
+            data,
+            config,
+            tokenizer,
+            shown,
+            where,
+            team,
+            journal,
+            batch_size,
+            activations_dir,
+        )
         if journal is not None:
             journal.finish(record, partial(write_settings, model, record, tokenizer=tokenizer))
     for one in solved:
@@ -249,9 +319,18 @@ def quantize(
 
 
 def quantize_checkpoint(
-    source: str | os.PathLike, data: Iterable | None = None, config: WushConfig | None = None, *,
-    out: str | os.PathLike, tokenizer=None, progress: bool | Progress = True, device: torch.device | str | None = None,
-    batch_size: int | None = None, activations_dir: str | os.PathLike | None = None, restart: bool = False, **settings,
+    source: str | os.PathLike,
+    data: Iterable | None = None,
+    config: WushConfig | None = None,
+    *,
+    out: str | os.PathLike,
+    tokenizer=None,
+    progress: bool | Progress = True,
+    device: torch.device | str | None = None,
+    batch_size: int | None = None,
+    activations_dir: str | os.PathLike | None = None,
+    restart: bool = False,
+    **settings,
 ) -> nn.Module:
     """Quantizes a causal language model from one directory to another without ever holding it in memory.
 
@@ -271,8 +350,9 @@ def quantize_checkpoint(
     model, tensors = open_checkpoint(source)
     team = join(where)
     with _run(progress, team) as shown, _journal(out, restart, team) as journal:
-        solved, record = _solve(model, tensors, data, config, tokenizer, shown, where, team, journal, batch_size,
-                                activations_dir)
+        solved, record = _solve(
+            model, tensors, data, config, tokenizer, shown, where, team, journal, batch_size, activations_dir
+        )
         journal.finish(record, partial(write_settings, model, record, tokenizer=tokenizer))
     for one in solved:
         install_group(model, one.group)

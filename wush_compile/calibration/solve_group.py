@@ -43,23 +43,32 @@ def solve_group(
     group: LinearGroup, tensors: Mapping[str, Tensor], config: WushConfig, seen: Observation | None
 ) -> Solved:
     """Transform, codes and scales of one group, from its weights by name and what its observer saw (None: data-free)."""
-    weight = group.stacked_weight(tensors)                                 # [N, K]
+    weight = group.stacked_weight(tensors)  # [N, K]
     solution = solve(
-        weight, config, name=group.name,
+        weight,
+        config,
+        name=group.name,
         moment=None if seen is None else seen.moment,
         count=0 if seen is None else int(seen.count),
         sample=None if seen is None else seen.sample,
     )
-    report = {**solution.report, "rows": weight.shape[0], "width": group.width,
-              "tokens": 0 if seen is None else int(seen.count)}
+    report = {
+        **solution.report,
+        "rows": weight.shape[0],
+        "width": group.width,
+        "tokens": 0 if seen is None else int(seen.count),
+    }
     rows = None if seen is None else _loss_rows(seen.sample)
     if rows is not None and rows.shape[0]:
         with phase("layer losses"):
             report["loss"], report["relative_loss"] = layer_loss(rows, weight, solution, config)
     buffers = {
-        "weight_packed": solution.weight_packed, "weight_scale": solution.weight_scale,
-        "weight_global_scale": solution.weight_global_scale, "input_transform": solution.transform,
-        "input_global_scale": solution.input_global_scale, "bias": group.stacked_bias(tensors),
+        "weight_packed": solution.weight_packed,
+        "weight_scale": solution.weight_scale,
+        "weight_global_scale": solution.weight_global_scale,
+        "input_transform": solution.transform,
+        "input_global_scale": solution.input_global_scale,
+        "bias": group.stacked_bias(tensors),
     }
     buffers = {name: None if buffer is None else buffer.contiguous() for name, buffer in buffers.items()}
     return Solved(WushGroup(members_of(group), config, solution.transform_block_size, buffers), report)

@@ -23,7 +23,8 @@ class CheckpointTensors:
     def __init__(self, model: nn.Module, shards: Shards):
         self._shards = shards
         self._tensors = {
-            name: tensor.detach() for named in (model.named_parameters, model.named_buffers)
+            name: tensor.detach()
+            for named in (model.named_parameters, model.named_buffers)
             for name, tensor in named(remove_duplicate=False)
         }
         self._weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -47,8 +48,9 @@ class CheckpointTensors:
                 raise CheckpointError(f"{name} is {list(tensor.shape)} in the file, {list(like.shape)} by config.json")
             loaded[name] = tensor = tensor.to(device)
             if name in self._weights and not finite(tensor):
-                raise NonFiniteError(f"the weight {name} has NaN or Inf: the checkpoint is damaged, or was cast to a dtype "
-                                     "too small")
+                raise NonFiniteError(
+                    f"the weight {name} has NaN or Inf: the checkpoint is damaged, or was cast to a dtype too small"
+                )
         return loaded
 
 
@@ -67,8 +69,9 @@ def _sources(model: nn.Module, shards: Shards) -> dict[str, str]:
     missing = [name for name, p in model.named_parameters(remove_duplicate=False) if name not in sources]
     if missing:
         raise CheckpointError(
-            f"the files have no tensor for {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "") +
-            f": {type(model).__name__} gives its weights other names than they have, or some are missing; quantize it "
+            f"the files have no tensor for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if missing[1:] else "")
+            + f": {type(model).__name__} gives its weights other names than they have, or some are missing; quantize it "
             "without streaming"
         )
     return sources

@@ -26,7 +26,8 @@ class ModelTensors:
         self.device = self.home = next(model.parameters()).device
         self._weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self._tensors = {
-            name: tensor.detach() for named in (model.named_parameters, model.named_buffers)
+            name: tensor.detach()
+            for named in (model.named_parameters, model.named_buffers)
             for name, tensor in named(remove_duplicate=False)
         }
 
@@ -38,7 +39,8 @@ class ModelTensors:
         for name, tensor in self._weights.items():
             if not finite(tensor):
                 raise NonFiniteError(
-                    f"the weight {name} has NaN or Inf: the checkpoint is damaged, or was cast to a dtype too small")
+                    f"the weight {name} has NaN or Inf: the checkpoint is damaged, or was cast to a dtype too small"
+                )
 
     def load(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         """The tensors of these names on a device: the model's own where they are there already."""
@@ -82,7 +84,7 @@ class Loader:
 
     def _drop(self) -> None:
         if self._ahead is not None:
-            self._ahead[1].exception()                     # waits: what it loads is freed before more is
+            self._ahead[1].exception()  # waits: what it loads is freed before more is
             self._ahead = None
 
     def _load(self, names: list[str]) -> tuple[dict[str, Tensor], torch.cuda.Event]:
@@ -125,4 +127,4 @@ class Leaver:
         with torch.no_grad(), torch.cuda.stream(self._stream):
             self._stream.wait_event(computed)
             for group in groups:
-                group.to(self._home)                       # returns when it is copied: what it frees is free indeed
+                group.to(self._home)  # returns when it is copied: what it frees is free indeed

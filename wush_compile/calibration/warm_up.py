@@ -51,8 +51,10 @@ def _product(rows: int, width: int, tokens: int, config: WushConfig, dtype: torc
     x = _input(tokens, width, dtype, device)
     torch.nn.functional.linear(x, _input(rows, width, dtype, device))
     fmt, one = formats.get_format(config.format), torch.ones(1, device=device)
-    g = [one if has_global_scale(config.format, rule) else None
-         for rule in (config.activation_scale_rule, config.weight_scale_rule)]
+    g = [
+        one if has_global_scale(config.format, rule) else None
+        for rule in (config.activation_scale_rule, config.weight_scale_rule)
+    ]
     block = block_size(config, width)
     t = torch.eye(block, dtype=dtype, device=device)
     blocks = {"identity": 0, "hadamard": 1}.get(config.transform, width // block)
@@ -90,14 +92,21 @@ def _pin(count: int, nbytes: int) -> None:
 
 
 def pieces(
-    model: nn.Module, batches: list[Batch], config: WushConfig, device: torch.device, processes: int = 1,
-    batch_size: int | None = None, pins: bool = True,
+    model: nn.Module,
+    batches: list[Batch],
+    config: WushConfig,
+    device: torch.device,
+    processes: int = 1,
+    batch_size: int | None = None,
+    pins: bool = True,
 ) -> Iterator[Callable[[], None]]:
     """Pieces of work that a quantization of this model on these batches would otherwise do on its way, once each. `pins`:
     whether values between layers wait in CPU memory, unless the model is on the GPU."""
     linears = {
-        (module.out_features, module.in_features, module.weight.dtype) for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not ignored_by(name, config.ignore)
+        (module.out_features, module.in_features, module.weight.dtype)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not ignored_by(name, config.ignore)
         and module.in_features % config.group_size == 0
     }
     counts = [sequences(batch) for batch in batches]
@@ -123,7 +132,7 @@ def _attempt(piece: Callable[[], None], device: torch.device) -> None:
     try:
         with torch.no_grad(), torch.cuda.device(device):
             piece()
-    except Exception as error:                             # noqa: BLE001 (what is not warm by then is so later)
+    except Exception as error:
         log.debug("%s in the warm-up: %s", type(error).__name__, error)
 
 
@@ -143,4 +152,4 @@ def meanwhile(check: Callable[[], None], work: Iterable[Callable[[], None]], dev
             pool.shutdown()
             checked.result()
             if work:
-                torch.cuda.empty_cache()                   # a micro-batch is chosen by how much memory is free
+                torch.cuda.empty_cache()  # a micro-batch is chosen by how much memory is free

@@ -44,8 +44,10 @@ class Captured:
         """A batch -> value of each placeholder by name; `DataError` where its inputs are not the traced ones."""
         if isinstance(batch, dict):
             if self.keys is None or set(batch) != set(self.keys):
-                raise DataError(f"batch {index} has the inputs {sorted(batch)}, the first one had {list(self.keys or ())}: "
-                                "give every batch the same inputs")
+                raise DataError(
+                    f"batch {index} has the inputs {sorted(batch)}, the first one had {list(self.keys or ())}: "
+                    "give every batch the same inputs"
+                )
             kwargs = {**{key: batch[key] for key in self.keys}, **self.constants}
             leaves = pytree.tree_leaves(((), kwargs))
         else:
@@ -70,20 +72,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the model's structure on the meta device: no memory."""
     tensors = [*model.parameters(), *model.buffers()]
-    memo = {id(t): nn.Parameter(t.to("meta"), requires_grad=False) if isinstance(t, nn.Parameter) else t.to("meta")
-            for t in tensors}
+    memo = {
+        id(t): nn.Parameter(t.to("meta"), requires_grad=False) if isinstance(t, nn.Parameter) else t.to("meta")
+        for t in tensors
+    }
     return copy.deepcopy(model, memo)
 
 
 def _constants(model: nn.Module) -> dict[str, object]:
     """Inputs that keep a Hugging Face decoder from building a cache it would only throw away."""
     config = getattr(model, "config", None)
-    named = "use_cache" in inspect.signature(model.forward).parameters    # export refuses what only **kwargs takes
+    named = "use_cache" in inspect.signature(model.forward).parameters  # export refuses what only **kwargs takes
     return {"use_cache": False} if named and getattr(config, "use_cache", None) is not None else {}
 
 
 def _example(batch: Batch) -> Batch:
     """The batch with at least two rows: a dimension of size one would be traced as a constant."""
+
     def widen(t: object) -> object:
         return t.repeat_interleave(2, 0) if isinstance(t, Tensor) and t.dim() > 1 and t.shape[0] == 1 else t
 
@@ -91,7 +96,7 @@ def _example(batch: Batch) -> Batch:
 
 
 def _dynamic(value: object) -> dict[int, object] | None:
-    return {d: Dim.AUTO for d in range(value.dim())} if isinstance(value, Tensor) else None
+    return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None
 
 
 def _export(model: nn.Module, example: Batch, constants: dict[str, object]) -> torch.export.ExportedProgram:
@@ -106,13 +111,13 @@ def _by_layers(model: nn.Module, example: Batch, constants: dict[str, object]) -
     if not layers:
         return None
     try:
-        meta = skeleton(model)                             # a copy of the model as it is, without marks
+        meta = skeleton(model)  # a copy of the model as it is, without marks
         with repeats.marked(layers) as kinds:
             program = _export(model, example, constants)
         repeats.verify(kinds, meta)
         graph_module = program.module()
         repeats.inline(graph_module, kinds)
-    except Exception as error:                             # noqa: BLE001 (the whole trace says what is wrong, if anything is)
+    except Exception as error:
         log.debug("traced as a whole: %s: %s", type(error).__name__, error)
         return None
     return graph_module

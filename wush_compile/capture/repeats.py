@@ -59,6 +59,7 @@ torch.library.register_fake("wush::again", lambda xs, kind: _like(_kinds[kind].o
 
 # -- trace -----------------------------------------------------------------------------------------------------------
 
+
 def repeated(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of the model's lists of at least `LEAST` modules of one class, by name; none of them inside another.
 
@@ -91,6 +92,7 @@ def _signature(leaf: object) -> tuple:
 
 def _assembler(leaves: list, spec: pytree.TreeSpec) -> Callable[[list[Tensor]], object]:
     """Tensors -> the tree whose other leaves are these."""
+
     def assemble(tensors: list[Tensor]) -> object:
         rest = iter(tensors)
         return pytree.tree_unflatten([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
@@ -155,6 +157,7 @@ def marked(layers: dict[str, nn.Module]) -> Iterator[list[Kind]]:
     found = _kinds = []
     before = {name: vars(layer).get("forward") for name, layer in layers.items()}
     for name, layer in layers.items():
+
         def marking(*args, layer=layer, forward=layer.forward, name=name, **kwargs):
             return _call(layer, forward, name, kinds, args, kwargs)
 
@@ -172,6 +175,7 @@ def marked(layers: dict[str, nn.Module]) -> Iterator[list[Kind]]:
 
 
 # -- verify ----------------------------------------------------------------------------------------------------------
+
 
 class _Log(TorchDispatchMode):
     """The ops that run, their arguments by where these come from."""
@@ -215,14 +219,21 @@ def _concrete(size: int | torch.SymInt, scale: int) -> int:
     if isinstance(size, int):
         return size
     expression, environment = size.node.expr, size.node.shape_env
-    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val      # by version of PyTorch
+    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # by version of PyTorch
     return int(expression.xreplace({s: scale * int(known[s]) for s in expression.free_symbols}))
 
 
 def _run(layer: nn.Module, leaves: list, spec: pytree.TreeSpec, scale: int) -> list[tuple]:
     """What a layer on the meta device does with such arguments, and what it returns of it."""
-    tensors = [torch.empty_strided([_concrete(s, scale) for s in t.shape], [_concrete(s, scale) for s in t.stride()],
-                                   dtype=t.dtype, device="meta") for t in _tensors(leaves)]
+    tensors = [
+        torch.empty_strided(
+            [_concrete(s, scale) for s in t.shape],
+            [_concrete(s, scale) for s in t.stride()],
+            dtype=t.dtype,
+            device="meta",
+        )
+        for t in _tensors(leaves)
+    ]
     known = {f"argument {i}": t for i, t in enumerate(tensors)}
     known |= dict(layer.named_parameters(remove_duplicate=False)) | dict(layer.named_buffers(remove_duplicate=False))
     args, kwargs = _assembler(leaves, spec)(tensors)
@@ -243,8 +254,9 @@ def verify(kinds: list[Kind], skeleton: nn.Module) -> None:
 
 # -- inline ----------------------------------------------------------------------------------------------------------
 
+
 def _renamed(path: str, old: str, new: str) -> str:
-    return new + path[len(old):] if path == old or path.startswith(f"{old}.") else path
+    return new + path[len(old) :] if path == old or path.startswith(f"{old}.") else path
 
 
 def _moved_meta(node: fx.Node, old: str, new: str) -> dict:
@@ -277,7 +289,9 @@ def inline(graph_module: fx.GraphModule, kinds: list[Kind]) -> None:
     names = [list(kind.others) for kind in kinds]
     if len(enters) != len(kinds) or sum(n.target is ops.again.default for n in nodes) != sum(map(len, names)):
         raise Different("a layer is in a graph of its own, or not in the graph")
-    if any(free_unbacked_symbols(node.meta["val"]) for body in bodies for node in body if node.meta.get("val") is not None):
+    if any(
+        free_unbacked_symbols(node.meta["val"]) for body in bodies for node in body if node.meta.get("val") is not None
+    ):
         raise Different("a layer has sizes that depend on data")
     for node in nodes:
         if node.target is not ops.again.default:
@@ -297,7 +311,7 @@ def inline(graph_module: fx.GraphModule, kinds: list[Kind]) -> None:
                 if member.target is operator.getitem and member.args[0] is enter:
                     copies[member] = node.args[0][member.args[1]]
                 elif member.op == "call_function" and not isinstance(member.meta.get("val"), (int, float, *SYMBOLIC)):
-                    copies[member] = graph.node_copy(member, fetch)        # sizes are the same in all layers: not again
+                    copies[member] = graph.node_copy(member, fetch)  # sizes are the same in all layers: not again
                     copies[member].meta = _moved_meta(member, old, new)
         _take_out(graph, node, [fetch(value) for value in leave.args[0]])
     for first, last in zip(enters, leaves, strict=True):

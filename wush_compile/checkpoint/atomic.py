@@ -112,7 +112,7 @@ def _exchange(a: Path, b: Path) -> bool:
 def _install(partial: Path, target: Path, token: str) -> None:
     """Puts a flushed directory at `target`; the old one, if any, ends at `partial`'s path or is gone."""
     if not target.exists() or not any(target.iterdir()):
-        os.rename(partial, target)                         # replaces an empty directory too
+        os.rename(partial, target)  # replaces an empty directory too
     elif not _exchange(partial, target):
         previous = target.parent / f".{target.name}.{token}.previous"
         os.rename(target, previous)
@@ -137,7 +137,7 @@ def replaced_directory(directory: str | os.PathLike) -> Iterator[Path]:
     token = secrets.token_hex(4)
     partial = target.parent / f".{target.name}.{token}.partial"
     with contextlib.ExitStack() as stack:
-        with _locked(target.parent):                       # so that no other writer sees `partial` before it is locked
+        with _locked(target.parent):  # so that no other writer sees `partial` before it is locked
             _remove_leftovers(target)
             partial.mkdir()
             if target.exists():

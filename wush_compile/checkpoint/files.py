@@ -22,7 +22,7 @@ from ..errors import CheckpointError
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
-JOURNAL = ".wush"                                          # of the run that made a checkpoint, in its directory
+JOURNAL = ".wush"  # of the run that made a checkpoint, in its directory
 
 
 WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -62,8 +62,10 @@ def read_config(directory: Path) -> dict:
     except ValueError as error:
         raise CheckpointError(f"{directory / CONFIG} is not JSON ({error}): save the model again") from None
     if method != "wush":
-        raise CheckpointError(f"{directory} is no wush checkpoint: its {CONFIG} has no quantization_config of "
-                              "quant_method 'wush'; quantize the model first")
+        raise CheckpointError(
+            f"{directory} is no wush checkpoint: its {CONFIG} has no quantization_config of "
+            "quant_method 'wush'; quantize the model first"
+        )
     return config
 
 
@@ -94,7 +96,7 @@ class Weights:
                 file = safetensors.safe_open(path, framework="pt")
                 for name in file.keys():  # noqa: SIM118 (no mapping)
                     self._files[name] = file
-                    tensor = file.get_tensor(name)         # mapped, not read
+                    tensor = file.get_tensor(name)  # mapped, not read
                     self.specs[name] = Spec(tuple(tensor.shape), tensor.dtype)
             except FileNotFoundError:
                 raise CheckpointError(f"{path} is missing: copy or save the checkpoint again") from None
@@ -110,8 +112,10 @@ class Weights:
         if expected is None:
             raise CheckpointError(f"{CONFIG} has no {DIGEST}, so the tensors cannot be checked: save the model again")
         if digest(settings, self.specs, self.tensor) != expected:
-            raise CheckpointError("the tensors or the quantization_config are not those that were saved "
-                                  f"({DIGEST} differs): copy or save the checkpoint again")
+            raise CheckpointError(
+                "the tensors or the quantization_config are not those that were saved "
+                f"({DIGEST} differs): copy or save the checkpoint again"
+            )
 
 
 def sha256_of(path: Path) -> str:

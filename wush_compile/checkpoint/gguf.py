@@ -25,12 +25,16 @@ def load_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[nn
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     # Versions without GgufConfig always dequantize.
-    plain = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    plain = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    )
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, **plain)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     except (ValueError, RuntimeError, NotImplementedError, KeyError, OSError) as error:
-        raise CheckpointError(f"transformers {transformers.__version__} cannot load the GGUF file {path}: {error}") from error
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot load the GGUF file {path}: {error}"
+        ) from error
     _make_plain(model)
     _correct_pre_tokenizer(tokenizer, metadata)
     _correct_special_tokens(model, tokenizer, metadata)
@@ -54,7 +58,8 @@ def read_metadata(path: str | Path) -> dict[str, object]:
     try:
         reader = gguf.GGUFReader(path)
         return {
-            name: field.contents() for name, field in reader.fields.items()
+            name: field.contents()
+            for name, field in reader.fields.items()
             if field.types[0] != gguf.GGUFValueType.ARRAY
         }
     except (ValueError, IndexError, KeyError, OverflowError) as error:

@@ -43,7 +43,7 @@ class WushHfConfig(QuantizationConfigMixin):
     def __init__(self, **settings):
         settings.setdefault("quant_method", METHOD)
         self.quant_method = METHOD
-        self.settings = settings                           # as in config.json: what the digest was made from
+        self.settings = settings  # as in config.json: what the digest was made from
         self.record = read_record(settings)
 
     @classmethod
@@ -67,10 +67,16 @@ class JoinRows(ConversionOps):
         self.group, self.buffer = group, buffer
 
     def __deepcopy__(self, memo: dict) -> "JoinRows":
-        return self                                        # transformers copies converters; nothing here changes
+        return self  # transformers copies converters; nothing here changes
 
-    def convert(self, input_dict: Mapping, source_patterns: list[str], target_patterns: list[str],
-                full_layer_name: str = "", **kwargs) -> dict[str, Tensor]:
+    def convert(
+        self,
+        input_dict: Mapping,
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        **kwargs,
+    ) -> dict[str, Tensor]:
         tensors = {_name(pattern): t[0] if isinstance(t, list) else t for pattern, t in input_dict.items()}
         return {full_layer_name: join(self.group, self.buffer, tensors)}
 
@@ -91,8 +97,9 @@ class WushHfQuantizer(HfQuantizer):
     def validate_environment(self, *args, **kwargs) -> None:
         """Nothing is needed but this library."""
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files: list[str] | None = None,
-                                             **kwargs) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs
+    ) -> None:
         config = self.quantization_config
         weights = Weights(checkpoint_files) if checkpoint_files else None
         groups = build_groups(model, config.record, weights and weights.specs)
@@ -104,7 +111,8 @@ class WushHfQuantizer(HfQuantizer):
         # Resolved now: loading may run in threads, and afterwards buffers are no longer empty.
         self._converters = [
             WeightConverter([_pattern(name) for name, _ in pieces], f"{path}.{buffer}", [JoinRows(group, buffer)])
-            for path, group in named_groups(model) for buffer, pieces in parts(group)
+            for path, group in named_groups(model)
+            for buffer, pieces in parts(group)
         ]
 
     @staticmethod
@@ -122,8 +130,9 @@ class WushHfQuantizer(HfQuantizer):
     def _check(self, model: PreTrainedModel, groups: list[WushGroup], weights: Weights) -> None:
         # transformers itself knows which other tensors may be missing or left over; shapes are ours to name.
         members = tuple(f"{m.name}." for group in groups for m in group.members)
-        rest = {n: tuple(t.shape) for n, t in model.state_dict().items()
-                if n in weights.specs and not n.startswith(members)}
+        rest = {
+            n: tuple(t.shape) for n, t in model.state_dict().items() if n in weights.specs and not n.startswith(members)
+        }
         needed = group_specs(groups)
         found = {n: s for n, s in weights.specs.items() if n in rest or n in needed or n.startswith(members)}
         check_specs(found, groups, rest)
@@ -174,7 +183,7 @@ class WushHfQuantizer(HfQuantizer):
         return True
 
 
-if METHOD not in AUTO_QUANTIZER_MAPPING:                   # this file may be reloaded
+if METHOD not in AUTO_QUANTIZER_MAPPING:  # this file may be reloaded
     register_quantization_config(METHOD)(WushHfConfig)
     register_quantizer(METHOD)(WushHfQuantizer)
 else:
@@ -233,7 +242,7 @@ def skeleton(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise CheckpointError(f"{directory} is already quantized: start again from the original model")
     with init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or dtype)
-    model.tie_weights()                                    # the context above gives every name a tensor of its own
+    model.tie_weights()  # the context above gives every name a tensor of its own
     if (directory / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     return model.eval()
@@ -244,8 +253,10 @@ def load(directory: Path, config: Mapping, weights: Weights) -> PreTrainedModel:
     name = config["architectures"][0]
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        raise CheckpointError(f"{directory} is of a {name}, which transformers does not have: load it with that "
-                              "class's from_pretrained, or as wush_compile.load(directory, model=...)")
+        raise CheckpointError(
+            f"{directory} is of a {name}, which transformers does not have: load it with that "
+            "class's from_pretrained, or as wush_compile.load(directory, model=...)"
+        )
     model, info = kind.from_pretrained(directory, dtype="auto", use_safetensors=True, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{directory} lacks {', '.join(missing[:3])} of a {name}: copy or save it again")

@@ -16,17 +16,16 @@ from .files import Spec
 from .record import Quantization
 
 OTHER_MODEL = "load it into the kind of model it was made from"
-BY_ROWS = ("weight_packed", "weight_scale", "bias")        # a member has its rows; weight_global_scale: a copy
-
-
+BY_ROWS = ("weight_packed", "weight_scale", "bias")  # a member has its rows; weight_global_scale: a copy
 
 
 # -- groups <-> linears ----------------------------------------------------------------------------------------------
 
+
 def parts(group: WushGroup) -> Iterator[tuple[str, list[tuple[str, slice | None]]]]:
     """For each buffer of a group: its name, and its tensors on disk as (name, rows of the buffer, or None for all)."""
     first = group.members[0].name
-    for buffer, tensor in group.named_buffers():
+    for buffer, _ in group.named_buffers():
         if buffer.startswith("input_"):
             yield buffer, [(f"{first}.{buffer}", None)]
             continue
@@ -77,20 +76,24 @@ def _linear(model: nn.Module, name: str) -> tuple[int, int, nn.Module]:
     try:
         module = model.get_submodule(name)
     except AttributeError:
-        raise CheckpointError(f"the checkpoint quantizes {name!r}, which this {type(model).__name__} does not have: "
-                              f"{OTHER_MODEL}") from None
+        raise CheckpointError(
+            f"the checkpoint quantizes {name!r}, which this {type(model).__name__} does not have: {OTHER_MODEL}"
+        ) from None
     if isinstance(module, WushLinear):
         raise CheckpointError(f"{name!r} is already quantized in this {type(model).__name__}: load into a fresh model")
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features, module
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):        # of GPT-2: the weight is [K, N]
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # of GPT-2: the weight is [K, N]
         return module.nf, module.weight.shape[0], module
-    raise CheckpointError(f"the checkpoint quantizes {name!r}, which is a {type(module).__name__} in this "
-                          f"{type(model).__name__}, not a linear: {OTHER_MODEL}")
+    raise CheckpointError(
+        f"the checkpoint quantizes {name!r}, which is a {type(module).__name__} in this "
+        f"{type(model).__name__}, not a linear: {OTHER_MODEL}"
+    )
 
 
-def build_groups(model: nn.Module, record: Quantization, specs: Mapping[str, Spec] | None = None,
-                 device: torch.device | str = "meta") -> list[WushGroup]:
+def build_groups(
+    model: nn.Module, record: Quantization, specs: Mapping[str, Spec] | None = None, device: torch.device | str = "meta"
+) -> list[WushGroup]:
     """Empty groups for the linears (nn.Linear, Conv1D) of an unquantized model, which stays as it is.
 
     Buffers have the shapes of `modules.buffer_layout`; transforms and biases have the dtypes that `specs`, the tensors
@@ -101,15 +104,19 @@ def build_groups(model: nn.Module, record: Quantization, specs: Mapping[str, Spe
         names, block = entry["members"], entry["transform_block_size"]
         linears = [_linear(model, name) for name in names]
         if not names or len(set(names)) < len(names) or seen.intersection(names):
-            raise CheckpointError(f"a linear is in two groups, or a group is empty (at {', '.join(names)}): "
-                                  "config.json was edited; quantize the model again")
+            raise CheckpointError(
+                f"a linear is in two groups, or a group is empty (at {', '.join(names)}): "
+                "config.json was edited; quantize the model again"
+            )
         seen.update(names)
         widths = {width for _, width, _ in linears}
         width = widths.pop()
         if widths or block % get_format(record.config.format).group_size or width % block:
             widths = sorted({w for _, w, _ in linears})
-            raise CheckpointError(f"{', '.join(names)}: widths {widths} do not fit one group "
-                                  f"with transform blocks of {block}: {OTHER_MODEL}")
+            raise CheckpointError(
+                f"{', '.join(names)}: widths {widths} do not fit one group "
+                f"with transform blocks of {block}: {OTHER_MODEL}"
+            )
         members, start = [], 0
         for name, (rows, _, module) in zip(names, linears, strict=True):
             members.append(Member(name, start, start + rows, module.bias is not None))
@@ -117,8 +124,9 @@ def build_groups(model: nn.Module, record: Quantization, specs: Mapping[str, Spe
         biased = [m.name for m in members if m.has_bias]
         dtypes = {name: spec.dtype for name, spec in (specs or {}).items() if spec.dtype.is_floating_point}
         weight_dtype = linears[0][2].weight.dtype
-        layout = buffer_layout(record.config, start, width, block,
-                               dtypes.get(f"{names[0]}.input_transform", weight_dtype), bool(biased))
+        layout = buffer_layout(
+            record.config, start, width, block, dtypes.get(f"{names[0]}.input_transform", weight_dtype), bool(biased)
+        )
         if biased:
             layout["bias"] = (layout["bias"][0], dtypes.get(f"{biased[0]}.bias", weight_dtype))
         buffers = {k: None if v is None else torch.empty(v[0], dtype=v[1], device=device) for k, v in layout.items()}
@@ -130,7 +138,9 @@ def group_specs(groups: Iterable[WushGroup]) -> dict[str, Spec]:
     """The tensors on disk that groups need."""
     return {
         name: Spec(tuple(buffer[rows].shape if rows is not None else buffer.shape), buffer.dtype)
-        for group in groups for kind, pieces in parts(group) for name, rows in pieces
+        for group in groups
+        for kind, pieces in parts(group)
+        for name, rows in pieces
         for buffer in [getattr(group, kind)]
     }
 
@@ -138,16 +148,16 @@ def group_specs(groups: Iterable[WushGroup]) -> dict[str, Spec]:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-
-
-
 def read_record(settings: Mapping) -> Quantization:
     """`Quantization.from_dict`, where anything malformed is a `CheckpointError`."""
     try:
         record = Quantization.from_dict(dict(settings))
         well_formed = isinstance(record.ignored, dict) and all(
-            isinstance(g["members"], list) and all(isinstance(name, str) for name in g["members"])
-            and isinstance(g["transform_block_size"], int) and g["transform_block_size"] > 0 for g in record.groups
+            isinstance(g["members"], list)
+            and all(isinstance(name, str) for name in g["members"])
+            and isinstance(g["transform_block_size"], int)
+            and g["transform_block_size"] > 0
+            for g in record.groups
         )
     except CheckpointError:
         raise
@@ -158,12 +168,12 @@ def read_record(settings: Mapping) -> Quantization:
     return record
 
 
-
-
-
-
-def check_specs(found: Mapping[str, Spec], groups: list[WushGroup], rest: Mapping[str, tuple[int, ...]],
-                optional: Iterable[str] = ()) -> None:
+def check_specs(
+    found: Mapping[str, Spec],
+    groups: list[WushGroup],
+    rest: Mapping[str, tuple[int, ...]],
+    optional: Iterable[str] = (),
+) -> None:
     """Compares the tensors of a checkpoint with those of its groups, and with names and shapes of all others.
 
     Names in `optional` may be missing. What belongs to a quantized linear, but to no buffer of it, is refused.
@@ -173,12 +183,15 @@ def check_specs(found: Mapping[str, Spec], groups: list[WushGroup], rest: Mappin
         if name not in found:
             raise CheckpointError(f"the checkpoint lacks {name}: copy or save it again")
         if found[name] != spec:
-            raise CheckpointError(f"{name} is {found[name].dtype} {list(found[name].shape)}, the model needs "
-                                  f"{spec.dtype} {list(spec.shape)}: {OTHER_MODEL}")
+            raise CheckpointError(
+                f"{name} is {found[name].dtype} {list(found[name].shape)}, the model needs "
+                f"{spec.dtype} {list(spec.shape)}: {OTHER_MODEL}"
+            )
     for name, shape in rest.items():
         if name in found and found[name].shape != tuple(shape):
-            raise CheckpointError(f"{name} has shape {list(found[name].shape)}, the model needs {list(shape)}: "
-                                  f"{OTHER_MODEL}")
+            raise CheckpointError(
+                f"{name} has shape {list(found[name].shape)}, the model needs {list(shape)}: {OTHER_MODEL}"
+            )
     if missing := sorted(set(rest) - set(found) - set(optional)):
         raise CheckpointError(f"the checkpoint lacks {_some(missing)}: {OTHER_MODEL}")
     if unknown := sorted(set(found) - set(expected) - set(rest)):

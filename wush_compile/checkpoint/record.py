@@ -46,14 +46,18 @@ class Quantization:
             )
         expected = {"quant_method", "format_version", "config", "groups", "ignored"}
         if unknown := sorted(set(data) - expected):
-            raise CheckpointError(f"quantization_config has unknown keys {', '.join(unknown)}: the file is not "
-                                  "wush_compile's, or was edited; quantize the model again")
+            raise CheckpointError(
+                f"quantization_config has unknown keys {', '.join(unknown)}: the file is not "
+                "wush_compile's, or was edited; quantize the model again"
+            )
         if missing := sorted(expected - set(data)):
             raise CheckpointError(f"quantization_config lacks {', '.join(missing)}: quantize the model again")
         for group in data["groups"]:
             if set(group) != {"members", "transform_block_size"}:
-                raise CheckpointError(f"a group of quantization_config has the keys {sorted(group)}, not members and "
-                                      "transform_block_size: quantize the model again")
+                raise CheckpointError(
+                    f"a group of quantization_config has the keys {sorted(group)}, not members and "
+                    "transform_block_size: quantize the model again"
+                )
         try:
             config = WushConfig.from_dict(data["config"])
         except (WushError, TypeError) as error:

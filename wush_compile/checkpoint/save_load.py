@@ -34,9 +34,11 @@ def saved_names(model: nn.Module) -> dict[str, str]:
     """Every parameter's and persistent buffer's name -> the name it has in a checkpoint of the unquantized model."""
     aliases = _aliases(model)
     dropped = {alias for names in aliases for alias in names[1:]}
-    saved = hf.saved_names(model) if isinstance(model, transformers.PreTrainedModel) else [
-        name for name in model.state_dict() if name not in dropped
-    ]
+    saved = (
+        hf.saved_names(model)
+        if isinstance(model, transformers.PreTrainedModel)
+        else [name for name in model.state_dict() if name not in dropped]
+    )
     names = {name: name for name in saved}
     for tied in aliases:
         kept = next((name for name in tied if name in names), None)
@@ -58,7 +60,7 @@ def write_settings(model: nn.Module, record: Quantization, directory: Path, sha2
 def _save_module(model: nn.Module, record: Quantization, directory: Path) -> None:
     state = split_state_dict(model)
     for name in [alias for names in _aliases(model) for alias in names[1:]]:
-        state.pop(name, None)                              # the first name stands for all
+        state.pop(name, None)  # the first name stands for all
     storages = set()
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.is_meta:
@@ -74,6 +76,7 @@ def _save_module(model: nn.Module, record: Quantization, directory: Path) -> Non
 
 def _keep_other_files(old: Path, new: Path) -> None:
     """Links into `new` what else is in `old`: a replaced checkpoint takes nobody's notes or tokenizer with it."""
+
     def link(source: str, target: str) -> None:
         try:
             os.link(source, target)
@@ -107,8 +110,9 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> None
         try:
             read_config(target)
         except CheckpointError:
-            raise CheckpointError(f"{directory} is not empty and holds no wush checkpoint: give a new directory, or "
-                                  "empty it first") from None
+            raise CheckpointError(
+                f"{directory} is not empty and holds no wush checkpoint: give a new directory, or empty it first"
+            ) from None
     with replaced_directory(target) as new:
         if getattr(model, "hf_quantizer", None) is not None:
             model.save_pretrained(new)
@@ -134,8 +138,10 @@ def load(directory: str | os.PathLike, model: nn.Module | None = None) -> nn.Mod
     weights = Weights(weight_files(path))
     if model is None:
         if not config.get("architectures"):
-            raise CheckpointError(f"{directory} does not say what module it is of: load it as "
-                                  "wush_compile.load(directory, model=...) with an unquantized model of the same kind")
+            raise CheckpointError(
+                f"{directory} does not say what module it is of: load it as "
+                "wush_compile.load(directory, model=...) with an unquantized model of the same kind"
+            )
         return hf.load(path, config, weights)
     groups = build_groups(model, record, weights.specs)
     members = tuple(f"{m.name}." for group in groups for m in group.members)
@@ -145,17 +151,21 @@ def load(directory: str | os.PathLike, model: nn.Module | None = None) -> nn.Mod
     check_specs(weights.specs, groups, {name: tuple(tensor.shape) for name, tensor in state.items()}, tied)
     for name, tensor in model.named_buffers():
         if tensor.is_meta and name not in state:
-            raise CheckpointError(f"the buffer {name} is on the meta device, and no checkpoint holds it as it is not "
-                                  "persistent: build the model on a real device")
+            raise CheckpointError(
+                f"the buffer {name} is on the meta device, and no checkpoint holds it as it is not "
+                "persistent: build the model on a real device"
+            )
     weights.verify(settings, config.get(DIGEST))
     _fill(model, groups, state, weights, aliases)
     hf.attach(model, record)
     return model
 
 
-def _fill(model: nn.Module, groups: list[WushGroup], state: Mapping[str, Tensor], weights: Weights,
-          aliases: list[list[str]]) -> None:
+def _fill(
+    model: nn.Module, groups: list[WushGroup], state: Mapping[str, Tensor], weights: Weights, aliases: list[list[str]]
+) -> None:
     """Puts checked tensors into a model; `state` gives their devices."""
+
     def to(tensor: Tensor, device: torch.device) -> Tensor:
         # Copied: the file's own memory would change under the model when the file does.
         return tensor.to("cpu" if device.type == "meta" else device, copy=True)
@@ -165,9 +175,12 @@ def _fill(model: nn.Module, groups: list[WushGroup], state: Mapping[str, Tensor]
         for buffer, pieces in parts(group):
             joined = join(group, buffer, {name: weights.tensor(name) for name, _ in pieces})
             setattr(group, buffer, to(joined, device))
-    model.load_state_dict({name: to(weights.tensor(name), tensor.device) for name, tensor in state.items()
-                           if name in weights.specs}, strict=False, assign=True)
-    for names in aliases:                                  # assigned tensors are new objects: tie them again
+    model.load_state_dict(
+        {name: to(weights.tensor(name), tensor.device) for name, tensor in state.items() if name in weights.specs},
+        strict=False,
+        assign=True,
+    )
+    for names in aliases:  # assigned tensors are new objects: tie them again
         saved = next((n for n in names if n in weights.specs), None)
         for name in names if saved else ():
             parent, _, leaf = name.rpartition(".")

@@ -64,11 +64,20 @@ def demo(out: Path, format: str = "mxfp4", console: Console | None = None) -> nn
             names = [n for n, m in quantized.named_modules() if isinstance(m, WushLinear)]
             plain = sum(p.numel() * p.element_size() for n in names for p in model.get_submodule(n).parameters())
             table.add_row("bf16", f"{measured.reference_perplexity:.2f}", "", "", f"{plain / 2**20:.1f} MiB", "")
-        table.add_row(name, f"{measured.perplexity:.2f}", f"{measured.kl:.4f}", f"{100 * measured.top1:.1f} %",
-                      f"{quantized_bytes(quantized) / 2**20:.1f} MiB", f"{seconds:.0f}")
+        table.add_row(
+            name,
+            f"{measured.perplexity:.2f}",
+            f"{measured.kl:.4f}",
+            f"{100 * measured.top1:.1f} %",
+            f"{quantized_bytes(quantized) / 2**20:.1f} MiB",
+            f"{seconds:.0f}",
+        )
     console.print(table)
     console.print(f"[bold]{ROWS[-1][0]} goes on:[/bold] {_generate(quantized, tokenizer, PROMPT, 24)}", soft_wrap=True)
     save(quantized, out, tokenizer=tokenizer)
-    console.print(f"\nSaved in {out}. Load it with\n\n    import wush_compile as wc\n    model = wc.load({str(out)!r})\n\n"
-                  f"or from the shell (the commands are in .venv/bin after make demo): wush-compile generate {out} --prompt '...'; wush-compile explain {out}", soft_wrap=True)
+    console.print(
+        f"\nSaved in {out}. Load it with\n\n    import wush_compile as wc\n    model = wc.load({str(out)!r})\n\n"
+        f"or from the shell (the commands are in .venv/bin after make demo): wush-compile generate {out} --prompt '...'; wush-compile explain {out}",
+        soft_wrap=True,
+    )
     return quantized

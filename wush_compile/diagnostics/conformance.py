@@ -25,8 +25,15 @@ from ..ops import fused as fused_ops
 # (rows, K): a single group, odd counts of groups, no whole tile of anything, and sizes that fill a GPU.
 SHAPES = ((1, 32), (3, 96), (37, 576), (128, 1024), (257, 4096))
 # (rows, N, K) of products.
-PRODUCTS = ((1, 256, 512), (2, 200, 1024), (5, 72, 96), (17, 264, 1024), (64, 512, 2048), (130, 136, 544),
-            (300, 1040, 1024))
+PRODUCTS = (
+    (1, 256, 512),
+    (2, 200, 1024),
+    (5, 72, 96),
+    (17, 264, 1024),
+    (64, 512, 2048),
+    (130, 136, 544),
+    (300, 1040, 1024),
+)
 # A product rounded once to bf16 has 1.7e-3; fp8 accumulators on Hopper add up to 4e-4.
 PRODUCT_ERROR = {torch.bfloat16: 2.2e-3, torch.float32: 5e-4}
 POISON = 0xEE
@@ -47,8 +54,11 @@ class Result(NamedTuple):
 
 def poison(device: torch.device, *tensors: Tensor) -> None:
     """Allocates blocks of these tensors' sizes, fills them, frees them: the next outputs of those sizes lie there."""
-    blocks = [torch.empty(t.numel() * t.element_size(), dtype=torch.uint8, device=device).fill_(POISON)
-              for t in tensors for _ in range(2)]
+    blocks = [
+        torch.empty(t.numel() * t.element_size(), dtype=torch.uint8, device=device).fill_(POISON)
+        for t in tensors
+        for _ in range(2)
+    ]
     del blocks
 
 
@@ -71,6 +81,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 # -- operands --------------------------------------------------------------------------------------------------------
+
 
 def spread(rows: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Values over many octaves, zeros of both signs, tiny rows; some rows not finite."""
@@ -116,8 +127,12 @@ def quantizer_cases(device: torch.device) -> Iterator[Case]:
                     if fully or blocks > 1:
                         t = whole((blocks, group, group), 3, dtype, device)
                         args = (whole((rows, k), 24, dtype, device), t, None, format, rule)
-                        yield (format, f"{rows}x{k} {_name(dtype)} {rule}, {blocks} matrices", args,
-                               functools.partial(reference, *args))
+                        yield (
+                            format,
+                            f"{rows}x{k} {_name(dtype)} {rule}, {blocks} matrices",
+                            args,
+                            functools.partial(reference, *args),
+                        )
 
 
 def silu_mul_cases(device: torch.device) -> Iterator[Case]:
@@ -152,13 +167,15 @@ def product_cases(device: torch.device) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     for format in FORMATS:
         for rows, n, k in PRODUCTS:
-            x, w = (formats.quantize(torch.randn(m, k, generator=generator).to(device), format, "mse")
-                    for m in (rows, n))
+            x, w = (
+                formats.quantize(torch.randn(m, k, generator=generator).to(device), format, "mse") for m in (rows, n)
+            )
             if format != "int4" and rows > 16:
                 x[1][rows - 1, 1] = w[1][n // 2, 0] = 0xFF if format == "mxfp4" else 0x7F
             exact = formats.dequantize(*x, format).double() @ formats.dequantize(*w, format).double().T
-            bias, residual = (torch.randn(size, generator=generator).to(device, torch.bfloat16)
-                              for size in ((n,), (rows, n)))
+            bias, residual = (
+                torch.randn(size, generator=generator).to(device, torch.bfloat16) for size in ((n,), (rows, n))
+            )
             scaled = format == "nvfp4"
             gx, gw = (number(v, device) if scaled else None for v in (0.5, 4.0))
             for dtype in (torch.bfloat16, torch.float32):
@@ -186,12 +203,13 @@ TOLERATED = {"rms_norm_transform_quantize": 1e-3}
 
 # -- run -------------------------------------------------------------------------------------------------------------
 
+
 def _compare(op: str, implementation: Implementation, args: tuple, want, device: torch.device) -> tuple[float, float]:
     """(error, limit) of one call."""
     if op == "fp4_linear":
         dtype = args[-1]
         poison(device, torch.empty(want.shape, dtype=dtype, device=device))
-        roundings = 1 if args[7] is None else 2                # of a residual's sum too
+        roundings = 1 if args[7] is None else 2  # of a residual's sum too
         return relative_error(implementation.run(*args), want), roundings * PRODUCT_ERROR[dtype]
     poison(device, *want)
     error = share_different(implementation.run(*args), want)
@@ -203,7 +221,10 @@ def _compare(op: str, implementation: Implementation, args: tuple, want, device:
 
 
 def check(
-    provider: str, op: str, implementation: Implementation, device: torch.device,
+    provider: str,
+    op: str,
+    implementation: Implementation,
+    device: torch.device,
     mine: Callable[[int], bool] = lambda index: True,
 ) -> Iterator[Result]:
     """The cases of an op through one implementation; what it refuses and what it fails at are results too."""

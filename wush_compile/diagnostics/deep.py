@@ -23,6 +23,7 @@ PROCESSES = 12
 
 def _compile_part(device: str, part: int, parts: int) -> None:
     """Runs every so manieth case once, so that its kernels are in Triton's cache; failures show when it counts."""
+
     def mine(index: int) -> bool:
         return index % parts == part
 
@@ -52,11 +53,20 @@ def run(device: torch.device, report: dict, out: Path) -> tuple[list[Result], li
     compile_all(device)
 
     def write() -> None:
-        out.write_text(json.dumps({
-            "started": started, "machine": machine(),
-            **report, "self_test": [check._asdict() for check in report["self_test"]],
-            "conformance": [r._asdict() for r in results], "times": [t._asdict() for t in times],
-        }, indent=1, default=str))
+        out.write_text(
+            json.dumps(
+                {
+                    "started": started,
+                    "machine": machine(),
+                    **report,
+                    "self_test": [check._asdict() for check in report["self_test"]],
+                    "conformance": [r._asdict() for r in results],
+                    "times": [t._asdict() for t in times],
+                },
+                indent=1,
+                default=str,
+            )
+        )
 
     for result in tqdm(conformance(device), desc="conformance", unit="case"):
         results.append(result)
@@ -71,12 +81,19 @@ def run(device: torch.device, report: dict, out: Path) -> tuple[list[Result], li
 def summary(results: list[Result]) -> list[tuple]:
     """(provider, op, format, cases, refused, failed, largest error) of each provider, op and format."""
     rows = []
-    key = lambda r: (r.provider, r.op, r.format)                     # noqa: E731
+    key = lambda r: (r.provider, r.op, r.format)  # noqa: E731
     for group, members in itertools.groupby(sorted(results, key=key), key=key):
         members = list(members)
         errors = [r.error for r in members if r.error is not None]
-        rows.append((*group, len(members), sum(r.refused is not None for r in members), sum(not r.ok for r in members),
-                     f"{max(errors):.2g}" if errors else ""))
+        rows.append(
+            (
+                *group,
+                len(members),
+                sum(r.refused is not None for r in members),
+                sum(not r.ok for r in members),
+                f"{max(errors):.2g}" if errors else "",
+            )
+        )
     return rows
 
 

@@ -95,6 +95,7 @@ def check_fp4_linear(device: torch.device) -> Iterator[Check]:
 
 def check_observe(device: torch.device) -> Iterator[Check]:
     """Second moments of small integers, exact in any order, and the sample."""
+
     def wrong() -> float:
         x = torch.randint(-9, 10, (300, 64), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
         states = []

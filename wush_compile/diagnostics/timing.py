@@ -16,10 +16,10 @@ from .. import formats
 from ..formats import FORMATS
 from .conformance import available
 
-QUANTIZER_SHAPES = ((1, 4096), (16, 4096), (1024, 4096), (4096, 4096), (8192, 14336))        # (rows, K)
-WEIGHTS = ((4096, 4096), (28672, 4096))                                                      # (N, K)
+QUANTIZER_SHAPES = ((1, 4096), (16, 4096), (1024, 4096), (4096, 4096), (8192, 14336))  # (rows, K)
+WEIGHTS = ((4096, 4096), (28672, 4096))  # (N, K)
 ROWS = (1, 16, 128, 1024, 4096)
-COLD_BYTES = 2.5e8                       # more than any L2: a replay touches this much before it comes back to a buffer
+COLD_BYTES = 2.5e8  # more than any L2: a replay touches this much before it comes back to a buffer
 QUANTIZERS = ("transform_quantize", "rms_norm_transform_quantize", "silu_mul_transform_quantize")
 
 
@@ -37,7 +37,7 @@ class Time(NamedTuple):
 
 def time_us(calls: list[Callable[[], object]], replays: int = 7, least: int = 10) -> float:
     """Median over replays of a CUDA graph of all of `calls`, per call."""
-    for call in calls:                  # all of them: what is remembered of a weight is found out in its first call
+    for call in calls:  # all of them: what is remembered of a weight is found out in its first call
         call()
     torch.cuda.synchronize()
     calls = (calls * (least // len(calls) + 1))[: max(least, len(calls))]
@@ -80,7 +80,7 @@ def run_once(calls: list[Callable[[], object]]) -> float:
 def _timed(plan: Plan, provider, op, format, shape, baseline, calls) -> Time:
     try:
         return Time(provider, op, format, shape, plan.measure(calls), baseline, "")
-    except Exception as failure:                           # the other rows are worth having
+    except Exception as failure:  # the other rows are worth having
         note = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
         return Time(provider, op, format, shape, None, baseline, note)
 
@@ -131,8 +131,15 @@ def products(device: torch.device, providers: dict, plan: Plan = Plan()) -> Iter
             for provider, table in providers.items():
                 if "fp4_linear" in table and provider != "reference" and table["fp4_linear"].refuses(*calls[0]) is None:
                     run = table["fp4_linear"].run
-                    yield _timed(plan, provider, "fp4_linear", format, f"{rows}x{n}x{k}", bf16,
-                                 [lambda c=c: run(*c) for c in calls])
+                    yield _timed(
+                        plan,
+                        provider,
+                        "fp4_linear",
+                        format,
+                        f"{rows}x{n}x{k}",
+                        bf16,
+                        [lambda c=c: run(*c) for c in calls],
+                    )
 
 
 def benchmark(device: torch.device, plan: Plan = Plan()) -> Iterator[Time]:

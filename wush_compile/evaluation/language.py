@@ -66,7 +66,7 @@ def compare(
     sums, count = torch.zeros(4, dtype=torch.float64), 0
     for (logp, logq), targets in _predictions((reference, model), token_ids, window, "compare", progress):
         p = logp.exp()
-        kl = torch.where(p > 0, p * (logp - logq), 0).sum(dtype=torch.float64)   # [n, V] -> []
+        kl = torch.where(p > 0, p * (logp - logq), 0).sum(dtype=torch.float64)  # [n, V] -> []
         agree = (logp.argmax(-1) == logq.argmax(-1)).sum(dtype=torch.float64)
         losses = [-log.gather(-1, targets[:, None]).sum(dtype=torch.float64) for log in (logp, logq)]
         sums += torch.stack((kl, agree, *losses)).cpu()
@@ -83,7 +83,7 @@ def _predictions(
     models: Sequence[nn.Module], token_ids: Tensor | Sequence[int], window: int, title: str, progress: bool
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Chunks of ([fp32 log-probabilities [n, V] of each model], targets int64 [n]), on the last model's device."""
-    rows = _windows(token_ids, window)                                     # [W, window]
+    rows = _windows(token_ids, window)  # [W, window]
     devices = [next(m.parameters()).device for m in models]
     check_ids(rows, min(_vocabulary(m) for m in models), "token_ids")
     step = 1 if devices[-1].type == "cpu" else GPU_WINDOWS
@@ -94,9 +94,7 @@ def _predictions(
             chunk = max(1, CHUNK_ELEMENTS // logits[-1].shape[-1])
             for start in range(0, len(targets), chunk):
                 part = slice(start, start + chunk)
-                yield [
-                    each[part].to(devices[-1]).to(torch.float32).log_softmax(-1) for each in logits
-                ], targets[part]
+                yield [each[part].to(devices[-1]).to(torch.float32).log_softmax(-1) for each in logits], targets[part]
             bar.update(len(batch))
 
 
@@ -139,5 +137,3 @@ def inference_mode(models: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-

@@ -40,8 +40,13 @@ class LayerLosses:
 
 
 def compare_layers(
-    model: nn.Module, data: Iterable, layers: Sequence[str],
-    configs: Sequence[WushConfig] | Mapping[str, WushConfig], *, tokenizer=None, progress: bool = True,
+    model: nn.Module,
+    data: Iterable,
+    layers: Sequence[str],
+    configs: Sequence[WushConfig] | Mapping[str, WushConfig],
+    *,
+    tokenizer=None,
+    progress: bool = True,
 ) -> LayerLosses:
     """Losses of single linears of the unquantized `model`, each solved alone with every configuration (eq. 1, 4).
 
@@ -68,8 +73,12 @@ def compare_layers(
             weight = linear.weight.detach()
             for title, config in columns.items():
                 solution = solve(
-                    weight, config, moment=_as_shape(moment, moment_shape(config, weight.shape[1])), count=count,
-                    sample=sample, name=name,
+                    weight,
+                    config,
+                    moment=_as_shape(moment, moment_shape(config, weight.shape[1])),
+                    count=count,
+                    sample=sample,
+                    name=name,
                 )
                 value, share = layer_loss(rows, weight, solution, config)
                 loss[name][title], relative[name][title] = float(value), float(share)
@@ -86,7 +95,8 @@ def _observe(
     for name, linear in linears.items():
         k, place = linear.in_features, linear.weight.device
         state[name] = (
-            torch.zeros(k, k, device=place), torch.zeros((), dtype=torch.int64, device=place),
+            torch.zeros(k, k, device=place),
+            torch.zeros((), dtype=torch.int64, device=place),
             torch.zeros(SAMPLE_ROWS, k, dtype=linear.weight.dtype, device=place),
         )
 
@@ -95,6 +105,7 @@ def _observe(
             x = args[0]
             known = mask is not None and mask.shape == x.shape[:-1]
             torch.ops.wush.observe(x, mask if known else None, *state[name])
+
         return see
 
     handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
@@ -120,14 +131,16 @@ def _as_shape(moment: Tensor, shape: Sequence[int]) -> Tensor:
         return moment
     blocks, size = shape[0], shape[-1]
     index = torch.arange(blocks, device=moment.device)
-    return moment.view(blocks, size, blocks, size)[index, :, index]        # [K/B, B, B]
+    return moment.view(blocks, size, blocks, size)[index, :, index]  # [K/B, B, B]
 
 
 def _titles(configs: Sequence[WushConfig]) -> dict[str, WushConfig]:
     """Configurations by the settings they differ in."""
     settings = [config.to_dict() for config in configs]
     differing = [key for key in (settings[0] if settings else {}) if any(s[key] != settings[0][key] for s in settings)]
-    titles = {" ".join(str(s[key]) for key in differing) or s["transform"]: c for s, c in zip(settings, configs, strict=True)}
+    titles = {
+        " ".join(str(s[key]) for key in differing) or s["transform"]: c for s, c in zip(settings, configs, strict=True)
+    }
     if len(titles) < len(settings):
         raise DataError("two columns of compare_layers are the same configuration: leave one out")
     return titles

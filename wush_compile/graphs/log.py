@@ -1,8 +1,8 @@
 """Reading graphs: a printer whose text does not change from run to run, and a log of what each pass did.
 
-    with wush_compile.trace_graphs() as log:
-        torch.compile(model, backend="wush")(ids)
-    log.print()
+with wush_compile.trace_graphs() as log:
+    torch.compile(model, backend="wush")(ids)
+log.print()
 """
 
 import contextlib
@@ -23,20 +23,8 @@ _LOGS: list["GraphLog"] = []
 # -- printer ---------------------------------------------------------------------------------------------------------
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
 # -- log -------------------------------------------------------------------------------------------------------------
+
 
 @dataclass
 class Snapshot:
@@ -121,7 +109,7 @@ class Recorder:
             shot = Snapshot(step, copy, names, count_ops(graph))
             for log, trace in zip(self.logs, self.traces):
                 trace.snapshots.append(shot)
-                if step == "incoming":                       # earlier, Dynamo may still start over
+                if step == "incoming":  # earlier, Dynamo may still start over
                     log.graphs.append(trace)
 
     def scheduled(self, nodes: list) -> list:

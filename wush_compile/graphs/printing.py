@@ -9,8 +9,14 @@ import torch
 from torch.fx import Graph, Node
 
 _DTYPES = {
-    torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.uint8: "u8",
-    torch.int32: "i32", torch.int64: "i64", torch.bool: "bool",
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "bool",
 }
 
 
@@ -30,14 +36,14 @@ def layer_of(node: Node) -> int | None:
 
 
 def _callable_name(target) -> str:
-    return getattr(target, "__name__", str(target))          # a function's `str` holds its address
+    return getattr(target, "__name__", str(target))  # a function's `str` holds its address
 
 
 def _node_name(target) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._opname
     name = _callable_name(target)
-    return f"size_{name}" if isinstance(target, BuiltinFunctionType) else name       # Python's mul is not that of tensors
+    return f"size_{name}" if isinstance(target, BuiltinFunctionType) else name  # Python's mul is not that of tensors
 
 
 class _Printer:
@@ -68,8 +74,10 @@ class _Printer:
     def _size(self, size) -> str:
         if isinstance(size, int):
             return str(size)
+
         def rename(symbol: re.Match) -> str:
             return self.symbols.setdefault(symbol[0], f"{symbol[1]}{len(self.symbols)}")
+
         return re.sub(r"\b([a-z]+)\d+\b", rename, str(size))
 
     def _value(self, value) -> str:

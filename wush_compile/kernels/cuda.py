@@ -67,6 +67,7 @@ HOPPER_SILU_ROWS = 1024
 
 # -- ops -------------------------------------------------------------------------------------------------------------
 
+
 @functools.cache
 def _device_target(index: int) -> str:
     return TARGETS[torch.cuda.get_device_capability(index)]
@@ -161,18 +162,39 @@ def refuses_fp4_linear(
 
 
 def fp4_linear(
-    codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype,
-    swizzled: bool = False, weight_swizzled: bool = False,
+    codes,
+    scales,
+    global_scale,
+    weight_codes,
+    weight_scales,
+    weight_global_scale,
+    bias,
+    residual,
+    format,
+    out_dtype,
+    swizzled: bool = False,
+    weight_swizzled: bool = False,
 ) -> Tensor:
     """`wush::fp4_linear` by Blackwell's block-scaled FP4 instructions; the order of the fp32 sum is the instruction's.
 
     swizzled, weight_swizzled: these scales are as `layouts.swizzle_scales` gives them."""
+
     def dense(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.contiguous()
 
     return load(_target(codes)).fp4_linear(
-        dense(codes), dense(scales), global_scale, dense(weight_codes), dense(weight_scales), weight_global_scale,
-        dense(bias), dense(residual), format, out_dtype, swizzled, weight_swizzled,
+        dense(codes),
+        dense(scales),
+        global_scale,
+        dense(weight_codes),
+        dense(weight_scales),
+        weight_global_scale,
+        dense(bias),
+        dense(residual),
+        format,
+        out_dtype,
+        swizzled,
+        weight_swizzled,
     )
 
 

@@ -21,12 +21,6 @@ from .provider import Implementation, Mendable, Provider
 logger = logging.getLogger("wush_compile")
 
 
-
-
-
-
-
-
 def _triton_unavailable(capability: tuple[int, int]) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -37,26 +31,31 @@ def _triton_unavailable(capability: tuple[int, int]) -> str | None:
 
 def _load_triton() -> dict[str, Implementation]:
     from .triton import provider as triton_provider
+
     return triton_provider.IMPLEMENTATIONS
 
 
 def _cuda_unavailable(capability: tuple[int, int]) -> str | None:
     from . import cuda
+
     return cuda.unavailable(capability)
 
 
 def _load_cuda() -> dict[str, Implementation]:
     from . import cuda
+
     return cuda.IMPLEMENTATIONS
 
 
 def _scaled_mm_unavailable(capability: tuple[int, int]) -> str | None:
     from . import scaled_mm
+
     return scaled_mm.unavailable(capability)
 
 
 def _load_scaled_mm() -> dict[str, Implementation]:
     from . import scaled_mm
+
     return scaled_mm.IMPLEMENTATIONS
 
 
@@ -114,11 +113,18 @@ def dispatch(op: str, reference: Callable, *args):
             if forced() is not None:
                 raise
             if op in IN_PLACE:
-                raise RuntimeError(f"{name} failed in {op}, which may have changed its state by then: set "
-                                   "WUSH_PROVIDER=reference and start again") from error
-            result = reference(*args)              # raises if the caller's arguments are at fault; then no provider is
+                raise RuntimeError(
+                    f"{name} failed in {op}, which may have changed its state by then: set "
+                    "WUSH_PROVIDER=reference and start again"
+                ) from error
+            result = reference(*args)  # raises if the caller's arguments are at fault; then no provider is
             resolve(args[0].device.index)[op].remove(entry)
-            logger.warning("%s failed in %s and is left out of it from now on: %s: %s", name, op, type(error).__name__,
-                           str(error).split("\n")[0])
+            logger.warning(
+                "%s failed in %s and is left out of it from now on: %s: %s",
+                name,
+                op,
+                type(error).__name__,
+                str(error).split("\n")[0],
+            )
             return result
     return reference(*args)

@@ -21,11 +21,11 @@ def swizzle_scales(scales: Tensor) -> Tensor:
     """uint8 [M, S] -> [⌈M/128⌉, ⌈S/4⌉, 32, 16], contiguous, padding written as 0."""
     rows, groups = scales.shape
     padded = F.pad(scales, (0, -groups % TILE_GROUPS, 0, -rows % TILE_ROWS))
-    tiles = padded.unflatten(1, (-1, TILE_GROUPS)).unflatten(0, (-1, 4, 32))          # [M/128, 4, 32, S/4, 4]
+    tiles = padded.unflatten(1, (-1, TILE_GROUPS)).unflatten(0, (-1, 4, 32))  # [M/128, 4, 32, S/4, 4]
     return tiles.permute(0, 3, 2, 1, 4).flatten(3).contiguous()
 
 
 def unswizzle_scales(swizzled: Tensor, rows: int, groups: int) -> Tensor:
     """The inverse: [⌈M/128⌉, ⌈S/4⌉, 32, 16] -> uint8 [M, S], without the padding."""
-    tiles = swizzled.unflatten(3, (4, TILE_GROUPS)).permute(0, 3, 2, 1, 4)            # [M/128, 4, 32, S/4, 4]
+    tiles = swizzled.unflatten(3, (4, TILE_GROUPS)).permute(0, 3, 2, 1, 4)  # [M/128, 4, 32, S/4, 4]
     return tiles.flatten(0, 2).flatten(1)[:rows, :groups].contiguous()

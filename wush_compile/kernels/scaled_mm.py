@@ -61,8 +61,15 @@ def weight_scales(scales: Tensor, format: str) -> Tensor:
 
 
 def product(
-    codes: Tensor, scales: Tensor, global_scale: Tensor | None, weight_codes: Tensor, weight_scales: Tensor,
-    weight_global_scale: Tensor | None, bias: Tensor | None, format: str, out_dtype: torch.dtype,
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: Tensor | None,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    weight_global_scale: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """codes [M, K/2], weight_codes [N, K/2] (uint8), both scales swizzled -> [M, N], rounded once."""
     recipes, factors = [getattr(F.ScalingType, RECIPES[format])], ([], [])
@@ -72,8 +79,16 @@ def product(
         factors = tuple([one if g is None else 1.0 / g.reshape(())] for g in (global_scale, weight_global_scale))
         recipes, swizzles = [*recipes, F.ScalingType.TensorWise], [*swizzles, F.SwizzleType.NO_SWIZZLE]
     return F.scaled_mm(
-        codes.view(torch.float4_e2m1fn_x2), weight_codes.view(torch.float4_e2m1fn_x2).t(),
-        [scales, *factors[0]], recipes, [weight_scales, *factors[1]], recipes, swizzles, swizzles, bias, out_dtype,
+        codes.view(torch.float4_e2m1fn_x2),
+        weight_codes.view(torch.float4_e2m1fn_x2).t(),
+        [scales, *factors[0]],
+        recipes,
+        [weight_scales, *factors[1]],
+        recipes,
+        swizzles,
+        swizzles,
+        bias,
+        out_dtype,
     )
 
 
@@ -107,7 +122,7 @@ def _try(format: str, scaled: bool, device: int) -> str | None:
         swizzled = [_swizzled(s.to(place), format) for s in (x[1], w[1])]
         got = product(x[0].to(place), swizzled[0], g, w[0].to(place), swizzled[1], None, None, format, torch.bfloat16)
         error = ((got.double().cpu() - want).norm() / want.norm()).item()
-    except Exception as failure:                           # not in this build of torch, not on this GPU
+    except Exception as failure:  # not in this build of torch, not on this GPU
         return f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
     return None if error < 3e-3 else f"torch's product is wrong by {error:.1g}"
 
@@ -136,8 +151,17 @@ def fp4_linear(
     """`wush::fp4_linear` (SPEC §6) by cuBLASLt."""
     rows = codes.reshape(-1, codes.shape[-1])
     swizzled = _swizzled(scales.reshape(-1, scales.shape[-1]), format)
-    y = product(rows.contiguous(), swizzled, global_scale, weight_codes.contiguous(),
-                weight_scales(weight_scales_, format), weight_global_scale, bias, format, out_dtype)
+    y = product(
+        rows.contiguous(),
+        swizzled,
+        global_scale,
+        weight_codes.contiguous(),
+        weight_scales(weight_scales_, format),
+        weight_global_scale,
+        bias,
+        format,
+        out_dtype,
+    )
     y = y.view(*codes.shape[:-1], weight_codes.shape[0])
     return y if residual is None else y + residual.to(out_dtype)
 

@@ -18,9 +18,7 @@ from ..formats import get_format
 from ..phases import phase
 
 lib = torch.library.Library("wush", "DEF")
-lib.define(
-    "observe(Tensor x, Tensor? mask, Tensor(a!) moment, Tensor(b!) count, Tensor(c!) sample, int seed=0) -> ()"
-)
+lib.define("observe(Tensor x, Tensor? mask, Tensor(a!) moment, Tensor(b!) count, Tensor(c!) sample, int seed=0) -> ()")
 lib.define(
     "transform_quantize(Tensor x, Tensor? transform, Tensor? global_scale, str format, str scale_rule)"
     " -> (Tensor codes, Tensor scales)"
@@ -37,6 +35,7 @@ LARGEST_SHARE = 8
 
 
 # -- observe ---------------------------------------------------------------------------------------------------------
+
 
 def _uniform(index: Tensor, seed: int) -> Tensor:
     """Row numbers (int64) -> reproducible pseudo-random float64 in [0, 1): a 31-bit integer hash, the same everywhere."""
@@ -76,17 +75,22 @@ def _add_moment(rows: Tensor, moment: Tensor) -> None:
     """moment += rowsᵀ·rows in fp32: rows [n, K], moment [K, K], or [K/B, B, B] for its diagonal blocks."""
     wide = rows.to(torch.float32)
     if moment.dim() == 2:
-        moment.addmm_(wide.T, wide)                                        # [K, K]
+        moment.addmm_(wide.T, wide)  # [K, K]
     else:
-        blocks = wide.unflatten(-1, (moment.shape[0], -1)).transpose(0, 1)   # [K/B, n, B]
-        moment.baddbmm_(blocks.transpose(1, 2), blocks)                    # [K/B, B, B]
+        blocks = wide.unflatten(-1, (moment.shape[0], -1)).transpose(0, 1)  # [K/B, n, B]
+        moment.baddbmm_(blocks.transpose(1, 2), blocks)  # [K/B, B, B]
 
 
 def _observe(
-    x: Tensor, mask: Tensor | None, moment: Tensor, count: Tensor, sample: Tensor, seed: int = 0,
+    x: Tensor,
+    mask: Tensor | None,
+    moment: Tensor,
+    count: Tensor,
+    sample: Tensor,
+    seed: int = 0,
     add_moment: Callable[[Tensor, Tensor], None] = _add_moment,
 ) -> None:
-    rows = x.reshape(-1, x.shape[-1])                                      # [n, K]
+    rows = x.reshape(-1, x.shape[-1])  # [n, K]
     if mask is not None:
         rows = rows[mask.reshape(-1) != 0]
     if rows.shape[0] == 0:
@@ -113,6 +117,7 @@ def _observe_fake(x, mask, moment, count, sample, seed=0):
 
 # -- transform_quantize ----------------------------------------------------------------------------------------------
 
+
 def _check_format(format: str, scale_rule: str | None = None):
     fmt = get_format(format)
     if scale_rule is not None and scale_rule not in fmt.scale_rules:
@@ -130,7 +135,7 @@ def block_transform(x: Tensor, transform: Tensor | None) -> Tensor:
     if transform.shape[0] == 1:
         return (x.unflatten(-1, (-1, size)).flatten(0, -2) @ t[0].T).view(x.shape)
     # unflatten, unlike reshape alone, refuses a transform made for another width.
-    blocks = x.unflatten(-1, (transform.shape[0], size)).reshape(-1, transform.shape[0], size)   # [M, K/B, B]
+    blocks = x.unflatten(-1, (transform.shape[0], size)).reshape(-1, transform.shape[0], size)  # [M, K/B, B]
     return torch.bmm(blocks.transpose(0, 1), t.transpose(1, 2)).transpose(0, 1).reshape(x.shape)
 
 
@@ -154,10 +159,14 @@ def _transform_quantize(
 def _transform_quantize_fake(x, transform, global_scale, format, scale_rule):
     fmt = _check_format(format, scale_rule)
     k = x.shape[-1]
-    torch._check(k % fmt.group_size == 0, lambda: f"width {k} is not a multiple of {format}'s group of {fmt.group_size}")
+    torch._check(
+        k % fmt.group_size == 0, lambda: f"width {k} is not a multiple of {format}'s group of {fmt.group_size}"
+    )
     for other in (transform, global_scale):
         if other is not None:
-            torch._check(other.device == x.device, lambda: f"x is on {x.device}, its transform or scale on {other.device}")
+            torch._check(
+                other.device == x.device, lambda: f"x is on {x.device}, its transform or scale on {other.device}"
+            )
     if transform is not None:
         blocks, size = transform.shape[0], transform.shape[-1]
         torch._check(k % size == 0, lambda: f"width {k} is not a multiple of the transform's {size}")
@@ -171,26 +180,34 @@ def _transform_quantize_fake(x, transform, global_scale, format, scale_rule):
 
 # -- fp4_linear ------------------------------------------------------------------------------------------------------
 
+
 def _operand(codes: Tensor, scales: Tensor, format: str) -> Tensor:
     """Packed [.., K/2] -> fp32 [.., K] without the global scale, by a table of the 256 bytes: fast in eager mode."""
     byte = torch.arange(256, device=codes.device, dtype=torch.uint8)
     group = get_format(format).group_size
     if format == "int4":
         return formats.dequantize(codes, scales, format)
-    table = formats.e2m1_decode(formats.unpack(byte[:, None]))            # [256, 2]
+    table = formats.e2m1_decode(formats.unpack(byte[:, None]))  # [256, 2]
     values = torch.nn.functional.embedding(codes.to(torch.int32), table)  # [.., K/2, 2]
     groups = values.flatten(-2).unflatten(-1, (-1, group))
     return groups.mul_(formats.decode_scales(scales, format)[..., None]).flatten(-2)
 
 
 def _fp4_linear(
-    codes: Tensor, scales: Tensor, global_scale: Tensor | None,
-    weight_codes: Tensor, weight_scales: Tensor, weight_global_scale: Tensor | None,
-    bias: Tensor | None, residual: Tensor | None, format: str, out_dtype: torch.dtype,
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: Tensor | None,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    weight_global_scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    format: str,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    x = _operand(codes, scales, format)                                   # [.., K]
-    w = _operand(weight_codes, weight_scales, format)                     # [N, K]
-    y = torch.nn.functional.linear(x, w)                                  # [.., N]
+    x = _operand(codes, scales, format)  # [.., K]
+    w = _operand(weight_codes, weight_scales, format)  # [N, K]
+    y = torch.nn.functional.linear(x, w)  # [.., N]
     product = None
     for g in (global_scale, weight_global_scale):
         if g is not None:
@@ -207,12 +224,15 @@ def _fp4_linear_fake(
     codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype
 ):
     _check_format(format)
-    torch._check(codes.shape[-1] == weight_codes.shape[-1],
-                 lambda: f"activation has {2 * codes.shape[-1]} channels, weight {2 * weight_codes.shape[-1]}")
+    torch._check(
+        codes.shape[-1] == weight_codes.shape[-1],
+        lambda: f"activation has {2 * codes.shape[-1]} channels, weight {2 * weight_codes.shape[-1]}",
+    )
     for other in (scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual):
         if other is not None:
-            torch._check(other.device == codes.device,
-                         lambda: f"activation is on {codes.device}, an operand on {other.device}")
+            torch._check(
+                other.device == codes.device, lambda: f"activation is on {codes.device}, an operand on {other.device}"
+            )
     return codes.new_empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=out_dtype)
 
 

@@ -125,11 +125,12 @@ def _match_all(patterns: tuple, values: tuple, bound: dict) -> dict | None:
 
 # -- editing ---------------------------------------------------------------------------------------------------------
 
+
 def is_wush(node: object, *ops: str) -> bool:
     """Whether a node calls one of these `wush::` ops (any, if none is named)."""
     target = getattr(node, "target", None)
-    return isinstance(target, torch._ops.OpOverload) and target.namespace == "wush" and (
-        not ops or target._opname in ops
+    return (
+        isinstance(target, torch._ops.OpOverload) and target.namespace == "wush" and (not ops or target._opname in ops)
     )
 
 
@@ -151,8 +152,10 @@ def _same(x: object, y: object) -> bool:
         return len(x) == len(y) and all(map(_same, x, y))
     if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)) or x.dim() != y.dim():
         return False
-    return x.dtype == y.dtype and x.device == y.device and all(
-        statically_known_true(i == j) for i, j in zip((*x.shape, *x.stride()), (*y.shape, *y.stride()))
+    return (
+        x.dtype == y.dtype
+        and x.device == y.device
+        and all(statically_known_true(i == j) for i, j in zip((*x.shape, *x.stride()), (*y.shape, *y.stride())))
     )
 
 
@@ -229,7 +232,7 @@ def replace(node: Node, by: Node) -> None:
     node.replace_all_uses_with(by, propagate_meta=False)
     dead, erased = [node], set()
     while dead:
-        node = dead.pop()                                    # it may stand there twice: for two that read it
+        node = dead.pop()  # it may stand there twice: for two that read it
         if node not in erased and not node.users and node.op == "call_function" and not node.is_impure():
             dead += node.all_input_nodes
             node.graph.erase_node(node)

@@ -17,13 +17,13 @@ from .execution.merge_siblings import merge_siblings
 from .execution.package import package
 
 EXECUTION: tuple[Callable[[Graph], int], ...] = (
-    cse,                # one transform-quantize per distinct input
-    merge_siblings,     # one matmul per group of siblings
-    fuse_epilogue,      # bias and residual adds into the matmul
-    fuse_norm,          # RMSNorm, LayerNorm into the quantizer
-    fuse_activation,    # SiLU·up, GELU·up into the quantizer
-    cleanup,            # no-op views, paddings, dead code
-    lower,              # the variant of each fused op that the target device has
+    cse,  # one transform-quantize per distinct input
+    merge_siblings,  # one matmul per group of siblings
+    fuse_epilogue,  # bias and residual adds into the matmul
+    fuse_norm,  # RMSNorm, LayerNorm into the quantizer
+    fuse_activation,  # SiLU·up, GELU·up into the quantizer
+    cleanup,  # no-op views, paddings, dead code
+    lower,  # the variant of each fused op that the target device has
 )
 # For a program that has to run without Python: the same, then no wush op is left.
 PACKAGING = (*EXECUTION, package)

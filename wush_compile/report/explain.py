@@ -37,8 +37,15 @@ def group_table(model: nn.Module, width: int = 120) -> str:
         return -loss
 
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading, justify in (("group", "left"), ("N x K", "right"), ("block", "right"), ("tokens", "right"),
-                             ("loss", "right"), ("relative", "right"), ("KiB", "right")):
+    for heading, justify in (
+        ("group", "left"),
+        ("N x K", "right"),
+        ("block", "right"),
+        ("tokens", "right"),
+        ("loss", "right"),
+        ("relative", "right"),
+        ("KiB", "right"),
+    ):
         table.add_column(heading, justify=justify, no_wrap=heading != "group")
     for name in sorted(groups, key=badness):
         group, report = groups[name], record.report.get(name, {})
@@ -46,9 +53,13 @@ def group_table(model: nn.Module, width: int = 120) -> str:
         label = first + "".join(f" + {other.rpartition('.')[2]}" for other in others)
         number = "{:.3e}".format
         table.add_row(
-            label, f"{group.weight_packed.shape[0]} x {2 * group.weight_packed.shape[1]}", str(group.block_size),
-            str(report.get("tokens", "")), number(report["loss"]) if "loss" in report else "",
-            number(report["relative_loss"]) if "relative_loss" in report else "", f"{group.nbytes() / 1024:.1f}",
+            label,
+            f"{group.weight_packed.shape[0]} x {2 * group.weight_packed.shape[1]}",
+            str(group.block_size),
+            str(report.get("tokens", "")),
+            number(report["loss"]) if "loss" in report else "",
+            number(report["relative_loss"]) if "relative_loss" in report else "",
+            f"{group.nbytes() / 1024:.1f}",
         )
     return _render(table, width)
 
@@ -64,8 +75,9 @@ def _before(skeleton: nn.Module) -> nn.Module:
     for name, module in list(skeleton.named_modules()):
         if isinstance(module, WushLinear):
             parent, _, leaf = name.rpartition(".")
-            plain = nn.Linear(module.in_features, module.out_features, bias=module.has_bias, device="meta",
-                              dtype=_dtype(skeleton))
+            plain = nn.Linear(
+                module.in_features, module.out_features, bias=module.has_bias, device="meta", dtype=_dtype(skeleton)
+            )
             setattr(skeleton.get_submodule(parent), leaf, plain)
     return skeleton
 
@@ -85,9 +97,7 @@ def _example(model: nn.Module) -> Batch:
 def layer_stages(model: nn.Module) -> tuple[list[Stage], list[Stage]]:
     """The stages of the model's forward before and after quantization, traced on the meta device."""
     example = _example(model)
-    return tuple(
-        partition(capture(net, [example]).graph_module) for net in (_before(skeleton(model)), skeleton(model))
-    )
+    return tuple(partition(capture(net, [example]).graph_module) for net in (_before(skeleton(model)), skeleton(model)))
 
 
 def _layer(stages: list[Stage]) -> Stage:
@@ -114,6 +124,7 @@ def summary(model: nn.Module) -> str:
 
 def compiled_graph(model: nn.Module, layer: int = 0, after: str | None = None) -> str:
     """A decoder layer's graph inside the compile backend: after one pass, or without `after` before and after all."""
+
     def real(tensor: torch.Tensor) -> torch.Tensor:
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=next(model.parameters()).device)
 

@@ -29,8 +29,8 @@ class Transforms:
         self.config, self.block, self.dtype, self.name = config, block, dtype, name
         self.damping_tries = 0
         if config.transform in CLOSED_FORM:
-            self.h = diagonal_blocks(h, block)                              # [K/B, B, B]
-            self.dead = self.h.diagonal(dim1=-2, dim2=-1).sum(-1) == 0      # [K/B]
+            self.h = diagonal_blocks(h, block)  # [K/B, B, B]
+            self.dead = self.h.diagonal(dim1=-2, dim2=-1).sum(-1) == 0  # [K/B]
 
     def all(self, w: Tensor, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Every block's from the original weights: Wᵀ float64 [K, N] -> (T, T⁻¹), [K/B, B, B] or [1, B, B]; or Nones.
@@ -56,7 +56,7 @@ class Transforms:
     def one(self, b: int, factor: Tensor, updated: Tensor) -> tuple[Tensor, Tensor]:
         """Block b's from its conditional moment and its updated weights [B, N] -> (T, T⁻¹), [1, B, B] (Algorithm 2)."""
         here = slice(b * self.block, (b + 1) * self.block)
-        return self._closed_form(factor[here, here][None], updated[None], self.dead[b:b + 1])
+        return self._closed_form(factor[here, here][None], updated[None], self.dead[b : b + 1])
 
     def _closed_form(self, roots: Tensor, w: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
         """roots [b, B, B]; w [b, B, N]; dead [b]: blocks whose inputs are all zero."""

@@ -44,9 +44,9 @@ def rotate_(factor: Tensor, transform: Tensor | None, block: int) -> Tensor:
 
     transform: float64 [K/B, B, B], [1, B, B] or None. Neither of L nor of U is anything above the diagonal blocks read.
     """
-    blocks = diagonal_blocks(factor, block)                                 # [K/B, B, B], a view
+    blocks = diagonal_blocks(factor, block)  # [K/B, B, B], a view
     lower, q = (blocks.clone(), None) if transform is None else triangular(transform @ blocks)
-    diagonal = lower.diagonal(dim1=-2, dim2=-1)                             # [K/B, B]
+    diagonal = lower.diagonal(dim1=-2, dim2=-1)  # [K/B, B]
     size = factor.shape[0]
     step = max(1, CHUNK_ELEMENTS // (size * block)) * block
     for start in range(0, size, step):
@@ -56,14 +56,21 @@ def rotate_(factor: Tensor, transform: Tensor | None, block: int) -> Tensor:
             part /= diagonal.flatten()[:stop]
             continue
         left = transform if transform.shape[0] == 1 else transform[start // block : stop // block]
-        columns = apply_blockwise(part, left).unflatten(1, (-1, block)).transpose(0, 1)           # [stop/B, rows, B]
+        columns = apply_blockwise(part, left).unflatten(1, (-1, block)).transpose(0, 1)  # [stop/B, rows, B]
         part.copy_((columns @ (q / diagonal[:, None, :])[: stop // block]).transpose(0, 1).flatten(1))
     blocks.copy_(lower / diagonal[:, None, :])
     return factor
 
 
 def round_group(
-    w: Tensor, z: Tensor, unit: Tensor, format: str, rule: str, g: Tensor | None, codes: Tensor, scales: Tensor,
+    w: Tensor,
+    z: Tensor,
+    unit: Tensor,
+    format: str,
+    rule: str,
+    g: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
     error: Tensor,
 ) -> None:
     """One quantization group of G channels, from the last to the first; fills codes, scales and error.
@@ -118,7 +125,7 @@ def _group_rounder(device: torch.device) -> Callable[..., None]:
     if device.type == "cuda":
         try:
             from ..kernels.triton.calibration import gptq as triton_gptq
-        except ImportError:                                                 # no triton: the same, launch by launch
+        except ImportError:  # no triton: the same, launch by launch
             return round_group
         if triton_gptq.available(device):
             return triton_gptq.round_group
@@ -126,7 +133,14 @@ def _group_rounder(device: torch.device) -> Callable[..., None]:
 
 
 def _round_channels(
-    w: Tensor, z: Tensor, unit: Tensor, format: str, rule: str, g: Tensor | None, codes: Tensor, scales: Tensor,
+    w: Tensor,
+    z: Tensor,
+    unit: Tensor,
+    format: str,
+    rule: str,
+    g: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
     error: Tensor,
 ) -> None:
     """`round_group` for any number of groups, from the last to the first; scales [channels/G, N]."""
@@ -158,15 +172,30 @@ def gptq(
     for stop in range(w.shape[0], 0, -span):
         start = max(0, stop - span)
         here = slice(start, stop)
-        z = torch.addmm(w[here], unit[stop:, here].T, error[stop:])         # with the errors of all later spans
-        _round_channels(w[here], z, unit[here, here], format, rule, g, codes[here],
-                        scales[start // group : stop // group], error[here])
+        z = torch.addmm(w[here], unit[stop:, here].T, error[stop:])  # with the errors of all later spans
+        _round_channels(
+            w[here],
+            z,
+            unit[here, here],
+            format,
+            rule,
+            g,
+            codes[here],
+            scales[start // group : stop // group],
+            error[here],
+        )
     return codes.T.contiguous(), scales.T.contiguous(), error
 
 
 def gptq_conditional(
-    w: Tensor, factor: Tensor, block: int, transform_of: Callable[[int, Tensor], tuple[Tensor, Tensor]], format: str,
-    rule: str, g: Tensor | None, span: int | None = None,
+    w: Tensor,
+    factor: Tensor,
+    block: int,
+    transform_of: Callable[[int, Tensor], tuple[Tensor, Tensor]],
+    format: str,
+    rule: str,
+    g: Tensor | None,
+    span: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All blocks, from the last to the first, each with a transform that depends on those before it (Algorithm 2).
 
@@ -176,22 +205,31 @@ def gptq_conditional(
     """
     codes, scales, error = _results(w, format)
     group = formats.FORMATS[format].group_size
-    span = max(block, span or (SPAN if w.is_cuda else 0))                   # few large products pay off on a GPU
+    span = max(block, span or (SPAN if w.is_cuda else 0))  # few large products pay off on a GPU
     for stop in range(w.shape[0], 0, -span):
         first = max(0, stop - span)
-        a_span = factor[stop:, first:stop].T @ error[stop:]                 # Aᵀ [S, N], from all later spans
+        a_span = factor[stop:, first:stop].T @ error[stop:]  # Aᵀ [S, N], from all later spans
         for start in range(stop - block, first - 1, -block):
             here = slice(start, start + block)
             diagonal_block, a = factor[here, here], a_span[start - first : start - first + block]
-            updated = w[here] + torch.linalg.solve_triangular(diagonal_block.mT, a, upper=True)    # [B, N]
+            updated = w[here] + torch.linalg.solve_triangular(diagonal_block.mT, a, upper=True)  # [B, N]
             t, inverse = transform_of(start // block, updated)
             lower, q = triangular(t @ diagonal_block)
             diagonal = lower.diagonal()
             w_tilde = inverse.mT @ w[here]
             z = w_tilde + (q.mT @ a) / diagonal[:, None]
             e = torch.empty_like(w_tilde)
-            _round_channels(w_tilde, z, lower / diagonal, format, rule, g, codes[here],
-                            scales[start // group : (start + block) // group], e)
+            _round_channels(
+                w_tilde,
+                z,
+                lower / diagonal,
+                format,
+                rule,
+                g,
+                codes[here],
+                scales[start // group : (start + block) // group],
+                e,
+            )
             torch.mm(t.mT, e, out=error[here])
             if start > first:
                 a_span[: start - first].addmm_(factor[here, first:start].T, error[here])

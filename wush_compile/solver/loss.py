@@ -22,10 +22,10 @@ def layer_loss(x: Tensor, weight: Tensor, solution: "GroupSolution", config: Wus
     """
     x = x.to(weight.device, torch.float32)
     t = None if solution.transform is None else solution.transform.to(torch.float32)
-    values = apply_blockwise(x.T, t).T.contiguous()                         # X Tᵀ [n, K]
+    values = apply_blockwise(x.T, t).T.contiguous()  # X Tᵀ [n, K]
     g = solution.input_global_scale
     packed, scale = formats.quantize(values, config.format, config.activation_scale_rule, g)
-    x_quantized = formats.dequantize(packed, scale, config.format, g)       # [n, K]
+    x_quantized = formats.dequantize(packed, scale, config.format, g)  # [n, K]
     error = power = torch.zeros((), dtype=torch.float64, device=weight.device)
     # A chunk of outputs at a time: a decoded weight, and what decoding it takes, is many times its size in 4 bits.
     step = max(1, CHUNK_ELEMENTS // weight.shape[1])
@@ -33,8 +33,8 @@ def layer_loss(x: Tensor, weight: Tensor, solution: "GroupSolution", config: Wus
         rows = slice(start, start + step)
         w_quantized = formats.dequantize(
             solution.weight_packed[rows], solution.weight_scale[rows], config.format, solution.weight_global_scale
-        )                                                                   # [N', K]
-        reference = x @ weight[rows].to(torch.float32).T                    # [n, N']
+        )  # [N', K]
+        reference = x @ weight[rows].to(torch.float32).T  # [n, N']
         error = error + (reference - x_quantized @ w_quantized.T).to(torch.float64).square().sum()
         power = power + reference.to(torch.float64).square().sum()
     return float(error / (x.shape[0] * weight.shape[0])), float(error / power.clamp(min=1e-300))

@@ -28,7 +28,11 @@ def has_free_global_scale(format: str, rule: str) -> bool:
 
 
 def global_scale(
-    format: str, rule: str, group_max: Tensor | None, rms: Tensor | None, device: torch.device,
+    format: str,
+    rule: str,
+    group_max: Tensor | None,
+    rms: Tensor | None,
+    device: torch.device,
     method: str | None = None,
 ) -> Tensor | None:
     """g of one side, fp32 [1], or None where the format has none.

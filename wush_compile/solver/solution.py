@@ -13,13 +13,13 @@ from .choose import uses_conditional_moments
 class GroupSolution:
     """What a group of linears with one input needs to run in 4 bits; N counts the stacked rows of all members."""
 
-    transform: Tensor | None            # [K/B, B, B], or [1, B, B] for one that all blocks share; model dtype
-    transform_block_size: int           # B
-    weight_packed: Tensor               # uint8 [N, K/2]
-    weight_scale: Tensor                # uint8 [N, K/G]; int4: bf16
+    transform: Tensor | None  # [K/B, B, B], or [1, B, B] for one that all blocks share; model dtype
+    transform_block_size: int  # B
+    weight_packed: Tensor  # uint8 [N, K/2]
+    weight_scale: Tensor  # uint8 [N, K/G]; int4: bf16
     weight_global_scale: Tensor | None  # fp32 [1]; None for 1
-    input_global_scale: Tensor | None   # fp32 [1]; None for 1
-    report: dict                        # plain numbers
+    input_global_scale: Tensor | None  # fp32 [1]; None for 1
+    report: dict  # plain numbers
 
 
 def block_size(config: WushConfig, width: int) -> int:
@@ -42,5 +42,5 @@ def moment_shape(config: WushConfig, width: int) -> tuple[int, ...]:
 def solve_cost(config: WushConfig, rows: int, width: int) -> float:
     """Operations that solving a group takes, about: to compare groups by."""
     if len(moment_shape(config, width)) == 2:
-        return width**3 / 3 + rows * width**2              # a Cholesky factor, and errors carried from channel to channel
+        return width**3 / 3 + rows * width**2  # a Cholesky factor, and errors carried from channel to channel
     return rows * width * block_size(config, width)

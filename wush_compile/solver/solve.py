@@ -1,6 +1,5 @@
 """Solves one group: from its weights and second moment to its transform, codes and scales (SPEC §2–4)."""
 
-
 import torch
 from torch import Tensor
 
@@ -34,19 +33,20 @@ def solve(
         raise NonFiniteError(f"{name}: the weight holds NaN or Inf; repair the model or put the layer in ignore")
     if moment is None and (config.solver == "gptq" or config.transform in CLOSED_FORM):
         raise DataError(f"{name}: {config.solver} with transform {config.transform} needs calibration data")
-    w = weight.T.contiguous().to(torch.float64)                             # Wᵀ [K, N]
+    w = weight.T.contiguous().to(torch.float64)  # Wᵀ [K, N]
     report = {"rows": int(count), "damping_tries": 0}
     rule, conditional = config.weight_scale_rule, uses_conditional_moments(config)
 
-    def mean_moment() -> Tensor | None:                                     # H: [K, K], [K/B, B, B] or None
+    def mean_moment() -> Tensor | None:  # H: [K, K], [K/B, B, B] or None
         return _mean_moment(moment, count, weight.device, name)
 
-    h, factor = mean_moment(), None                                         # H = L Lᵀ, damped once
+    h, factor = mean_moment(), None  # H = L Lᵀ, damped once
     if config.solver == "gptq" or conditional:
-        whole, h = h, diagonal_blocks(h, block).clone()                     # the factor takes the place of [K, K]
+        whole, h = h, diagonal_blocks(h, block).clone()  # the factor takes the place of [K, K]
         with phase("Cholesky"):
             factor, report["damping_tries"] = damped_cholesky(
-                whole, config.damping, name, again=mean_moment, panel=max(PANEL, block))
+                whole, config.damping, name, again=mean_moment, panel=max(PANEL, block)
+            )
         del whole
     transforms = Transforms(config, h, block, weight.dtype, name)
     # GPTQ finds conditional transforms on its way; the weights' global scale is fixed before, from marginal ones.
@@ -58,7 +58,7 @@ def solve(
     power = w.square().sum()
     w_tilde = group_max = rms = None
     if not on_the_way or has_free_global_scale(config.format, rule):
-        w_tilde = apply_blockwise(w, None if inverse is None else inverse.mT)   # W̃ᵀ [K, N]
+        w_tilde = apply_blockwise(w, None if inverse is None else inverse.mT)  # W̃ᵀ [K, N]
     if has_free_global_scale(config.format, rule):
         group_max, rms = _group_max(w_tilde, config), w_tilde.square().mean().sqrt()
     g = global_scale(config.format, rule, group_max, rms, w.device)
@@ -109,18 +109,16 @@ def _mean_moment(moment: Tensor | None, count: int, device: torch.device, name: 
     return moment.to(device, torch.float64, copy=True).div_(count)
 
 
-def _round_to_nearest(
-    w_tilde: Tensor, format: str, rule: str, g: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _round_to_nearest(w_tilde: Tensor, format: str, rule: str, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """W̃ᵀ float64 [K, N] -> packed [N, K/2], scales [N, K/G], and the error W̃ᵀ − Q(W̃)ᵀ in the place of W̃ᵀ."""
     packed, scales = [], []
 
     def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.is_cuda:                                                       # one kernel, the same codes and scales
+        if x.is_cuda:  # one kernel, the same codes and scales
             return torch.ops.wush.transform_quantize(x, None, g, format, rule)
         return formats.quantize(x, format, rule, g)
 
-    for chunk in w_tilde.split(max(1, CHUNK_ELEMENTS // w_tilde.shape[0]), dim=1):       # [K, n]
+    for chunk in w_tilde.split(max(1, CHUNK_ELEMENTS // w_tilde.shape[0]), dim=1):  # [K, n]
         p, s = quantize(chunk.T.to(torch.float32).contiguous())
         chunk.sub_(formats.dequantize(p, s, format, g).T)
         packed.append(p)
@@ -134,21 +132,27 @@ def _group_max(x: Tensor, config: WushConfig) -> Tensor:
 
 
 def _input_global_scale(
-    config: WushConfig, h: Tensor | None, sample: Tensor | None, transform: Tensor | None, block: int,
-    device: torch.device, name: str, report: dict,
+    config: WushConfig,
+    h: Tensor | None,
+    sample: Tensor | None,
+    transform: Tensor | None,
+    block: int,
+    device: torch.device,
+    name: str,
+    report: dict,
 ) -> Tensor | None:
     """g of the activations; for nvfp4, reports which share of the sample's groups has a scale out of e4m3's range."""
     rule, group_max, rms = config.activation_scale_rule, None, None
     if config.format == "nvfp4":
         if sample is not None:
             rows = sample.to(device, torch.float32)
-            rows = rows[(rows != 0).any(-1)]                                # zero rows are empty slots
+            rows = rows[(rows != 0).any(-1)]  # zero rows are empty slots
             t = None if transform is None else transform.to(torch.float32)
-            group_max = _group_max(apply_blockwise(rows.T, t), config)      # [K/G, R]
+            group_max = _group_max(apply_blockwise(rows.T, t), config)  # [K/G, R]
             if not torch.isfinite(group_max).all():
                 raise NonFiniteError(f"{name}: its calibration inputs hold NaN or Inf; repair the data or the model")
         elif h is not None:
-            moment = diagonal_blocks(h, block)                              # [K/B, B, B]
+            moment = diagonal_blocks(h, block)  # [K/B, B, B]
             if transform is not None:
                 moment = transform.to(torch.float64) @ moment @ transform.to(torch.float64).mT
             rms = moment.diagonal(dim1=-2, dim2=-1).mean().sqrt()

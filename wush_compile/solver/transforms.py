@@ -48,7 +48,9 @@ def cholesky_(a: Tensor, panel: int = PANEL) -> tuple[Tensor, Tensor]:
         info |= failed
         if here.stop < size:
             # X Lᵀ = A
-            a[here.stop:, here] = torch.linalg.solve_triangular(factor.mT, a[here.stop:, here], upper=True, left=False)
+            a[here.stop :, here] = torch.linalg.solve_triangular(
+                factor.mT, a[here.stop :, here], upper=True, left=False
+            )
             for low in range(here.stop, size, panel):
                 column = slice(low, min(low + panel, size))
                 a[low:, column].addmm_(a[low:, here], a[column, here].T, alpha=-1)
@@ -63,7 +65,7 @@ def damped_cholesky(
     t is 1 where that is enough, else the least count that is; a zero matrix gets the identity. Without damping the
     further tries add 0.01. With `again`, which makes h [K, K] anew, h itself is overwritten by its factor (`cholesky_`).
     """
-    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)                            # [..]
+    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)  # [..]
     zero = mean == 0
     share = torch.full_like(mean, damping)
     for tries in range(1, MAX_DAMPING_TRIES + 1):
@@ -91,9 +93,9 @@ def wush_transform(root: Tensor, gram: Tensor, damping: float, hadamard: bool = 
     size = root.shape[-1]
     had = (hadamard_matrix(size) if hadamard else torch.eye(size, dtype=torch.float64)).to(root.device)
     square, v = torch.linalg.eigh(root.mT @ gram @ root)
-    s = square.flip(-1).clamp(min=0).sqrt()                                 # [b, B]
+    s = square.flip(-1).clamp(min=0).sqrt()  # [b, B]
     s = s + damping * s.mean(-1, keepdim=True)
-    rows = torch.linalg.solve(root, v.flip(-1).mT, left=False)              # Vᵀ L⁻¹ [b, B, B]
+    rows = torch.linalg.solve(root, v.flip(-1).mT, left=False)  # Vᵀ L⁻¹ [b, B, B]
     magnitude = rows.abs()
     index = torch.arange(size, device=root.device)
     first = torch.where(magnitude == magnitude.amax(-1, keepdim=True), index, size - 1).amin(-1, keepdim=True)

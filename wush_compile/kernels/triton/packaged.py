@@ -48,8 +48,12 @@ class _Functional(TracingTritonHOPifier):
     def call_HOP(self, variable, grids, combined_args, tx):
         arguments, index = self.store_non_graphable_args(combined_args)
         return triton_kernel_wrapper_functional(
-            kernel_idx=variable.kernel_idx, constant_args_idx=index, grid=grids, tma_descriptor_metadata={},
-            kwargs=arguments, tensors_to_clone=[name for name in self.writes if name in arguments],
+            kernel_idx=variable.kernel_idx,
+            constant_args_idx=index,
+            grid=grids,
+            tma_descriptor_metadata={},
+            kwargs=arguments,
+            tensors_to_clone=[name for name in self.writes if name in arguments],
         )
 
 
@@ -101,8 +105,13 @@ def _tiles(n, size: int):
 
 # -- transform_quantize ----------------------------------------------------------------------------------------------
 
+
 def transform_quantize(
-    capability: tuple[int, int], x: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str,
+    capability: tuple[int, int],
+    x: Tensor,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
     scale_rule: str,
 ) -> tuple[Tensor, Tensor]:
     """`wush::transform_quantize` for a device of that compute capability."""
@@ -117,18 +126,39 @@ def transform_quantize(
     for first, last, tile in _bands(m, lambda rows: choose_tile(rows, width, block)):
         grid = (_tiles(width, tile.columns) * _in_band(m, first, last) * _tiles(m, tile.rows * tile.tiles),)
         written = _launch(
-            transform_quantize_kernel, ("codes", "scales"), grid, tile.warps,
-            x=rows, t=None if transform is None else transform.contiguous(), global_scale=global_scale, codes=codes,
-            scales=scales, M=m, pitch=rows.stride(0), K=width, STRIDE=width if rows.stride(0) == width else 0, B=block,
-            SHARED=block > 0 and transform.shape[0] == 1 and width > block, FORMAT=format, RULE=scale_rule,
-            SCALED=global_scale is not None, PTX=2 if capability >= (8, 6) else 1, NATIVE=capability >= (10, 0),
-            WIDE=wide, R=tile.rows, W=tile.columns, TILES=tile.tiles, STAGES=tile.stages, **plain,
+            transform_quantize_kernel,
+            ("codes", "scales"),
+            grid,
+            tile.warps,
+            x=rows,
+            t=None if transform is None else transform.contiguous(),
+            global_scale=global_scale,
+            codes=codes,
+            scales=scales,
+            M=m,
+            pitch=rows.stride(0),
+            K=width,
+            STRIDE=width if rows.stride(0) == width else 0,
+            B=block,
+            SHARED=block > 0 and transform.shape[0] == 1 and width > block,
+            FORMAT=format,
+            RULE=scale_rule,
+            SCALED=global_scale is not None,
+            PTX=2 if capability >= (8, 6) else 1,
+            NATIVE=capability >= (10, 0),
+            WIDE=wide,
+            R=tile.rows,
+            W=tile.columns,
+            TILES=tile.tiles,
+            STAGES=tile.stages,
+            **plain,
         )
         codes, scales = written["codes"], written["scales"]
     return codes.view(*lead, codes.shape[-1]), scales.view(*lead, scales.shape[-1])
 
 
 # -- fp4_linear ------------------------------------------------------------------------------------------------------
+
 
 def _kernel(format: str, rows: int, n: int, k: int, capability: tuple[int, int]) -> Gemv | Fused | Scaled | None:
     """What `choose` says, or the fused product where that is the library; None if none fits."""
@@ -148,9 +178,17 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def fp4_linear(
-    capability: tuple[int, int], codes: Tensor, scales: Tensor, global_scale: Tensor | None,
-    weight_codes: Tensor, weight_scales: Tensor, weight_global_scale: Tensor | None,
-    bias: Tensor | None, residual: Tensor | None, format: str, out_dtype: torch.dtype,
+    capability: tuple[int, int],
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: Tensor | None,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    weight_global_scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    format: str,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """`wush::fp4_linear` for a device of that compute capability."""
     lead, half = codes.shape[:-1], codes.shape[-1]
@@ -161,26 +199,63 @@ def fp4_linear(
     out = x.new_empty((m, n), dtype=out_dtype)
     late = residual if residual is not None and residual.dtype != out_dtype else None
     added = None if residual is None or late is not None else residual.reshape(-1, n).contiguous()
-    space = Workspace(x.device)                            # its constants; equal ones of a program become one
-    top = ws.amax(-1) if mx else None                      # uint8 [N]: see `triton_memory.row_facts`
+    space = Workspace(x.device)  # its constants; equal ones of a program become one
+    top = ws.amax(-1) if mx else None  # uint8 [N]: see `triton_memory.row_facts`
     x_words = x.view(torch.int32)
     ws_words = ws.view(torch.int32) if k % 128 == 0 else None
-    common = dict(w=w, gw=weight_global_scale, bias=bias, residual=added, N=n, K=k,
-                  SCALED_W=weight_global_scale is not None, BIAS=bias is not None, RESIDUAL=added is not None)
+    common = dict(
+        w=w,
+        gw=weight_global_scale,
+        bias=bias,
+        residual=added,
+        N=n,
+        K=k,
+        SCALED_W=weight_global_scale is not None,
+        BIAS=bias is not None,
+        RESIDUAL=added is not None,
+    )
     for first, last, kernel in _bands(m, lambda rows: _kernel(format, rows, n, k, capability)):
         here = _in_band(m, first, last)
         if isinstance(kernel, Gemv):
             bk = min(kernel.bk, max(triton.next_power_of_2(k), 128))
-            out = _launch(gemv_kernel, ("out",), (here * _tiles(n, kernel.bn), m), kernel.warps,
-                          **common | {"w": w.view(torch.int32)}, x=x_words, xs=xs, gx=global_scale, ws=ws,
-                          out=out, M=1, MX=mx, SCALED_X=global_scale is not None,
-                          BN=kernel.bn, BK=bk)["out"]
+            out = _launch(
+                gemv_kernel,
+                ("out",),
+                (here * _tiles(n, kernel.bn), m),
+                kernel.warps,
+                **common | {"w": w.view(torch.int32)},
+                x=x_words,
+                xs=xs,
+                gx=global_scale,
+                ws=ws,
+                out=out,
+                M=1,
+                MX=mx,
+                SCALED_X=global_scale is not None,
+                BN=kernel.bn,
+                BK=bk,
+            )["out"]
         elif isinstance(kernel, Scaled):
             kind = torch.uint8 if mx else torch.float8_e4m3fn
-            out = _launch(scaled_gemm_kernel, ("out",), (here * _tiles(m, kernel.bm) * _tiles(n, kernel.bn),),
-                          kernel.warps, **common, x=x, xs=xs.view(kind), gx=global_scale, ws=ws.view(kind), out=out,
-                          M=m, G=32 if mx else 16, SCALED_X=global_scale is not None, BM=kernel.bm, BN=kernel.bn,
-                          BK=kernel.bk, STAGES=kernel.stages)["out"]
+            out = _launch(
+                scaled_gemm_kernel,
+                ("out",),
+                (here * _tiles(m, kernel.bm) * _tiles(n, kernel.bn),),
+                kernel.warps,
+                **common,
+                x=x,
+                xs=xs.view(kind),
+                gx=global_scale,
+                ws=ws.view(kind),
+                out=out,
+                M=m,
+                G=32 if mx else 16,
+                SCALED_X=global_scale is not None,
+                BM=kernel.bm,
+                BN=kernel.bn,
+                BK=kernel.bk,
+                STAGES=kernel.stages,
+            )["out"]
         else:
             most = m if last is None else last
             out = _fused(kernel, here, most, x, x_words, xs, global_scale, ws_words, top, space, out, common)
@@ -197,28 +272,73 @@ def _fused(
     if not tile.packed and mx:
         groups = triton.next_power_of_2(k // 32)
         expanded = _launch(
-            expand_fp8_kernel, ("out", "unit"), (here * m,), 4, codes=x_words, scales=xs, g=gx,
-            unit=x.new_empty(m, dtype=torch.float32), out=x.new_empty((m, k // 4), dtype=torch.int32), K=k, KG=groups,
-            E4=False, SCALED=gx is not None, C=min(groups, 128), LANES=True,
+            expand_fp8_kernel,
+            ("out", "unit"),
+            (here * m,),
+            4,
+            codes=x_words,
+            scales=xs,
+            g=gx,
+            unit=x.new_empty(m, dtype=torch.float32),
+            out=x.new_empty((m, k // 4), dtype=torch.int32),
+            K=k,
+            KG=groups,
+            E4=False,
+            SCALED=gx is not None,
+            C=min(groups, 128),
+            LANES=True,
         )
         x, unit, gx = expanded["out"].view(torch.float8_e5m2), expanded["unit"], None
     elif not tile.packed:
         block = 1 if most is not m and most <= 64 else 8
         x = _launch(
-            expand_bf16_kernel, ("out",), (here * _tiles(m, block), _tiles(k, 1024)), 4, codes=x, scales=xs, g=None,
-            out=x.new_empty((m, k), dtype=torch.bfloat16), rows=m, K=k, MX=False, SCALED=False, R=block, C=512,
+            expand_bf16_kernel,
+            ("out",),
+            (here * _tiles(m, block), _tiles(k, 1024)),
+            4,
+            codes=x,
+            scales=xs,
+            g=None,
+            out=x.new_empty((m, k), dtype=torch.bfloat16),
+            rows=m,
+            K=k,
+            MX=False,
+            SCALED=False,
+            R=block,
+            C=512,
             PANELS=True,
         )["out"]
-    if tile.split > 1:                                     # as large as the band needs: M may be far beyond it
+    if tile.split > 1:  # as large as the band needs: M may be far beyond it
         parts = x.new_empty((tile.split, most, n), dtype=torch.float32)
         count = torch.zeros(_tiles(n, tile.bn) * _tiles(most, tile.bm), dtype=torch.int32, device=x.device)
     # `count` is zero again when the kernel ends, so it is no output, and all products of a program can share it.
     return _launch(
-        fused_gemm_kernel, ("out", "parts"), (here * _tiles(n, tile.bn) * _tiles(m, tile.bm), tile.split), tile.warps,
-        tile.stages, **common, x=x, xs=xs.view(torch.int32) if tile.packed else None, x_unit=unit, gx=gx,
-        ws=ws_words, w_top=top, selectors=space.selectors if mx else space.pairs,
-        out=out, parts=parts, count=count, M=m, MX=mx, PACKED=tile.packed, SCALED_X=gx is not None, BN=tile.bn,
-        BM=tile.bm, BK=tile.bk, SPLIT=tile.split, STAGES=tile.stages, GROUP=8,
+        fused_gemm_kernel,
+        ("out", "parts"),
+        (here * _tiles(n, tile.bn) * _tiles(m, tile.bm), tile.split),
+        tile.warps,
+        tile.stages,
+        **common,
+        x=x,
+        xs=xs.view(torch.int32) if tile.packed else None,
+        x_unit=unit,
+        gx=gx,
+        ws=ws_words,
+        w_top=top,
+        selectors=space.selectors if mx else space.pairs,
+        out=out,
+        parts=parts,
+        count=count,
+        M=m,
+        MX=mx,
+        PACKED=tile.packed,
+        SCALED_X=gx is not None,
+        BN=tile.bn,
+        BM=tile.bm,
+        BK=tile.bk,
+        SPLIT=tile.split,
+        STAGES=tile.stages,
+        GROUP=8,
     )["out"]
 
 

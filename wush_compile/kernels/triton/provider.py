@@ -34,8 +34,11 @@ def refuses_transform_quantize(x, transform, global_scale, format, scale_rule) -
             return f"transform is {transform.dtype} on {transform.device}"
         if block & (block - 1) or block > 256 or block < 16:
             return f"transform blocks of {block}"
-        if transform.dim() != 3 or transform.shape[1] != block or width % block or (
-            transform.shape[0] != 1 and transform.shape[0] * block != width
+        if (
+            transform.dim() != 3
+            or transform.shape[1] != block
+            or width % block
+            or (transform.shape[0] != 1 and transform.shape[0] * block != width)
         ):
             return f"transform {tuple(transform.shape)} for width {width}"
         if block > 64 and torch.float32 in (x.dtype, transform.dtype):
@@ -96,6 +99,7 @@ def refuses_observe(x, mask, moment, count, sample, seed=0) -> str | None:
 
 def _there(run: Callable) -> Callable:
     """`run` with its first argument's device current: a kernel is launched on the current one."""
+
     @functools.wraps(run, updated=())
     def guarded(first, *args, **options):
         if first.device.index == torch.cuda.current_device():

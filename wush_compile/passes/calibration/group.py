@@ -24,7 +24,7 @@ class Linear:
     weight: str
     bias: str | None
     rows: int
-    transposed: bool                       # Conv1D of GPT-2 keeps its weight as [K, N]
+    transposed: bool  # Conv1D of GPT-2 keeps its weight as [K, N]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _called_from(node: fx.Node) -> str:
 
 
 def _is_linear(module: nn.Module, transposed: bool) -> bool:
-    if transposed:                          # transformers' Conv1D, known by what it has: passes do not import transformers
+    if transposed:  # transformers' Conv1D, known by what it has: passes do not import transformers
         return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
@@ -105,7 +105,7 @@ def find_groups(
     attributes = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n.target in parameters]
     uses = Counter(id(parameters[n.target]) for n in attributes for _ in n.users)
 
-    stage_of, _ = assign_stages(graph_module.graph)        # layers that read one tensor (cross-attention) share nothing
+    stage_of, _ = assign_stages(graph_module.graph)  # layers that read one tensor (cross-attention) share nothing
     skipped: dict[str, str] = {}
     by_source: dict[object, list[Linear]] = {}
     done: set[int] = set()

@@ -61,7 +61,7 @@ def partition(graph_module: fx.GraphModule) -> list[Stage]:
                 inputs.append(node.name)
 
         def fetch(node: fx.Node, piece: fx.Graph = piece, copies: dict = copies) -> fx.Node:
-            if node not in copies:          # only weights are still missing: everything else has been copied in order
+            if node not in copies:  # only weights are still missing: everything else has been copied in order
                 copies[node] = piece.node_copy(node)
             return copies[node]
 

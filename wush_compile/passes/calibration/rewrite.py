@@ -27,7 +27,7 @@ def _rewrite(graph_module: fx.GraphModule, group: LinearGroup, solved: WushGroup
     graph = graph_module.graph
     by_name = {n.name: n for n in graph.nodes}
     nodes = [by_name[m.node.name] for m in group.linears]
-    source = operands(nodes[0])[0]                         # may be a quantized linear by now, under another name
+    source = operands(nodes[0])[0]  # may be a quantized linear by now, under another name
     graph_module.add_module(label, solved)
 
     def call(target, *args: object) -> fx.Node:
@@ -37,20 +37,38 @@ def _rewrite(graph_module: fx.GraphModule, group: LinearGroup, solved: WushGroup
         present = {name for name, _ in solved.named_buffers(recurse=False)}
         weight, weight_scale, weight_global, transform, input_global, bias = (
             graph.get_attr(f"{label}.{name}") if name in present else None
-            for name in ("weight_packed", "weight_scale", "weight_global_scale", "input_transform",
-                         "input_global_scale", "bias")
+            for name in (
+                "weight_packed",
+                "weight_scale",
+                "weight_global_scale",
+                "input_transform",
+                "input_global_scale",
+                "bias",
+            )
         )
-        quantized = call(wush.transform_quantize.default, source, transform, input_global, solved.format, solved.scale_rule)
+        quantized = call(
+            wush.transform_quantize.default, source, transform, input_global, solved.format, solved.scale_rule
+        )
         codes, scales = call(operator.getitem, quantized, 0), call(operator.getitem, quantized, 1)
 
     for node, member in zip(nodes, solved.members, strict=True):
+
         def rows(buffer: fx.Node, member=member) -> fx.Node:
             return buffer if len(nodes) == 1 else call(aten.slice.Tensor, buffer, 0, member.start, member.stop)
 
         with graph.inserting_before(node):
             new = call(
-                wush.fp4_linear.default, codes, scales, input_global, rows(weight), rows(weight_scale), weight_global,
-                None if bias is None else rows(bias), None, solved.format, node.meta["val"].dtype,
+                wush.fp4_linear.default,
+                codes,
+                scales,
+                input_global,
+                rows(weight),
+                rows(weight_scale),
+                weight_global,
+                None if bias is None else rows(bias),
+                None,
+                solved.format,
+                node.meta["val"].dtype,
             )
         new.meta = {k: node.meta[k] for k in ("val", "nn_module_stack") if k in node.meta}
         node.replace_all_uses_with(new)

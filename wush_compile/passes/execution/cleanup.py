@@ -5,7 +5,7 @@ from torch.fx import Graph
 from ..pattern import is_wush, op_name, replace, same_layout
 
 _VIEWS = ("view", "reshape", "_unsafe_view", "expand", "slice", "alias")
-_COPIES = ("constant_pad_nd", "contiguous", "clone")           # a copy may be needed by whoever returns or changes it
+_COPIES = ("constant_pad_nd", "contiguous", "clone")  # a copy may be needed by whoever returns or changes it
 
 
 def _ours(node: object) -> bool:
@@ -20,7 +20,7 @@ def cleanup(graph: Graph) -> int:
     if not any(is_wush(node) for node in graph.nodes):
         return 0
     before, changed = len(graph.nodes), True
-    while changed:                                           # what a removed view read may now be one of ours
+    while changed:  # what a removed view read may now be one of ours
         changed = False
         for node in list(graph.nodes):
             if op_name(node) in _VIEWS + _COPIES and same_layout(node, node.args[0]):

@@ -42,7 +42,7 @@ def _fits(root: Node, found: dict) -> bool:
     wide, reduction = found.get("wide"), found.get("reduction")
     if out.dtype != dtype or wide is not None and value(wide).dtype != torch.float32:
         return False
-    if reduction is None:                                    # a whole norm op: (x, normalized_shape, ..)
+    if reduction is None:  # a whole norm op: (x, normalized_shape, ..)
         return len(root.args[1]) == 1
     if list(reduction.args[1]) not in ([-1], [out.dim() - 1]):
         return False
@@ -62,7 +62,10 @@ def _rms_norm(root: Node) -> tuple | None:
         if gain == "rounded" and not value(found["rounded"]).dtype == value(found["weight"]).dtype == value(root).dtype:
             continue
         return torch.ops.wush.rms_norm_transform_quantize.default, (
-            found["x"], found.get("weight"), *_split_eps(found["eps"]), gain
+            found["x"],
+            found.get("weight"),
+            *_split_eps(found["eps"]),
+            gain,
         )
     return None
 
@@ -74,7 +77,10 @@ def _layer_norm(root: Node) -> tuple | None:
     if any(value(found[name]).dtype != value(root).dtype for name in ("weight", "bias") if name in found):
         return None
     return torch.ops.wush.layer_norm_transform_quantize.default, (
-        found["x"], found.get("weight"), found.get("bias"), *_split_eps(found.get("eps", 1e-5))
+        found["x"],
+        found.get("weight"),
+        found.get("bias"),
+        *_split_eps(found.get("eps", 1e-5)),
     )
 
 

@@ -4,7 +4,6 @@ The dispatcher picks an op's provider at run time, so ops usually stay as they a
 for the quantizer but none for the fused variant, the fused op is taken apart: Inductor compiles the norm or activation.
 """
 
-
 import torch
 from torch.fx import Graph, Node
 
@@ -25,8 +24,10 @@ def _taken(op: str, device: int, args: tuple) -> bool:
 def _without_kernel(node: Node) -> bool:
     """Whether a fused op's GPU has a kernel for the quantizer, and none for the fused op."""
     device, args = value(node.all_input_nodes[0]).device, fakes(node)
-    return device.type == "cuda" and not _taken(node.target._opname, device.index, args) and _taken(
-        "transform_quantize", device.index, (args[0], *args[-4:])
+    return (
+        device.type == "cuda"
+        and not _taken(node.target._opname, device.index, args)
+        and _taken("transform_quantize", device.index, (args[0], *args[-4:]))
     )
 
 
@@ -42,5 +43,3 @@ def lower(graph: Graph) -> int:
 
         replace_by(graph, nodes, lambda node: FUSED_REFERENCE[node.target._opname], select_decomp_table())
     return len(nodes)
-
-

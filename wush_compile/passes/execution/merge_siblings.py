@@ -17,7 +17,7 @@ def _range(node: Node | None) -> tuple[Node, int, int] | None:
     """(base, start, stop) of a contiguous range of rows of `base`; None for anything else."""
     if op_name(node) != "slice":
         return None
-    base, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1:])[:5]
+    base, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])[:5]
     rows = value(base).shape[0]
     start, stop = start or 0, rows if stop is None else stop
     if node.kwargs or dim != 0 or step != 1 or not all(isinstance(v, int) for v in (rows, start, stop)):
@@ -34,7 +34,7 @@ def _member(node: Node) -> tuple[tuple, tuple[int, int]] | None:
     if None in ranges.values() or len({r[1:] for r in ranges.values()}) != 1:
         return None
     bases = {name: r[0] for name, r in ranges.items()}
-    common = tuple(bases.get(name, None) if name in ROWS else v for name, v in named.items())
+    common = tuple(bases.get(name) if name in ROWS else v for name, v in named.items())
     return common, ranges["weight_codes"][1:]
 
 
@@ -54,12 +54,12 @@ def merge_siblings(graph: Graph) -> int:
             siblings.setdefault(common, []).append((start, stop, node))
     removed, parted = 0, set()
     for common, members in siblings.items():
-        first = members[0][2]                                # in graph order: every argument exists here
+        first = members[0][2]  # in graph order: every argument exists here
         members = sorted(members, key=lambda m: m[0])
         if not _chain(members):
             continue
         *lead, _ = value(first).shape
-        y = value(first).new_empty((*lead, members[-1][1]))                # [.., N]
+        y = value(first).new_empty((*lead, members[-1][1]))  # [.., N]
         merged = insert(graph, first, torch.ops.wush.fp4_linear.default, common, val=y)
         if len(members) > 1:
             sizes = [stop - start for start, stop, _ in members]
@@ -73,5 +73,5 @@ def merge_siblings(graph: Graph) -> int:
         parted.update(parts)
         removed += len(members) - 1
     if parted:
-        refresh(graph, parted)                               # a part is a strided view where its own matmul was dense
+        refresh(graph, parted)  # a part is a strided view where its own matmul was dense
     return removed

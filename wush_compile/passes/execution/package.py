@@ -30,9 +30,9 @@ def _transform_quantize(x, transform, global_scale, format, scale_rule):
 def _fp4_linear(
     codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype
 ) -> Tensor:
-    x = formats.dequantize(codes, scales, format)                         # [.., K]
-    w = formats.dequantize(weight_codes, weight_scales, format)           # [N, K]
-    y = torch.nn.functional.linear(x, w)                                  # [.., N]
+    x = formats.dequantize(codes, scales, format)  # [.., K]
+    w = formats.dequantize(weight_codes, weight_scales, format)  # [N, K]
+    y = torch.nn.functional.linear(x, w)  # [.., N]
     factors = [g for g in (global_scale, weight_global_scale) if g is not None]
     if factors:
         y = y * (1.0 / (factors[0] if len(factors) == 1 else factors[0] * factors[1]))

@@ -43,7 +43,7 @@ def _paste(graph: Graph, node: Node, traced: Graph) -> list[Node]:
     if isinstance(result, Node):
         node.replace_all_uses_with(result, propagate_meta=False)
     else:
-        for part in list(node.users):                                      # getitems
+        for part in list(node.users):  # getitems
             part.replace_all_uses_with(result[part.args[1]], propagate_meta=False)
             graph.erase_node(part)
     graph.erase_node(node)
@@ -54,7 +54,7 @@ def replace_by(
     graph: Graph, nodes: list[Node], body_of: Callable[[Node], Callable], decompositions: dict | None = None
 ) -> list[Node]:
     """Replaces each node by the graph of its body; the new nodes."""
-    traced: dict[tuple, Graph] = {}                                        # decoder layers are alike: trace one
+    traced: dict[tuple, Graph] = {}  # decoder layers are alike: trace one
     new: list[Node] = []
     for node in nodes:
         key = node.target, freeze(arguments(node), layout)

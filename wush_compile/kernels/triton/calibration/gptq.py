@@ -68,15 +68,28 @@ def _int4_scale(x, amax, RULE: tl.constexpr, R: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "row_stride", "column_stride"])
 def round_group_kernel(
-    w, z, unit, global_scale, codes, scales, error, N, row_stride, column_stride, FORMAT: tl.constexpr, RULE: tl.constexpr,
-    SCALED: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    w,
+    z,
+    unit,
+    global_scale,
+    codes,
+    scales,
+    error,
+    N,
+    row_stride,
+    column_stride,
+    FORMAT: tl.constexpr,
+    RULE: tl.constexpr,
+    SCALED: tl.constexpr,
+    G: tl.constexpr,
+    R: tl.constexpr,
 ):
     """w, z, error float64 [G, N] and codes uint8 [G, N], dense; scales [N]; unit float64 [G, G] by its strides."""
     rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     inside = rows < N
     columns = tl.arange(0, G)
     at = columns.to(tl.int64)[None, :] * N + rows[:, None]
-    weight = tl.load(w + at, mask=inside[:, None], other=0.0)                     # [R, G]
+    weight = tl.load(w + at, mask=inside[:, None], other=0.0)  # [R, G]
     residual = tl.load(z + at, mask=inside[:, None], other=0.0)
     g = 1.0
     if SCALED:
@@ -86,11 +99,11 @@ def round_group_kernel(
     shift = residual - weight
     for i in range(G - 1):
         j = G - 1 - i
-        u = tl.load(unit + j.to(tl.int64) * row_stride + columns * column_stride, mask=columns < j, other=0.0)     # [G]
+        u = tl.load(unit + j.to(tl.int64) * row_stride + columns * column_stride, mask=columns < j, other=0.0)  # [G]
         shift -= _column(shift, columns, j)[:, None] * u[None, :]
     updated = (weight + shift).to(tl.float32)
 
-    bits = group_amax(updated, R, G, G)                                           # [R, 1]
+    bits = group_amax(updated, R, G, G)  # [R, 1]
     bad = bits >= INF_BITS
     updated = tl.where(bad, 0.0, updated)
     amax = tl.where(bad, 0, bits)
@@ -110,7 +123,7 @@ def round_group_kernel(
         tl.store(scales + rows, tl.reshape(byte, (R,)).to(tl.uint8), mask=inside)
     else:
         scale = _int4_scale(updated, tl.reshape(amax, (R,)), RULE, R)
-        inverse = tl.where(scale > 0, scale, 1.0)                                 # the divisor
+        inverse = tl.where(scale > 0, scale, 1.0)  # the divisor
         scale = tl.where(spoiled, float("nan"), scale)
         tl.store(scales + rows, scale.to(tl.bfloat16), mask=inside)
     # In float64: the error is measured against the value that is decoded, whose division by g is the only inexact step.
@@ -138,7 +151,14 @@ def round_group_kernel(
 
 
 def round_group(
-    w: Tensor, z: Tensor, unit: Tensor, format: str, rule: str, g: Tensor | None, codes: Tensor, scales: Tensor,
+    w: Tensor,
+    z: Tensor,
+    unit: Tensor,
+    format: str,
+    rule: str,
+    g: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
     error: Tensor,
 ) -> None:
     """One quantization group of all rows, from its last channel to its first; fills codes, scales and error.
@@ -150,8 +170,22 @@ def round_group(
     assert all(t.is_contiguous() for t in (w, z, codes, scales, error))
     rows = w.shape[1]
     round_group_kernel[(triton.cdiv(rows, ROWS),)](
-        w, z, unit, g, codes, scales, error, rows, *unit.stride(), format, rule, g is not None,
-        FORMATS[format].group_size, ROWS, num_warps=WARPS, enable_fp_fusion=False,
+        w,
+        z,
+        unit,
+        g,
+        codes,
+        scales,
+        error,
+        rows,
+        *unit.stride(),
+        format,
+        rule,
+        g is not None,
+        FORMATS[format].group_size,
+        ROWS,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
     )
 
 

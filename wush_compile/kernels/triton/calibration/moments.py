@@ -13,13 +13,22 @@ from torch import Tensor
 
 from ....ops import core as ops
 
-COLUMNS, ROWS, STAGES = 64, 64, 4       # of a program's tiles, and how many are on their way
-PROGRAMS = 1056                         # so many fill any GPU several times
+COLUMNS, ROWS, STAGES = 64, 64, 4  # of a program's tiles, and how many are on their way
+PROGRAMS = 1056  # so many fill any GPU several times
 
 
 @triton.jit(do_not_specialize=["M", "share"])
 def block_moment_kernel(
-    x, out, M, share, stride, K: tl.constexpr, B: tl.constexpr, W: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
+    x,
+    out,
+    M,
+    share,
+    stride,
+    K: tl.constexpr,
+    B: tl.constexpr,
+    W: tl.constexpr,
+    R: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """x [M, K] -> out fp32 [shares, K/B, B, B]; grid (columns/W, shares), `share` rows each, a multiple of R."""
     first = tl.program_id(0) * W
@@ -33,7 +42,7 @@ def block_moment_kernel(
         there = rows < M - start
         if K % W != 0:
             there = there & inside
-        tile = tl.load(x + rows.to(tl.int64) * stride + columns[None, :], mask=there, other=0.0)       # [R, W]
+        tile = tl.load(x + rows.to(tl.int64) * stride + columns[None, :], mask=there, other=0.0)  # [R, W]
         total = tl.dot(tl.trans(tile), tile, total)
     i, j = columns[:, None], columns[None, :]
     out += tl.program_id(1).to(tl.int64) * (K * B) + first * B
@@ -62,7 +71,7 @@ def add_moment(rows: Tensor, moment: Tensor) -> None:
     elif COLUMNS % moment.shape[-1] == 0:
         _add_blocks(rows, moment)
     else:
-        blocks = rows.unflatten(-1, (moment.shape[0], -1)).transpose(0, 1)                   # [K/B, n, B]
+        blocks = rows.unflatten(-1, (moment.shape[0], -1)).transpose(0, 1)  # [K/B, n, B]
         torch.baddbmm(moment, blocks.transpose(1, 2), blocks, out_dtype=torch.float32, out=moment)
 
 

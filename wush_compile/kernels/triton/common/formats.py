@@ -12,7 +12,7 @@ import triton.language as tl
 
 INF_BITS = tl.constexpr(0x7F800000)
 ABS_BITS = tl.constexpr(0x7FFFFFFF)
-MX_LIMIT = tl.constexpr(0x71800000)            # bits of 2^100: sums of rounding at larger values could overflow
+MX_LIMIT = tl.constexpr(0x71800000)  # bits of 2^100: sums of rounding at larger values could overflow
 MX_NAN = tl.constexpr(0xFF)
 NV_NAN = tl.constexpr(0x7F)
 
@@ -45,7 +45,7 @@ def _step_sum(a):
 def e2m1_code(v):
     """fp32 -> code `s e e m` as int32: nearest, ties to the even code, saturating at 6, -0 keeps its sign."""
     _, total = _step_sum(tl.minimum(tl.abs(v), 6.0))
-    bits = float_bits(total)                      # (149 + e) << 23 | the number of steps, 0..4
+    bits = float_bits(total)  # (149 + e) << 23 | the number of steps, 0..4
     return ((bits & 7) + (bits >> 22) - 298) | ((float_bits(v) >> 28) & 8)
 
 
@@ -106,8 +106,9 @@ def squared_error(y, inverse, unit, PTX: tl.constexpr, R: tl.constexpr, N: tl.co
     factor = tl.broadcast_to(inverse[:, :, None], (R, N, G))
     weight = tl.broadcast_to(unit[:, :, None], (R, N, G))
     if PTX > 1:
-        terms = tl.inline_asm_elementwise(_ERROR_PTX, "=f,f,f,f", [y, factor, weight], dtype=tl.float32, is_pure=True,
-                                          pack=1)
+        terms = tl.inline_asm_elementwise(
+            _ERROR_PTX, "=f,f,f,f", [y, factor, weight], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         a = tl.abs(y * factor)
         c, total = _step_sum(tl.minimum(a, 8.0))
@@ -146,8 +147,8 @@ def mx_scale(y, amax, RULE: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PTX:
     elif RULE == "ocp":
         byte = (amax >> 23) - 2
     else:
-        byte = ((amax + 0x3FFFFF) >> 23) - 2                # carries into the exponent from mantissas above 1.5
-    byte = tl.maximum(byte, 1)                              # at most 254: amax is finite
+        byte = ((amax + 0x3FFFFF) >> 23) - 2  # carries into the exponent from mantissas above 1.5
+    byte = tl.maximum(byte, 1)  # at most 254: amax is finite
     if RULE == "mse":
         gain = halved_scale_gain(y, exp2(127 - byte), PTX, R, N)
         byte = tl.where(gain > 0, tl.maximum(byte - 1, 1), byte)
@@ -183,8 +184,9 @@ def _nan_max(a, b):
 @triton.jit
 def _nan_max_magnitude(a, b):
     """The larger magnitude with some sign: taking absolute values would be an instruction more."""
-    return tl.inline_asm_elementwise("max.NaN.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32,
-                                     is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(
+        "max.NaN.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -205,7 +207,7 @@ def _pack_ptx(values, byte, ptx, native, most):
     Without Blackwell's instruction a magnitude a is rounded by adding c = p * 2^22, p the power of two of max(a, 1), as
     `_step_sum`; c has 214 of p's half steps more, which makes the low byte of sum + (sum >> 22) the code. Of two sums,
     one 16 times, the integer sum is taken first: their fields do not meet. In a group's own units p is the power of two
-    of max(a, 2^(byte - 127)), and c has so many half steps more or less that the exponent's share is the same. """
+    of max(a, 2^(byte - 127)), and c has so many half steps more or less that the exponent's share is the same."""
     if native:
         lines = ["{ .reg .b8 t0, t1, t2, t3; .reg .b32 i; .reg .f32 f; .reg .f32 v<8>;"]
         if byte:
@@ -215,24 +217,30 @@ def _pack_ptx(values, byte, ptx, native, most):
         return " ".join(lines) + " mov.b32 word, {t0, t1, t2, t3}; }"
     lines = ["{ .reg .f32 a, p, c, one, six; .reg .b32 i, l, h; .reg .b32 s<4>;"]
     if byte:
-        lines.append(f"shl.b32 i, {byte}, 23; mov.b32 one, i; add.u32 i, i, 0x01400000; mov.b32 six, i; "
-                     f"shl.b32 i, {byte}, 1; sub.u32 i, {0x4A800000 + 214 + 254}, i; mov.b32 c, i;")
+        lines.append(
+            f"shl.b32 i, {byte}, 23; mov.b32 one, i; add.u32 i, i, 0x01400000; mov.b32 six, i; "
+            f"shl.b32 i, {byte}, 1; sub.u32 i, {0x4A800000 + 214 + 254}, i; mov.b32 c, i;"
+        )
     else:
         lines.append("mov.f32 one, 0f3F800000; mov.f32 six, 0f40C00000; mov.f32 c, 0f4A8000D6;")
     for j in range(4):
         for target, value in (("l", values[2 * j]), ("h", values[2 * j + 1])):
-            if ptx > 1:                                       # the larger magnitude with the first one's sign, at once
-                lines.append((f"min.xorsign.abs.f32 a, {value}, six; " if most == 0 else f"mov.f32 a, {value}; ")
-                             + "max.xorsign.abs.f32 p, a, one; "
-                             "mov.b32 i, p; and.b32 i, i, 0xFF800000; mov.b32 p, i;")
+            if ptx > 1:  # the larger magnitude with the first one's sign, at once
+                lines.append(
+                    (f"min.xorsign.abs.f32 a, {value}, six; " if most == 0 else f"mov.f32 a, {value}; ")
+                    + "max.xorsign.abs.f32 p, a, one; "
+                    "mov.b32 i, p; and.b32 i, i, 0xFF800000; mov.b32 p, i;"
+                )
             else:
                 clip = "min.f32 a, a, six; " if most == 0 else ""
-                lines.append(f"abs.f32 a, {value}; {clip}max.f32 p, a, one; "
-                             f"mov.b32 i, p; and.b32 i, i, 0x7F800000; mov.b32 p, i;")
+                lines.append(
+                    f"abs.f32 a, {value}; {clip}max.f32 p, a, one; "
+                    f"mov.b32 i, p; and.b32 i, i, 0x7F800000; mov.b32 p, i;"
+                )
             lines.append(f"fma.rn.f32 a, p, c, a; mov.b32 {target}, a;")
         lines.append(f"mad.lo.u32 s{j}, h, 16, l; shr.u32 h, s{j}, 22; add.u32 s{j}, s{j}, h;")
     lines.append("prmt.b32 s0, s0, s1, 0x40; prmt.b32 s2, s2, s3, 0x40; prmt.b32 s0, s0, s2, 0x5410;")
-    if most == 10:                                            # above 7 the code is 8 so far, and must be 7
+    if most == 10:  # above 7 the code is 8 so far, and must be 7
         lines.append("and.b32 l, s0, 0x88888888; shr.u32 l, l, 3; sub.u32 s0, s0, l;")
     return " ".join(lines) + " mov.b32 word, s0; } " + _signs_ptx(values)
 
@@ -242,18 +250,24 @@ def _signs_ptx(values):
     """PTX that adds the signs of 8 floats to the codes of their magnitudes in register `word`."""
     lines = ["{ .reg .b32 t<8>;"]
     lines += [f"mov.b32 t{i}, {v};" for i, v in enumerate(values)]
-    for i in (0, 1):                                          # of the even values, and of the odd ones
-        lines.append(f"prmt.b32 t{i}, t{i}, t{i + 2}, 0x73; prmt.b32 t{i + 4}, t{i + 4}, t{i + 6}, 0x73; "
-                     f"prmt.b32 t{i}, t{i}, t{i + 4}, 0x5410;")
-    return " ".join(lines) + (" shr.u32 t0, t0, 4; lop3.b32 word, t0, 0x08080808, word, 0xEA; "
-                              "lop3.b32 word, t1, 0x80808080, word, 0xEA; }")
+    for i in (0, 1):  # of the even values, and of the odd ones
+        lines.append(
+            f"prmt.b32 t{i}, t{i}, t{i + 2}, 0x73; prmt.b32 t{i + 4}, t{i + 4}, t{i + 6}, 0x73; "
+            f"prmt.b32 t{i}, t{i}, t{i + 4}, 0x5410;"
+        )
+    return " ".join(lines) + (
+        " shr.u32 t0, t0, 4; lop3.b32 word, t0, 0x08080808, word, 0xEA; lop3.b32 word, t1, 0x80808080, word, 0xEA; }"
+    )
 
 
 @triton.constexpr_function
 def _bytes_ptx(ptx, native):
     """For `pack_codes`: operands 1..4 are the low nibbles of four bytes, 5..8 the high ones."""
-    return ("{ .reg .b32 word; " + _pack_ptx([f"${i // 2 + 4 * (i % 2) + 1}" for i in range(8)], "", ptx, native, 0)
-            + " mov.b32 $0, word; }")
+    return (
+        "{ .reg .b32 word; "
+        + _pack_ptx([f"${i // 2 + 4 * (i % 2) + 1}" for i in range(8)], "", ptx, native, 0)
+        + " mov.b32 $0, word; }"
+    )
 
 
 @triton.constexpr_function
@@ -266,8 +280,14 @@ def _store_ptx(words, by_group, masked, ptx, native, most):
         values = [f"${8 * j + i + 1}" for i in range(8)]
         text += _pack_ptx(values, byte, ptx, native, most) + f" mov.b32 w{j}, word; "
     text += f"setp.ne.b32 q, {mask}, 0; @q " if masked else ""
-    return text + {1: f"st.global.b32 [{pointer}], w0; }}", 2: f"st.global.v2.b32 [{pointer}], {{w0, w1}}; }}",
-                   4: f"st.global.v4.b32 [{pointer}], {{w0, w1, w2, w3}}; }}"}[words]
+    return (
+        text
+        + {
+            1: f"st.global.b32 [{pointer}], w0; }}",
+            2: f"st.global.v2.b32 [{pointer}], {{w0, w1}}; }}",
+            4: f"st.global.v4.b32 [{pointer}], {{w0, w1, w2, w3}}; }}",
+        }[words]
+    )
 
 
 @triton.constexpr_function
@@ -309,7 +329,7 @@ def _neighbours(y, WORDS: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
         a, b = tl.split(tl.permute(tl.reshape(y, (R, N, 2, 8)), (0, 1, 3, 2)))
         parts = _eighths(a, R, N) + _eighths(b, R, N)
     else:
-        ab, cd = tl.split(tl.permute(tl.reshape(y, (R, N, 2, 2, 8)), (0, 1, 3, 4, 2)))          # [R, N, 2, 8] each
+        ab, cd = tl.split(tl.permute(tl.reshape(y, (R, N, 2, 2, 8)), (0, 1, 3, 4, 2)))  # [R, N, 2, 8] each
         a, b = tl.split(tl.permute(ab, (0, 1, 3, 2)))
         c, d = tl.split(tl.permute(cd, (0, 1, 3, 2)))
         parts = _eighths(a, R, N) + _eighths(b, R, N) + _eighths(c, R, N) + _eighths(d, R, N)
@@ -318,8 +338,17 @@ def _neighbours(y, WORDS: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def store_codes(
-    pointer, inside, y, byte, BY_GROUP: tl.constexpr, MOST: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr,
-    WORDS: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    pointer,
+    inside,
+    y,
+    byte,
+    BY_GROUP: tl.constexpr,
+    MOST: tl.constexpr,
+    PTX: tl.constexpr,
+    NATIVE: tl.constexpr,
+    WORDS: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
 ):
     """Codes of y fp32 [R, W] to `pointer` [R, W/(8*WORDS)], 4*WORDS bytes each, where `inside` (None: everywhere), by
     assembly: a store of Triton's would first move them between threads.
@@ -336,8 +365,12 @@ def store_codes(
     if MASKED:
         operands += (inside.to(tl.int32),)
     tl.inline_asm_elementwise(
-        _store_ptx(WORDS, BY_GROUP, MASKED, PTX, NATIVE, MOST), _store_constraints(WORDS, BY_GROUP, MASKED), operands,
-        dtype=tl.int32, is_pure=False, pack=1,
+        _store_ptx(WORDS, BY_GROUP, MASKED, PTX, NATIVE, MOST),
+        _store_constraints(WORDS, BY_GROUP, MASKED),
+        operands,
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -346,12 +379,17 @@ def store_bytes(pointer, inside, byte):
     """int32 `byte` to uint8 `pointer` where `inside` (None: everywhere), by assembly, by whichever threads hold it."""
     address = pointer.to(tl.int64, bitcast=True)
     if inside is None:
-        tl.inline_asm_elementwise("st.global.b8 [$1], $2; mov.b32 $0, 0;", "=r,l,r", [address, byte], dtype=tl.int32,
-                                  is_pure=False, pack=1)
+        tl.inline_asm_elementwise(
+            "st.global.b8 [$1], $2; mov.b32 $0, 0;", "=r,l,r", [address, byte], dtype=tl.int32, is_pure=False, pack=1
+        )
     else:
         tl.inline_asm_elementwise(
-            "{ .reg .pred q; setp.ne.b32 q, $3, 0; @q st.global.b8 [$1], $2; mov.b32 $0, 0; }", "=r,l,r,r",
-            [address, byte, inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+            "{ .reg .pred q; setp.ne.b32 q, $3, 0; @q st.global.b8 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r,r",
+            [address, byte, inside.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
         )
 
 
@@ -364,7 +402,14 @@ def drop_bad(y, amax, R: tl.constexpr, W: tl.constexpr, G: tl.constexpr):
 
 @triton.jit
 def group_scales(
-    y, amax, g, FORMAT: tl.constexpr, RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr, R: tl.constexpr,
+    y,
+    amax,
+    g,
+    FORMAT: tl.constexpr,
+    RULE: tl.constexpr,
+    SCALED: tl.constexpr,
+    PTX: tl.constexpr,
+    R: tl.constexpr,
     W: tl.constexpr,
 ):
     """y fp32 [R, W], bits of its groups' absolute maxima, finite -> (scale bytes int32, factors fp32), [R, W/G]."""

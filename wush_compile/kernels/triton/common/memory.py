@@ -41,8 +41,10 @@ def _capturing(t: Tensor) -> bool:
 
 @functools.cache
 def _warn_capturing() -> None:
-    logger.warning("a weight is used for the first time while a CUDA graph is captured: it runs on a slower kernel in "
-                   "that graph; run the model once before capturing")
+    logger.warning(
+        "a weight is used for the first time while a CUDA graph is captured: it runs on a slower kernel in "
+        "that graph; run the model once before capturing"
+    )
 
 
 def _lasting(make: Callable, device: torch.device):
@@ -71,7 +73,7 @@ def row_facts(scales: Tensor) -> RowFacts:
     """`RowFacts` of weight scales uint8 [N, K/32]; remembered.
 
     The first call reads one number back from the device; inside a CUDA graph's capture, where that is impossible,
-    nothing is remembered and the row is taken not to fit. """
+    nothing is remembered and the row is taken not to fit."""
     memory = _memory(scales)
     if "rows" not in memory:
         if _capturing(scales):
@@ -104,7 +106,7 @@ class Workspace:
     """Constants and arrival counters of a device.
 
     The counters of a call are the next slice of a ring and are zero again when it ends, so a slice is free long before
-    its next turn, whatever streams the calls run on. """
+    its next turn, whatever streams the calls run on."""
 
     RING = 2**20
 
@@ -117,11 +119,11 @@ class Workspace:
 
     def counters(self, n: int) -> Tensor:
         """int32 [n], all zeros, aligned to 16 bytes; n <= RING."""
-        size = -(-n // 4) * 4                                # Triton compiles once more for pointers that are not aligned
+        size = -(-n // 4) * 4  # Triton compiles once more for pointers that are not aligned
         if self._next + size > self.RING:
             self._next = 0
         start, self._next = self._next, self._next + size
-        return self._ring[start:start + n]
+        return self._ring[start : start + n]
 
 
 _workspaces: dict[int, Workspace] = {}

@@ -52,7 +52,7 @@ def wait_arrivals(arrivals):
 
     Programs are placed in the order of their numbers, on which CUB's scan relies too, though CUDA does not promise it.
     So a program may wait for lower numbers of its own launch, however little of the GPU is free: they have a place
-    already. Waiting for a higher number could last forever, since what waits holds the place that it needs. """
+    already. Waiting for a higher number could last forever, since what waits holds the place that it needs."""
     counter, expected, waiting = arrivals
     mine = tl.atomic_add(counter, _WAITING, sem="acquire") + _WAITING
     seen = mine

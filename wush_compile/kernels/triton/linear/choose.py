@@ -73,9 +73,12 @@ def _power_of_two_divisor(n: int, limit: int) -> int:
 FEW, SHORT = 8192, 4096
 # (format, rows) -> (for short rows, for long ones).
 GEMV = {
-    ("mxfp4", 1): (Gemv(8, 4096, 4), Gemv(16, 2048, 8)), ("nvfp4", 1): (Gemv(8, 4096, 4), Gemv(16, 2048, 8)),
-    ("mxfp4", 2): (Gemv(16, 1024, 4), Gemv(16, 2048, 8)), ("nvfp4", 2): (Gemv(16, 1024, 4), Gemv(16, 1024, 4)),
-    ("mxfp4", 4): (Gemv(16, 1024, 4), Gemv(16, 1024, 4)), ("nvfp4", 4): (Gemv(16, 1024, 4), Gemv(16, 1024, 4)),
+    ("mxfp4", 1): (Gemv(8, 4096, 4), Gemv(16, 2048, 8)),
+    ("nvfp4", 1): (Gemv(8, 4096, 4), Gemv(16, 2048, 8)),
+    ("mxfp4", 2): (Gemv(16, 1024, 4), Gemv(16, 2048, 8)),
+    ("nvfp4", 2): (Gemv(16, 1024, 4), Gemv(16, 1024, 4)),
+    ("mxfp4", 4): (Gemv(16, 1024, 4), Gemv(16, 1024, 4)),
+    ("nvfp4", 4): (Gemv(16, 1024, 4), Gemv(16, 1024, 4)),
 }
 # Rows up to -> (for at most FEW weight rows, for more).
 FUSED = {
@@ -100,18 +103,30 @@ FUSED = {
 # multiprocessor of an H100. These and the figures below are fitted (benchmarks/fit_tiles.py) to what was measured there
 # (benchmarks/results/tune_linear_h100.json); they choose what it found fastest, or what is within 5 % of it.
 HOPPER = {
-    "mxfp4": {Hopper(128, 64, 2, 1, 8): 0.284, Hopper(128, 128, 2, 1, 6): 0.360, Hopper(128, 192, 2, 1, 6): 0.483,
-              Hopper(128, 256, 2, 1, 4): 0.600, Hopper(256, 32, 4, 1, 8): 0.457, Hopper(256, 64, 4, 1, 8): 0.742,
-              Hopper(256, 128, 4, 1, 6): 0.789},
-    "nvfp4": {Hopper(128, 64, 2, 1, 7): 0.557, Hopper(128, 128, 2, 1, 5): 0.745, Hopper(128, 192, 2, 1, 3): 1.011,
-              Hopper(128, 256, 2, 1, 3): 1.207, Hopper(256, 32, 4, 1, 7): 0.95, Hopper(256, 64, 4, 1, 6): 1.105,
-              Hopper(256, 128, 4, 1, 4): 1.480},
+    "mxfp4": {
+        Hopper(128, 64, 2, 1, 8): 0.284,
+        Hopper(128, 128, 2, 1, 6): 0.360,
+        Hopper(128, 192, 2, 1, 6): 0.483,
+        Hopper(128, 256, 2, 1, 4): 0.600,
+        Hopper(256, 32, 4, 1, 8): 0.457,
+        Hopper(256, 64, 4, 1, 8): 0.742,
+        Hopper(256, 128, 4, 1, 6): 0.789,
+    },
+    "nvfp4": {
+        Hopper(128, 64, 2, 1, 7): 0.557,
+        Hopper(128, 128, 2, 1, 5): 0.745,
+        Hopper(128, 192, 2, 1, 3): 1.011,
+        Hopper(128, 256, 2, 1, 3): 1.207,
+        Hopper(256, 32, 4, 1, 7): 0.95,
+        Hopper(256, 64, 4, 1, 6): 1.105,
+        Hopper(256, 128, 4, 1, 4): 1.480,
+    },
 }
 # It is faster above so many rows, for at most FEW weight rows and for more.
 LEAST_ROWS = {"mxfp4": (64, 16), "nvfp4": (64, 16)}
 # Microseconds: of a tile or part besides its steps; of handing sums from part to part, and of each value of a tile that does.
 LAUNCH, HAND, VALUE = 3.4, 0.9, 1.3e-4
-MULTIPROCESSORS = 132                   # of an H100 or H200 with HBM3; an H100 for PCIe has 114
+MULTIPROCESSORS = 132  # of an H100 or H200 with HBM3; an H100 for PCIe has 114
 
 
 def parts(tiles: int, split: int, multiprocessors: int) -> tuple[int, int]:
@@ -169,14 +184,25 @@ def give_up_gluon(error: Exception) -> None:
     """Hopper's product for many rows failed: from now on the others do its work, as one warning says."""
     _failures.append(error)
     choose.cache_clear()
-    logger.warning("triton %s cannot run the product for many rows (%s: %s): a slower one is used", triton.__version__,
-                   type(error).__name__, str(error).split("\n")[0])
+    logger.warning(
+        "triton %s cannot run the product for many rows (%s: %s): a slower one is used",
+        triton.__version__,
+        type(error).__name__,
+        str(error).split("\n")[0],
+    )
 
 
 @functools.lru_cache(1024)
 def choose(
-    format: str, rows: int, n: int, k: int, capability: tuple[int, int] = (9, 0), precise: bool = False,
-    portable: bool = False, library: bool = True, multiprocessors: int = MULTIPROCESSORS,
+    format: str,
+    rows: int,
+    n: int,
+    k: int,
+    capability: tuple[int, int] = (9, 0),
+    precise: bool = False,
+    portable: bool = False,
+    library: bool = True,
+    multiprocessors: int = MULTIPROCESSORS,
 ) -> "Gemv | Fused | Hopper | Scaled | Int4 | str":
     """The kernel for [rows, k] times [n, k] on a device of that compute capability: a tile, "library" or "bf16".
 
@@ -189,7 +215,7 @@ def choose(
     if rows in (1, 2) or rows == 4 and (capability[0] != 9 or k % 128 or n <= FEW and k <= SHORT):
         return GEMV[format, rows][k > SHORT]
     if capability >= (10, 0):
-        if capability == (12, 1) and triton_version() < (3, 9):         # Triton 3.6 emulates there
+        if capability == (12, 1) and triton_version() < (3, 9):  # Triton 3.6 emulates there
             return "bf16"
         return Scaled(128, 64 if rows <= 128 else 128, 256 if k % 256 == 0 else 128, 4, 3)
     if k % 128 or (capability < (9, 0) and (format == "mxfp4" or rows > 128)):

@@ -1,7 +1,7 @@
 """Packed rows -> rows of fp8 (MXFP4) or bf16 (NVFP4, and any scale), exact: operands of the library's matrix products.
 
 In fp8 the group scales are folded into exponents relative to the row's largest byte. e5m2 holds 29 octaves of e2m1
-values, e4m3 15 (SPEC §8): groups further below the row's maximum than that become zeros. """
+values, e4m3 15 (SPEC §8): groups further below the row's maximum than that become zeros."""
 
 import triton
 import triton.language as tl
@@ -57,7 +57,11 @@ def _look_up(w, low, high):
         prmt.b32 a, t, t, a;
         shl.b32 a, a, 7;
         lop3.b32 $1, a, t, h, 0xEA; }""",
-        "=r,=r,r,r,r", [w, low, high], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        "=r,=r,r,r,r",
+        [w, low, high],
+        dtype=(tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
     )
 
 
@@ -76,8 +80,20 @@ def _store_lanes(out, first_group, first, second, K: tl.constexpr, C: tl.constex
 
 @triton.jit
 def _expand_fp8(
-    r, part, parts, codes, scales, g, unit, out, K: tl.constexpr, KG: tl.constexpr, E4: tl.constexpr, SCALED: tl.constexpr,
-    C: tl.constexpr, LANES: tl.constexpr,
+    r,
+    part,
+    parts,
+    codes,
+    scales,
+    g,
+    unit,
+    out,
+    K: tl.constexpr,
+    KG: tl.constexpr,
+    E4: tl.constexpr,
+    SCALED: tl.constexpr,
+    C: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """The row r of `expand_fp8_kernel`, of its steps every `parts`-th from `part` on."""
     row = r.to(tl.int64)
@@ -99,21 +115,31 @@ def _expand_fp8(
         b = tl.load(scales + group, mask=inside, other=0).to(tl.int32)
         low, high = _tables(b - top + (E4M3_TOP if E4 else E5M2_TOP), E4)
         inside = inside[:, None]
-        w = tl.load(codes + ((group * 4)[:, None] + word), mask=inside, other=0)                       # [C, 4]
+        w = tl.load(codes + ((group * 4)[:, None] + word), mask=inside, other=0)  # [C, 4]
         first, second = _look_up(w, tl.broadcast_to(low[:, None], (C, 4)), tl.broadcast_to(high[:, None], (C, 4)))
         if LANES:
             _store_lanes(out, i * C, first, second, K, C)
         else:
             at = out + ((group // 4 * 32 + group % 4 * 4)[:, None] + word)
-            half = tl.where(group >= K // 128 * 4, K % 128 // 32 * 4, 16)                              # words of a half
+            half = tl.where(group >= K // 128 * 4, K % 128 // 32 * 4, 16)  # words of a half
             tl.store(at, first, mask=inside)
             tl.store(at + half[:, None], second, mask=inside)
 
 
 @triton.jit
 def expand_fp8_kernel(
-    codes, scales, g, unit, out, K: tl.constexpr, KG: tl.constexpr, E4: tl.constexpr, SCALED: tl.constexpr, C: tl.constexpr,
-    LANES: tl.constexpr, PDL: tl.constexpr,
+    codes,
+    scales,
+    g,
+    unit,
+    out,
+    K: tl.constexpr,
+    KG: tl.constexpr,
+    E4: tl.constexpr,
+    SCALED: tl.constexpr,
+    C: tl.constexpr,
+    LANES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """codes int32 [rows, K/8], scales uint8 [rows, K/32] -> out int32 (fp8 bytes) [rows, K/4] and unit fp32 [rows], by
     which a row's bytes are multiplied (1/g in it where SCALED). KG = K/32 rounded up to a power of two; C groups a
@@ -124,15 +150,31 @@ def expand_fp8_kernel(
     then the second ones (`triton_gemm._to_lanes`). Both operands of a product have the same order, so that it cancels.
     Where K is not a multiple of 128, the halves are those of its last, shorter part. Grid (rows, programs for a row)."""
     wait_inputs(PDL)
-    _expand_fp8(tl.program_id(0), tl.program_id(1), tl.num_programs(1), codes, scales, g, unit, out, K, KG, E4, SCALED, C,
-                LANES)
+    _expand_fp8(
+        tl.program_id(0), tl.program_id(1), tl.num_programs(1), codes, scales, g, unit, out, K, KG, E4, SCALED, C, LANES
+    )
     start_next(PDL)
 
 
 @triton.jit(do_not_specialize=["M"])
 def expand_both_kernel(
-    x, xs, gx, x_unit, x_out, w, ws, gw, w_unit, w_out, M, K: tl.constexpr, KG: tl.constexpr, SCALED_X: tl.constexpr,
-    SCALED_W: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
+    x,
+    xs,
+    gx,
+    x_unit,
+    x_out,
+    w,
+    ws,
+    gw,
+    w_unit,
+    w_out,
+    M,
+    K: tl.constexpr,
+    KG: tl.constexpr,
+    SCALED_X: tl.constexpr,
+    SCALED_W: tl.constexpr,
+    C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Both operands of a product in one launch: x [M, K] to e5m2 and w [N, K] to e4m3, as `expand_fp8_kernel`; grid
     (M + N)."""
@@ -160,13 +202,25 @@ BF16_PTX = tl.constexpr(
 def decode_bf16(w):
     """uint8, two codes -> bf16 values of the low and of the high one, times 2^-126. Byte by byte: right in any
     layout."""
-    return tl.inline_asm_elementwise(BF16_PTX, "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4)
+    return tl.inline_asm_elementwise(
+        BF16_PTX, "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+    )
 
 
 @triton.jit
 def expand_bf16_kernel(
-    codes, scales, g, out, rows, K: tl.constexpr, MX: tl.constexpr, SCALED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    PANELS: tl.constexpr, PDL: tl.constexpr,
+    codes,
+    scales,
+    g,
+    out,
+    rows,
+    K: tl.constexpr,
+    MX: tl.constexpr,
+    SCALED: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    PANELS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """codes uint8 [rows, K/2], scales uint8 [rows, K/G] -> out bf16 [rows, K], exact without g, and with one that is a
     power of two; grid (rows/R, K/(2*C)). SCALED: divided by g. PANELS:

@@ -36,11 +36,11 @@ SCRATCH_BYTES = 2**28
 class Operands(NamedTuple):
     """Arguments of `wush::fp4_linear` with the leading dimensions of x and the residual as one."""
 
-    codes: Tensor                # uint8 [M, K/2]
-    scales: Tensor               # uint8 [M, K/G]; int4: bf16
+    codes: Tensor  # uint8 [M, K/2]
+    scales: Tensor  # uint8 [M, K/G]; int4: bf16
     gx: Tensor | None
-    w_codes: Tensor              # uint8 [N, K/2]
-    w_scales: Tensor             # as scales [N, K/G]
+    w_codes: Tensor  # uint8 [N, K/2]
+    w_scales: Tensor  # as scales [N, K/G]
     gw: Tensor | None
     bias: Tensor | None
     residual: Tensor | None
@@ -61,9 +61,25 @@ def run_gemv(o: Operands, tile: Gemv, out: Tensor) -> None:
     bk = min(tile.bk, max(triton.next_power_of_2(k), 128))
     pdl = overlaps(out.device.index) and settled(o.w_codes) and settled(o.w_scales)
     gemv_kernel[(triton.cdiv(n, tile.bn),)](
-        o.codes.view(torch.int32), o.scales, o.gx, o.w_codes.view(torch.int32), o.w_scales, o.gw, o.bias, o.residual,
-        out, n, k, m, o.mx, *o.flags, tile.bn, bk, pdl,
-        num_warps=tile.warps, launch_pdl=pdl,
+        o.codes.view(torch.int32),
+        o.scales,
+        o.gx,
+        o.w_codes.view(torch.int32),
+        o.w_scales,
+        o.gw,
+        o.bias,
+        o.residual,
+        out,
+        n,
+        k,
+        m,
+        o.mx,
+        *o.flags,
+        tile.bn,
+        bk,
+        pdl,
+        num_warps=tile.warps,
+        launch_pdl=pdl,
     )
 
 
@@ -75,10 +91,22 @@ def expand_fp8(
     out = torch.empty((rows, k), dtype=torch.float8_e4m3fn if e4m3 else torch.float8_e5m2, device=codes.device)
     unit = torch.empty(rows, dtype=torch.float32, device=codes.device)
     groups = triton.next_power_of_2(k // 32)
-    step = min(groups, 128 if rows >= 512 else 32)          # few rows: several programs for each
+    step = min(groups, 128 if rows >= 512 else 32)  # few rows: several programs for each
     expand_fp8_kernel[(rows, 1 if rows >= 512 else triton.cdiv(k // 32, step))](
-        codes.view(torch.int32), scales, g, unit, out.view(torch.int32), k, groups, e4m3, g is not None, step, lanes,
-        overlaps(codes.device.index), num_warps=4, launch_pdl=overlaps(codes.device.index),
+        codes.view(torch.int32),
+        scales,
+        g,
+        unit,
+        out.view(torch.int32),
+        k,
+        groups,
+        e4m3,
+        g is not None,
+        step,
+        lanes,
+        overlaps(codes.device.index),
+        num_warps=4,
+        launch_pdl=overlaps(codes.device.index),
     )
     return out, unit
 
@@ -103,12 +131,37 @@ def run_fused(o: Operands, tile: Fused, out: Tensor) -> None:
     split, pdl = tile.split > 1, not tile.packed and overlaps(out.device.index)
     parts = torch.empty((tile.split, m, n), dtype=torch.float32, device=out.device) if split else None
     fused_gemm_kernel[(tiles, tile.split)](
-        x, o.scales.view(torch.int32) if tile.packed else None, unit, gx, o.w_codes, o.w_scales.view(torch.int32),
-        row_facts(o.w_scales).top if o.mx else None, o.gw, o.bias, o.residual,
-        space.selectors if o.mx else space.pairs, out, parts,
-        space.counters(tiles) if split else None, m, n, k, o.mx, tile.packed, gx is not None, *o.flags[1:],
-        tile.bn, tile.bm, tile.bk, tile.split, tile.stages, 8,
-        min(128, tile.bk // 2) if o.mx and o.precise else 0, pdl, num_warps=tile.warps, num_stages=tile.stages,
+        x,
+        o.scales.view(torch.int32) if tile.packed else None,
+        unit,
+        gx,
+        o.w_codes,
+        o.w_scales.view(torch.int32),
+        row_facts(o.w_scales).top if o.mx else None,
+        o.gw,
+        o.bias,
+        o.residual,
+        space.selectors if o.mx else space.pairs,
+        out,
+        parts,
+        space.counters(tiles) if split else None,
+        m,
+        n,
+        k,
+        o.mx,
+        tile.packed,
+        gx is not None,
+        *o.flags[1:],
+        tile.bn,
+        tile.bm,
+        tile.bk,
+        tile.split,
+        tile.stages,
+        8,
+        min(128, tile.bk // 2) if o.mx and o.precise else 0,
+        pdl,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
         launch_pdl=pdl,
     )
 
@@ -122,25 +175,50 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
     m, n, k = o.sizes
     top = row_facts(o.w_scales).top if o.mx else None
     # A list: each is looked at, and so used. Inside a capture `top` may be made by the kernel in front.
-    early = all([settled(t) for t in (o.w_codes, o.w_scales, top) if t is not None])
+    early = all([settled(t) for t in (o.w_codes, o.w_scales, top) if t is not None])  # noqa: C419
     x, unit, gx = expand_x(o)
     tiles = triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm)
     full = multiprocessors(out.device.index)
     tail, split = parts(tiles, min(tile.split, k // 128), full)
     sums = torch.empty(tail * tile.bn * tile.bm, dtype=torch.float32, device=out.device) if tail else None
-    stages = tile.stages - (out.element_size() > 2)                   # the tile's results pass through shared memory too
+    stages = tile.stages - (out.element_size() > 2)  # the tile's results pass through shared memory too
     # Rows of a tensor core's product are powers of two: 192 are 128 and 64.
     bm = 1 << tile.bm.bit_length() - 1
     more = tile.bm - bm
-    rows_of_x = [TensorDescriptor.from_tensor(x, [rows, 128], NVMMASharedLayout(128, 8 * x.element_size())) if rows else None
-                 for rows in (bm, more)]
+    rows_of_x = [
+        TensorDescriptor.from_tensor(x, [rows, 128], NVMMASharedLayout(128, 8 * x.element_size())) if rows else None
+        for rows in (bm, more)
+    ]
     pieces = tiles + tail * (split - 1)
     hopper_gemm_kernel[(min(pieces, full) if tile.warpgroups == 2 else pieces,)](
-        *rows_of_x, unit, gx,
-        TensorDescriptor.from_tensor(o.w_codes.view(torch.int32), [tile.bn, 16], NVMMASharedLayout(64, 32)), o.w_scales,
-        top, o.gw, o.bias, o.residual, out, sums,
-        workspace(out.device).counters(tail * tile.warpgroups) if tail else None, m, pieces, tiles - tail, split, int(early), n,
-        k, o.mx, tile.bn, bm, more, tile.warpgroups, stages, 8, num_warps=4, launch_pdl=True,
+        *rows_of_x,
+        unit,
+        gx,
+        TensorDescriptor.from_tensor(o.w_codes.view(torch.int32), [tile.bn, 16], NVMMASharedLayout(64, 32)),
+        o.w_scales,
+        top,
+        o.gw,
+        o.bias,
+        o.residual,
+        out,
+        sums,
+        workspace(out.device).counters(tail * tile.warpgroups) if tail else None,
+        m,
+        pieces,
+        tiles - tail,
+        split,
+        int(early),
+        n,
+        k,
+        o.mx,
+        tile.bn,
+        bm,
+        more,
+        tile.warpgroups,
+        stages,
+        8,
+        num_warps=4,
+        launch_pdl=True,
     )
 
 
@@ -148,8 +226,25 @@ def run_int4(o: Operands, tile: Int4, out: Tensor) -> None:
     m, n, k = o.sizes
     pdl = overlaps(out.device.index)
     int4_gemm_kernel[(triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn),)](
-        o.codes, o.scales, o.gx, o.w_codes, o.w_scales, o.gw, o.bias, o.residual, out, m, n, k, *o.flags, tile.bn, tile.bm,
-        tile.stages, pdl, num_warps=tile.warps, launch_pdl=pdl,
+        o.codes,
+        o.scales,
+        o.gx,
+        o.w_codes,
+        o.w_scales,
+        o.gw,
+        o.bias,
+        o.residual,
+        out,
+        m,
+        n,
+        k,
+        *o.flags,
+        tile.bn,
+        tile.bm,
+        tile.stages,
+        pdl,
+        num_warps=tile.warps,
+        launch_pdl=pdl,
     )
 
 
@@ -157,8 +252,25 @@ def run_scaled(o: Operands, tile: Scaled, out: Tensor) -> None:
     m, n, k = o.sizes
     kind = torch.uint8 if o.mx else torch.float8_e4m3fn
     scaled_gemm_kernel[(triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn),)](
-        o.codes, o.scales.view(kind), o.gx, o.w_codes, o.w_scales.view(kind), o.gw, o.bias, o.residual, out, m, n, k,
-        32 if o.mx else 16, *o.flags, tile.bm, tile.bn, tile.bk, tile.stages, num_warps=tile.warps,
+        o.codes,
+        o.scales.view(kind),
+        o.gx,
+        o.w_codes,
+        o.w_scales.view(kind),
+        o.gw,
+        o.bias,
+        o.residual,
+        out,
+        m,
+        n,
+        k,
+        32 if o.mx else 16,
+        *o.flags,
+        tile.bm,
+        tile.bn,
+        tile.bk,
+        tile.stages,
+        num_warps=tile.warps,
     )
 
 
@@ -177,9 +289,25 @@ def expand_both(o: Operands, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tenso
     x_unit, w_unit = (torch.empty(size, dtype=torch.float32, device=device) for size in (m, n))
     groups, pdl = triton.next_power_of_2(k // 32), overlaps(device.index)
     expand_both_kernel[(m + n,)](
-        o.codes.view(torch.int32), o.scales, o.gx, x_unit, x.view(torch.int32), w_codes.view(torch.int32), w_scales, o.gw,
-        w_unit, w.view(torch.int32), m, k, groups, o.gx is not None, o.gw is not None, min(groups, 128), pdl,
-        num_warps=4, launch_pdl=pdl,
+        o.codes.view(torch.int32),
+        o.scales,
+        o.gx,
+        x_unit,
+        x.view(torch.int32),
+        w_codes.view(torch.int32),
+        w_scales,
+        o.gw,
+        w_unit,
+        w.view(torch.int32),
+        m,
+        k,
+        groups,
+        o.gx is not None,
+        o.gw is not None,
+        min(groups, 128),
+        pdl,
+        num_warps=4,
+        launch_pdl=pdl,
     )
     return x, x_unit, w, w_unit
 
@@ -190,8 +318,15 @@ def run_library(o: Operands) -> Tensor:
     y = torch.empty((m, n), dtype=torch.bfloat16, device=o.codes.device)
     for rows in _parts(n, k):
         x, x_unit, w, w_unit = expand_both(o, rows)
-        torch._scaled_mm(x, w.t(), x_unit[:, None], w_unit[None, :], out_dtype=torch.bfloat16,
-                         use_fast_accum=not o.precise, out=y[:, rows])
+        torch._scaled_mm(
+            x,
+            w.t(),
+            x_unit[:, None],
+            w_unit[None, :],
+            out_dtype=torch.bfloat16,
+            use_fast_accum=not o.precise,
+            out=y[:, rows],
+        )
     return y if o.residual is None else y.add_(o.residual)
 
 
@@ -201,7 +336,20 @@ def expand_bf16(codes: Tensor, scales: Tensor, g: Tensor | None, mx: bool, panel
     out = torch.empty((rows, k), dtype=torch.bfloat16, device=codes.device)
     block, pdl = 1 if rows <= 64 else 8, overlaps(codes.device.index)
     expand_bf16_kernel[(triton.cdiv(rows, block), triton.cdiv(k, 1024))](
-        codes, scales, g, out, rows, k, mx, g is not None, block, 512, panels, pdl, num_warps=4, launch_pdl=pdl,
+        codes,
+        scales,
+        g,
+        out,
+        rows,
+        k,
+        mx,
+        g is not None,
+        block,
+        512,
+        panels,
+        pdl,
+        num_warps=4,
+        launch_pdl=pdl,
     )
     return out
 
@@ -253,10 +401,18 @@ def check(o: Operands, format: str, out_dtype: torch.dtype) -> None:
 
 
 def fp4_linear(
-    codes: Tensor, scales: Tensor, global_scale: Tensor | None,
-    weight_codes: Tensor, weight_scales: Tensor, weight_global_scale: Tensor | None,
-    bias: Tensor | None, residual: Tensor | None, format: str, out_dtype: torch.dtype,
-    kernel: Gemv | Fused | Hopper | Scaled | Int4 | str | None = None, precise: bool | None = None,
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: Tensor | None,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    weight_global_scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    format: str,
+    out_dtype: torch.dtype,
+    kernel: Gemv | Fused | Hopper | Scaled | Int4 | str | None = None,
+    precise: bool | None = None,
 ) -> Tensor:
     """`wush::fp4_linear` (SPEC §6); `kernel` overrides `choose`. precise (default: what `WUSH_PRECISE` says): MXFP4 sums
     go from the tensor core's fp8 accumulator, which drops bits, to fp32 at least every 128 channels."""
@@ -267,21 +423,40 @@ def fp4_linear(
     if flat.shape[0] == 0 or n == 0:
         return torch.empty(shape, dtype=out_dtype, device=codes.device)
     if residual is not None and residual.dtype != out_dtype:
-        y = fp4_linear(codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, None,
-                       format, out_dtype, kernel, precise)
+        y = fp4_linear(
+            codes,
+            scales,
+            global_scale,
+            weight_codes,
+            weight_scales,
+            weight_global_scale,
+            bias,
+            None,
+            format,
+            out_dtype,
+            kernel,
+            precise,
+        )
         return y + residual
     o = Operands(
-        _dense(flat), _dense(scales.reshape(flat.shape[0], -1)), global_scale,
-        _dense(weight_codes), _dense(weight_scales), weight_global_scale,
+        _dense(flat),
+        _dense(scales.reshape(flat.shape[0], -1)),
+        global_scale,
+        _dense(weight_codes),
+        _dense(weight_scales),
+        weight_global_scale,
         None if bias is None else bias.contiguous(),
-        None if residual is None else residual.reshape(-1, n).contiguous(), format == "mxfp4", precise,
+        None if residual is None else residual.reshape(-1, n).contiguous(),
+        format == "mxfp4",
+        precise,
     )
     check(o, format, out_dtype)
     device = codes.device.index
     shape_of = format, flat.shape[0], n, k, capability(device), precise
     chosen = kernel or choose(*shape_of, multiprocessors=multiprocessors(device))
-    if chosen == "library" and (out_dtype != torch.bfloat16 or bias is not None or n % 16
-                                or not row_facts(o.w_scales).fits_e4m3):
+    if chosen == "library" and (
+        out_dtype != torch.bfloat16 or bias is not None or n % 16 or not row_facts(o.w_scales).fits_e4m3
+    ):
         chosen = choose(*shape_of, multiprocessors=multiprocessors(device), library=False)
     if isinstance(chosen, str):
         y = run_library(o) if chosen == "library" else run_bf16(o, out_dtype)
@@ -291,12 +466,26 @@ def fp4_linear(
         RUN[type(chosen)](o, chosen, out)
     except Exception as error:
         # A CUDA error may be an earlier kernel's, and leaves nothing that could still compute.
-        of_cuda = isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError) or "Triton Error [CUDA]" in str(error)
+        of_cuda = isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError) or "Triton Error [CUDA]" in str(
+            error
+        )
         if kernel is not None or not isinstance(chosen, Hopper) or of_cuda:
             raise
         give_up_gluon(error)
-        return fp4_linear(codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual,
-                          format, out_dtype, None, precise)
+        return fp4_linear(
+            codes,
+            scales,
+            global_scale,
+            weight_codes,
+            weight_scales,
+            weight_global_scale,
+            bias,
+            residual,
+            format,
+            out_dtype,
+            None,
+            precise,
+        )
     return out.view(shape)
 
 

@@ -23,7 +23,7 @@ def fp8_ptx(codes, exponent):
 
     The tables of the eight magnitudes, raised by the group's exponent (`E5M2_TOP` is in the constants), sit in registers;
     `prmt` looks four codes up at once, and gives 0, the sign of the table's byte, where a code's own sign bit is set. So one
-    look-up finds the positive codes, one the negative ones: half of their byte, so that it has no sign yet. """
+    look-up finds the positive codes, one the negative ones: half of their byte, so that it has no sign yet."""
     return f"""{{ .reg .b32 l, h, m, n, p, q, v;
         mad.lo.u32 l, {exponent}, 0x04040400, 0x72706C00;
         mad.lo.u32 h, {exponent}, 0x04040404, 0x7A787674;
@@ -46,16 +46,18 @@ def decode_fp8(w, e):
     of every 8, and of 4..7.
 
     Right where four consecutive bytes of a row share a register, as in the operand layout of 8-bit products."""
-    a, b = tl.inline_asm_elementwise(fp8_ptx("$2", "$3"), "=&r,=&r,r,r,r,r,r", [w, e], dtype=(tl.uint8, tl.uint8),
-                                     is_pure=True, pack=4)
+    a, b = tl.inline_asm_elementwise(
+        fp8_ptx("$2", "$3"), "=&r,=&r,r,r,r,r,r", [w, e], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
+    )
     return a.to(tl.float8e5, bitcast=True), b.to(tl.float8e5, bitcast=True)
 
 
 @triton.jit
 def _pick(words, selector):
     """The byte of an int32 that a `prmt` selector names."""
-    return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, $2;", "=r,r,r", [words, selector], dtype=tl.int32,
-                                     is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [words, selector], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -63,7 +65,7 @@ def _e4m3_factor(words, selector):
     """The e4m3 byte of an int32 that a selector of two equal bytes names -> bf16, times 2^119; 0x7F -> NaN.
 
     Shifted into bf16's fields the byte is its value times 2^-120; 0x7F gets all exponent bits besides. Two neighbours
-    of a register have the same byte. """
+    of a register have the same byte."""
     return tl.inline_asm_elementwise(
         """{ .reg .b32 b, n, z, f, g;
         mov.b32 z, 0x80008000;
@@ -76,7 +78,11 @@ def _e4m3_factor(words, selector):
         mad.lo.u32 b, n, 0xF0, b;
         fma.rn.bf16x2 b, b, f, z;
         fma.rn.bf16x2 $0, b, g, z; }""",
-        "=r,r,r,r,r", [words, selector], dtype=tl.bfloat16, is_pure=True, pack=2,
+        "=r,r,r,r,r",
+        [words, selector],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=2,
     )
 
 
@@ -146,10 +152,37 @@ def _waited_for(acc):
 
 @triton.jit(do_not_specialize=["M"])
 def fused_gemm_kernel(
-    x, xs, x_unit, gx, w, ws, w_top, gw, bias, residual, selectors, out, parts, count, M, N: tl.constexpr, K: tl.constexpr,
-    MX: tl.constexpr, PACKED: tl.constexpr, SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, GROUP: tl.constexpr, PROMOTE: tl.constexpr, PDL: tl.constexpr,
+    x,
+    xs,
+    x_unit,
+    gx,
+    w,
+    ws,
+    w_top,
+    gw,
+    bias,
+    residual,
+    selectors,
+    out,
+    parts,
+    count,
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    MX: tl.constexpr,
+    PACKED: tl.constexpr,
+    SCALED_X: tl.constexpr,
+    SCALED_W: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out [M, N] from w uint8 [N, K/2], ws int32 [N, K/(4G)] (four scale bytes a word), w_top uint8 [N] (MXFP4: the
     largest byte of each row). x: uint8 [M, K/2] with xs int32 [M, K/(4G)] if PACKED, else e5m2 bytes [M, K] in panels
@@ -192,8 +225,9 @@ def fused_gemm_kernel(
         codes = tl.load(w_row + (k // 2 + half)[None, :])
         words, picks = _scale_words(ws, row_n * ROW_WORDS, k // (4 * G), selectors, WORDS, BN)
         if PACKED:
-            x_codes = tl.load(x + row_m.to(tl.int64)[:, None] * (K // 2) + (k // 2 + half)[None, :], mask=there[:, None],
-                              other=0)
+            x_codes = tl.load(
+                x + row_m.to(tl.int64)[:, None] * (K // 2) + (k // 2 + half)[None, :], mask=there[:, None], other=0
+            )
             x_words, x_picks = _scale_words(xs, row_m * ROW_WORDS, k // (4 * G), selectors, WORDS, BM)
             x0, x1 = _decode(x_codes, x_words, x_picks, top_m, MX, BM, BK)
             x0 = tl.trans(x0)
@@ -217,13 +251,13 @@ def fused_gemm_kernel(
         else:
             acc = acc * tl.load(x_unit + row_m)[None, :]
     else:
-        acc = acc * (16384.0 if PACKED else 128.0)            # 2^-7 of each pattern
+        acc = acc * (16384.0 if PACKED else 128.0)  # 2^-7 of each pattern
     mask = (m < M)[None, :] & (n < N)[:, None]
     if SPLIT == 1:
         finish(acc, n[:, None], m[None, :], N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL, mask)
     else:
         part = parts + m.to(tl.int64)[None, :] * N + n[:, None]
-        stride = tl.cast(M, tl.int64) * N                    # M may be a constant
+        stride = tl.cast(M, tl.int64) * N  # M may be a constant
         tl.store(part + split * stride, acc, mask=mask, cache_modifier=".cg")
         tl.debug_barrier()
         arrived = tl.atomic_add(count + tile_m * tiles_n + tile_n, 1, sem="acq_rel")
@@ -231,7 +265,8 @@ def fused_gemm_kernel(
             total = tl.zeros((BN, BM), tl.float32)
             for s in tl.static_range(SPLIT):
                 total += tl.load(part + s * stride, mask=mask, other=0.0, cache_modifier=".cg")
-            finish(total, n[:, None], m[None, :], N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL,
-                   mask)
+            finish(
+                total, n[:, None], m[None, :], N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL, mask
+            )
             tl.store(count + tile_m * tiles_n + tile_n, 0)
     start_next(PDL)

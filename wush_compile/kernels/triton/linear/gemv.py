@@ -2,7 +2,7 @@
 
 A code is an integer, twice its e2m1 value. Four weights times four activations are one `dp4a`; a group's sum is exact
 in int32 and meets its two scales in fp32. Nothing is folded into a format of fewer bits, so every scale byte is
-allowed. """
+allowed."""
 
 import triton
 import triton.language as tl
@@ -17,7 +17,7 @@ def _weight_bytes(w):
     int8 each, 0 where the other has the value.
 
     `prmt` looks four codes up at once; where a code's sign bit is set it gives the sign of the table's byte, which is
-    0: one look-up for either sign, and none for the sign itself. """
+    0: one look-up for either sign, and none for the sign itself."""
     return tl.inline_asm_elementwise(
         """{ .reg .b32 n, t, h;
         mov.b32 t, 0x03020100;
@@ -29,7 +29,11 @@ def _weight_bytes(w):
         prmt.b32 $3, t, h, n;
         shr.u32 n, $4, 16;
         prmt.b32 $2, t, h, n; }""",
-        "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        "=&r,=&r,=&r,=&r,r",
+        [w],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
     )
 
 
@@ -52,7 +56,11 @@ def _activation_bytes(x):
         or.b32 p, p, q;
         add.u32 p, p, 0x74747474;
         xor.b32 $1, p, 0x80808080; }""",
-        "=&r,=&r,r", [x], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        "=&r,=&r,r",
+        [x],
+        dtype=(tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
     )
 
 
@@ -66,13 +74,26 @@ def _dot8(p0, n0, p1, n1, x0, x1):
         dp4a.s32.s32 d, $3, $6, d;
         dp4a.s32.s32 s, $4, $6, s;
         sub.s32 $0, d, s; }""",
-        "=r,r,r,r,r,r,r", [p0, n0, p1, n1, x0, x1], dtype=tl.int32, is_pure=True, pack=1,
+        "=r,r,r,r,r,r,r",
+        [p0, n0, p1, n1, x0, x1],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
     )
 
 
 @triton.jit
 def _row(
-    parts, x, xs, m, first, K: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, MX: tl.constexpr,
+    parts,
+    x,
+    xs,
+    m,
+    first,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    MX: tl.constexpr,
 ):
     """fp32 [BN, BK/G]: a row's integer group sums with its weights' bytes, times its own scales."""
     words = first // 8 + tl.arange(0, BK // 8)
@@ -93,8 +114,22 @@ def _row(
 
 
 @triton.jit
-def finish(y, n, m, N, gx, gw, bias, residual, out, SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr,
-           RESIDUAL: tl.constexpr, mask):
+def finish(
+    y,
+    n,
+    m,
+    N,
+    gx,
+    gw,
+    bias,
+    residual,
+    out,
+    SCALED_X: tl.constexpr,
+    SCALED_W: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    mask,
+):
     """y / (gx*gw) + bias in fp32, one rounding to out's dtype, plus the residual in that dtype (SPEC §6)."""
     if SCALED_X and SCALED_W:
         y = y * tl.div_rn(1.0, tl.load(gx) * tl.load(gw))
@@ -128,9 +163,26 @@ def _load_weights(w, ws, row, first, K: tl.constexpr, G: tl.constexpr, BK: tl.co
 
 @triton.jit
 def gemv_kernel(
-    x, xs, gx, w, ws, gw, bias, residual, out, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
-    MX: tl.constexpr, SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    x,
+    xs,
+    gx,
+    w,
+    ws,
+    gw,
+    bias,
+    residual,
+    out,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    MX: tl.constexpr,
+    SCALED_X: tl.constexpr,
+    SCALED_W: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """x int32 [M, K/8], xs uint8 [M, K/G], w int32 [N, K/8], ws uint8 [N, K/G] -> out [M, N], M = 1, 2 or 4; grid
     (N/BN). Weights are read before the kernel waits for its inputs."""
@@ -148,7 +200,7 @@ def gemv_kernel(
         first = i * BK
         factor = e8m0_factor(byte) if MX else e4m3_factor(byte)
         parts = _weight_bytes(code)
-        if BK < K:                                            # the next step's, while this one computes
+        if BK < K:  # the next step's, while this one computes
             code, byte = _load_weights(w, ws, row, first + BK, K, G, BK)
         acc0 += _row(parts, x, xs, 0, first, K, G, BN, BK, MX) * factor
         if M > 1:

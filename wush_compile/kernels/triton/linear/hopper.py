@@ -24,8 +24,8 @@ e8m0_factor = gluon.jit(triton_formats.e8m0_factor.fn)
 wait_inputs = gluon.jit(triton_launch.wait_inputs.fn)
 start_next = gluon.jit(triton_launch.start_next.fn)
 
-BK = gl.constexpr(128)                  # channels of a step: one panel of x (`triton_expand`)
-WORDS_OF_STEP = gl.constexpr(16)        # of codes, in a weight row
+BK = gl.constexpr(128)  # channels of a step: one panel of x (`triton_expand`)
+WORDS_OF_STEP = gl.constexpr(16)  # of codes, in a weight row
 
 
 @gluon.constexpr_function
@@ -40,8 +40,13 @@ def code_layout(R, MX):
     of one scale group side by side, MXFP4: 4 of a row, NVFP4: 2 in either half."""
     words, lanes = ([1, 2], [4, 8]) if MX else ([1, 8], [2, 4])
     registers = [[0, 0, 1], [0, 0, 2]] + [[0, w, 0] for w in words] + [[8, 0, 0]] + ([[64, 0, 0]] if R == 128 else [])
-    return gl.DistributedLinearLayout(registers, [[0, w, 0] for w in lanes] + [[1, 0, 0], [2, 0, 0], [4, 0, 0]],
-                                      [[16, 0, 0], [32, 0, 0]], [], [R, 16, 4])
+    return gl.DistributedLinearLayout(
+        registers,
+        [[0, w, 0] for w in lanes] + [[1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        [[16, 0, 0], [32, 0, 0]],
+        [],
+        [R, 16, 4],
+    )
 
 
 @gluon.constexpr_function
@@ -49,13 +54,26 @@ def scale_layout(R, MX):
     """Registers of their scale bytes [R, halves, 4 lanes, words of codes]."""
     registers = [[0, 0, 0, 1]] + ([[0, 0, 0, 2]] if MX else [[0, 1, 0, 0]]) + [[8, 0, 0, 0]]
     lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
-    return gl.DistributedLinearLayout(registers + ([[64, 0, 0, 0]] if R == 128 else []), lanes, [[16, 0, 0, 0], [32, 0, 0, 0]],
-                                      [], [R, 1 if MX else 2, 4, 4 if MX else 2])
+    return gl.DistributedLinearLayout(
+        registers + ([[64, 0, 0, 0]] if R == 128 else []),
+        lanes,
+        [[16, 0, 0, 0], [32, 0, 0, 0]],
+        [],
+        [R, 1 if MX else 2, 4, 4 if MX else 2],
+    )
 
 
 @gluon.jit
 def _place(
-    pid, M, whole, split, N: gl.constexpr, K: gl.constexpr, BN: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr,
+    pid,
+    M,
+    whole,
+    split,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    BN: gl.constexpr,
+    ROWS: gl.constexpr,
+    GROUP: gl.constexpr,
     PARTS: gl.constexpr,
 ):
     """(first weight row, first row of x, first channel, steps, part) of the pid-th piece of work; part: -1 for a whole tile, else
@@ -83,8 +101,21 @@ def _place(
 
 @gluon.jit
 def _produce(
-    w, x, x_more, buffers, sizes, early, N: gl.constexpr, K: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr,
-    MORE: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, TILE_BYTES: gl.constexpr,
+    w,
+    x,
+    x_more,
+    buffers,
+    sizes,
+    early,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    BN: gl.constexpr,
+    BM: gl.constexpr,
+    MORE: gl.constexpr,
+    GROUP: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+    TILE_BYTES: gl.constexpr,
 ):
     """Copies the steps of a program's pieces of work, as far ahead as there are stages; the very first weights while the kernel
     in front still runs, if `early`."""
@@ -138,16 +169,28 @@ def _words(t, R: gl.constexpr, MX: gl.constexpr):
 @gluon.jit
 def _decode_fp8(words, e, R: gl.constexpr):
     """`triton_gemm.decode_fp8` of words int32 [R, 16] and their exponents: uint8 [R, 64] each."""
-    a, b = gl.inline_asm_elementwise(fp8_ptx("$2", "$6"), "=&r,=&r,r,r,r,r,r,r,r,r", [_bytes(words, R, True), _bytes(e, R, True)],
-                                     dtype=(gl.uint8, gl.uint8), is_pure=True, pack=4)
+    a, b = gl.inline_asm_elementwise(
+        fp8_ptx("$2", "$6"),
+        "=&r,=&r,r,r,r,r,r,r,r,r",
+        [_bytes(words, R, True), _bytes(e, R, True)],
+        dtype=(gl.uint8, gl.uint8),
+        is_pure=True,
+        pack=4,
+    )
     return gl.reshape(a, [R, 64]), gl.reshape(b, [R, 64])
 
 
 @gluon.jit
 def _decode_bf16(words, factor, R: gl.constexpr):
     """`triton_expand.decode_bf16` of words int32 [R, 16], times their factors: bf16 [R, 64] each."""
-    a, b = gl.inline_asm_elementwise(BF16_PTX, "=r,=r,=r,=r,r,r,r,r", [_bytes(words, R, False)],
-                                     dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=4)
+    a, b = gl.inline_asm_elementwise(
+        BF16_PTX,
+        "=r,=r,=r,=r,r,r,r,r",
+        [_bytes(words, R, False)],
+        dtype=(gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=4,
+    )
     factor = _bytes(factor, R, False)
     return gl.reshape(a * factor, [R, 64]), gl.reshape(b * factor, [R, 64])
 
@@ -166,7 +209,7 @@ def _multiply(left, right, right_more, acc, more, MORE: gl.constexpr):
     meanwhile."""
     if MORE > 0:
         acc = warpgroup_mma(left, right.permute((1, 0)), acc, is_async=True)
-        more = warpgroup_mma(left, right_more.permute((1, 0)), more)         # behind the other, which has the same operand
+        more = warpgroup_mma(left, right_more.permute((1, 0)), more)  # behind the other, which has the same operand
         acc = warpgroup_mma_wait(0, deps=[acc])
     else:
         acc = warpgroup_mma(left, right.permute((1, 0)), acc)
@@ -175,8 +218,19 @@ def _multiply(left, right, right_more, acc, more, MORE: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    buffers, operands, sizes, WARPGROUP: gl.constexpr, N: gl.constexpr, K: gl.constexpr, MX: gl.constexpr, R: gl.constexpr,
-    BM: gl.constexpr, MORE: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
+    buffers,
+    operands,
+    sizes,
+    WARPGROUP: gl.constexpr,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    MX: gl.constexpr,
+    R: gl.constexpr,
+    BM: gl.constexpr,
+    MORE: gl.constexpr,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
 ):
     """One of a program's warpgroups: decodes and multiplies R weight rows of every tile, and writes their results. Four have no
     registers left for a loop: their programs do one piece of work each."""
@@ -194,8 +248,20 @@ def _consume(
 
 @gluon.jit
 def _tile(
-    buffers, operands, place, M, before, WARPGROUP: gl.constexpr, N: gl.constexpr, K: gl.constexpr, MX: gl.constexpr,
-    R: gl.constexpr, BM: gl.constexpr, MORE: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
+    buffers,
+    operands,
+    place,
+    M,
+    before,
+    WARPGROUP: gl.constexpr,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    MX: gl.constexpr,
+    R: gl.constexpr,
+    BM: gl.constexpr,
+    MORE: gl.constexpr,
+    STAGES: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
 ):
     """A warpgroup's share of one piece of work, in front of which there were `before` steps; returns how many there were then."""
     ws, xs, xs_more, full, empty = buffers
@@ -205,8 +271,8 @@ def _tile(
     ACC: gl.constexpr = mma_layout(BM, MX)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if MX else 2)
     SCALES: gl.constexpr = scale_layout(R, MX)
-    WORDS: gl.constexpr = gl.SliceLayout(2, code_layout(R, MX))                              # [R, 16]
-    FEW: gl.constexpr = gl.SliceLayout(3, SCALES)                                            # [R, halves, 4]
+    WORDS: gl.constexpr = gl.SliceLayout(2, code_layout(R, MX))  # [R, 16]
+    FEW: gl.constexpr = gl.SliceLayout(3, SCALES)  # [R, halves, 4]
     first = row_n + WARPGROUP * R
     n = gl.minimum(first + gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(2, FEW))), N - 1)
     half = gl.arange(0, 1 if MX else 2, gl.SliceLayout(0, gl.SliceLayout(2, FEW)))
@@ -318,7 +384,9 @@ def _store_part(part, acc, R: gl.constexpr, BM: gl.constexpr):
 def _load_part(part, there, R: gl.constexpr, BM: gl.constexpr, ACC: gl.constexpr):
     """What `_store_part` stored, if it is there, or zeros: fp32 [R, BM]."""
     at = part + _part_offsets(R, BM)
-    t = gl.load(at, mask=gl.full([R * BM // 512, 128, 4], there, gl.int1, at.type.layout), other=0.0, cache_modifier=".cg")
+    t = gl.load(
+        at, mask=gl.full([R * BM // 512, 128, 4], there, gl.int1, at.type.layout), other=0.0, cache_modifier=".cg"
+    )
     t = gl.permute(gl.reshape(t, [R // 64, BM // 8, 4, 8, 4, 2, 2]), [0, 2, 5, 3, 1, 4, 6])
     return gl.convert_layout(gl.reshape(t, [R, BM]), ACC, assert_trivial=True)
 
@@ -350,9 +418,33 @@ def _finish(y, first, row_m, gx, gw, bias, residual, out, M, N: gl.constexpr, R:
 
 @gluon.jit(do_not_specialize=["M", "total", "whole", "split", "early"])
 def hopper_gemm_kernel(
-    x, x_more, x_unit, gx, w, w_scales, w_top, gw, bias, residual, out, parts, count, M, total, whole, split, early,
-    N: gl.constexpr, K: gl.constexpr, MX: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, MORE: gl.constexpr,
-    WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    x,
+    x_more,
+    x_unit,
+    gx,
+    w,
+    w_scales,
+    w_top,
+    gw,
+    bias,
+    residual,
+    out,
+    parts,
+    count,
+    M,
+    total,
+    whole,
+    split,
+    early,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    MX: gl.constexpr,
+    BN: gl.constexpr,
+    BM: gl.constexpr,
+    MORE: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
     """out [M, N]. Descriptors: w int32 [N, K/8] in tiles [BN, 16]; x e5m2 [M, K] in panels (`expand_fp8_kernel`; NVFP4:
     bf16, `expand_bf16_kernel`), tiles [BM, 128], and the same in tiles [MORE, 128] if a tile has BM + MORE rows of x, MORE > 0.
@@ -382,17 +474,25 @@ def hopper_gemm_kernel(
     operands = (w_scales, w_top, x_unit, gx, gw, bias, residual, out, parts, count)
     sizes = (M, total, whole, split)
     if WARPGROUPS == 2:
-        gl.warp_specialize([
-            (_consume, (buffers, operands, sizes, 0, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
-            (_consume, (buffers, operands, sizes, 1, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
-            (_produce, (w, x, x_more, buffers, sizes, early, N, K, BN, BM, MORE, GROUP, PARTS, STAGES, TILE_BYTES)),
-        ], [4, 1], [240, 24])
+        gl.warp_specialize(
+            [
+                (_consume, (buffers, operands, sizes, 0, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
+                (_consume, (buffers, operands, sizes, 1, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
+                (_produce, (w, x, x_more, buffers, sizes, early, N, K, BN, BM, MORE, GROUP, PARTS, STAGES, TILE_BYTES)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
     else:
-        gl.warp_specialize([
-            (_consume, (buffers, operands, sizes, 0, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
-            (_consume, (buffers, operands, sizes, 1, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
-            (_consume, (buffers, operands, sizes, 2, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
-            (_consume, (buffers, operands, sizes, 3, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
-            (_produce, (w, x, x_more, buffers, sizes, early, N, K, BN, BM, MORE, GROUP, PARTS, STAGES, TILE_BYTES)),
-        ], [4, 4, 4, 1], [112, 112, 112, 24])
+        gl.warp_specialize(
+            [
+                (_consume, (buffers, operands, sizes, 0, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
+                (_consume, (buffers, operands, sizes, 1, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
+                (_consume, (buffers, operands, sizes, 2, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
+                (_consume, (buffers, operands, sizes, 3, N, K, MX, R, BM, MORE, GROUP, STAGES, WARPGROUPS)),
+                (_produce, (w, x, x_more, buffers, sizes, early, N, K, BN, BM, MORE, GROUP, PARTS, STAGES, TILE_BYTES)),
+            ],
+            [4, 4, 4, 1],
+            [112, 112, 112, 24],
+        )
     start_next(True)

@@ -22,9 +22,26 @@ def _odd(codes):
 
 @triton.jit(do_not_specialize=["M"])
 def int4_gemm_kernel(
-    x, xs, gx, w, ws, gw, bias, residual, out, M, N: tl.constexpr, K: tl.constexpr, SCALED_X: tl.constexpr,
-    SCALED_W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    x,
+    xs,
+    gx,
+    w,
+    ws,
+    gw,
+    bias,
+    residual,
+    out,
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SCALED_X: tl.constexpr,
+    SCALED_W: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """x uint8 [M, K/2], xs bf16 [M, K/32], w uint8 [N, K/2], ws bf16 [N, K/32] -> out [M, N]; grid (tiles of M times tiles
     of N)."""
@@ -42,7 +59,7 @@ def int4_gemm_kernel(
         x_codes = tl.load(x + row_m[:, None] * (K // 2) + (group * 16 + byte)[None, :])
         w_scale = tl.load(ws + row_n * (K // 32) + group).to(tl.float32) * 0.25
         x_scale = tl.load(xs + row_m * (K // 32) + group).to(tl.float32)
-        sums = tl.dot(_odd(w_codes), tl.trans(_odd(x_codes)), out_dtype=tl.int32)                # [BN, BM]
+        sums = tl.dot(_odd(w_codes), tl.trans(_odd(x_codes)), out_dtype=tl.int32)  # [BN, BM]
         acc += sums.to(tl.float32) * (w_scale[:, None] * x_scale[None, :])
     mask = (m < M)[None, :] & (n < N)[:, None]
     finish(acc, n[:, None], m[None, :], N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL, mask)

@@ -12,9 +12,27 @@ from .gemv import finish
 
 @triton.jit(do_not_specialize=["M"])
 def scaled_gemm_kernel(
-    x, xs, gx, w, ws, gw, bias, residual, out, M, N: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
-    SCALED_X: tl.constexpr, SCALED_W: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    x,
+    xs,
+    gx,
+    w,
+    ws,
+    gw,
+    bias,
+    residual,
+    out,
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    SCALED_X: tl.constexpr,
+    SCALED_W: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """x uint8 [M, K/2], xs [M, K/G], w uint8 [N, K/2], ws [N, K/G] -> out [M, N]; grid (tiles of M times tiles of
     N)."""

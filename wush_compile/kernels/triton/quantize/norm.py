@@ -23,15 +23,21 @@ from .prologue import Prologue
 from .tiles import Tile, assembly, choose_tile
 from .transform_quantize import dense_rows, prepare, quantize_rows, transform_quantize
 
-SEGMENT = 1024                          # columns of a row that are added side by side: 16 bytes for 128 threads
-DEPTH = tl.constexpr(10)                # SEGMENT = 2^DEPTH
-LOADS = 16                              # of 16 bytes, that a thread of a statistics program has under way
+SEGMENT = 1024  # columns of a row that are added side by side: 16 bytes for 128 threads
+DEPTH = tl.constexpr(10)  # SEGMENT = 2^DEPTH
+LOADS = 16  # of 16 bytes, that a thread of a statistics program has under way
 
 
 @triton.jit
 def _row_sum(
-    pointers, shift, SQUARES: tl.constexpr, CENTERED: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-    SEGMENT: tl.constexpr, STEPS: tl.constexpr,
+    pointers,
+    shift,
+    SQUARES: tl.constexpr,
+    CENTERED: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """fp32 [ROWS]: the sum of the rows that are pointed to [ROWS, 1], or with SQUARES that of the squares; with
     CENTERED of the values less `shift` [ROWS].
@@ -43,7 +49,7 @@ def _row_sum(
     for k in tl.range(0, K, SPAN, num_stages=1):
         columns = k + tl.arange(0, SEGMENT)[None, :]
         values = ()
-        for i in tl.static_range(STEPS):                      # all loads first
+        for i in tl.static_range(STEPS):  # all loads first
             if K % SPAN == 0:
                 values += (tl.load(pointers + (columns + i * SEGMENT)),)
             else:
@@ -65,8 +71,15 @@ def _row_sum(
 
 @triton.jit
 def row_statistics(
-    pointers, eps, PTX: tl.constexpr, CENTERED: tl.constexpr, EPS_TENSOR: tl.constexpr, K: tl.constexpr,
-    ROWS: tl.constexpr, SEGMENT: tl.constexpr, STEPS: tl.constexpr,
+    pointers,
+    eps,
+    PTX: tl.constexpr,
+    CENTERED: tl.constexpr,
+    EPS_TENSOR: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """(mean, scale), fp32 [ROWS], of the rows that are pointed to [ROWS, 1]: 0 and rsqrt(mean(x^2) + eps), or with
     CENTERED the mean and rsqrt(variance + eps). eps: a number, or with EPS_TENSOR a pointer to one."""
@@ -79,13 +92,24 @@ def row_statistics(
     if PTX:
         return mean, libdevice.rsqrt(square + eps)
     else:
-        return mean, tl.div_rn(1.0, tl.sqrt_rn(square + eps))                # the interpreter has no library
+        return mean, tl.div_rn(1.0, tl.sqrt_rn(square + eps))  # the interpreter has no library
 
 
 @triton.jit
 def _store_statistics(
-    program, x, eps, mean, scale, M, stride, PTX: tl.constexpr, EPS_TENSOR: tl.constexpr, K: tl.constexpr,
-    ROWS: tl.constexpr, SEGMENT: tl.constexpr, STEPS: tl.constexpr,
+    program,
+    x,
+    eps,
+    mean,
+    scale,
+    M,
+    stride,
+    PTX: tl.constexpr,
+    EPS_TENSOR: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """`row_statistics` of the rows from program*ROWS on, to fp32 [M] each; centered if there is a place for means."""
     rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -99,8 +123,19 @@ def _store_statistics(
 
 @triton.jit(do_not_specialize=["M"])
 def row_statistics_kernel(
-    x, eps, mean, scale, M, pitch, PTX: tl.constexpr, EPS_TENSOR: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-    SEGMENT: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr,
+    x,
+    eps,
+    mean,
+    scale,
+    M,
+    pitch,
+    PTX: tl.constexpr,
+    EPS_TENSOR: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    STEPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """x [M, K], rows `pitch` apart -> mean (None: not centered), scale fp32 [M]; grid (M/ROWS)."""
     start_next(PDL)
@@ -117,11 +152,41 @@ def _tile_rows(values, ROWS: tl.constexpr, R: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "lead"])
 def norm_quantize_kernel(
-    x, weight, bias, eps, mean, scale, counters, t, global_scale, codes, scales, M, lead, pitch, K: tl.constexpr,
-    STRIDE: tl.constexpr, B: tl.constexpr, SHARED: tl.constexpr, FORMAT: tl.constexpr, RULE: tl.constexpr,
-    SCALED: tl.constexpr, SWIZZLED: tl.constexpr, PROLOGUE: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr,
-    WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
-    WORDS: tl.constexpr, PDL: tl.constexpr, EPS_TENSOR: tl.constexpr, ROWS: tl.constexpr, SEGMENT: tl.constexpr,
+    x,
+    weight,
+    bias,
+    eps,
+    mean,
+    scale,
+    counters,
+    t,
+    global_scale,
+    codes,
+    scales,
+    M,
+    lead,
+    pitch,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    B: tl.constexpr,
+    SHARED: tl.constexpr,
+    FORMAT: tl.constexpr,
+    RULE: tl.constexpr,
+    SCALED: tl.constexpr,
+    SWIZZLED: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    PTX: tl.constexpr,
+    NATIVE: tl.constexpr,
+    WIDE: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+    WORDS: tl.constexpr,
+    PDL: tl.constexpr,
+    EPS_TENSOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    SEGMENT: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """`transform_quantize_kernel` of the norm PROLOGUE of x. counters None: M <= ROWS, or ROWS = R*TILES; every program
@@ -140,9 +205,38 @@ def norm_quantize_kernel(
         CENTERED: tl.constexpr = PROLOGUE == "layer_norm"
         means, factors = row_statistics(pointers, eps, PTX, CENTERED, EPS_TENSOR, K, ROWS, SEGMENT, STEPS)
         quantize_rows(
-            program, None, x, None, weight, bias, _tile_rows(means, ROWS, R), _tile_rows(factors, ROWS, R), t,
-            global_scale, codes, scales, M, pitch, 0, K, STRIDE, B, SHARED, FORMAT, RULE, SCALED, SWIZZLED,
-            PROLOGUE, PTX, NATIVE, WIDE, R, W, TILES, STAGES, WORDS,
+            program,
+            None,
+            x,
+            None,
+            weight,
+            bias,
+            _tile_rows(means, ROWS, R),
+            _tile_rows(factors, ROWS, R),
+            t,
+            global_scale,
+            codes,
+            scales,
+            M,
+            pitch,
+            0,
+            K,
+            STRIDE,
+            B,
+            SHARED,
+            FORMAT,
+            RULE,
+            SCALED,
+            SWIZZLED,
+            PROLOGUE,
+            PTX,
+            NATIVE,
+            WIDE,
+            R,
+            W,
+            TILES,
+            STAGES,
+            WORDS,
         )
     else:
         # First the statistics of some bands, then in turn those of a band and the tiles of an earlier one.
@@ -151,7 +245,7 @@ def norm_quantize_kernel(
         lead = tl.minimum(lead, total)
         turn = tl.maximum(program - lead, 0) // (SHARE + COLUMNS)
         place = tl.maximum(program - lead, 0) % (SHARE + COLUMNS)
-        before = tl.minimum(lead + turn * SHARE + tl.minimum(place, SHARE), total)      # statistics with lower numbers
+        before = tl.minimum(lead + turn * SHARE + tl.minimum(place, SHARE), total)  # statistics with lower numbers
         if program < lead:
             before = program
         if (before < total) & (place < SHARE):
@@ -162,9 +256,38 @@ def norm_quantize_kernel(
             band = tile // COLUMNS
             expected = tl.minimum(total - band * SHARE, SHARE)
             quantize_rows(
-                tile, (counters + band, expected, COLUMNS), x, None, weight, bias, mean, scale, t, global_scale, codes,
-                scales, M, pitch, 0, K, STRIDE, B, SHARED, FORMAT, RULE, SCALED, SWIZZLED, PROLOGUE, PTX, NATIVE,
-                WIDE, R, W, TILES, STAGES, WORDS,
+                tile,
+                (counters + band, expected, COLUMNS),
+                x,
+                None,
+                weight,
+                bias,
+                mean,
+                scale,
+                t,
+                global_scale,
+                codes,
+                scales,
+                M,
+                pitch,
+                0,
+                K,
+                STRIDE,
+                B,
+                SHARED,
+                FORMAT,
+                RULE,
+                SCALED,
+                SWIZZLED,
+                PROLOGUE,
+                PTX,
+                NATIVE,
+                WIDE,
+                R,
+                W,
+                TILES,
+                STAGES,
+                WORDS,
             )
 
 
@@ -178,9 +301,9 @@ class Plan(NamedTuple):
     ahead: int = 0
 
 
-FEW_ROWS = 4                            # up to so many, every program computes the statistics itself
-AHEAD = 2**22                           # values of tiles between a row's statistics and its own, by their columns
-MOST_BANDS = 2**14                      # counters of a call
+FEW_ROWS = 4  # up to so many, every program computes the statistics itself
+AHEAD = 2**22  # values of tiles between a row's statistics and its own, by their columns
+MOST_BANDS = 2**14  # counters of a call
 
 
 def choose_plan(rows: int, width: int, block: int) -> Plan:
@@ -196,7 +319,7 @@ def choose_plan(rows: int, width: int, block: int) -> Plan:
         many = rows * width > 2**22
         tile = Tile(64, 64, 4, 3, 4) if many else Tile(64, 64, 2, 2, 4)
         share = 2 if many and width <= 4096 else 1
-    if width > LOADS * 256:                                    # more than one warp can ask for at once
+    if width > LOADS * 256:  # more than one warp can ask for at once
         tile = tile._replace(warps=max(tile.warps, 4))
     bands = triton.cdiv(rows, tile.rows * tile.tiles)
     return Plan("ahead" if bands <= MOST_BANDS else "apart", tile, share, max(AHEAD // width, 128))
@@ -208,8 +331,16 @@ def steps(width: int, rows: int, warps: int) -> int:
 
 
 def norm_quantize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | Tensor, norm: str, transform: Tensor | None,
-    global_scale: Tensor | None, format: str, scale_rule: str, plan: Plan | None = None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | Tensor,
+    norm: str,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`wush::transform_quantize` of a norm of x [.., K] bf16 or fp16. norm: "layer_norm", or "rms_" and a gain of
     `fused_ops.GAINS`; weight, bias [K] of x's dtype or None; eps a number or a tensor of one."""
@@ -223,14 +354,29 @@ def norm_quantize(
     if plan.way != "own":
         scale = torch.empty(count, dtype=torch.float32, device=x.device)
         mean = torch.empty_like(scale) if norm == "layer_norm" else None
-    common = dict(mean=mean, scale=scale, eps=eps, EPS_TENSOR=isinstance(eps, Tensor), ROWS=plan.rows, SEGMENT=SEGMENT,
-                  STEPS=steps(width, plan.rows, tile.warps))
+    common = dict(
+        mean=mean,
+        scale=scale,
+        eps=eps,
+        EPS_TENSOR=isinstance(eps, Tensor),
+        ROWS=plan.rows,
+        SEGMENT=SEGMENT,
+        STEPS=steps(width, plan.rows, tile.warps),
+    )
     programs = triton.cdiv(count, plan.rows)
     if plan.way == "apart":
         pdl = x.is_cuda and overlaps(x.device.index)
         row_statistics_kernel[(programs,)](
-            x=rows, M=count, pitch=rows.stride(0), K=width, PTX=assembly(x.device.index) if x.is_cuda else 0, PDL=pdl,
-            num_warps=tile.warps, enable_fp_fusion=False, **common, **({"launch_pdl": True} if pdl else {}),
+            x=rows,
+            M=count,
+            pitch=rows.stride(0),
+            K=width,
+            PTX=assembly(x.device.index) if x.is_cuda else 0,
+            PDL=pdl,
+            num_warps=tile.warps,
+            enable_fp_fusion=False,
+            **common,
+            **({"launch_pdl": True} if pdl else {}),
         )
         prologue = Prologue(norm, weight=weight, bias=bias, mean=mean, scale=scale)
         return transform_quantize(x, transform, global_scale, format, scale_rule, tile, prologue=prologue)
@@ -243,6 +389,12 @@ def norm_quantize(
         counters = workspace(x.device).counters(bands)
         grid += programs
     norm_quantize_kernel[(grid,)](
-        weight=weight, bias=bias, counters=counters, lead=lead, PROLOGUE=norm, **common, **arguments,
+        weight=weight,
+        bias=bias,
+        counters=counters,
+        lead=lead,
+        PROLOGUE=norm,
+        **common,
+        **arguments,
     )
     return codes, scales

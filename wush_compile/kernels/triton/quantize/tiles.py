@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-MOST_ROWS = 1024                        # of a program: offsets within it are int32
+MOST_ROWS = 1024  # of a program: offsets within it are int32
 
 
 class Tile(NamedTuple):

@@ -12,8 +12,17 @@ ROWS, WARPS = 64, 4
 
 @triton.jit(do_not_specialize=["M"])
 def block_transform_kernel(
-    x, t, out, M, pitch, K: tl.constexpr, STRIDE: tl.constexpr, B: tl.constexpr, SHARED: tl.constexpr,
-    WIDE: tl.constexpr, R: tl.constexpr,
+    x,
+    t,
+    out,
+    M,
+    pitch,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    B: tl.constexpr,
+    SHARED: tl.constexpr,
+    WIDE: tl.constexpr,
+    R: tl.constexpr,
 ):
     """x [M, K], its rows STRIDE apart (0: `pitch`), t [K/B or 1, B, B] -> out [M, K]. A program takes R rows of one
     block, so that a NaN stays in its block."""
@@ -42,7 +51,17 @@ def block_transform(x: Tensor, transform: Tensor) -> Tensor:
     if out.numel():
         dense = rows.stride(0) == width
         block_transform_kernel[(triton.cdiv(rows.shape[0], ROWS) * (width // size),)](
-            rows, transform.contiguous(), out, rows.shape[0], rows.stride(0), width, width if dense else 0, size,
-            transform.shape[0] == 1, x.dtype == torch.float32, ROWS, num_warps=WARPS,
+            rows,
+            transform.contiguous(),
+            out,
+            rows.shape[0],
+            rows.stride(0),
+            width,
+            width if dense else 0,
+            size,
+            transform.shape[0] == 1,
+            x.dtype == torch.float32,
+            ROWS,
+            num_warps=WARPS,
         )
     return out

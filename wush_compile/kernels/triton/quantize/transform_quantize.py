@@ -34,13 +34,25 @@ from .tiles import MOST_ROWS, Tile, assembly, choose_tile, native_conversion, wo
 def prefetch(pointers, PTX: tl.constexpr):
     """Asks for the cache lines that hold these addresses; nothing is read."""
     if PTX:
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
-                                  [pointers.to(tl.int64, bitcast=True)], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [pointers.to(tl.int64, bitcast=True)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
 def load_operand(
-    t, first, SHARED: tl.constexpr, B: tl.constexpr, W: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
+    t,
+    first,
+    SHARED: tl.constexpr,
+    B: tl.constexpr,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """[W, W]: entry (k, n) is T_b[c, k] where column k and c, the output in column n, are of one block b, else 0.
 
@@ -78,7 +90,7 @@ def _clean(y, x, operand, WIDE: tl.constexpr, G: tl.constexpr, B: tl.constexpr, 
     if B > 0 and W > B:
         finite = (float_bits(x.to(tl.float32)) & ABS_BITS) < INF_BITS
         y = dot(tl.where(finite, x, 0.0).to(x.dtype), operand, WIDE, R, W)
-        bad = tl.max(tl.reshape(tl.where(finite, 0, 1), (R, W // B, B)), axis=2)             # [R, W/B]
+        bad = tl.max(tl.reshape(tl.where(finite, 0, 1), (R, W // B, B)), axis=2)  # [R, W/B]
         bad = tl.reshape(tl.broadcast_to(bad[:, :, None], (R, W // B, B)), (R, W))
         y = tl.where(bad != 0, float("inf"), y)
     amax = group_amax(y, R, W, G)
@@ -98,8 +110,17 @@ def _inside(rows, left, columns, K: tl.constexpr, MASKED: tl.constexpr, EVEN: tl
 
 @triton.jit
 def load_rows(
-    x, row, left, stride, first, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
-    EVEN: tl.constexpr, OTHER: tl.constexpr = 0.0,
+    x,
+    row,
+    left,
+    stride,
+    first,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    MASKED: tl.constexpr,
+    EVEN: tl.constexpr,
+    OTHER: tl.constexpr = 0.0,
 ):
     """Rows `row` + 0..R of what x points to, columns `first` + 0..W; OTHER where there is none: 1 for gates, since the
     division in SiLU takes its slow path for zeros."""
@@ -112,8 +133,17 @@ def load_rows(
 
 @triton.jit
 def _prologue(
-    tile, source, row, left, first, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
-    EVEN: tl.constexpr, PROLOGUE: tl.constexpr,
+    tile,
+    source,
+    row,
+    left,
+    first,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    MASKED: tl.constexpr,
+    EVEN: tl.constexpr,
+    PROLOGUE: tl.constexpr,
 ):
     """What PROLOGUE makes of a tile of x and its other operands."""
     x, up, weight, bias, mean, scale, stride, up_stride = source
@@ -134,8 +164,16 @@ def _prologue(
 
 @triton.jit
 def _load_tile(
-    source, row, left, first, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
-    EVEN: tl.constexpr, PROLOGUE: tl.constexpr,
+    source,
+    row,
+    left,
+    first,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    MASKED: tl.constexpr,
+    EVEN: tl.constexpr,
+    PROLOGUE: tl.constexpr,
 ):
     """The tile that is transformed and quantized: of x, or what PROLOGUE makes of it."""
     OTHER: tl.constexpr = 0.0 if source[1] is None else 1.0
@@ -145,8 +183,19 @@ def _load_tile(
 
 @triton.jit
 def _store_scales(
-    scales, byte, row, left, shift, first, K: tl.constexpr, G: tl.constexpr, PTX: tl.constexpr, R: tl.constexpr,
-    W: tl.constexpr, MASKED: tl.constexpr, SWIZZLED: tl.constexpr,
+    scales,
+    byte,
+    row,
+    left,
+    shift,
+    first,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    PTX: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    MASKED: tl.constexpr,
+    SWIZZLED: tl.constexpr,
 ):
     """Scale bytes of one tile, int32 [R, W/G], to rows of K/G; or SWIZZLED, as `layouts.swizzle_scales`, with the
     padding that lies in the tile; then `scales` points `shift` rows before row 0."""
@@ -173,9 +222,24 @@ def _store_scales(
 
 @triton.jit
 def _store_values(
-    codes, y, byte, factor, row, left, first, K: tl.constexpr, GROUPED: tl.constexpr, MOST: tl.constexpr,
-    PTX: tl.constexpr, NATIVE: tl.constexpr, WORDS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, G: tl.constexpr,
-    MASKED: tl.constexpr, EVEN: tl.constexpr,
+    codes,
+    y,
+    byte,
+    factor,
+    row,
+    left,
+    first,
+    K: tl.constexpr,
+    GROUPED: tl.constexpr,
+    MOST: tl.constexpr,
+    PTX: tl.constexpr,
+    NATIVE: tl.constexpr,
+    WORDS: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    MASKED: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Codes of one tile. WORDS: how many 4-byte words of them a store takes, 0: stored by Triton, as in packages;
     GROUPED: by the bytes alone (`store_codes`)."""
@@ -189,15 +253,37 @@ def _store_values(
     else:
         columns = tl.arange(0, W // 2)[None, :]
         packed = pack_codes(times_factor(y, factor, R, W, G), PTX, NATIVE, R, W)
-        tl.store(codes + (rows * (K // 2) + columns), packed,
-                 mask=_inside(rows, left, first // 2 + columns, K // 2, MASKED, EVEN))
+        tl.store(
+            codes + (rows * (K // 2) + columns),
+            packed,
+            mask=_inside(rows, left, first // 2 + columns, K // 2, MASKED, EVEN),
+        )
 
 
 @triton.jit
 def _tile(
-    x, operand, g, codes, scales, row, left, shift, first, K: tl.constexpr, B: tl.constexpr, FORMAT: tl.constexpr,
-    RULE: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr, SWIZZLED: tl.constexpr, CLEAN: tl.constexpr,
+    x,
+    operand,
+    g,
+    codes,
+    scales,
+    row,
+    left,
+    shift,
+    first,
+    K: tl.constexpr,
+    B: tl.constexpr,
+    FORMAT: tl.constexpr,
+    RULE: tl.constexpr,
+    SCALED: tl.constexpr,
+    PTX: tl.constexpr,
+    NATIVE: tl.constexpr,
+    WIDE: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    WORDS: tl.constexpr,
+    SWIZZLED: tl.constexpr,
+    CLEAN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Transform (B > 0), quantize and store one tile x [R, W]; returns the bits of the groups' absolute maxima. Right
@@ -218,24 +304,69 @@ def _tile(
         amax = group_amax(y, R, W, G, PTX)
         byte, factor = group_scales(y, amax, g, FORMAT, RULE, SCALED, PTX, R, W)
         MOST: tl.constexpr = 0 if MX and SCALED else 6 if MX and RULE == "absmax" else 10
-        _store_values(codes, y, byte, factor, row, left, first, K, MX and not SCALED and PTX > 0, MOST, PTX, NATIVE,
-                      WORDS, R, W, G, MASKED, EVEN)
+        _store_values(
+            codes,
+            y,
+            byte,
+            factor,
+            row,
+            left,
+            first,
+            K,
+            MX and not SCALED and PTX > 0,
+            MOST,
+            PTX,
+            NATIVE,
+            WORDS,
+            R,
+            W,
+            G,
+            MASKED,
+            EVEN,
+        )
     _store_scales(scales, byte, row, left, shift, first, K, G, PTX if WORDS > 0 else 0, R, W, MASKED, SWIZZLED)
     return amax
 
 
 @triton.jit
 def quantize_rows(
-    program, arrivals, x, up, weight, bias, mean, scale, t, global_scale, codes, scales, M, pitch, up_pitch,
-    K: tl.constexpr, STRIDE: tl.constexpr, B: tl.constexpr, SHARED: tl.constexpr, FORMAT: tl.constexpr,
-    RULE: tl.constexpr, SCALED: tl.constexpr, SWIZZLED: tl.constexpr, PROLOGUE: tl.constexpr, PTX: tl.constexpr,
-    NATIVE: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr,
-    STAGES: tl.constexpr, WORDS: tl.constexpr,
+    program,
+    arrivals,
+    x,
+    up,
+    weight,
+    bias,
+    mean,
+    scale,
+    t,
+    global_scale,
+    codes,
+    scales,
+    M,
+    pitch,
+    up_pitch,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    B: tl.constexpr,
+    SHARED: tl.constexpr,
+    FORMAT: tl.constexpr,
+    RULE: tl.constexpr,
+    SCALED: tl.constexpr,
+    SWIZZLED: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    PTX: tl.constexpr,
+    NATIVE: tl.constexpr,
+    WIDE: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """What program number `program` of `transform_quantize_kernel` does. A norm's statistics: pointers to those of all
     rows, to be read after `arrivals` (`triton_launch.wait_arrivals`) unless that is None; or tiles [R, 1]."""
     G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
-    N: tl.constexpr = (K // G + 3) // 4 * 4 if SWIZZLED else K // G                 # scales in a row
+    N: tl.constexpr = (K // G + 3) // 4 * 4 if SWIZZLED else K // G  # scales in a row
     COLUMNS: tl.constexpr = (N * G + W - 1) // W
     EVEN: tl.constexpr = K % W == 0 and N * G == K
     stride = STRIDE if STRIDE > 0 else pitch
@@ -285,15 +416,57 @@ def quantize_rows(
             wait_arrivals(arrivals)
         tile = _prologue(tile, source, 0, left, first, K, R, W, True, EVEN, PROLOGUE)
         largest = _tile(
-            tile, operand, g, codes, scales, 0, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
-            R, W, WORDS, SWIZZLED, False, True,
+            tile,
+            operand,
+            g,
+            codes,
+            scales,
+            0,
+            left,
+            shift,
+            first,
+            K,
+            B,
+            FORMAT,
+            RULE,
+            SCALED,
+            PTX,
+            NATIVE,
+            WIDE,
+            R,
+            W,
+            WORDS,
+            SWIZZLED,
+            False,
+            True,
         )
         if tl.max(tl.reshape(largest, (R * W // G,)), axis=0) >= limit:
             tl.debug_barrier()
             tile = _load_tile(source, 0, left, first, K, R, W, True, EVEN, PROLOGUE)
             _tile(
-                tile, operand, g, codes, scales, 0, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE, WIDE,
-                R, W, WORDS, SWIZZLED, True, True,
+                tile,
+                operand,
+                g,
+                codes,
+                scales,
+                0,
+                left,
+                shift,
+                first,
+                K,
+                B,
+                FORMAT,
+                RULE,
+                SCALED,
+                PTX,
+                NATIVE,
+                WIDE,
+                R,
+                W,
+                WORDS,
+                SWIZZLED,
+                True,
+                True,
             )
     else:
         if arrivals is not None:
@@ -304,8 +477,29 @@ def quantize_rows(
         for i in tl.range(0, done, num_stages=STAGES):
             tile = _load_tile(source, i * R, left, first, K, R, W, False, EVEN, PROLOGUE)
             amax = _tile(
-                tile, operand, g, codes, scales, i * R, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE,
-                WIDE, R, W, WORDS, SWIZZLED, False, False,
+                tile,
+                operand,
+                g,
+                codes,
+                scales,
+                i * R,
+                left,
+                shift,
+                first,
+                K,
+                B,
+                FORMAT,
+                RULE,
+                SCALED,
+                PTX,
+                NATIVE,
+                WIDE,
+                R,
+                W,
+                WORDS,
+                SWIZZLED,
+                False,
+                False,
             )
             largest = tl.maximum(largest, amax)
         if tl.max(tl.reshape(largest, (R * W // G,)), axis=0) >= limit:
@@ -315,18 +509,65 @@ def quantize_rows(
         for i in tl.range(done, tl.minimum(tl.cdiv(end, R), TILES), num_stages=1):
             tile = _load_tile(source, i * R, left, first, K, R, W, True, EVEN, PROLOGUE)
             _tile(
-                tile, operand, g, codes, scales, i * R, left, shift, first, K, B, FORMAT, RULE, SCALED, PTX, NATIVE,
-                WIDE, R, W, WORDS, SWIZZLED, True, True,
+                tile,
+                operand,
+                g,
+                codes,
+                scales,
+                i * R,
+                left,
+                shift,
+                first,
+                K,
+                B,
+                FORMAT,
+                RULE,
+                SCALED,
+                PTX,
+                NATIVE,
+                WIDE,
+                R,
+                W,
+                WORDS,
+                SWIZZLED,
+                True,
+                True,
             )
 
 
 @triton.jit(do_not_specialize=["M"])
 def transform_quantize_kernel(
-    x, up, weight, bias, mean, scale, t, global_scale, codes, scales, M, pitch, up_pitch, K: tl.constexpr,
-    STRIDE: tl.constexpr, B: tl.constexpr, SHARED: tl.constexpr, FORMAT: tl.constexpr, RULE: tl.constexpr,
-    SCALED: tl.constexpr, SWIZZLED: tl.constexpr, PROLOGUE: tl.constexpr, PTX: tl.constexpr, NATIVE: tl.constexpr,
-    WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
-    WORDS: tl.constexpr, PDL: tl.constexpr,
+    x,
+    up,
+    weight,
+    bias,
+    mean,
+    scale,
+    t,
+    global_scale,
+    codes,
+    scales,
+    M,
+    pitch,
+    up_pitch,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    B: tl.constexpr,
+    SHARED: tl.constexpr,
+    FORMAT: tl.constexpr,
+    RULE: tl.constexpr,
+    SCALED: tl.constexpr,
+    SWIZZLED: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    PTX: tl.constexpr,
+    NATIVE: tl.constexpr,
+    WIDE: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+    WORDS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """x [M, K], its rows STRIDE apart (0: `pitch`), t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G].
     A program takes W columns and R*TILES rows; neighbours take the next columns. B = 0: no transform.
@@ -336,8 +577,38 @@ def transform_quantize_kernel(
     wait_inputs(PDL)
     start_next(PDL)
     quantize_rows(
-        tl.program_id(0), None, x, up, weight, bias, mean, scale, t, global_scale, codes, scales, M, pitch, up_pitch, K,
-        STRIDE, B, SHARED, FORMAT, RULE, SCALED, SWIZZLED, PROLOGUE, PTX, NATIVE, WIDE, R, W, TILES, STAGES, WORDS,
+        tl.program_id(0),
+        None,
+        x,
+        up,
+        weight,
+        bias,
+        mean,
+        scale,
+        t,
+        global_scale,
+        codes,
+        scales,
+        M,
+        pitch,
+        up_pitch,
+        K,
+        STRIDE,
+        B,
+        SHARED,
+        FORMAT,
+        RULE,
+        SCALED,
+        SWIZZLED,
+        PROLOGUE,
+        PTX,
+        NATIVE,
+        WIDE,
+        R,
+        W,
+        TILES,
+        STAGES,
+        WORDS,
     )
 
 
@@ -350,8 +621,14 @@ def dense_rows(x: Tensor) -> Tensor:
 
 
 def prepare(
-    x: Tensor, rows: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str, scale_rule: str,
-    tile: Tile, swizzled: bool = False,
+    x: Tensor,
+    rows: Tensor,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+    tile: Tile,
+    swizzled: bool = False,
 ) -> tuple[Tensor, Tensor, dict]:
     """(codes, scales) to be written for x, and the arguments, by name, that every kernel with `quantize_rows` takes;
     rows = dense_rows(x)."""
@@ -363,20 +640,50 @@ def prepare(
     block = 0 if transform is None else transform.shape[-1]
     wide = not x.is_cuda or x.dtype == torch.float32 or (transform is not None and transform.dtype != x.dtype)
     pdl = x.is_cuda and overlaps(x.device.index)
-    return codes, scales, dict(
-        x=rows, t=transform if transform is None else transform.contiguous(), global_scale=global_scale, codes=codes,
-        scales=scales, M=count, pitch=rows.stride(0), K=width, STRIDE=width if rows.stride(0) == width else 0, B=block,
-        SHARED=block > 0 and transform.shape[0] == 1 and width > block, FORMAT=format, RULE=scale_rule,
-        SCALED=global_scale is not None, SWIZZLED=swizzled, PTX=assembly(x.device.index) if x.is_cuda else 0,
-        NATIVE=x.is_cuda and native_conversion(x.device.index), WIDE=wide, R=tile.rows, W=tile.columns,
-        TILES=tile.tiles, STAGES=tile.stages, WORDS=words(tile, x.is_cuda, wide, block, width), PDL=pdl,
-        num_warps=tile.warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
+    return (
+        codes,
+        scales,
+        dict(
+            x=rows,
+            t=transform if transform is None else transform.contiguous(),
+            global_scale=global_scale,
+            codes=codes,
+            scales=scales,
+            M=count,
+            pitch=rows.stride(0),
+            K=width,
+            STRIDE=width if rows.stride(0) == width else 0,
+            B=block,
+            SHARED=block > 0 and transform.shape[0] == 1 and width > block,
+            FORMAT=format,
+            RULE=scale_rule,
+            SCALED=global_scale is not None,
+            SWIZZLED=swizzled,
+            PTX=assembly(x.device.index) if x.is_cuda else 0,
+            NATIVE=x.is_cuda and native_conversion(x.device.index),
+            WIDE=wide,
+            R=tile.rows,
+            W=tile.columns,
+            TILES=tile.tiles,
+            STAGES=tile.stages,
+            WORDS=words(tile, x.is_cuda, wide, block, width),
+            PDL=pdl,
+            num_warps=tile.warps,
+            enable_fp_fusion=False,
+            **({"launch_pdl": True} if pdl else {}),
+        ),
     )
 
 
 def transform_quantize(
-    x: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str, scale_rule: str,
-    tile: Tile | None = None, swizzled: bool = False, prologue: Prologue = Prologue(),
+    x: Tensor,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+    tile: Tile | None = None,
+    swizzled: bool = False,
+    prologue: Prologue = Prologue(),
 ) -> tuple[Tensor, Tensor]:
     """`wush::transform_quantize` for mxfp4 and nvfp4 (SPEC §6); x bf16, fp16 or fp32, its last dimension dense.
 
@@ -392,7 +699,13 @@ def transform_quantize(
     covered = (-(-width // unit) * unit, -(-count // 128) * 128) if swizzled else (width, count)
     grid = (triton.cdiv(covered[0], tile.columns) * triton.cdiv(covered[1], tile.rows * tile.tiles),)
     transform_quantize_kernel[grid](
-        up=up, weight=prologue.weight, bias=prologue.bias, mean=prologue.mean, scale=prologue.scale,
-        up_pitch=0 if up is None else up.stride(0), PROLOGUE=prologue.name, **arguments,
+        up=up,
+        weight=prologue.weight,
+        bias=prologue.bias,
+        mean=prologue.mean,
+        scale=prologue.scale,
+        up_pitch=0 if up is None else up.stride(0),
+        PROLOGUE=prologue.name,
+        **arguments,
     )
     return codes, scales
