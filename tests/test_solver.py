@@ -1,4 +1,4 @@
-"""The solver: closed-form transforms, GPTQ against an oracle, global scales, and what it refuses (SPEC §2–4)."""
+"""The solver: closed-form transforms, GPTQ against an oracle, global scales, and what it refuses (docs/spec.md §2-4)."""
 
 import itertools
 import os
