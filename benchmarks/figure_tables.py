@@ -35,7 +35,10 @@ def percent(share: float, digits: int = 0) -> str:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("|" + "|".join(f" {cell} " if cell != "---" else cell for cell in line) + "|" for line in lines)
+    return "\n".join(
+        "|" + "|".join(cell if cell == "---" else f" {cell} ".replace("  ", " ") for cell in line) + "|"
+        for line in lines
+    )
 
 
 # -- numbers in sentences --------------------------------------------------------------------------------------------
@@ -120,13 +123,39 @@ def demo(name: str) -> str:
 
 @figure
 def global_scale(name: str, rule: str) -> str:
-    """The trial of candidates for NVFP4's global scale."""
-    lines = [
-        [candidate, *(f"{row[side]:#.3g}" for side in ("ordinary", "outlying")), percent(row["saturated"], 3)]
-        + [percent(row["subnormal"], 1)]
-        for candidate, row in result(name)["worst"][rule].items()
-    ]
-    return table(["candidate", "ordinary tokens", "outlying tokens", "saturated", "subnormal"], lines)
+    """The trial of candidates for NVFP4's global scale: errors over those of the best candidate."""
+    lines = []
+    for candidate, row in result(name)["summary"][rule].items():
+        errors = [shown(row[f"{side} {how}"], 2) for side in ("ordinary", "outlying") for how in ("mean", "worst")]
+        lines.append([candidate, *errors, percent(row["saturated"], 3), percent(row["subnormal"], 1)])
+    return table(
+        ["candidate", "ordinary tokens, mean", "worst", "outlying tokens, mean", "worst", "saturated", "subnormal"],
+        lines,
+    )
+
+
+@figure
+def global_scale_position(name: str, rule: str) -> str:
+    errors = {int(e): error for e, error in result(name)["position"][rule].items() if int(e) <= -6 or int(e) >= 8}
+    return table(["e", *map(str, errors)], [["error", *(shown(error, 4) for error in errors.values())]])
+
+
+@figure
+def global_scale_layers(name: str) -> str:
+    """Relative losses of SmolLM2's linears in percent."""
+    rows = result(name)["layers"]
+    lines = [[candidate, *(f"{100 * loss:#.3g}" for loss in row.values())] for candidate, row in rows.items()]
+    return table(["relative loss, %", *(linear.removesuffix("_proj") for linear in next(iter(rows.values())))], lines)
+
+
+@figure
+def files() -> str:
+    """All results with what they were measured on."""
+    lines = []
+    for path in sorted(RESULTS.glob("*.json")):
+        run = result(path.stem)
+        lines.append([f"`{path.name}`", run["device"], run["date"], f"`{run['command']}`"])
+    return table(["file", "device", "date", "command"], lines)
 
 
 # -- speed: products and whole models --------------------------------------------------------------------------------
@@ -206,6 +235,13 @@ def whole_model(name: str, what: str, attention: str, batch: str, context: str, 
     """The speed-up of MXFP4 in one case; time is "waited" or "queued"."""
     row, key = cases(name)[what, attention, int(batch), int(context)], {"waited": "ms", "queued": "queued ms"}[time]
     return f"{shown(row['bf16'][key] / row['mxfp4'][key], int(digits))}x"
+
+
+@figure
+def weights(name: str, model: str, digits: str = "2", over: str = "") -> str:
+    """GiB of a model's weights on the device, or their ratio to those of the model `over`."""
+    gib = {row["model"]: row["memory GiB"] for row in result(name)["rows"]}
+    return shown(gib[model] / (gib[over] if over else 1), int(digits))
 
 
 @figure

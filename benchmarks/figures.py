@@ -86,7 +86,11 @@ def written(text: str) -> str:
         if name not in FIGURES:
             raise ValueError(f"there is no figure {name!r}; there are {', '.join(sorted(FIGURES))}")
         content = FIGURES[name](*(argument for argument in arguments if "=" not in argument), **named)
-        return f"{opening}\n\n{content}\n\n{closing}" if "\n" in content else f"{opening}{content}{closing}"
+        if "\n" in content:
+            return f"{opening}\n\n{content}\n\n{closing}"
+        if match.start() == 0 or text[match.start() - 1] == "\n":
+            raise ValueError(f"the comment of {name} begins a line, where Markdown takes it for a block: move it back")
+        return f"{opening}{content}{closing}"
 
     return MARKER.sub(render, text)
 
