@@ -7,8 +7,9 @@
 FOLDER holds valid.txt and test.txt of WikiText-2 raw. Calibration uses the first windows of valid, evaluation the first
 windows of test. The decoder's linears are quantized on both sides; embedding and head stay bf16.
 
-`--out` is written after each row. The same command with the same file goes on after the last finished row: a row is done
-again only if its configuration has changed, and all are done again if the model, the texts or the device have.
+`--out` is written after each row. The same command with the same file goes on after the last finished row. A row is
+done again if its configuration has changed; all rows are done again if the model, the texts, the device or a version
+has.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import torch
 
 import wush_compile as wc
 from wush_compile.data import windows
+from wush_compile.demo import smollm2
 from wush_compile.evaluation.language import compare, perplexity
 from wush_compile.formats import get_format
 
@@ -146,12 +148,12 @@ def main() -> None:
     )
     head = {
         **common.environment(where),
-        "model": "SmolLM2-135M-Instruct Q4_1 as bf16" if args.model is None else args.model.name,
+        "model": smollm2.FILE if args.model is None else args.model.name,
         "calibration": f"{args.calibration_windows} windows of {args.calibration_length} tokens of WikiText-2 valid",
         "test": f"{test.shape[1] // TEST_WINDOW} windows of {TEST_WINDOW} tokens of WikiText-2 test",
         "reference_perplexity": perplexity(reference, test, TEST_WINDOW, progress=False),
     }
-    # A rerun may add in another order: the reference's last bits say nothing.
+    # Another run may add in another order, which changes the last bits.
     head["reference_perplexity"] = round(head["reference_perplexity"], 6)
     result = {**head, "rows": finished(args.out, head)}
     print(", ".join(f"{key}: {value}" for key, value in head.items()))
