@@ -62,6 +62,12 @@ def ratio(name: str, path: str, over: str, digits: str = "2") -> str:
     return shown(at(name, path) / at(name, over), int(digits))
 
 
+@figure
+def change(name: str, path: str, over: str) -> str:
+    """By which share the number at `path` differs from the one at `over`, without its sign."""
+    return percent(abs(at(name, path) / at(name, over) - 1))
+
+
 # -- accuracy --------------------------------------------------------------------------------------------------------
 
 

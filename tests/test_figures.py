@@ -75,4 +75,5 @@ def test_results_say_where_they_come_from(path):
     result, documents = json.loads(path.read_text()), [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     assert list(result)[:3] == ["device", "date", "command"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", result["date"])
+    assert all((ROOT / script).exists() for script in re.findall(r"benchmarks/\w+\.py", result["command"]))
     assert any(path.name in document.read_text() for document in documents), "no document cites it"
