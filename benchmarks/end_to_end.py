@@ -30,6 +30,7 @@ import sys
 import time
 from typing import NamedTuple
 
+import common
 import torch
 
 SHAPE = dict(
@@ -385,6 +386,8 @@ def main() -> None:
         for wave in waves(jobs, 0.97 * torch.cuda.get_device_properties(0).total_memory / GIB):
             if time.monotonic() < deadline:
                 run_wave(wave, args.out, deadline)
+        head = common.environment(torch.device(DEVICE))
+        common.write_json(args.out / "end_to_end.json", {**head, "rows": rows_of(args.out)})
     if not args.job:
         report(args.out)
 

@@ -18,8 +18,8 @@ import pathlib
 import subprocess
 import time
 
+import common
 import torch
-import triton
 
 from wush_compile.diagnostics.timing import copies, time_us
 from wush_compile.formats import FORMATS
@@ -33,16 +33,12 @@ ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 
 
 
 def environment() -> dict:
+    """The head of a result, with the clocks and the driver."""
     query = "clocks.sm,clocks.mem,power.draw,driver_version"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     smi = subprocess.run(command, capture_output=True, text=True)
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        query: smi.stdout.strip().splitlines()[:1],
-    }
+    head = common.environment(torch.device("cuda"))
+    return {**head, "cuda": torch.version.cuda, query: smi.stdout.strip().splitlines()[:1]}
 
 
 def random_weight(n: int, k: int, format: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -376,36 +372,10 @@ def markdown(rows: list[dict]) -> str:
 def write(name: str, rows: list[dict], out: pathlib.Path) -> None:
     """A benchmark's rows as JSON and Markdown, with what they were measured on."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
+    (out / f"{name}.json").write_text(json.dumps({**environment(), "rows": rows}, indent=1))
     (out / f"{name}.md").write_text(f"{environment()}\n\n{markdown(rows)}\n")
     if not name.startswith("tune"):
         print(markdown(rows), flush=True)
-
-
-def plot(rows: list[dict], device: str, path: pathlib.Path) -> None:
-    """Speed-up of a whole layer over bf16 against the number of rows, for both formats."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    layer = [row for row in rows if row["group"] == "layer"]
-    counts = [row["M"] for row in layer]
-    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    axes.axhline(1, color="black", linewidth=1, linestyle="--", label="bf16, cuBLAS")
-    for format in ("mxfp4", "nvfp4"):
-        axes.plot(counts, [row[f"{format} speed-up"] for row in layer], marker="o", markersize=4, label=format.upper())
-    axes.set_xscale("log", base=2)
-    powers = [m for m in counts if m & (m - 1) == 0]
-    axes.set_xticks(powers, powers)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("rows of the activation")
-    axes.set_ylabel("speed-up over bf16")
-    axes.set_title(f"Linear layers of a Llama-3.1-8B decoder layer, {device}", fontsize="medium")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    figure.savefig(path)
 
 
 BENCHMARKS = {"linear": bench_linear, "parts": bench_parts, "compare": bench_compare, "tune-linear": tune_linear}
@@ -417,7 +387,6 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     parser.add_argument("--tuned", type=pathlib.Path, help="tune-linear.json, whose best kernels `linear` then takes")
     parser.add_argument("--rows", type=int, nargs="+", help="the rows of `linear` and `tune-linear`, instead of all")
-    parser.add_argument("--plot", type=pathlib.Path, help="where `linear` draws its speed-ups (.svg, .png; matplotlib)")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.tuned:
@@ -425,8 +394,6 @@ def main() -> None:
     for name in args.what:
         rows = BENCHMARKS[name](*([args.rows] if args.rows and name in ("linear", "tune-linear") else []))
         write(name, rows, args.out)
-        if name == "linear" and args.plot:
-            plot(rows, torch.cuda.get_device_name(), args.plot)
 
 
 if __name__ == "__main__":

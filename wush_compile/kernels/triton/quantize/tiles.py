@@ -1,5 +1,5 @@
 """What the quantizer's kernel is compiled for: a tile by the shape of x, instructions by the device. Pure Python, and no
-kernel: chosen once a launch, measured by `benchmarks/quantizer_speed.py`."""
+kernel: chosen once a launch, measured by `benchmarks/speed_quantize_kernel.py`."""
 
 import functools
 from typing import NamedTuple

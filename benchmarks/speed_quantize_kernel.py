@@ -1,8 +1,8 @@
 """Times the Triton quantizer, its fused variants and the second moments: CUDA-graph replays, inputs rotated out of L2.
 
-    python benchmarks/quantizer_speed.py quantize fused moments --out results     the tables, as Markdown and JSON
-    python benchmarks/quantizer_speed.py tune --out results                       every candidate tile: for `choose_tile`
-    python benchmarks/quantizer_speed.py tune-norm --out results                  behind RMSNorm: for `choose_plan`
+    python benchmarks/speed_quantize_kernel.py quantize fused moments --out results     the tables, as Markdown and JSON
+    python benchmarks/speed_quantize_kernel.py tune --out results                       every candidate tile: for `choose_tile`
+    python benchmarks/speed_quantize_kernel.py tune-norm --out results                  behind RMSNorm: for `choose_plan`
 
 A share is that of the time a copy of the same bytes would take at the rate measured for a copy of that shape.
 """
