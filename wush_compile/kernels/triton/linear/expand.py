@@ -6,13 +6,9 @@ values, e4m3 15 (SPEC §8): groups further below the row's maximum than that bec
 import triton
 import triton.language as tl
 
+from ..common.decode import E4M3_TOP, E4M3_UNIT, E5M2_TOP, E5M2_UNIT, decode_bf16
 from ..common.formats import e4m3_factor, e8m0_factor
 from ..common.overlap import start_next, wait_inputs
-
-# A group's exponent field for its value ½, when its byte is the row's largest: 6 = 1.5·2^2 still fits.
-E5M2_TOP, E4M3_TOP = tl.constexpr(27), tl.constexpr(12)
-# 2^-13 and 2^-6: what a code of value 1 is worth in the row's own unit at that exponent.
-E5M2_UNIT, E4M3_UNIT = tl.constexpr(2.0**-13), tl.constexpr(2.0**-6)
 
 
 @triton.jit
@@ -185,26 +181,6 @@ def expand_both_kernel(
     else:
         _expand_fp8(r - M, 0, 1, w, ws, gw, w_unit, w_out, K, KG, True, SCALED_W, C, False)
     start_next(PDL)
-
-
-# Two registers of bf16 for the low codes of the four bytes in $4, two for the high ones. On one line: Inductor writes such
-# constants into the text of a package's kernels.
-BF16_PTX = tl.constexpr(
-    "{ .reg .b32 p, q, t; prmt.b32 p, $4, 0, 0x4140; prmt.b32 q, $4, 0, 0x4342; "
-    "and.b32 t, p, 0x000F000F; mul.lo.u32 t, t, 0x1040; and.b32 $0, t, 0x81C081C0; "
-    "and.b32 t, q, 0x000F000F; mul.lo.u32 t, t, 0x1040; and.b32 $1, t, 0x81C081C0; "
-    "and.b32 t, p, 0x00F000F0; mul.lo.u32 t, t, 0x104; and.b32 $2, t, 0x81C081C0; "
-    "and.b32 t, q, 0x00F000F0; mul.lo.u32 t, t, 0x104; and.b32 $3, t, 0x81C081C0; }"
-)
-
-
-@triton.jit
-def decode_bf16(w):
-    """uint8, two codes -> bf16 values of the low and of the high one, times 2^-126. Byte by byte: right in any
-    layout."""
-    return tl.inline_asm_elementwise(
-        BF16_PTX, "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-    )
 
 
 @triton.jit

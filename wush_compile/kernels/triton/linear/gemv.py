@@ -7,6 +7,7 @@ allowed."""
 import triton
 import triton.language as tl
 
+from ..common.epilogue import finish
 from ..common.formats import e4m3_factor, e8m0_factor
 from ..common.overlap import start_next, wait_inputs
 
@@ -111,40 +112,6 @@ def _row(
     d = tl.sum(tl.reshape(_dot8(p0, n0, p1, n1, x0, x1), (BN, BK // G, G // 8)), axis=2)
     factor = e8m0_factor(byte) if MX else e4m3_factor(byte)
     return d.to(tl.float32) * (factor * 0.25)[None, :]
-
-
-@triton.jit
-def finish(
-    y,
-    n,
-    m,
-    N,
-    gx,
-    gw,
-    bias,
-    residual,
-    out,
-    SCALED_X: tl.constexpr,
-    SCALED_W: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    mask,
-):
-    """y / (gx*gw) + bias in fp32, one rounding to out's dtype, plus the residual in that dtype (SPEC §6)."""
-    if SCALED_X and SCALED_W:
-        y = y * tl.div_rn(1.0, tl.load(gx) * tl.load(gw))
-    elif SCALED_X:
-        y = y * tl.div_rn(1.0, tl.load(gx))
-    elif SCALED_W:
-        y = y * tl.div_rn(1.0, tl.load(gw))
-    if BIAS:
-        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    offset = m.to(tl.int64) * N + n
-    r = y.to(out.dtype.element_ty)
-    if RESIDUAL:
-        added = tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
-        r = (r.to(tl.float32) + added).to(out.dtype.element_ty)
-    tl.store(out + offset, r, mask=mask)
 
 
 @triton.jit

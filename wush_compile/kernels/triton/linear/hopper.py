@@ -14,8 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from ..common import formats as triton_formats
 from ..common import overlap as triton_launch
-from .expand import BF16_PTX, E5M2_UNIT
-from .gemm import fp8_ptx
+from ..common.decode import BF16_PTX, E5M2_UNIT, fp8_ptx
 
 # Triton 3.6 has other names.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared

@@ -8,8 +8,8 @@ each value of the tile besides its products, so for many rows this saves memory,
 import triton
 import triton.language as tl
 
+from ..common.epilogue import finish
 from ..common.overlap import start_next, wait_inputs
-from .gemv import finish
 
 
 @triton.jit

@@ -7,7 +7,7 @@ e4m3 with groups of 16. On sm_100 the instruction needs 128 rows a program: with
 import triton
 import triton.language as tl
 
-from .gemv import finish
+from ..common.epilogue import finish
 
 
 @triton.jit(do_not_specialize=["M"])
