@@ -1,4 +1,4 @@
-"""The end of a product: global scales, bias, one rounding, residual."""
+"""The end of every product: global scales, bias, one rounding, residual."""
 
 import triton
 import triton.language as tl
@@ -21,7 +21,10 @@ def finish(
     RESIDUAL: tl.constexpr,
     mask,
 ):
-    """y / (gx*gw) + bias in fp32, one rounding to out's dtype, plus the residual in that dtype (SPEC §6)."""
+    """Stores y / (gx * gw) + bias, computed in fp32 and rounded once to out's dtype; the residual is then
+    added in that dtype (docs/spec.md §6).
+
+    y: fp32 sums. n, m: columns and rows of `out` [M, N], int32, of shapes that broadcast to y's."""
     if SCALED_X and SCALED_W:
         y = y * tl.div_rn(1.0, tl.load(gx) * tl.load(gw))
     elif SCALED_X:
