@@ -1,7 +1,7 @@
 """Packed e2m1 codes to operands of the tensor core: fp8 or bf16 values, and the units that their scales leave.
 
-In fp8 a group's power-of-two scale goes into the exponents of its values, relative to the row's largest scale. The row's
-own unit is then one fp32 factor. docs/spec.md §8 gives the ranges."""
+In fp8 a group's power-of-two scale goes into the exponents of its values, relative to the row's largest scale. The
+row's own unit is then one fp32 factor. docs/spec.md §8 gives the ranges."""
 
 import triton
 import triton.language as tl

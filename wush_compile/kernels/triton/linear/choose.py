@@ -68,8 +68,9 @@ GROUP_M = 8
 FUSED_MANY_ROWS = Fused(128, 128, 128, 1, 8, 4, False)
 
 # The tables below rest on tuning runs on H100s (`benchmarks/kernel_speed.py tune-linear`). The kept run,
-# benchmarks/results/tune_linear_h100.json, has 64 rows and more. GEMV, FUSED up to 32 rows, the fused tiles of 256 rows,
-# and every figure whose comment says so, rest on runs that were not kept. `benchmarks/fit_tiles.py` fits or checks the rest.
+# benchmarks/results/tune_linear_h100.json, has 64 rows and more. GEMV, FUSED up to 32 rows, the fused tiles of 256
+# rows, and every figure whose comment says so, rest on runs that were not kept. `benchmarks/fit_tiles.py` fits or
+# checks the rest.
 
 # Weight rows above which a weight fills the GPU without split-K, and channels above which `gemv` walks a row in several
 # steps.
@@ -127,14 +128,14 @@ HOPPER = {
 TILE_US = 3.4
 # Microseconds of handing sums from one part to the next: a constant, and for each value of the tile.
 HANDOVER_US, HANDOVER_US_PER_VALUE = 0.9, 1.3e-4
-# Hopper's product is faster above so many rows: for N <= NARROW_N, for more weight rows. The second figure rests on a run
-# that was not kept.
+# Hopper's product is faster above so many rows: for N <= NARROW_N, for more weight rows. The second figure rests on a
+# run that was not kept.
 LEAST_ROWS = {"mxfp4": (64, 16), "nvfp4": (64, 16)}
 MULTIPROCESSORS = 132  # of an H100 or H200 with HBM3; an H100 for PCIe has 114
 
 
 class Library(NamedTuple):
-    """Microseconds of a product by the library: two launches and more; each weight value that is upcast; each product."""
+    """Microseconds of the library's product: a constant, for each weight value that is upcast, for each product."""
 
     name: str
     launch: float
@@ -153,9 +154,9 @@ def _power_of_two_divisor(n: int, limit: int) -> int:
 def split_tail(tiles: int, split_k: int, multiprocessors: int) -> tuple[int, int]:
     """(tiles of the last, incomplete wave, parts of each): at most `split_k` parts; (0, 1) if no split is possible.
 
-    A program hands its sums to the next one, which waits for them. If the GPU cannot hold all programs at once, it holds
-    those with lower numbers. So all parts of a tile must lie in one round of the programs. They do if there is only one
-    round, or if the number of parts divides the number of programs."""
+    A program hands its sums to the next one, which waits for them. If the GPU cannot hold all programs at once, it
+    holds those with lower numbers. So all parts of a tile must lie in one round of the programs. They do if there is
+    only one round, or if the number of parts divides the number of programs."""
     tail = tiles % multiprocessors
     while tiles + tail * (split_k - 1) > multiprocessors and multiprocessors % split_k:
         split_k -= 1
@@ -199,7 +200,7 @@ _failures: list[Exception] = []
 
 
 def has_gluon() -> bool:
-    """Whether this Triton has Gluon, in which Hopper's product for many rows is written. Its interface still changes."""
+    """Whether this Triton has the Gluon that Hopper's product for many rows needs. Gluon's interface still changes."""
     if not _failures:
         try:
             from . import hopper  # noqa: F401
@@ -234,8 +235,8 @@ def choose(
 ) -> "Gemv | Fused | Hopper | Scaled | Int4 | str":
     """The kernel for [rows, k] times [n, k] on a device of that compute capability: a tile, "library" or "bf16".
 
-    Measured on H100s and H200s over the linear groups of Llama-3.1-8B (docs/kernels.md). Ampere and Ada get only kernels
-    that do not depend on a layout which would have to be tested there.
+    Measured on H100s and H200s over the linear groups of Llama-3.1-8B (docs/kernels.md). Ampere and Ada get only
+    kernels that do not depend on a layout which would have to be tested there.
 
     precise: channels are summed in fp32 at least every 128. portable: no kernel that a package cannot hold. library:
     False if "library" cannot compute the call.

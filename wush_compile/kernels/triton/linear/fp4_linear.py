@@ -1,4 +1,4 @@
-"""`wush::fp4_linear` in Triton: arguments, choice of a kernel, fallbacks. `choose.py` says which kernel takes which shape.
+"""`wush::fp4_linear` in Triton: arguments, choice of a kernel (`choose.py`), fallbacks.
 
 gemv     1, 2 or 4 rows: exact integer products of groups                         gemv.py
 fused    weights decoded in registers in front of the tensor core                 gemm.py
@@ -83,11 +83,11 @@ def fp4_linear(
     kernel: Gemv | Fused | Hopper | Scaled | Int4 | str | None = None,
     precise: bool | None = None,
 ) -> Tensor:
-    """`wush::fp4_linear` (docs/spec.md §6): codes [.., K/2] times weight_codes [N, K/2] transposed -> out_dtype [.., N].
+    """`wush::fp4_linear` (docs/spec.md §6): codes [.., K/2] times weight_codes [N, K/2], transposed -> [.., N].
 
-    kernel: a tile, "library" or "bf16" instead of what `choose` takes. precise: MXFP4 sums go from the tensor core's fp8
-    accumulator, which drops bits, to fp32 at least every 128 channels; default: what `WUSH_PRECISE` says. ValueError if
-    an operand's shape, dtype or device does not fit."""
+    kernel: a tile, "library" or "bf16" instead of what `choose` takes. precise: MXFP4 sums go from the tensor core's
+    fp8 accumulator, which drops bits, to fp32 at least every 128 channels; default: what `WUSH_PRECISE` says.
+    ValueError if an operand's shape, dtype or device does not fit."""
     precise = precise_by_default() if precise is None else precise
     n, k = weight_codes.shape[0], 2 * weight_codes.shape[1]
     shape = (*codes.shape[:-1], n)

@@ -1,9 +1,9 @@
-"""Packed weights decoded in registers, straight into tensor-core products: for row counts where weights dominate traffic.
+"""Packed weights decoded in registers, straight into tensor-core products: for few rows, where weights are the traffic.
 
-Weights are the left operand (outᵀ = W xᵀ), so the decoded tile goes from registers to the tensor core, and few activation
-rows waste little. MXFP4 runs in fp8 e5m2. The group scales go into the exponents, relative to the row's largest byte
-(docs/spec.md §8). A group more than 26 octaves below that byte counts as 26 octaves below, an error under 2^-24 of the
-row's maximum. NVFP4 runs in bf16, where every value times its scale is exact.
+Weights are the left operand (outᵀ = W xᵀ), so the decoded tile goes from registers to the tensor core, and few
+activation rows waste little. MXFP4 runs in fp8 e5m2. The group scales go into the exponents, relative to the row's
+largest byte (docs/spec.md §8). A group more than 26 octaves below that byte counts as 26 octaves below, an error under
+2^-24 of the row's maximum. NVFP4 runs in bf16, where every value times its scale is exact.
 
 With split-K each program stores its fp32 partial sums. The last one to arrive adds them up, always in the same order.
 """
@@ -132,8 +132,8 @@ def fused_gemm_kernel(
     """out [M, N] from w uint8 [N, K/2], w_scales int32 [N, K/(4G)] (four scale bytes a word) and, for MXFP4, w_top
     uint8 [N].
 
-    x: uint8 [M, K/2] with x_scales int32 [M, K/(4G)] if PACKED. Else x is upcast, in lane order: MXFP4 e5m2 bytes [M, K]
-    with x_unit fp32 [M] (`upcast_fp8_kernel`), NVFP4 bf16 [M, K] (`upcast_bf16_kernel`).
+    x: uint8 [M, K/2] with x_scales int32 [M, K/(4G)] if PACKED. Else x is upcast, in lane order: MXFP4 e5m2 bytes [M,
+    K] with x_unit fp32 [M] (`upcast_fp8_kernel`), NVFP4 bf16 [M, K] (`upcast_bf16_kernel`).
     selectors: int32 [4], `Workspace.selectors` (MXFP4) or `Workspace.pairs`.
     partials: fp32 [SPLIT_K, M, N]. arrivals: int32, one a tile, all zeros before and after.
     PROMOTE: channels whose products the tensor core sums itself before the sum goes to fp32, at most BLOCK_K/2; 0: all.

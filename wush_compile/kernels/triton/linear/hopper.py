@@ -1,9 +1,9 @@
 """The product of many rows on Hopper: weights decoded in registers, everything else moved by the copy engine (Gluon).
 
-One warp copies tiles of packed weights and of x by the bulk copy engine (TMA), several steps ahead. Two or four warpgroups
-decode their weight rows straight into the left operand of `wgmma`; each decodes while the tensor cores work for another.
-Gluon states which warps do what. Triton's own pipeline of the same product (`gemm.py`) does not: there copying, decoding
-and multiplying wait for each other.
+One warp copies tiles of packed weights and of x by the bulk copy engine (TMA), several steps ahead. Two or four
+warpgroups decode their weight rows straight into the left operand of `wgmma`; each decodes while the tensor cores work
+for another. Gluon states which warps do what. Triton's own pipeline of the same product (`gemm.py`) does not: there
+copying, decoding and multiplying wait for each other.
 
 Operands, arithmetic and results are those of `gemm.fused_gemm_kernel` with x upcast. The work is cut into work items: a
 tile of `out`, or one of the `split_k` parts of a tile of the last, incomplete wave. hopper_decode.py has the register
@@ -27,8 +27,8 @@ start_next = gluon.jit(overlap.start_next.fn)
 STEP_K = gl.constexpr(128)  # channels of a step: one panel of x (`upcast.py`)
 STEP_WORDS = gl.constexpr(16)  # int32 words of codes of a step, in a weight row
 # Registers of a thread. A multiprocessor has 65,536, and a warpgroup 128 threads. Two warpgroups take 2 * 128 * 240 =
-# 61,440, four take 4 * 128 * 112 = 57,344. The copying warp counts as a warpgroup of 24, the least that can be set: 3,072.
-# With 120 instead of 112, four warpgroups and the copying warp would exceed the 640 * 96 = 61,440 of the launch.
+# 61,440, four take 4 * 128 * 112 = 57,344. The copying warp counts as a warpgroup of 24, the least that can be set:
+# 3,072. With 120 instead of 112, four warpgroups and the copying warp would exceed the 640 * 96 = 61,440 of the launch.
 REGISTERS_OF_2 = gl.constexpr(240)
 REGISTERS_OF_4 = gl.constexpr(112)
 REGISTERS_TO_COPY = gl.constexpr(24)
@@ -84,8 +84,8 @@ def _produce(
     STAGES: gl.constexpr,
     SPLIT: gl.constexpr,
 ):
-    """The copying warp: copies the steps of a program's work items, as far ahead as there are stages. With `prefetch` it
-    copies the first weights while the kernel in front still runs."""
+    """The copying warp: copies the steps of a program's work items, as far ahead as there are stages. With `prefetch`
+    it copies the first weights while the kernel in front still runs."""
     w, x, x_extra, buffers, sizes, prefetch = read
     w_tiles, x_tiles, x_extra_tiles, full, empty = buffers
     work_items = sizes[1]
@@ -126,8 +126,8 @@ def _scale_bytes(scales, k, FORMAT: gl.constexpr):
 def _multiply(left, right, right_extra, acc, acc_extra, EXTRA_M: gl.constexpr):
     """(acc, acc_extra) + left @ (right, right_extra), finished when it returns.
 
-    Until a product is done, the tensor core reads the registers of its left operand. The ptxas of Triton 3.6 reuses them
-    earlier (seen as NaN on an H100), hence the wait. The other warpgroups decode meanwhile."""
+    Until a product is done, the tensor core reads the registers of its left operand. The ptxas of Triton 3.6 reuses
+    them earlier (seen as NaN on an H100), hence the wait. The other warpgroups decode meanwhile."""
     if EXTRA_M > 0:
         acc = warpgroup_mma(left, right.permute((1, 0)), acc, is_async=True)
         # Runs behind the first product, which has the same left operand.
@@ -152,8 +152,8 @@ def _consume(
     STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr,
 ):
-    """One of a program's multiplying warpgroups: its share of every work item. Four warpgroups have no registers left for
-    a loop over work items; their programs do one each."""
+    """One of a program's multiplying warpgroups: its share of every work item. Four warpgroups have no registers left
+    for a loop over work items; their programs do one each."""
     buffers, operands, sizes = use
     M, work_items, whole_tiles, split_k = sizes
     TILE_M: gl.constexpr = BLOCK_M + EXTRA_M
@@ -326,16 +326,18 @@ def hopper_gemm_kernel(
 ):
     """out [M, N].
 
-    Tensor descriptors: w int32 [N, K/8] in tiles [BLOCK_N, 16]; x in tiles [BLOCK_M, 128], upcast in lane order (MXFP4 e5m2
-    [M, K], NVFP4 bf16 [M, K]). A tile has BLOCK_M + EXTRA_M rows of x; if EXTRA_M > 0, x_extra is x in tiles [EXTRA_M, 128].
+    Tensor descriptors: w int32 [N, K/8] in tiles [BLOCK_N, 16]; x in tiles [BLOCK_M, 128], upcast in lane order (MXFP4
+    e5m2 [M, K], NVFP4 bf16 [M, K]). A tile has BLOCK_M + EXTRA_M rows of x; if EXTRA_M > 0, x_extra is x in tiles
+    [EXTRA_M, 128].
     w_scales: uint8 [N, K/G]. MXFP4: w_top uint8 [N], x_unit fp32 [M].
     prefetch: whether the weight and its scales may be read before the kernels in front have ended.
 
-    The first `whole_tiles` of the tiles are a work item each. Every tile of the tail behind them is `split_k` work items, one
-    for each part of K. There are `work_items` in all. A program takes one after the other, with a stride of the number of
-    programs: with two warpgroups at most the number of multiprocessors, with four `work_items`.
-    partials: fp32 [tail, BLOCK_N * (BLOCK_M + EXTRA_M)]. arrivals: int32 [tail * WARPGROUPS], zeros before and after. Both are
-    None if there is no tail.
+    The first `whole_tiles` of the tiles are a work item each. Every tile of the tail behind them is `split_k` work
+    items, one for each part of K. There are `work_items` in all. A program takes one after the other, with a stride of
+    the number of programs. That number is at most the number of multiprocessors with two warpgroups, and `work_items`
+    with four.
+    partials: fp32 [tail, BLOCK_N * (BLOCK_M + EXTRA_M)]. arrivals: int32 [tail * WARPGROUPS], zeros before and after.
+    Both are None if there is no tail.
 
     Launched with 4 warps, which are the first of the 2 or 4 warpgroups that multiply."""
     SPLIT: gl.constexpr = partials is not None

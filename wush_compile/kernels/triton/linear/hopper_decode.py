@@ -1,8 +1,8 @@
 """Registers of Hopper's product: layouts of a warpgroup's packed weights and scales, and the decoding in them (Gluon).
 
 Decoded values must lie where `wgmma` expects its left operand, so that nothing moves between threads. The layouts below
-say which thread holds which word of codes and which scale byte. `assert_trivial` in a conversion fails the compilation if
-a value would have to move.
+say which thread holds which word of codes and which scale byte. `assert_trivial` in a conversion fails the compilation
+if a value would have to move.
 
 H is the number of halves of a scale row of a step: 1 with 4 words of codes a group (MXFP4), 2 with 2 words (NVFP4)."""
 

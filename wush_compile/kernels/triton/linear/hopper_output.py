@@ -1,6 +1,7 @@
 """What becomes of a warpgroup's sums in Hopper's product: units, partial sums of split-K, the epilogue (Gluon).
 
-ROWS are the weight rows of a warpgroup, BLOCK_M the rows of x. A tile of 192 rows of x comes here twice, as 128 and 64."""
+ROWS are the weight rows of a warpgroup, BLOCK_M the rows of x. A tile of 192 rows
+of x comes here twice, as 128 and 64."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -37,7 +38,8 @@ def _partial_offsets(ROWS: gl.constexpr, BLOCK_M: gl.constexpr):
 def store_partial(partial, acc, ROWS: gl.constexpr, BLOCK_M: gl.constexpr):
     """Stores acc fp32 [ROWS, BLOCK_M] in the order of `_partial_offsets`."""
     at = partial + _partial_offsets(ROWS, BLOCK_M)
-    # The dimensions are bits of rows and columns as `mma_layout` spreads them over registers and threads. Nothing moves.
+    # The dimensions are bits of rows and columns as `mma_layout` spreads them over registers and threads. No value
+    # moves.
     t = gl.permute(gl.reshape(acc, [ROWS // 64, 4, 2, 8, BLOCK_M // 8, 4, 2]), [0, 4, 1, 3, 5, 2, 6])
     t = gl.convert_layout(gl.reshape(t, [ROWS * BLOCK_M // 512, 128, 4]), at.type.layout, assert_trivial=True)
     gl.store(at, t, cache_modifier=".cg")
@@ -55,7 +57,7 @@ def load_partial(partial, stored, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, ACC
 
 @gluon.jit
 def finish(y, first, row_m, extras, out, M, N: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr):
-    """`common.epilogue.finish` of a warpgroup's tile, written one row of x at a time. extras: gx, gw, bias, residual."""
+    """`common.epilogue.finish` of a warpgroup's tile, one row of x at a time. extras: (gx, gw, bias, residual)."""
     gx, gw, bias, residual = extras
     if gx is not None and gw is not None:
         y = y * gl.div_rn(1.0, gl.load(gx) * gl.load(gw))

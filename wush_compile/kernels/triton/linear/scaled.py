@@ -1,8 +1,8 @@
 """Blackwell: block-scaled FP4 products by `tl.dot_scaled`, which lowers to the native instruction there.
 
 Takes the canonical layout in both formats. The dtype of the scales names the format: uint8 for e8m0 with groups of 32,
-float8e4nv for e4m3 with groups of 16. On sm_100 the instruction needs 128 rows a program: with 64 rows Triton falls back
-to f16 without a warning.
+float8e4nv for e4m3 with groups of 16. On sm_100 the instruction needs 128 rows a program: with 64 rows Triton falls
+back to f16 without a warning.
 """
 
 import triton

@@ -101,9 +101,9 @@ def _upcast_fp8(
     codes += row * (K // 8)
     out += row * (K // 4)
     every = tl.arange(0, ROW_GROUPS)
-    # The maximum is a scalar, which has no layout. Triton 3.6 repeats the reduction of a row of a tile in the layout of the
-    # steps below. There the lanes of a row are not neighbours, and it exchanges values with the wrong lanes (seen with 256
-    # and 512 channels).
+    # The maximum is a scalar, which has no layout. Triton 3.6 repeats the reduction of a row of a tile in the layout of
+    # the steps below. There the lanes of a row are not neighbours, and it exchanges values with the wrong lanes (seen
+    # with 256 and 512 channels).
     top = tl.max(tl.load(scales + every, mask=every < K // 32, other=0).to(tl.int32), axis=0)
     factor = e8m0_factor(top) * (E4M3_UNIT if E4M3 else E5M2_UNIT)
     if SCALED:
@@ -143,15 +143,17 @@ def upcast_fp8_kernel(
     LANE_ORDER: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """MXFP4 codes int32 [rows, K/8], scales uint8 [rows, K/32] -> out int32 (fp8 bytes) [rows, K/4] and unit fp32 [rows].
+    """MXFP4 codes int32 [rows, K/8], scales uint8 [rows, K/32] -> out int32 (fp8 bytes) [rows, K/4] and unit fp32
+    [rows].
 
-    A row's bytes times its unit are its values, divided by g if SCALED. ROW_GROUPS is K/32 rounded up to a power of two.
-    A step takes GROUPS groups.
+    A row's bytes times its unit are its values, divided by g if SCALED. ROW_GROUPS is K/32 rounded up to a power of
+    two. A step takes GROUPS groups.
 
     Every 128 channels are stored as two halves: the channels 0..3 of every 8, then the channels 4..7. A look-up gives
-    them in this order. With LANE_ORDER, for the fused product (K % 128 = 0), the first words of the four groups of a half
-    come first, then the second ones (`gemm._to_lanes`). Both operands of a product have the same order, so the order
-    cancels. Where K is not a multiple of 128, the last, shorter part has halves of its own. Grid (rows, programs a row)."""
+    them in this order. With LANE_ORDER, for the fused product (K % 128 = 0), the first words of the four groups of a
+    half come first, then the second ones (`gemm._to_lanes`). Both operands of a product have the same order, so the
+    order cancels. Where K is not a multiple of 128, the last, shorter part has halves of its own. Grid (rows, programs
+    a row)."""
     wait_inputs(PDL)
     r, first_step, stride = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     _upcast_fp8(r, first_step, stride, codes, scales, g, unit, out, K, ROW_GROUPS, E4M3, SCALED, GROUPS, LANE_ORDER)
