@@ -1,6 +1,6 @@
 """Machine code of the kernels, compiled for GPUs that are not here: native FP4 on Blackwell, tensor cores elsewhere.
 
-Needs Triton, no GPU. What the dispatcher can choose is compiled as it would be launched.
+Needs Triton, but no GPU. Every kernel that can be chosen is compiled as it would be launched.
 """
 
 import functools
@@ -240,7 +240,7 @@ def compile_norm(k, plan, cc):
 
 
 def choices(format, capability):
-    """(kernel, shape) of every kernel the dispatcher can choose there; what differs only in how many parts K has, once."""
+    """(kernel, shape) of every kernel that can be chosen there; kernels that differ only in split_k count once."""
     found = {}
     for rows, (n, k) in itertools.product(ROWS, SHAPES):
         kernel = triton_choose.choose(format, rows, n, k, capability)
@@ -274,7 +274,7 @@ def test_products_are_native_on_blackwell(cc, format):
 
 
 def test_a_silent_fallback_is_seen():
-    """The check above is red where it should be: 64 rows on sm_100 become f16 without a word."""
+    """The check above can fail: 64 rows on sm_100 become f16 without a warning."""
     compiled = compile_linear("mxfp4", 4096, 4096, triton_choose.Scaled(64, 64, 256, 4, 3), 100)
     assert "kind::f16" in compiled.asm["ptx"] and "block_scale" not in compiled.asm["ptx"]
 
@@ -296,7 +296,8 @@ def hopper(format, kernel, n, k):
 
 
 def main_loops(code: str, products: int = 1) -> list[str]:
-    """The innermost loops around so many of the tensor core's instructions: one for each warpgroup with a part of its own."""
+    """The innermost loops around so many of the tensor core's instructions: one for each warpgroup with code of its
+    own."""
     lines = code.splitlines()
     labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith(".L_x")}
     found_at = [i for i, line in enumerate(lines) if "GMMA." in line]
@@ -313,8 +314,8 @@ def main_loops(code: str, products: int = 1) -> list[str]:
 
 
 def overwritten_too_early(loop: str) -> list[str]:
-    """Instructions that write a register which a product in front of them may still read: its left operand, until the wait.
-    The ptxas of Triton 3.6 makes such code, and the results are wrong; that of 3.9 has not been seen to."""
+    """Instructions that write a register which an earlier product may still read. A product reads its left operand
+    until the wait. The ptxas of Triton 3.6 makes such code, with wrong results; the one of 3.9 has not been seen to."""
     reading, found = set(), []
     for line in loop.splitlines():
         instruction = re.search(r"\*/\s+(?:@!?U?P\d+ )?([A-Z]\S*)\s+(?:U?P\d+, )?(.*)", line)
@@ -334,13 +335,13 @@ def overwritten_too_early(loop: str) -> list[str]:
 
 
 def nothing_runs_on(loop: str) -> bool:
-    """Whether the loop's last product is waited for in the loop: then no ptxas can give its registers away."""
+    """Whether the loop waits for its last product. Then no ptxas can reuse the product's registers too early."""
     last = re.findall(r"GMMA\.|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d+", loop)[-1]
     return last.endswith("gsb0, 0x0")
 
 
 def test_overwritten_registers_are_seen():
-    """The check below is red where it should be: the second product's operand is written before it is waited for."""
+    """The check below can fail: the second product's operand is written before the wait."""
     code = """
         /*0010*/ QGMMA.64x128x32.F32.E5M2.E5M2 R24, R88, gdesc[UR16], R24 ;
         /*0020*/ QGMMA.64x128x32.F32.E5M2.E5M2 R24, R96, gdesc[UR12], R24, gsb0 ;
@@ -352,14 +353,16 @@ def test_overwritten_registers_are_seen():
     assert "R97" in found
 
 
-# Registers kept in local memory, of 112 that each of four warpgroups has: not worth another tile (an H100's tuning run).
+# Registers that spill to local memory, of the 112 that each of four warpgroups has. Another tile is not faster (an
+# H100's tuning run).
 SPILLED = {triton_choose.Hopper(256, 128, 4, 1, 4): 12}
 
 
 @both
 def test_hopper_products_stay_in_registers(format):
-    """Weights go from the decoder's registers to the tensor core, x from where it was loaded to: in the loop nothing is stored
-    in shared memory, nothing spills. What does, costs several times what it computes."""
+    """Weights go from the decoder's registers to the tensor core, x from where it was loaded to. The loop stores
+    nothing in
+    shared memory and spills nothing: either would cost several times the computation."""
     for kernel, (n, k) in choices(format, (9, 0)):
         code, shared = hopper(format, kernel, n, k)
         assert shared <= 227 * 1024, kernel
@@ -371,7 +374,8 @@ def test_hopper_products_stay_in_registers(format):
             assert not overwritten_too_early(2 * loop), kernel
             assert nothing_runs_on(loop), kernel
         elif isinstance(kernel, triton_choose.Hopper):
-            # A step is 128 channels of 64 weight rows for each warpgroup: 4 products in fp8, 8 in bf16, for 192 rows of x twice.
+            # A step is 128 channels of 64 weight rows for each warpgroup: 4 products in fp8, 8 in bf16. 192 rows of x
+            # take twice as many.
             expected = (4 if format == "mxfp4" else 8) * (1 + (kernel.block_m == 192))
             loops = main_loops(code, expected)
             assert len(loops) == kernel.warpgroups and "UTMALDG" in code, kernel
@@ -395,9 +399,10 @@ def test_no_fp8_conversion_in_the_nvfp4_quantizer(rule, block, tile):
 
 @pytest.mark.parametrize("lanes", [False, True])
 @pytest.mark.parametrize("k", [128, 256, 512, 1024, 4096])
-def test_an_expansion_reduces_where_lanes_are_neighbours(k, lanes):
-    """Triton 3.6 exchanges values with the wrong lanes where those of a row are not neighbours: at 256 and 512 channels a row's
-    largest scale was that of half of them, once the layout of the steps had been taken over. A vector alone has no such."""
+def test_an_upcast_reduces_where_lanes_are_neighbours(k, lanes):
+    """Triton 3.6 exchanges values with the wrong lanes where the lanes of a row are not neighbours. In the layout of
+    the steps, the largest scale of a row of 256 or 512 channels was the largest of one half. A vector has no such
+    layout."""
     from wush_compile.kernels.triton.linear.upcast import upcast_fp8_kernel
 
     pointers = dict(codes="*i32", scales="*u8", unit="*fp32", out="*i32")

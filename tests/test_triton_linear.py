@@ -1,4 +1,5 @@
-"""Triton's products against float64 of the same operands, on a GPU: every kernel, every extra operand, every edge."""
+"""Triton's products against float64 of the same operands, on a GPU: every kernel, every optional operand, edge
+cases."""
 
 import itertools
 import os
@@ -106,8 +107,8 @@ CASES = [(format, kernel) for format in KERNELS for kernel in KERNELS[format]]
     ],
 )
 def test_linear_is_the_exact_product(format, kernel, m, n, k):
-    """fp32 output within the accumulator's error of the float64 product of the same operands, with every extra
-    operand."""
+    """fp32 output is within the accumulator's error of the float64 product; bf16 output adds one rounding. Also with
+    every optional operand."""
     if isinstance(kernel, Fused) and k % (kernel.block_k * kernel.split_k):
         return
     c, s, wc, ws = operands(format, m, n, k)
@@ -127,7 +128,7 @@ def test_linear_is_the_exact_product(format, kernel, m, n, k):
 
 @pytest.mark.parametrize("multiprocessors", [1, 4, 7, 108, 114, 132])
 def test_the_parts_of_a_tile_lie_in_one_round_of_programs(multiprocessors):
-    """So that a program waits only for lower numbers, which a GPU places first."""
+    """Then a program waits only for lower numbers, which a GPU places first."""
     for tiles, most in itertools.product(range(1, 300), (1, 2, 3, 4, 7, 8)):
         tail, split = triton_choose.split_tail(tiles, most, multiprocessors)
         whole, programs = tiles - tail, min(tiles + tail * (split - 1), multiprocessors)
@@ -143,7 +144,8 @@ def test_the_parts_of_a_tile_lie_in_one_round_of_programs(multiprocessors):
     [(64, 6, 3, 3), (64, 12, 4, 9), (64, 44, 2, 1), (64, 400, 8, 45), (64, 45, 5, 0), (192, 16, 2, 2)],
 )
 def test_tiles_behind_the_last_whole_wave_are_done_in_parts(format, rows, multiprocessors, split, tail, monkeypatch):
-    """45 tiles, or 18 of 128 and 64 rows of x; of 8 steps, which 3 parts do not divide. The same bits every time."""
+    """45 tiles, or 18 tiles of 128 + 64 rows of x, of 8 steps, which 3 parts do not divide. Every run gives the same
+    bits."""
     tiles = 45 if rows == 64 else 18
     assert triton_choose.split_tail(tiles, split, multiprocessors) == (tail, split)
     c, s, wc, ws = operands(format, 300, 1040, 1024)
@@ -177,7 +179,7 @@ def test_a_triton_whose_gluon_fails_is_told_once_and_replaced(monkeypatch, caplo
         for _ in range(2):
             y = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, "mxfp4", torch.bfloat16)
             assert (y == 7).all()  # the library's
-        with pytest.raises(AttributeError):  # what is asked for by name fails as it does
+        with pytest.raises(AttributeError):  # a kernel asked for by name raises its own error
             triton_linear.fp4_linear(
                 c, s, None, wc, ws, None, None, None, "mxfp4", torch.bfloat16, Hopper(128, 64, 2, 1, 8)
             )
@@ -202,7 +204,8 @@ def test_linear_of_any_width(format, m, n, k):
 @gpu
 @pytest.mark.parametrize("m", [1, 9, 30, 64, 128, 300, 1100])
 def test_precise_sums(m):
-    """Outlier channels at K = 12288: the fp8 accumulator shows; with `precise` the fp32 sum's error is left."""
+    """Outlier channels at K = 12288 show the fp8 accumulator's error. With `precise` only the fp32 sum's error is
+    left."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     x = torch.randn(m, 12288, device=DEVICE, generator=generator)
     x *= torch.exp(1.5 * torch.randn(12288, device=DEVICE, generator=generator))
@@ -274,7 +277,7 @@ def test_not_finite_rows_stay_in_their_rows(format, m):
 
 @gpu
 def test_weights_outside_e4m3_take_another_kernel():
-    """Large batches compute in e4m3, which holds 15 octaves; a weight with more is exact all the same."""
+    """Large batches compute in e4m3, which holds 15 octaves. A weight with more octaves is exact too."""
     c, s, wc, ws = operands("mxfp4", 1100, 256, 1024, octaves=0)
     ws = ws.clone()
     ws[:, ::2] -= 18
@@ -331,7 +334,8 @@ def test_a_weight_is_settled_from_its_second_use_until_it_is_written():
 
 @both
 def test_weights_are_read_early_only_if_they_were_there_before(format, monkeypatch):
-    """`hopper` is told so from a weight's second use on, its largest scales included: inside a capture these may be new."""
+    """`hopper` prefetches from a weight's second use on. The largest scales must have been there too: a capture may
+    have just made them."""
     from wush_compile.kernels.triton.linear import hopper as triton_hopper
 
     seen = []
@@ -395,7 +399,7 @@ def test_precise_is_an_environment_variable(monkeypatch):
 
 @both
 def test_wrong_operands_are_errors(format):
-    """What a kernel would read beyond, or take for something else, is refused by shape, dtype and device."""
+    """An operand whose shape, dtype or device would make a kernel read other memory or misread values is an error."""
     fmt = FORMATS[format]
     good = dict(
         codes=torch.zeros(3, 64, dtype=torch.uint8),
@@ -426,7 +430,8 @@ def test_wrong_operands_are_errors(format):
 @gpu
 @pytest.mark.parametrize("g", [0.25, 10.0, None])
 def test_global_scales_of_the_library(g):
-    """A power of two goes into the operands, another one comes after the sum: one rounding either way."""
+    """A global scale that is a power of two goes into the operands, another one is applied after the sum. Both round
+    once."""
     c, s, wc, ws = operands("nvfp4", 300, 512, 1024)
     g = None if g is None else scalar(g)
     residual = torch.randn(300, 512, device=DEVICE).bfloat16()
@@ -487,7 +492,8 @@ print("same")
 
 
 def test_int4_interpreted():
-    """The same kernel under Triton's interpreter, without a GPU; in its own process, since the choice is made at import."""
+    """The same kernel under Triton's interpreter, without a GPU. In a process of its own, because Triton reads
+    TRITON_INTERPRET at import."""
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=env)
     assert run.stdout.strip().endswith("same"), run.stderr[-2000:]
@@ -517,22 +523,23 @@ upcast._look_up = look_up                       # the interpreter knows no assem
 torch.manual_seed(0)
 for m, n, k in ((3, 5, 256), (2, 7, 576)):
     octaves = torch.randint(-4, 4, (m, k // 32)).float().repeat_interleave(32, 1)
-    q, v = formats.quantize(torch.randn(m, k) * torch.exp2(octaves), "mxfp4", "absmax"), formats.quantize(
-        torch.randn(n, k), "mxfp4", "absmax")
+    q = formats.quantize(torch.randn(m, k) * torch.exp2(octaves), "mxfp4", "absmax")
+    v = formats.quantize(torch.randn(n, k), "mxfp4", "absmax")
     x, w = torch.zeros(m, k, dtype=torch.float8_e5m2), torch.zeros(n, k, dtype=torch.float8_e4m3fn)
     x_unit, w_unit, g = torch.zeros(m), torch.zeros(n), torch.tensor([4.0])
     words, groups = [t.view(torch.int32) for t in (q[0], x, v[0], w)], triton.next_power_of_2(k // 32)
-    upcast.upcast_both_kernel[(m + n,)](
-        words[0], q[1], g, x_unit, words[1], words[2], v[1], None, w_unit, words[3], m, k, groups, True, False, groups, False)
+    both = (words[0], q[1], g, x_unit, words[1], words[2], v[1], None, w_unit, words[3])
+    upcast.upcast_both_kernel[(m + n,)](*both, m, k, groups, True, False, groups, False)
     order = torch.cat([c[h] for c in torch.arange(k).split(128) for h in (c % 8 < 4, c % 8 >= 4)])
     for out, unit, packed, scale in ((x, x_unit, q, g), (w, w_unit, v, None)):
-        assert torch.equal(out.float() * unit[:, None], formats.dequantize(*packed, "mxfp4", scale)[:, order]), (m, n, k)
+        want = formats.dequantize(*packed, "mxfp4", scale)[:, order]
+        assert torch.equal(out.float() * unit[:, None], want), (m, n, k)
 print("same")
 """
 
 
-def test_expansions_interpreted(tmp_path):
-    """Both operands of the library's product, each value exact, in the order that both have."""
+def test_upcasts_interpreted(tmp_path):
+    """Both operands of the library's product are exact, with their channels in the same order."""
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     script = tmp_path / "expanded.py"  # Triton reads a kernel's source from its file
     script.write_text(EXPANDED)
