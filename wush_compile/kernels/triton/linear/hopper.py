@@ -26,9 +26,9 @@ start_next = gluon.jit(overlap.start_next.fn)
 
 STEP_K = gl.constexpr(128)  # channels of a step: one panel of x (`upcast.py`)
 STEP_WORDS = gl.constexpr(16)  # int32 words of codes of a step, in a weight row
-# Registers of a thread. A multiprocessor has 65,536, and a warpgroup 128 threads. Two warpgroups take 2 * 128 * 240 =
-# 61,440, four take 4 * 128 * 112 = 57,344. The copying warp counts as a warpgroup of 24, the least that can be set:
-# 3,072. With 120 instead of 112, four warpgroups and the copying warp would exceed the 640 * 96 = 61,440 of the launch.
+# Registers of a thread, for all warpgroups but the first, which gets what is left. A multiprocessor has 65,536 and a
+# warpgroup 128 threads: two warpgroups of 240 take 61,440, four of 112 take 57,344. Four of 120 would take 61,440, all
+# that the launch has (640 threads of 96). The copying warp needs few; 24 is the least that can be set.
 REGISTERS_OF_2 = gl.constexpr(240)
 REGISTERS_OF_4 = gl.constexpr(112)
 REGISTERS_TO_COPY = gl.constexpr(24)
@@ -85,7 +85,10 @@ def _produce(
     SPLIT: gl.constexpr,
 ):
     """The copying warp: copies the steps of a program's work items, as far ahead as there are stages. With `prefetch`
-    it copies the first weights while the kernel in front still runs."""
+    it copies the first weights while the kernel in front still runs.
+
+    read: (w, x, x_extra, buffers, sizes, prefetch). buffers: (tiles of w, of x, of x_extra, barriers of full stages, of
+    empty ones). sizes: (M, work_items, whole_tiles, split_k)."""
     w, x, x_extra, buffers, sizes, prefetch = read
     w_tiles, x_tiles, x_extra_tiles, full, empty = buffers
     work_items = sizes[1]
@@ -153,7 +156,10 @@ def _consume(
     WARPGROUPS: gl.constexpr,
 ):
     """One of a program's multiplying warpgroups: its share of every work item. Four warpgroups have no registers left
-    for a loop over work items; their programs do one each."""
+    for a loop over work items; their programs do one each.
+
+    use: (buffers, operands, sizes). operands: (w_scales, w_top, x_unit, (gx, gw, bias, residual), out, partials,
+    arrivals)."""
     buffers, operands, sizes = use
     M, work_items, whole_tiles, split_k = sizes
     TILE_M: gl.constexpr = BLOCK_M + EXTRA_M
