@@ -23,6 +23,7 @@ from wush_compile.kernels import cuda
 from wush_compile.kernels.triton.calibration import gptq as triton_gptq
 from wush_compile.kernels.triton.calibration import moments as triton_gram
 from wush_compile.kernels.triton.linear import fp4_linear as triton_linear
+from wush_compile.kernels.triton.linear import launch as triton_launch
 from wush_compile.kernels.triton.linear.choose import Fused, Gemv, Hopper
 from wush_compile.kernels.triton.quantize import fused as triton_fused
 from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
@@ -200,7 +201,7 @@ def product_cases() -> Iterator[Case]:
                 dtype = torch.bfloat16 if full or kernel == "library" else torch.float32
                 x, w = packed(m, k, format), packed(n, k, format)
                 # As on a GPU of four multiprocessors: several tiles for a program, and some behind the last whole wave.
-                with mock.patch.object(triton_linear, "multiprocessors", lambda device: 4):
+                with mock.patch.object(triton_launch, "multiprocessors", lambda device: 4):
                     run = [
                         triton_linear.fp4_linear(*x, gx, *w, gw, bias, residual, format, dtype, kernel, precise)
                         for _ in range(2)

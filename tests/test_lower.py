@@ -144,7 +144,7 @@ def test_packages_for_a_gpu_launch_one_kernel_for_any_number_of_rows(format, hop
         assert len(programs("transform_quantize_kernel", m)) == 1, m
         products = programs("gemv_kernel", m), programs("fused_gemm_kernel", m)
         assert [len(p) for p in products] == ([1, 0] if m == 1 else [0, 1]), (m, products)
-        assert len(programs("expand_fp8_kernel", m)) + len(programs("expand_bf16_kernel", m)) <= 1
+        assert len(programs("upcast_fp8_kernel", m)) + len(programs("upcast_bf16_kernel", m)) <= 1
     assert not any(sum(programs(name, 0)) for name, _ in grids)
 
 
