@@ -37,10 +37,10 @@ PLANS += [
 INTERPRETED = """
 import torch
 from torch.nn import functional as F
-from wush_compile import fused_ops, ops
-from wush_compile.kernels.triton_memory import workspace
-from wush_compile.kernels.triton_norm import Plan, norm_quantize
-from wush_compile.kernels.triton_tiles import Tile
+from wush_compile.kernels.triton.common.memory import workspace
+from wush_compile.kernels.triton.quantize.norm import Plan, norm_quantize
+from wush_compile.kernels.triton.quantize.tiles import Tile
+from wush_compile.ops import core as ops, fused as fused_ops
 generator = torch.Generator().manual_seed(0)
 narrow, walking = Tile(16, 32, 1, 1, 4), Tile(16, 64, 2, 2, 4)
 cases = [(*shape, "rms_rounded") for shape in ((3, 96), (35, 64), (5, 1120))] + [(35, 64, "layer_norm")]
