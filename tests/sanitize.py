@@ -27,7 +27,6 @@ from wush_compile.kernels.triton.linear.choose import Fused, Gemv, Hopper
 from wush_compile.kernels.triton.quantize import fused as triton_fused
 from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
 from wush_compile.kernels.triton.quantize.tiles import Tile
-from wush_compile.kernels.triton.quantize.transform import block_transform
 from wush_compile.ops import fused as fused_ops
 
 Case = tuple[str, Callable[[], object]]  # name, call
@@ -211,16 +210,6 @@ def product_cases() -> Iterator[Case]:
 
 
 def other_cases() -> Iterator[Case]:
-    for dtype, block, shared, m in itertools.product(
-        (torch.bfloat16, torch.float32), (16, 32, 64, 128), (False, True), (3, 129)
-    ):
-
-        def call(dtype=dtype, block=block, shared=shared, m=m):
-            return block_transform(
-                rows(m, 1536, dtype), normal(1 if shared else 1536 // block, block, block, dtype=dtype)
-            )
-
-        yield f"block transform {dtype} {block} shared={shared} {m} rows", call
     for m, k, block in ((1, 64, 32), (70, 96, 16), (300, 576, 32), (1000, 1536, 64), (129, 512, 128), (17, 64, None)):
 
         def call(m=m, k=k, block=block):
