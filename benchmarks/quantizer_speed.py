@@ -27,7 +27,7 @@ from wush_compile.kernels.triton.quantize import (
 from wush_compile.kernels.triton.quantize import (
     transform_quantize as triton_quantize,
 )
-from wush_compile.kernels.triton.quantize.norm import Plan
+from wush_compile.kernels.triton.quantize.norm import NormPlan
 from wush_compile.kernels.triton.quantize.tiles import Tile, choose_tile
 from wush_compile.ops import core as ops
 
@@ -193,25 +193,25 @@ def tune() -> list[dict]:
     return rows
 
 
-def norm_plans(m: int, k: int) -> list[Plan]:
+def norm_plans(m: int, k: int) -> list[NormPlan]:
     """What is in use first."""
     chosen = triton_norm.choose_plan(m, k, 32)
-    plans = [chosen, Plan("apart", choose_tile(m, k, 32), 1)]
+    plans = [chosen, NormPlan("apart", choose_tile(m, k, 32), 1)]
     if m <= 16:
         rows = triton.next_power_of_2(m)
         plans += [
-            Plan("own", Tile(16, w, 1, 1, warps), rows) for w in (32, 64) for warps in (1, 2, 4, 8) if 2 * warps >= rows
+            NormPlan("own", Tile(16, w, 1, 1, warps), rows) for w in (32, 64) for warps in (1, 2, 4, 8) if 2 * warps >= rows
         ]  # else a thread's sums do not fit its registers
     if m <= 64:
         plans += [
-            Plan("ahead", Tile(16, w, 1, 1, warps), rows, 0)
+            NormPlan("ahead", Tile(16, w, 1, 1, warps), rows, 0)
             for w, warps in ((32, 1), (32, 2), (64, 1), (64, 4))
             for rows in (1, 2)
         ]
     else:
         walks = ((1, 1), (2, 2), (4, 3)) if m * k <= 2**22 else ((2, 2), (4, 3), (8, 3))
         plans += [
-            Plan("ahead", Tile(64, 64, tiles, stages, 4), rows, ahead)
+            NormPlan("ahead", Tile(64, 64, tiles, stages, 4), rows, ahead)
             for tiles, stages in walks
             for rows in (1, 2, 4)
             for ahead in (0, 128, 256, 512, 1024)
@@ -219,7 +219,7 @@ def norm_plans(m: int, k: int) -> list[Plan]:
     return list(dict.fromkeys(plans))
 
 
-def norm_call(k: int, plan: Plan | None):
+def norm_call(k: int, plan: NormPlan | None):
     weight, (t, _) = torch.ones(k, device="cuda").bfloat16(), operands(k, "mxfp4", "blocks")
     if plan is None:
         return lambda x: triton_quantize.transform_quantize(x, t, None, "mxfp4", "absmax")
