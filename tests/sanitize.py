@@ -1,11 +1,11 @@
 """Every kernel once or twice, at sizes that fill no tile, for compute-sanitizer (not collected by pytest).
 
-    export PYTORCH_NO_CUDA_MEMORY_CACHING=1                             else reads past a tensor stay inside a larger block
-    python tests/sanitize.py --part 0/16                                compiles what Triton needs, a process a part
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1                       else a read past a tensor stays in a larger block
+    python tests/sanitize.py --part 0/16                          compiles what Triton needs, one process a part
     compute-sanitizer --error-exitcode 1 --tool memcheck python tests/sanitize.py --part 0/16
 
-and with `--tool racecheck`, `--tool initcheck`. Operands are made on the CPU, so that the sanitizer sees little but the
-kernels in question, and results are copied back, which initcheck reports if a byte of them was never written.
+and with `--tool racecheck`, `--tool initcheck`. Operands are made on the CPU, so that the sanitizer sees little but these
+kernels. Results are copied back, so that initcheck reports any byte that was never written.
 """
 
 import argparse
@@ -241,7 +241,8 @@ def other_cases() -> Iterator[Case]:
 
 
 def csrc_cases() -> Iterator[Case]:
-    """Nothing where there is no library for this GPU. On Hopper the product is the one with the FP4 instruction emulated."""
+    """Nothing where there is no library for this GPU. On Hopper the product is the one with the FP4 instruction
+    emulated."""
     if cuda.unavailable(torch.cuda.get_device_capability()):
         return
     kinds = itertools.product(RULES, ("none", "shared", "distinct"), (False, True))

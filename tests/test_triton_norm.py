@@ -86,8 +86,12 @@ def test_plans_fit_what_they_are_for():
             assert plan.way != "own" or rows <= plan.rows or plan.rows == height
             # Both halves of a counter of arrivals: 15 bits.
             assert height // plan.rows < 2**15 and triton.cdiv(width, plan.tile.columns) < 2**15
-            if rows == 2**20 and block == 0:
-                assert plan.way == "apart"
+            assert plan.way == (
+                "own" if rows <= FEW_ROWS else "ahead" if triton.cdiv(rows, height) <= 2**14 else "apart"
+            )
+            if plan.way == "ahead":  # as many values between a row's statistics and its tiles as fit into L2
+                assert plan.ahead * width >= 2**22 - width and plan.ahead >= 128
+    assert choose_plan(2**20, 4096, 0).way == "apart"
 
 
 # -- on a GPU --------------------------------------------------------------------------------------------------------

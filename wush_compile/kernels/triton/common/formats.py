@@ -1,8 +1,10 @@
-"""MXFP4 and NVFP4 inside a Triton kernel: scale rules, rounding, packing, decoding; `formats.py`, bit for bit.
+"""MXFP4 and NVFP4 inside a Triton kernel: scale rules, rounding, decoding; the same bits as the package's `formats.py`.
 
 Nothing here uses a tensor cast to or from fp8: ptxas 12.8 and 12.9 read an undefined register when one thread converts
-several fp32 values to e4m3 and back on sm_90. Scales are rounded and decoded in integer and fp32 arithmetic, which is
-also what lets these functions run on any GPU and under Triton's interpreter.
+several fp32 values to e4m3 and back on sm_90. Scales are rounded and decoded in integer and fp32 arithmetic. For the
+same reason these functions run on any GPU and under Triton's interpreter.
+
+`SM` is the newest instruction set that a function may use: 80, 86 or 100, or 0 for no assembly (`quantize/tiles.py`).
 
 Kernels that call these are compiled with `enable_fp_fusion=False`: `mse` is defined without fused multiply-add.
 """
@@ -12,7 +14,7 @@ import triton.language as tl
 
 INF_BITS = tl.constexpr(0x7F800000)
 ABS_BITS = tl.constexpr(0x7FFFFFFF)
-MX_LIMIT = tl.constexpr(0x71800000)  # bits of 2^100: sums of rounding at larger values could overflow
+MX_LIMIT = tl.constexpr(0x71800000)  # bits of 2^100: at larger values the sums that round could overflow
 MX_NAN = tl.constexpr(0xFF)
 NV_NAN = tl.constexpr(0x7F)
 
@@ -35,7 +37,7 @@ def exp2(n):
 
 @triton.jit
 def _step_sum(a):
-    """(c, a + c) for a in [0, 8]: c = 2^(e + 22), e = the exponent of max(a, 1), so that the sum is rounded, half to
+    """(c, a + c) for a in [0, 8]: c = 2^(e + 22), e = the exponent of max(a, 1). So the addition rounds a, half to
     even, to a multiple of 2^(e - 1), which is e2m1's spacing there."""
     c = bits_float((float_bits(tl.maximum(a, 1.0)) & INF_BITS) + (22 << 23))
     return c, a + c
@@ -58,7 +60,7 @@ def e4m3_encode(x):
 
 @triton.jit
 def e4m3_decode(byte):
-    """e4m3 byte as int32, not NaN -> fp32: shifted into fp32's fields it is the value times 2^-120, subnormals too."""
+    """e4m3 byte as int32, not NaN -> fp32. In fp32's fields the byte is the value times 2^-120, subnormals included."""
     return bits_float(byte << 20) * 1.329227995784916e36
 
 
@@ -76,7 +78,8 @@ def e8m0_factor(byte):
 
 @triton.jit
 def _pairs(x, R: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr):
-    """[R, N, 2*HALF] -> [R, N, HALF], element 2i plus 2i + 1: a sum of two has no order, whatever the layout."""
+    """[R, N, 2*HALF] -> [R, N, HALF], element 2i plus 2i + 1. A sum of two has no order, so the layout does not
+    matter."""
     return tl.sum(tl.reshape(x, (R, N, HALF, 2)), axis=3)
 
 
@@ -113,12 +116,12 @@ def squared_error(y, inverse, unit, SM: tl.constexpr, R: tl.constexpr, N: tl.con
         a = tl.abs(y * factor)
         c, total = _step_sum(tl.minimum(a, 8.0))
         d = (a - tl.minimum(total - c, 6.0)) * weight
-        # Not d * d: where a compiler may contract, it would take the product and the first sum for one operation.
+        # Not d * d: a compiler that may contract would fuse the product with the first sum.
         terms = tl.fma(d, d, 0.0)
     return tree_sum(terms, R, N, G)
 
 
-# The terms of `formats._halved_scale_gain`. Clamping to [0, 1] costs nothing: it modifies additions and products.
+# The terms of `formats._halved_scale_gain`. Clamping to [0, 1] is free, as a modifier of additions and products.
 _GAIN_PTX = tl.constexpr(
     "{ .reg .f32 a, u, g, p; abs.f32 a, $1; fma.rn.f32 u, a, $2, 0fBF000000; abs.f32 u, u; "
     "add.rn.f32 u, u, 0fBE800000; abs.f32 u, u; sub.rn.sat.f32 g, 0f3E000000, u; "
@@ -163,8 +166,8 @@ def _nv_byte(amax, g, LARGEST: tl.constexpr):
 
 @triton.jit
 def nv_scale(y, amax, g, RULE: tl.constexpr, R: tl.constexpr, N: tl.constexpr, SM: tl.constexpr = 0):
-    """e4m3 bytes (int32 [R, N]) of groups y [R, N, 16]; g: the global scale, fp32. PTX, as `pack_codes`, is for values
-    of at most 2^100 times their scale."""
+    """e4m3 bytes (int32 [R, N]) of groups y [R, N, 16]; g: the global scale, fp32. With SM > 0, for
+    values of at most 2^100 times their scale."""
     byte = _nv_byte(amax, g, 6.0)
     if RULE == "mse":
         narrow = _nv_byte(amax, g, 4.0)
@@ -183,7 +186,7 @@ def _nan_max(a, b):
 
 @triton.jit
 def _nan_max_magnitude(a, b):
-    """The larger magnitude with some sign: taking absolute values would be an instruction more."""
+    """The larger magnitude, with some sign: absolute values would need one more instruction."""
     return tl.inline_asm_elementwise(
         "max.NaN.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
     )

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from ....formats import FORMATS
-from ..common.memory import Workspace, is_power_of_two, row_facts, settled, workspace
+from ..common.memory import Workspace, is_power_of_two, row_facts, mark_used_and_was_settled, workspace
 from ..common.overlap import overlaps
 from .choose import Fused, Gemv, Hopper, Int4, Scaled, choose, give_up_gluon, parts, precise_by_default
 from .expand import expand_bf16_kernel, expand_both_kernel, expand_fp8_kernel
@@ -59,7 +59,7 @@ class Operands(NamedTuple):
 def run_gemv(o: Operands, tile: Gemv, out: Tensor) -> None:
     m, n, k = o.sizes
     bk = min(tile.bk, max(triton.next_power_of_2(k), 128))
-    pdl = overlaps(out.device.index) and settled(o.w_codes) and settled(o.w_scales)
+    pdl = overlaps(out.device.index) and mark_used_and_was_settled(o.w_codes) and mark_used_and_was_settled(o.w_scales)
     gemv_kernel[(triton.cdiv(n, tile.bn),)](
         o.codes.view(torch.int32),
         o.scales,
@@ -175,7 +175,7 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
     m, n, k = o.sizes
     top = row_facts(o.w_scales).top if o.mx else None
     # A list: each is looked at, and so used. Inside a capture `top` may be made by the kernel in front.
-    early = all([settled(t) for t in (o.w_codes, o.w_scales, top) if t is not None])  # noqa: C419
+    early = all([mark_used_and_was_settled(t) for t in (o.w_codes, o.w_scales, top) if t is not None])  # noqa: C419
     x, unit, gx = expand_x(o)
     tiles = triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm)
     full = multiprocessors(out.device.index)

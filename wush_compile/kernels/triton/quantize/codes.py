@@ -10,13 +10,14 @@ from ..common.formats import e2m1_code
 def _pack_ptx(values, byte, sm, most):
     """PTX that leaves the codes of 8 floats, the registers `values`, in register `word`, the first in its low nibble.
 
-    byte: the register with the e8m0 byte of their group, if they are not yet multiplied by its inverse, or "".
-    ptx: 2 for sm_86 and later, 1 before. most: what no magnitude exceeds, 6 or 10, or 0 if any may occur.
+    byte: the register with the e8m0 byte of the group, if the values are not yet multiplied by its inverse; else "".
+    sm: as `Spec.sm`. most: a bound of the magnitudes, 6 or 10; 0: no bound.
 
-    Without Blackwell's instruction a magnitude a is rounded by adding c = p * 2^22, p the power of two of max(a, 1), as
-    `_step_sum`; c has 214 of p's half steps more, which makes the low byte of sum + (sum >> 22) the code. Of two sums,
-    one 16 times, the integer sum is taken first: their fields do not meet. In a group's own units p is the power of two
-    of max(a, 2^(byte - 127)), and c has so many half steps more or less that the exponent's share is the same."""
+    Without Blackwell's instruction, adding c = p * 2^22 rounds a magnitude a, as in `_step_sum`; p is the power of two
+    of max(a, 1). c has 214 more of p's half steps, so that the low byte of sum + (sum >> 22) is the code. Two sums
+    share one word: 16 times the second is added to the first as integers, and their fields do not overlap. In a
+    group's own units p is the power of two of max(a, 2^(byte - 127)); c has more or fewer half steps, so that the
+    share of the exponent in the code is the same."""
     if sm >= 100:
         lines = ["{ .reg .b8 t0, t1, t2, t3; .reg .b32 i; .reg .f32 f; .reg .f32 v<8>;"]
         if byte:
@@ -49,7 +50,7 @@ def _pack_ptx(values, byte, sm, most):
             lines.append(f"fma.rn.f32 a, p, c, a; mov.b32 {target}, a;")
         lines.append(f"mad.lo.u32 s{j}, h, 16, l; shr.u32 h, s{j}, 22; add.u32 s{j}, s{j}, h;")
     lines.append("prmt.b32 s0, s0, s1, 0x40; prmt.b32 s2, s2, s3, 0x40; prmt.b32 s0, s0, s2, 0x5410;")
-    if most == 10:  # above 7 the code is 8 so far, and must be 7
+    if most == 10:  # above 7 the code is 8 so far, but must be 7
         lines.append("and.b32 l, s0, 0x88888888; shr.u32 l, l, 3; sub.u32 s0, s0, l;")
     return " ".join(lines) + " mov.b32 word, s0; } " + _signs_ptx(values)
 
@@ -106,8 +107,7 @@ def _store_constraints(words, by_group, masked):
 
 @triton.jit
 def pack_codes(v, SM: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """fp32 [R, W] -> two codes a byte, uint8 [R, W/2]. PTX: by assembly, 2 for sm_86 and later,
-    1 before, 0 in the interpreter; NATIVE: Blackwell's."""
+    """fp32 [R, W] -> two codes a byte, uint8 [R, W/2]. SM: as `Spec.sm`."""
     low, high = tl.split(tl.reshape(v, (R, W // 2, 2)))
     if SM > 0:
         return tl.inline_asm_elementwise(
@@ -131,7 +131,7 @@ def _eighths(y, R: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _neighbours(y, WORDS: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
-    """[R, 8*WORDS*N] -> 8*WORDS tensors [R, N]: of so many neighbours the first, the second, ..."""
+    """[R, 8*WORDS*N] -> 8*WORDS tensors [R, N]: the first of each 8*WORDS neighbours, the second, and so on."""
     if WORDS == 1:
         parts = _eighths(tl.reshape(y, (R, N, 8)), R, N)
     elif WORDS == 2:
@@ -158,15 +158,16 @@ def store_codes(
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Codes of y fp32 [R, W] to `pointer` [R, W/(8*WORDS)], 4*WORDS bytes each, where `inside` (None: everywhere), by
-    assembly: a store of Triton's would first move them between threads.
+    """Stores the codes of y fp32 [R, W] to `pointer` [R, W/(8*WORDS)], 4*WORDS bytes each, where `inside` (None:
+    everywhere). By assembly, because Triton's own store would first move the codes between threads.
 
-    BY_GROUP: of y * 2^(127 - byte), for |y| with bits below MX_LIMIT; byte [R, W/32]. MOST: as `_pack_ptx`."""
+    BY_GROUP: the codes of y * 2^(127 - byte), for |y| with bits below MX_LIMIT; byte [R, W/32]. MOST: as
+    `_pack_ptx`."""
     MASKED: tl.constexpr = inside is not None
     N: tl.constexpr = W // (8 * WORDS)
     operands = _neighbours(y, WORDS, R, N)
     if BY_GROUP:
-        # Spread over the group's channels first: so the bytes lie with the threads that hold the channels.
+        # Spread over the channels of the group first, so that the threads with the channels hold the bytes.
         spread = tl.reshape(tl.broadcast_to(byte[:, :, None], (R, W // 32, 32)), (R, W))
         operands += (_neighbours(spread, WORDS, R, N)[0],)
     operands += (pointer.to(tl.int64, bitcast=True),)
@@ -184,7 +185,8 @@ def store_codes(
 
 @triton.jit
 def store_bytes(pointer, inside, byte):
-    """int32 `byte` to uint8 `pointer` where `inside` (None: everywhere), by assembly, by whichever threads hold it."""
+    """int32 `byte` to uint8 `pointer` where `inside` (None: everywhere), by assembly: each thread stores the bytes
+    that it holds."""
     address = pointer.to(tl.int64, bitcast=True)
     if inside is None:
         tl.inline_asm_elementwise(

@@ -44,8 +44,8 @@ def dot(x, operand, SPEC: tl.constexpr):
 def clean_dot(y, x, operand, SPEC: tl.constexpr):
     """(y with zeros in groups that are not finite, bits of the groups' absolute maxima before that).
 
-    In the shared product a NaN or Inf would reach the other blocks of its row (0 * NaN). So the product is computed again
-    from the finite values, and the blocks that had others become Inf."""
+    In the shared product a NaN or Inf would reach the other blocks of its row (0 * NaN). So the product is computed
+    again from the finite values, and the blocks that had others become Inf."""
     B: tl.constexpr = SPEC.block
     R: tl.constexpr = SPEC.rows
     W: tl.constexpr = SPEC.columns

@@ -54,9 +54,9 @@ def norm_quantize_kernel(
     """`transform_quantize_kernel` of a norm of x, the prologue of SPEC.
 
     counters None: every program computes the statistics of its rows itself; SUMS.rows is at least M, or R*TILES.
-    Else counters is int32 [bands], all 0; a band is the R*TILES rows of a program. Statistics go through mean (None: not
-    centered) and scale, fp32 [M], SUMS.rows rows a program. `lead` programs of statistics, those of whole bands, come
-    before any tile. Grid (M/SUMS.rows statistics + bands * K/W tiles)."""
+    Else counters is int32 [bands], all 0; a band is the R*TILES rows of a program. Statistics go through mean (None:
+    not centered) and scale, fp32 [M], SUMS.rows rows a program. `lead` programs of statistics, those of whole bands,
+    come before any tile. Grid (M/SUMS.rows statistics + bands * K/W tiles)."""
     wait_inputs(SPEC.pdl)
     start_next(SPEC.pdl)
     ROWS: tl.constexpr = SUMS.rows
@@ -133,8 +133,8 @@ class NormPlan(NamedTuple):
 
 
 FEW_ROWS = 4  # up to so many, every program computes the statistics itself
-# Way "ahead": distance, in values, between computing a row's statistics and quantizing that row, long enough that they are
-# ready.
+# Way "ahead": distance, in values, between computing a row's statistics and quantizing that row, long enough that they
+# are ready.
 VALUES_AHEAD = 2**22
 MOST_BANDS = 2**14  # counters of a call
 
@@ -142,8 +142,8 @@ MOST_BANDS = 2**14  # counters of a call
 def choose_plan(rows: int, width: int, block: int) -> NormPlan:
     """The plan for x [rows, width] with transform blocks of `block` channels (0: no transform).
 
-    The thresholds come from `python benchmarks/quantizer_speed.py tune-norm` on one H100, with blocks of 32; its output was
-    not kept. docs/quantizer.md has the times of the plans in use."""
+    The thresholds come from `python benchmarks/quantizer_speed.py tune-norm` on one H100, with blocks of 32; its
+    output was not kept. docs/quantizer.md has the times of the plans in use."""
     tile = choose_tile(rows, width, block)
     if rows <= FEW_ROWS:
         own = min(triton.next_power_of_2(rows), tile.rows)
@@ -175,8 +175,8 @@ def norm_quantize(
 ) -> tuple[Tensor, Tensor]:
     """`wush::transform_quantize` of a norm of x [.., K] bf16 or fp16.
 
-    norm: "layer_norm", or "rms_" and a gain of `ops.fused.GAINS`; weight, bias [K] of x's dtype or None; eps a number or a
-    tensor of one."""
+    norm: "layer_norm", or "rms_" and a gain of `ops.fused.GAINS`; weight, bias [K] of x's dtype or None; eps a number
+    or a tensor of one."""
     if x.numel() == 0:
         return transform_quantize(x, transform, global_scale, format, scale_rule)
     rows, width = dense_rows(x), x.shape[-1]

@@ -20,8 +20,9 @@ from .dot import clean_dot, dot, load_operand
 from .load import apply_prologue, load_rows, load_tile, prefetch
 from .store import store_scales, store_values
 
-# An NVFP4 scale saturates where g * amax passes 448 * 6 = 2688, the largest e4m3 value times the largest e2m1 value. The
-# 0.3 % less are for the division by g, which is approximate. A limit too low costs time only: the second pass is exact.
+# An NVFP4 scale saturates where g * amax passes 448 * 6 = 2688, the largest e4m3 value times the largest e2m1 value.
+# The 0.3 % less are for the division by g, which is approximate. A limit too low costs time only: the second pass is
+# exact.
 NV_LIMIT = tl.constexpr(2680.0)
 
 
@@ -111,8 +112,8 @@ def quantize_rows(
 ):
     """The part of program number `program` of `transform_quantize_kernel`.
 
-    mean, scale: a norm's statistics, as pointers to those of all rows, or as tiles [R, 1]. arrivals: None, or what to wait
-    for (`overlap.wait_arrivals`) before these pointers are read."""
+    mean, scale: a norm's statistics, as pointers to those of all rows, or as tiles [R, 1]. arrivals: None, or what to
+    wait for (`overlap.wait_arrivals`) before these pointers are read."""
     R: tl.constexpr = SPEC.rows
     W: tl.constexpr = SPEC.columns
     G: tl.constexpr = SPEC.group
@@ -157,8 +158,8 @@ def quantize_rows(
     operand = 0.0
     if SPEC.block > 0:
         operand = load_operand(t, first, SPEC, EVEN)
-    # NaN, Inf, huge values and saturated scales are rare. They reach the limit, and then a second pass, which is right for
-    # any values, overwrites what the first one wrote.
+    # NaN, Inf, huge values and saturated scales are rare. They reach the limit, and then a second pass, which is right
+    # for any values, overwrites what the first one wrote.
     limit = MX_LIMIT
     if SPEC.format == "nvfp4":
         limit = tl.minimum(float_bits(NV_LIMIT / g), INF_BITS)

@@ -1,8 +1,9 @@
 """`Spec`: everything a quantizer kernel is compiled for, as one compile-time constant.
 
-Triton compares, hashes and prints a `Spec` by the values of its fields, so each `Spec` gets a kernel of its own, in memory
-and in the cache on disk. It has fields alone, because the cache does not see the source of a method or a property. A
-kernel puts a field into a `tl.constexpr` variable before it passes it on as a string or in a tuple: Triton 3.6 demands it.
+Triton compares, hashes and prints a `Spec` by the values of its fields, so each `Spec` gets a kernel of its own, in
+memory and in the cache on disk. It has fields alone, because the cache does not see the source of a method or a
+property. A kernel puts a field into a `tl.constexpr` variable before it passes it on as a string or in a tuple: Triton
+3.6 demands it.
 """
 
 from typing import NamedTuple
@@ -78,8 +79,8 @@ def make_spec(
 
 @triton.constexpr_function
 def gather_spec(*fields):
-    """The fields of a `Spec`, one by one, as a `Spec`. The import is inside, because a package compiles the source of this
-    function alone, without the names around it."""
+    """The fields of a `Spec`, one by one, as a `Spec`. The import is inside, because a package compiles the source of
+    this function alone, without the names around it."""
     from wush_compile.kernels.triton.quantize.spec import Spec
 
     return Spec(*fields)

@@ -1,4 +1,4 @@
-"""The statistics of a norm's rows: mean and inverse deviation, added up in one order for any number of rows and warps."""
+"""Mean and inverse deviation of a norm's rows, added up in one order for any number of rows and warps."""
 
 from typing import NamedTuple
 
@@ -31,11 +31,11 @@ def steps(width: int, rows: int, warps: int) -> int:
 
 @triton.jit
 def row_sum(pointers, shift, SQUARES: tl.constexpr, CENTERED: tl.constexpr, SUMS: tl.constexpr):
-    """fp32 [ROWS]: sums of the rows at `pointers` [ROWS, 1]; of squares if SQUARES; of the values less `shift` [ROWS] if
-    CENTERED.
+    """fp32 [ROWS]: sums of the rows at `pointers` [ROWS, 1]; of squares if SQUARES; of the values less `shift` [ROWS]
+    if CENTERED.
 
-    Each of the segment's columns first adds its own values in turn, then a tree of neighbours adds the columns. A sum of
-    two has no order, so the result is the same for any number of rows and warps."""
+    Each of the segment's columns first adds its own values in turn, then a tree of neighbours adds the columns. A sum
+    of two has no order, so the result is the same for any number of rows and warps."""
     K: tl.constexpr = SUMS.width
     ROWS: tl.constexpr = SUMS.rows
     STEPS: tl.constexpr = SUMS.steps
@@ -67,8 +67,8 @@ def row_sum(pointers, shift, SQUARES: tl.constexpr, CENTERED: tl.constexpr, SUMS
 
 @triton.jit
 def row_statistics(pointers, eps, SUMS: tl.constexpr):
-    """(mean, scale), fp32 [ROWS] each, of the rows at `pointers` [ROWS, 1]: 0 and rsqrt(mean(x^2) + eps), or, if centered,
-    the mean and rsqrt(variance + eps)."""
+    """(mean, scale), fp32 [ROWS] each, of the rows at `pointers` [ROWS, 1]: 0 and rsqrt(mean(x^2) + eps), or, if
+    centered, the mean and rsqrt(variance + eps)."""
     K: tl.constexpr = SUMS.width
     ROWS: tl.constexpr = SUMS.rows
     if SUMS.eps_tensor:

@@ -10,8 +10,9 @@ from .load import inside_mask
 
 @triton.jit
 def store_scales(scales, byte, row, left, shift, first, SPEC: tl.constexpr, MASKED: tl.constexpr):
-    """Scale bytes of one tile, int32 [R, W/G], to rows of K/G; or, if swizzled, in the order of `layouts.swizzle_scales`,
-    with the padding that lies in the tile. Then `scales` points `shift` rows before row 0."""
+    """Scale bytes of one tile, int32 [R, W/G], to rows of K/G; or, if swizzled, in the order of
+    `layouts.swizzle_scales`, with the padding that lies in the tile. Then `scales` points `shift` rows before
+    row 0."""
     N: tl.constexpr = SPEC.width // SPEC.group
     COLUMNS: tl.constexpr = SPEC.columns // SPEC.group
     rows = row + tl.arange(0, SPEC.rows)[:, None]

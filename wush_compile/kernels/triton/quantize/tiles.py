@@ -1,7 +1,7 @@
 """Tiles by the shape of x, and instructions by the device. Pure Python without a kernel; runs once a launch.
 
-The thresholds come from runs of `python benchmarks/quantizer_speed.py tune` on one H100, for the shapes in that script. The
-output of those runs was not kept.
+The thresholds come from runs of `python benchmarks/quantizer_speed.py tune` on one H100, for the shapes in that
+script. The output of those runs was not kept.
 """
 
 import functools

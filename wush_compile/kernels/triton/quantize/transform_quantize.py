@@ -1,8 +1,8 @@
-"""Block transform, quantization and packing in one Triton kernel (docs/spec.md §2, §4, §6): the kernel and its launcher.
+"""Block transform, quantization and packing in one Triton kernel (docs/spec.md §2, §4, §6).
 
 A program owns W columns and walks row tiles. The matrices of the W/B blocks form one block-diagonal [W, W] operand of a
-single matrix product. The arithmetic on the zeros is free, because the kernel is bound by memory; the loads stay wide, and
-the operand stays on the chip from tile to tile.
+single matrix product. The arithmetic on the zeros is free, because the kernel is bound by memory; the loads stay wide,
+and the operand stays on the chip from tile to tile.
 
     spec.py     what a kernel is compiled for        tiles.py       tiles by shape, instructions by device
     load.py     tiles of x                           prologue.py    what may happen to x first
@@ -32,8 +32,8 @@ def transform_quantize_kernel(
 ):
     """x [M, K], its rows `pitch` apart, t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G].
 
-    A program takes W columns and R*TILES rows; neighbours take the next columns. `up` [M, K], its rows `up_pitch` apart,
-    and the vectors of a norm belong to the prologue, and are None where the prologue has none."""
+    A program takes W columns and R*TILES rows; neighbours take the next columns. `up` [M, K], its rows `up_pitch`
+    apart, and the vectors of a norm belong to the prologue, and are None where the prologue has none."""
     wait_inputs(SPEC.pdl)
     start_next(SPEC.pdl)
     quantize_rows(
@@ -84,8 +84,8 @@ def flat_transform_quantize_kernel(
     words: tl.constexpr,
     pdl: tl.constexpr,
 ):
-    """`transform_quantize_kernel` without a prologue, the fields of its `Spec` one by one: the form for packaged programs,
-    since a launch in a graph holds numbers and strings, not a `Spec`."""
+    """`transform_quantize_kernel` without a prologue, the fields of its `Spec` one by one: the form for packaged
+    programs, since a launch in a graph holds numbers and strings, not a `Spec`."""
     SPEC: tl.constexpr = gather_spec(
         width,
         stride,
