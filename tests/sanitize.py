@@ -1,11 +1,11 @@
 """Every kernel once or twice, at sizes that fill no tile, for compute-sanitizer (not collected by pytest).
 
-    export PYTORCH_NO_CUDA_MEMORY_CACHING=1                             else reads past a tensor stay inside a larger block
-    python tests/sanitize.py --part 0/16                                compiles what Triton needs, a process a part
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1                       else a read past a tensor stays in a larger block
+    python tests/sanitize.py --part 0/16                          compiles what Triton needs, one process a part
     compute-sanitizer --error-exitcode 1 --tool memcheck python tests/sanitize.py --part 0/16
 
-and with `--tool racecheck`, `--tool initcheck`. Operands are made on the CPU, so that the sanitizer sees little but the
-kernels in question, and results are copied back, which initcheck reports if a byte of them was never written.
+and with `--tool racecheck`, `--tool initcheck`. Operands are made on the CPU, so that the sanitizer sees little but these
+kernels. Results are copied back, so that initcheck reports any byte that was never written.
 """
 
 import argparse
@@ -28,7 +28,6 @@ from wush_compile.kernels.triton.linear.choose import Fused, Gemv, Hopper
 from wush_compile.kernels.triton.quantize import fused as triton_fused
 from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
 from wush_compile.kernels.triton.quantize.tiles import Tile
-from wush_compile.kernels.triton.quantize.transform import block_transform
 from wush_compile.ops import fused as fused_ops
 
 Case = tuple[str, Callable[[], object]]  # name, call
@@ -212,16 +211,6 @@ def product_cases() -> Iterator[Case]:
 
 
 def other_cases() -> Iterator[Case]:
-    for dtype, block, shared, m in itertools.product(
-        (torch.bfloat16, torch.float32), (16, 32, 64, 128), (False, True), (3, 129)
-    ):
-
-        def call(dtype=dtype, block=block, shared=shared, m=m):
-            return block_transform(
-                rows(m, 1536, dtype), normal(1 if shared else 1536 // block, block, block, dtype=dtype)
-            )
-
-        yield f"block transform {dtype} {block} shared={shared} {m} rows", call
     for m, k, block in ((1, 64, 32), (70, 96, 16), (300, 576, 32), (1000, 1536, 64), (129, 512, 128), (17, 64, None)):
 
         def call(m=m, k=k, block=block):
@@ -253,7 +242,8 @@ def other_cases() -> Iterator[Case]:
 
 
 def csrc_cases() -> Iterator[Case]:
-    """Nothing where there is no library for this GPU. On Hopper the product is the one with the FP4 instruction emulated."""
+    """Nothing where there is no library for this GPU. On Hopper the product is the one with the FP4 instruction
+    emulated."""
     if cuda.unavailable(torch.cuda.get_device_capability()):
         return
     kinds = itertools.product(RULES, ("none", "shared", "distinct"), (False, True))

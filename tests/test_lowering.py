@@ -8,9 +8,11 @@ import itertools
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
@@ -22,15 +24,11 @@ from wush_compile.kernels.triton.linear.gemm import fused_gemm_kernel
 from wush_compile.kernels.triton.linear.gemv import gemv_kernel
 from wush_compile.kernels.triton.linear.int4 import int4_gemm_kernel
 from wush_compile.kernels.triton.linear.scaled import scaled_gemm_kernel
-from wush_compile.kernels.triton.quantize import (
-    norm as triton_norm,
-)
-from wush_compile.kernels.triton.quantize import (
-    tiles as triton_tiles,
-)
-from wush_compile.kernels.triton.quantize import (
-    transform_quantize as triton_quantize,
-)
+from wush_compile.kernels.triton.quantize import norm as triton_norm
+from wush_compile.kernels.triton.quantize import spec as triton_spec
+from wush_compile.kernels.triton.quantize import statistics as triton_statistics
+from wush_compile.kernels.triton.quantize import tiles as triton_tiles
+from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 8192)
 SHAPES = ((28672, 4096), (4096, 14336))
@@ -170,71 +168,36 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
     return compile_kernel(fused_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
 
 
-def compile_quantize(format, cc, block, native, tile, rule="absmax"):
+def compile_quantize(format, cc, block, tile, rule="absmax", words=None, pdl=None, flat=None):
+    """The quantizer for x bf16 [M, 4096]; words and pdl as a launch has them where they are None; flat: the kernel that
+    takes the fields of the spec one by one."""
     pointers = dict(x="*bf16", codes="*u8", scales="*u8", M="i32", pitch="i32") | ({"t": "*bf16"} if block else {})
-    constants = dict(
-        t=None,
-        global_scale=None,
-        up=None,
-        weight=None,
-        bias=None,
-        mean=None,
-        scale=None,
-        up_pitch=0,
-        K=4096,
-        STRIDE=4096,
-        B=block,
-        SHARED=False,
-        FORMAT=format,
-        RULE=rule,
-        SCALED=False,
-        SWIZZLED=False,
-        PROLOGUE=None,
-        PTX=2 if cc >= 86 else 1,
-        NATIVE=native,
-        WIDE=False,
-        R=tile.rows,
-        W=tile.columns,
-        TILES=tile.tiles,
-        STAGES=tile.stages,
-        WORDS=triton_tiles.words(tile, True, False, block, 4096),
-        PDL=cc >= 90,
+    rows = torch.empty(1, 4096, dtype=torch.bfloat16, device="meta")
+    t = rows.new_empty(4096 // block, block, block) if block else None
+    spec = triton_spec.make_spec(rows, t, None, format, rule, tile, triton_tiles.instructions(divmod(cc, 10)))
+    spec = spec._replace(
+        words=triton_tiles.words(tile, spec.fp32_dot, block, 4096) if words is None else words,
+        pdl=cc >= 90 if pdl is None else pdl,
     )
-    return compile_kernel(triton_quantize.transform_quantize_kernel, pointers, constants, cc, tile.warps, fusion=False)
+    constants = dict.fromkeys(("t", "global_scale", "up", "weight", "bias", "mean", "scale")) | dict(up_pitch=0)
+    constants |= spec._asdict() if flat else dict(SPEC=spec)
+    kernel = flat or triton_quantize.transform_quantize_kernel
+    return compile_kernel(kernel, pointers, constants, cc, tile.warps, fusion=False)
 
 
 def compile_norm(k, plan, cc):
     tile, own = plan.tile, plan.way == "own"
     pointers = dict(x="*bf16", weight="*bf16", t="*bf16", codes="*u8", scales="*u8", M="i32", lead="i32", pitch="i32")
     pointers |= dict(eps="fp32") | ({} if own else dict(scale="*fp32", counters="*i32"))
+    rows = torch.empty(1, k, dtype=torch.bfloat16, device="meta")
+    t = rows.new_empty(k // 32, 32, 32)
+    sm = triton_tiles.instructions(divmod(cc, 10))
+    spec = triton_spec.make_spec(rows, t, None, "mxfp4", "absmax", tile, sm, prologue="rms_rounded", pdl=cc >= 90)
+    steps = triton_statistics.steps(k, plan.rows, tile.warps)
     constants = dict(
-        bias=None,
-        mean=None,
-        scale=None,
-        counters=None,
-        global_scale=None,
-        K=k,
-        STRIDE=k,
-        B=32,
-        SHARED=False,
-        FORMAT="mxfp4",
-        RULE="absmax",
-        SCALED=False,
-        SWIZZLED=False,
-        PROLOGUE="rms_rounded",
-        PTX=2,
-        NATIVE=cc >= 100,
-        WIDE=False,
-        R=tile.rows,
-        W=tile.columns,
-        TILES=tile.tiles,
-        STAGES=tile.stages,
-        WORDS=triton_tiles.words(tile, True, False, 32, k),
-        PDL=cc >= 90,
-        EPS_TENSOR=False,
-        ROWS=plan.rows,
-        SEGMENT=triton_norm.SEGMENT,
-        STEPS=triton_norm.steps(k, plan.rows, tile.warps),
+        dict.fromkeys(("bias", "mean", "scale", "counters", "global_scale")),
+        SPEC=spec._replace(words=triton_tiles.words(tile, spec.fp32_dot, 32, k)),
+        SUMS=triton_statistics.Sums(k, plan.rows, steps, centered=False, eps_tensor=False, sm=sm),
     )
     return compile_kernel(triton_norm.norm_quantize_kernel, pointers, constants, cc, tile.warps, fusion=False)
 
@@ -282,7 +245,7 @@ def test_a_silent_fallback_is_seen():
 @BLACKWELL
 @both
 def test_quantizers_are_native_on_blackwell(cc, format):
-    compiled = compile_quantize(format, cc, FORMATS[format].group_size, True, triton_tiles.Tile(64, 64, 1, 1, 4))
+    compiled = compile_quantize(format, cc, FORMATS[format].group_size, triton_tiles.Tile(64, 64, 1, 1, 4))
     assert "cvt.rn.satfinite.e2m1x2.f32" in compiled.asm["ptx"]
     code = sass(compiled)
     if code:
@@ -393,8 +356,54 @@ def test_hopper_products_stay_in_registers(format):
 @pytest.mark.parametrize("block, tile", [(0, (16, 256, 1, 1, 4)), (16, (64, 64, 4, 3, 4))])
 def test_no_fp8_conversion_in_the_nvfp4_quantizer(rule, block, tile):
     """ptxas 12.8 and 12.9 get e4m3 round trips wrong on sm_90: the scales are rounded without the instruction."""
-    code = sass(compile_quantize("nvfp4", 90, block, False, triton_tiles.Tile(*tile), rule))
+    code = sass(compile_quantize("nvfp4", 90, block, triton_tiles.Tile(*tile), rule))
     assert code and not re.search(r"E4M3|UNPACK_B", code)
+
+
+def bare(compiled) -> str:
+    """PTX without the kernel's name and without line information."""
+    ptx = re.split(r"\n\s*\.(?:file|section)\b", compiled.asm["ptx"])[0].replace(compiled.name, "")
+    lines = (line.split("//")[0].strip() for line in ptx.splitlines())
+    return "\n".join(line for line in lines if line and not re.match(r"\.loc\b|\$L__(tmp|func)", line))
+
+
+@pytest.mark.parametrize("block", [0, 16])
+def test_a_packaged_quantizer_compiles_from_its_text_alone(block, tmp_path, monkeypatch):
+    """Inductor compiles a copy of the sources, in which the fields of a `Spec` come one by one: to the same code."""
+    from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as text_of
+
+    tile = triton_tiles.choose_tile(100, 4096, block)
+    want = bare(compile_quantize("nvfp4", 90, block, tile, "mse", words=0, pdl=False))
+    kernel = triton_quantize.flat_transform_quantize_kernel
+    imports = "import triton, triton.language as tl\nfrom triton.language.extra import libdevice\n"
+    (tmp_path / "copied_kernel.py").write_text(imports + "@triton.jit\n" + text_of(kernel))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "copied_kernel", raising=False)
+    import copied_kernel
+
+    for flat in (kernel, copied_kernel.flat_transform_quantize_kernel):
+        assert bare(compile_quantize("nvfp4", 90, block, tile, "mse", words=0, pdl=False, flat=flat)) == want
+    assert bare(compile_quantize("nvfp4", 90, block, tile, "absmax", words=0, pdl=False)) != want
+
+
+def test_each_spec_has_a_kernel_of_its_own():
+    """Triton's keys, in memory and on disk, tell apart two specs that differ in one field."""
+    from triton.runtime.jit import compute_cache_key
+
+    rows = torch.empty(1, 4096, dtype=torch.bfloat16, device="meta")
+    tile = triton_tiles.Tile(64, 64, 1, 1, 4)
+    spec = triton_spec.make_spec(rows, None, None, "mxfp4", "mse", tile, 90)
+    others = [
+        spec._replace(**{name: not value if value in (0, 1) else "other" if isinstance(value, str) else 7})
+        for name, value in spec._asdict().items()
+    ]
+    kernel, memory, disk = triton_quantize.transform_quantize_kernel, set(), set()
+    signature = {p.name: "constexpr" for p in kernel.params}
+    for one in (spec, *others):
+        memory.add(compute_cache_key({}, [("constexpr", one)], {}))
+        disk.add(ASTSource(kernel, signature, dict.fromkeys(signature) | dict(SPEC=one), {}).hash())
+    assert len(memory) == len(disk) == len(spec) + 1
+    assert compute_cache_key({}, [("constexpr", spec._replace())], {}) in memory
 
 
 @pytest.mark.parametrize("lanes", [False, True])
@@ -442,7 +451,7 @@ def test_older_gpus_compile(cc, format):
     block = FORMATS[format].group_size
     for m, b in ((1, block), (4096, block), (4096, 0)):
         tile = triton_tiles.choose_tile(m, 4096, b)
-        assert compile_quantize(format, cc, b, False, tile).metadata.shared <= limit
+        assert compile_quantize(format, cc, b, tile).metadata.shared <= limit
 
 
 @pytest.mark.parametrize("cc", [80, 90, 120])

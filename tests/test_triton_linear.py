@@ -326,10 +326,18 @@ def test_linear_in_a_cuda_graph(format, m):
 
 def test_a_weight_is_settled_from_its_second_use_until_it_is_written():
     w = torch.zeros(8, 64, dtype=torch.uint8)
-    assert not triton_memory.settled(w) and triton_memory.settled(w) and triton_memory.settled(w.view(8, 64))
-    assert not triton_memory.settled(w[4:]) and triton_memory.settled(w[4:])
+    assert (
+        not triton_memory.mark_used_and_was_settled(w)
+        and triton_memory.mark_used_and_was_settled(w)
+        and triton_memory.mark_used_and_was_settled(w.view(8, 64))
+    )
+    assert not triton_memory.mark_used_and_was_settled(w[4:]) and triton_memory.mark_used_and_was_settled(w[4:])
     w[0] = 3
-    assert not triton_memory.settled(w[4:]) and not triton_memory.settled(w) and triton_memory.settled(w)
+    assert (
+        not triton_memory.mark_used_and_was_settled(w[4:])
+        and not triton_memory.mark_used_and_was_settled(w)
+        and triton_memory.mark_used_and_was_settled(w)
+    )
 
 
 @both

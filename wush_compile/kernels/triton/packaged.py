@@ -24,8 +24,9 @@ from .linear.gemv import gemv_kernel
 from .linear.scaled import scaled_gemm_kernel
 from .linear.upcast import upcast_bf16_kernel, upcast_fp8_kernel
 from .provider import IMPLEMENTATIONS
-from .quantize.tiles import choose_tile
-from .quantize.transform_quantize import dense_rows, transform_quantize_kernel
+from .quantize.spec import make_spec
+from .quantize.tiles import choose_tile, instructions
+from .quantize.transform_quantize import dense_rows, flat_transform_quantize_kernel
 
 # (first, last) number of rows; the kernel that suits the last serves the band.
 BANDS = ((1, 1), (2, 16), (17, 64), (65, 128), (129, None))
@@ -121,12 +122,11 @@ def transform_quantize(
     codes = x.new_empty((m, width // 2), dtype=torch.uint8)
     scales = x.new_empty((m, width // FORMATS[format].group_size), dtype=torch.uint8)
     block = 0 if transform is None else transform.shape[-1]
-    wide = x.dtype == torch.float32 or transform is not None and transform.dtype != x.dtype
-    plain = dict(up=None, weight=None, bias=None, mean=None, scale=None, up_pitch=0, SWIZZLED=False, PROLOGUE=None)
     for first, last, tile in _bands(m, lambda rows: choose_tile(rows, width, block)):
         grid = (_tiles(width, tile.columns) * _in_band(m, first, last) * _tiles(m, tile.rows * tile.tiles),)
+        spec = make_spec(rows, transform, global_scale, format, scale_rule, tile, instructions(capability))
         written = _launch(
-            transform_quantize_kernel,
+            flat_transform_quantize_kernel,
             ("codes", "scales"),
             grid,
             tile.warps,
@@ -137,21 +137,7 @@ def transform_quantize(
             scales=scales,
             M=m,
             pitch=rows.stride(0),
-            K=width,
-            STRIDE=width if rows.stride(0) == width else 0,
-            B=block,
-            SHARED=block > 0 and transform.shape[0] == 1 and width > block,
-            FORMAT=format,
-            RULE=scale_rule,
-            SCALED=global_scale is not None,
-            PTX=2 if capability >= (8, 6) else 1,
-            NATIVE=capability >= (10, 0),
-            WIDE=wide,
-            R=tile.rows,
-            W=tile.columns,
-            TILES=tile.tiles,
-            STAGES=tile.stages,
-            **plain,
+            **spec._asdict(),
         )
         codes, scales = written["codes"], written["scales"]
     return codes.view(*lead, codes.shape[-1]), scales.view(*lead, scales.shape[-1])

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..common.memory import Workspace, row_facts, settled, workspace
+from ..common.memory import Workspace, mark_used_and_was_settled, row_facts, workspace
 from ..common.overlap import overlaps
 from .choose import GROUP_M, Fused, Gemv, Hopper, Int4, Scaled, split_tail
 from .gemm import fused_gemm_kernel
@@ -29,7 +29,11 @@ def multiprocessors(device: int) -> int:
 def run_gemv(o: Operands, tile: Gemv, out: Tensor) -> None:
     m, n, k = o.sizes
     block_k = min(tile.block_k, max(triton.next_power_of_2(k), 128))
-    pdl = overlaps(out.device.index) and settled(o.weight_codes) and settled(o.weight_scales)
+    pdl = (
+        overlaps(out.device.index)
+        and mark_used_and_was_settled(o.weight_codes)
+        and mark_used_and_was_settled(o.weight_scales)
+    )
     gemv_kernel[(triton.cdiv(n, tile.block_n),)](
         o.codes.view(torch.int32),
         o.scales,
@@ -116,8 +120,8 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
 
     m, n, k = o.sizes
     w_top = row_facts(o.weight_scales).top if o.format == "mxfp4" else None
-    # A list, so that `settled` sees each of them and remembers its use. A capture may have just made w_top.
-    prefetch = all([settled(t) for t in (o.weight_codes, o.weight_scales, w_top) if t is not None])  # noqa: C419
+    # A list, so that `mark_used_and_was_settled` sees each of them and remembers its use. A capture may have just made w_top.
+    prefetch = all([mark_used_and_was_settled(t) for t in (o.weight_codes, o.weight_scales, w_top) if t is not None])  # noqa: C419
     x, x_unit, gx = upcast_x(o)
     tiles = triton.cdiv(n, tile.block_n) * triton.cdiv(m, tile.block_m)
     wave = multiprocessors(out.device.index)
