@@ -61,10 +61,10 @@ def test_operands_are_what_the_library_reads(library, format, scaled):
 
 def test_swizzled_weight_scales_follow_the_weight():
     scales = torch.randint(0, 255, (64, 8), dtype=torch.uint8)
-    first = scaled_mm.weight_scales(scales, "mxfp4")
-    assert scaled_mm.weight_scales(scales, "mxfp4") is first
+    first = scaled_mm.swizzled_weight_scales(scales, "mxfp4")
+    assert scaled_mm.swizzled_weight_scales(scales, "mxfp4") is first
     scales[3, 4] = 7
-    again = scaled_mm.weight_scales(scales, "mxfp4")
+    again = scaled_mm.swizzled_weight_scales(scales, "mxfp4")
     assert again is not first
     assert torch.equal(again.view(torch.uint8), layouts.swizzle_scales(scales).flatten())
 

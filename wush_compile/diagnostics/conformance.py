@@ -18,9 +18,10 @@ from .. import formats
 from ..formats import FORMATS
 from ..kernels import layouts
 from ..kernels.dispatch import PROVIDERS
-from ..kernels.provider import Implementation
+from ..kernels.provider import Implementation, implementations
 from ..ops import core as ops
 from ..ops import fused as fused_ops
+from ..ops.schema import bind
 
 # (rows, K): a single group, odd counts of groups, no whole tile of anything, and sizes that fill a GPU.
 SHAPES = ((1, 32), (3, 96), (37, 576), (128, 1024), (257, 4096))
@@ -207,9 +208,10 @@ TOLERATED = {"rms_norm_transform_quantize": 1e-3}
 def _compare(op: str, implementation: Implementation, args: tuple, want, device: torch.device) -> tuple[float, float]:
     """(error, limit) of one call."""
     if op == "fp4_linear":
-        dtype = args[-1]
+        call = bind(op, args)
+        dtype = call["out_dtype"]
         poison(device, torch.empty(want.shape, dtype=dtype, device=device))
-        roundings = 1 if args[7] is None else 2  # of a residual's sum too
+        roundings = 1 if call["residual"] is None else 2  # of a residual's sum too
         return relative_error(implementation.run(*args), want), roundings * PRODUCT_ERROR[dtype]
     poison(device, *want)
     error = share_different(implementation.run(*args), want)
@@ -246,7 +248,7 @@ def check(
 def available(device: torch.device) -> dict[str, dict[str, Implementation]]:
     """Provider -> its ops, of those that run on a CUDA device; the reference too."""
     capability = torch.cuda.get_device_capability(device)
-    table = {p.name: p.load() for p in PROVIDERS if p.unavailable(capability) is None}
+    table = {p.name: implementations(p) for p in PROVIDERS if p.unavailable(capability) is None}
     takes_all = {op: Implementation(run, lambda *args: None) for op, run in ops.REFERENCE.items()}
     return table | {"reference": takes_all}
 

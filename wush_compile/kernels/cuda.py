@@ -77,12 +77,12 @@ def _target(x: Tensor) -> str:
     return _device_target(x.device.index)
 
 
-def yields(x, *args) -> bool:
+def yields(x, *others) -> bool:
     """On Hopper Triton's quantizers are faster. On Blackwell nothing was measured: the kernels made for it go first."""
     return _target(x) == "sm_90a"
 
 
-def yields_silu_mul(gate, *args) -> bool:
+def yields_silu_mul(gate, *others) -> bool:
     return _target(gate) == "sm_90a" and gate.numel() < HOPPER_SILU_ROWS * gate.shape[-1]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from ..errors import one_of
-from .provider import Implementation, Mendable, Provider
+from .provider import Implementation, Mendable, Provider, implementations
 
 logger = logging.getLogger("wush_compile")
 
@@ -89,7 +89,7 @@ def resolve(device: int) -> dict[str, list[tuple[str, Implementation]]]:
             reason = f"WUSH_PROVIDER is {name}"
         lines.append(f"{provider.name}: {reason or 'used'}")
         if reason is None:
-            for op, implementation in provider.load().items():
+            for op, implementation in implementations(provider).items():
                 table.setdefault(op, []).append((provider.name, implementation))
     if faults:
         used = sorted({entries[0][0] for entries in table.values()}) or ["reference"]

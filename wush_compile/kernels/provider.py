@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ..ops import fused, schema  # noqa: F401  (fused: every op is defined)
+
 
 class Implementation(NamedTuple):
     """An op of a provider; `refuses(*args)` is a sentence, or None if it takes the call. Where `yields(*args)`, others are
@@ -23,3 +25,12 @@ class Provider(NamedTuple):
     name: str
     unavailable: Callable[[tuple[int, int]], str | None]
     load: Callable[[], dict[str, Implementation]]
+
+
+def implementations(provider: Provider) -> dict[str, Implementation]:
+    """Op -> implementation of a provider, loaded and checked: `SignatureError` where a function does not fit its op."""
+    table = provider.load()
+    for op, implementation in table.items():
+        for role, function in implementation._asdict().items():
+            schema.check(op, f"{provider.name}'s `{role}`", function)
+    return table

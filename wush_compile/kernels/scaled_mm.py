@@ -50,7 +50,7 @@ def _swizzled(scales: Tensor, format: str) -> Tensor:
     return _swizzler(scales.device)(scales.contiguous()).view(SCALE_DTYPES[format]).flatten()
 
 
-def weight_scales(scales: Tensor, format: str) -> Tensor:
+def swizzled_weight_scales(scales: Tensor, format: str) -> Tensor:
     """Swizzled scales of a weight [N, K/G], remembered with their memory until they are written again."""
     storage, place = scales.untyped_storage(), (scales.storage_offset(), scales.shape)
     version = -1 if scales.is_inference() else scales._version
@@ -146,7 +146,7 @@ def refuses_fp4_linear(
 
 
 def fp4_linear(
-    codes, scales, global_scale, weight_codes, weight_scales_, weight_global_scale, bias, residual, format, out_dtype
+    codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype
 ) -> Tensor:
     """`wush::fp4_linear` (SPEC §6) by cuBLASLt."""
     rows = codes.reshape(-1, codes.shape[-1])
@@ -156,7 +156,7 @@ def fp4_linear(
         swizzled,
         global_scale,
         weight_codes.contiguous(),
-        weight_scales(weight_scales_, format),
+        swizzled_weight_scales(weight_scales, format),
         weight_global_scale,
         bias,
         format,

@@ -16,17 +16,7 @@ from torch import Tensor
 from .. import formats
 from ..formats import get_format
 from ..phases import phase
-
-lib = torch.library.Library("wush", "DEF")
-lib.define("observe(Tensor x, Tensor? mask, Tensor(a!) moment, Tensor(b!) count, Tensor(c!) sample, int seed=0) -> ()")
-lib.define(
-    "transform_quantize(Tensor x, Tensor? transform, Tensor? global_scale, str format, str scale_rule)"
-    " -> (Tensor codes, Tensor scales)"
-)
-lib.define(
-    "fp4_linear(Tensor codes, Tensor scales, Tensor? global_scale, Tensor weight_codes, Tensor weight_scales,"
-    " Tensor? weight_global_scale, Tensor? bias, Tensor? residual, str format, ScalarType out_dtype) -> Tensor"
-)
+from .schema import check, define
 
 # A CPU quantizes this many values at a time: temporaries that stay in cache make it 4x faster.
 CHUNK_ELEMENTS = 2**16
@@ -81,15 +71,16 @@ def _add_moment(rows: Tensor, moment: Tensor) -> None:
         moment.baddbmm_(blocks.transpose(1, 2), blocks)  # [K/B, B, B]
 
 
-def _observe(
+def observe_with(
+    add_moment: Callable[[Tensor, Tensor], None],
     x: Tensor,
     mask: Tensor | None,
     moment: Tensor,
     count: Tensor,
     sample: Tensor,
     seed: int = 0,
-    add_moment: Callable[[Tensor, Tensor], None] = _add_moment,
 ) -> None:
+    """`wush::observe`, with `add_moment(rows [n, K], moment)` to compute the second moments."""
     rows = x.reshape(-1, x.shape[-1])  # [n, K]
     if mask is not None:
         rows = rows[mask.reshape(-1) != 0]
@@ -105,6 +96,10 @@ def _observe(
             if largest:
                 _sample_largest(rows, sample[uniform:])
     count.add_(rows.shape[0])
+
+
+def _observe(x: Tensor, mask: Tensor | None, moment: Tensor, count: Tensor, sample: Tensor, seed: int = 0) -> None:
+    observe_with(_add_moment, x, mask, moment, count, sample, seed)
 
 
 def _observe_fake(x, mask, moment, count, sample, seed=0):
@@ -139,6 +134,12 @@ def block_transform(x: Tensor, transform: Tensor | None) -> Tensor:
     return torch.bmm(blocks.transpose(0, 1), t.transpose(1, 2)).transpose(0, 1).reshape(x.shape)
 
 
+def _transform_quantize_at_once(
+    x: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str, scale_rule: str
+) -> tuple[Tensor, Tensor]:
+    return formats.quantize(block_transform(x, transform), format, scale_rule, global_scale)
+
+
 def _transform_quantize(
     x: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str, scale_rule: str
 ) -> tuple[Tensor, Tensor]:
@@ -150,8 +151,8 @@ def _transform_quantize(
     step = max(1, CHUNK_ELEMENTS // max(k, 1)) if x.device.type == "cpu" else max(1, rows.shape[0])
     for start in range(0, rows.shape[0], step):
         chunk = slice(start, start + step)
-        codes[chunk], scales[chunk] = formats.quantize(
-            block_transform(rows[chunk], transform), format, scale_rule, global_scale
+        codes[chunk], scales[chunk] = _transform_quantize_at_once(
+            rows[chunk], transform, global_scale, format, scale_rule
         )
     return codes.view(*x.shape[:-1], k // 2), scales.view(*x.shape[:-1], k // fmt.group_size)
 
@@ -193,31 +194,36 @@ def _operand(codes: Tensor, scales: Tensor, format: str) -> Tensor:
     return groups.mul_(formats.decode_scales(scales, format)[..., None]).flatten(-2)
 
 
-def _fp4_linear(
-    codes: Tensor,
-    scales: Tensor,
-    global_scale: Tensor | None,
-    weight_codes: Tensor,
-    weight_scales: Tensor,
-    weight_global_scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    format: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    x = _operand(codes, scales, format)  # [.., K]
-    w = _operand(weight_codes, weight_scales, format)  # [N, K]
-    y = torch.nn.functional.linear(x, w)  # [.., N]
-    product = None
-    for g in (global_scale, weight_global_scale):
-        if g is not None:
-            product = g if product is None else product * g
-    if product is not None:
-        y = y * (1.0 / product)
-    if bias is not None:
-        y = y + bias.to(torch.float32)
-    y = y.to(out_dtype)
-    return y if residual is None else y + residual.to(out_dtype)
+def _fp4_linear_by(decode: Callable[[Tensor, Tensor, str], Tensor]) -> Callable[..., Tensor]:
+    """`wush::fp4_linear`, its operands made fp32 by `decode(codes, scales, format)`."""
+
+    def fp4_linear(
+        codes: Tensor,
+        scales: Tensor,
+        global_scale: Tensor | None,
+        weight_codes: Tensor,
+        weight_scales: Tensor,
+        weight_global_scale: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        format: str,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        x = decode(codes, scales, format)  # [.., K]
+        w = decode(weight_codes, weight_scales, format)  # [N, K]
+        y = torch.nn.functional.linear(x, w)  # [.., N]
+        factors = [g for g in (global_scale, weight_global_scale) if g is not None]
+        if factors:
+            y = y * (1.0 / (factors[0] if len(factors) == 1 else factors[0] * factors[1]))
+        if bias is not None:
+            y = y + bias.to(torch.float32)
+        y = y.to(out_dtype)
+        return y if residual is None else y + residual.to(out_dtype)
+
+    return fp4_linear
+
+
+_fp4_linear = _fp4_linear_by(_operand)
 
 
 def _fp4_linear_fake(
@@ -238,6 +244,9 @@ def _fp4_linear_fake(
 
 REFERENCE = {"observe": _observe, "transform_quantize": _transform_quantize, "fp4_linear": _fp4_linear}
 FAKE = {"observe": _observe_fake, "transform_quantize": _transform_quantize_fake, "fp4_linear": _fp4_linear_fake}
-for name, kernel in REFERENCE.items():
-    lib.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"wush::{name}", FAKE[name], lib=lib)
+# The same numbers without tables and chunks, which a graph cannot hold as constants and loops.
+ARITHMETIC = {"transform_quantize": _transform_quantize_at_once, "fp4_linear": _fp4_linear_by(formats.dequantize)}
+for name, reference in REFERENCE.items():
+    define(name, reference, FAKE[name], mutates=("moment", "count", "sample") if name == "observe" else ())
+for name, function in ARITHMETIC.items():
+    check(name, "the arithmetic", function)

@@ -24,19 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import FAKE, lib
+from .core import FAKE
+from .schema import define
 
 GAINS = ("none", "rounded", "wide", "wide_plus_one")
-_QUANTIZER = "Tensor? transform, Tensor? global_scale, str format, str scale_rule) -> (Tensor codes, Tensor scales)"
-
-lib.define(
-    "rms_norm_transform_quantize(Tensor x, Tensor? weight, float eps, Tensor? eps_tensor, str gain, " + _QUANTIZER
-)
-lib.define(
-    "layer_norm_transform_quantize(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? eps_tensor, " + _QUANTIZER
-)
-lib.define("silu_mul_transform_quantize(Tensor gate, Tensor up, " + _QUANTIZER)
-lib.define("gelu_mul_transform_quantize(Tensor gate, Tensor up, str approximate, " + _QUANTIZER)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float | Tensor, gain: str) -> Tensor:
@@ -54,23 +45,58 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float | Tensor, gain: str) -
     raise ValueError(f"gain {gain!r} is not one of {', '.join(GAINS)}")
 
 
-def _rms_norm_transform_quantize(x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule):
+def _rms_norm_transform_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    eps_tensor: Tensor | None,
+    gain: str,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+) -> tuple[Tensor, Tensor]:
     eps = eps if eps_tensor is None else eps_tensor.to(torch.float32)
     normed = rms_norm(x, weight, eps, gain)
     return torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule)
 
 
-def _layer_norm_transform_quantize(x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule):
+def _layer_norm_transform_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    eps_tensor: Tensor | None,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+) -> tuple[Tensor, Tensor]:
     eps = eps if eps_tensor is None else float(eps_tensor)
     normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule)
 
 
-def _silu_mul_transform_quantize(gate, up, transform, global_scale, format, scale_rule):
+def _silu_mul_transform_quantize(
+    gate: Tensor,
+    up: Tensor,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+) -> tuple[Tensor, Tensor]:
     return torch.ops.wush.transform_quantize(F.silu(gate) * up, transform, global_scale, format, scale_rule)
 
 
-def _gelu_mul_transform_quantize(gate, up, approximate, transform, global_scale, format, scale_rule):
+def _gelu_mul_transform_quantize(
+    gate: Tensor,
+    up: Tensor,
+    approximate: str,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+) -> tuple[Tensor, Tensor]:
     activated = F.gelu(gate, approximate=approximate) * up
     return torch.ops.wush.transform_quantize(activated, transform, global_scale, format, scale_rule)
 
@@ -117,6 +143,5 @@ FUSED_FAKE = {
     "silu_mul_transform_quantize": _mul_fake,
     "gelu_mul_transform_quantize": _gelu_mul_fake,
 }
-for name, kernel in FUSED_REFERENCE.items():
-    lib.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"wush::{name}", FUSED_FAKE[name], lib=lib)
+for name, reference in FUSED_REFERENCE.items():
+    define(name, reference, FUSED_FAKE[name])

@@ -21,6 +21,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..ops.schema import bind
+
 ANY = object()
 CASTS = ("convert_element_type", "to", "_to_copy", "type_as")
 COMMUTE = ("mul", "add")
@@ -135,11 +137,8 @@ def is_wush(node: object, *ops: str) -> bool:
 
 
 def arguments(node: Node) -> dict:
-    """The arguments of a node by name, defaults filled in: the order of the op's schema."""
-    schema = node.target._schema
-    named = dict(zip((a.name for a in schema.arguments), node.args))
-    named.update(node.kwargs)
-    return {a.name: named.get(a.name, a.default_value) for a in schema.arguments}
+    """The arguments of a call of a wush op by name, in the order of its schema, with its defaults filled in."""
+    return bind(node.target._opname, node.args, node.kwargs)
 
 
 def same_layout(a: Node, b: Node) -> bool:

@@ -6,6 +6,8 @@ launched. Bands that the program's shapes rule out are left out. cuBLAS has no p
 be skipped: the fused product takes the bands that are the library's at run time.
 """
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch._higher_order_ops.triton_kernel_wrap import (
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...formats import FORMATS
+from ...ops.schema import bind, check
 from .common.memory import Workspace
 from .linear.choose import WIDE, Fused, Gemv, Scaled, choose
 from .linear.expand import expand_bf16_kernel, expand_fp8_kernel
@@ -345,14 +348,17 @@ def _fused(
 # -- which ops -------------------------------------------------------------------------------------------------------
 
 PACKAGED = {"transform_quantize": transform_quantize, "fp4_linear": fp4_linear}
+for op, function in PACKAGED.items():
+    check(op, "the packaged function", functools.partial(function, (0, 0)))  # the capability comes first
 
 
 def refuses(op: str, capability: tuple[int, int], *args) -> str | None:
     """Why a call is not packaged as Triton launches; None if it is."""
     reason = IMPLEMENTATIONS[op].refuses(*args)
     if reason is None and op == "fp4_linear":
-        codes, weight_codes, format = args[0], args[3], args[8]
-        n, k = weight_codes.shape[0], 2 * codes.shape[-1]
+        call = bind(op, args)
+        format, (n, half) = call["format"], call["weight_codes"].shape
+        k = 2 * half
         if any(_kernel(format, last or MANY, n, k, capability) is None for _, last in BANDS):
             return f"width {k} in {format} has no kernel without a library at compute capability {capability}"
     return reason

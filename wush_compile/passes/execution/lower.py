@@ -9,6 +9,7 @@ from torch.fx import Graph, Node
 
 from ...kernels import dispatch as kernels
 from ...ops.fused import FUSED_REFERENCE
+from ...ops.schema import bind, schema
 from ..pattern import arguments, is_wush, value
 from .paste import replace_by
 
@@ -21,13 +22,20 @@ def _taken(op: str, device: int, args: tuple) -> bool:
     return any(kernel.refuses(*args) is None for _, kernel in kernels.resolve(device).get(op, ()))
 
 
+def _quantizer(op: str, args: tuple) -> tuple:
+    """What `transform_quantize` is called with where a fused op is taken apart: the norm's or activation's result has
+    the layout of its first argument."""
+    call = bind(op, args)
+    return args[0], *(call[p.name] for p in schema("transform_quantize").arguments[1:])
+
+
 def _without_kernel(node: Node) -> bool:
     """Whether a fused op's GPU has a kernel for the quantizer, and none for the fused op."""
     device, args = value(node.all_input_nodes[0]).device, fakes(node)
     return (
         device.type == "cuda"
         and not _taken(node.target._opname, device.index, args)
-        and _taken("transform_quantize", device.index, (args[0], *args[-4:]))
+        and _taken("transform_quantize", device.index, _quantizer(node.target._opname, args))
     )
 
 

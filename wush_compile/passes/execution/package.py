@@ -8,12 +8,10 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, Node
 
-from ... import formats
 from ...kernels import dispatch as kernels
-from ...ops.core import block_transform
+from ...ops.core import ARITHMETIC
 from ...ops.fused import FUSED_REFERENCE
 from ..pattern import freeze, is_wush, op_name, replace, value
 from .lower import fakes, fused_ops
@@ -21,29 +19,6 @@ from .paste import replace_by
 
 # What makes tensors out of nothing in `kernels/triton/packaged.py`: equal ones of a program become one.
 _SOURCES = ("arange", "mul", "add", "full", "zeros")
-
-
-def _transform_quantize(x, transform, global_scale, format, scale_rule):
-    return formats.quantize(block_transform(x, transform), format, scale_rule, global_scale)
-
-
-def _fp4_linear(
-    codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype
-) -> Tensor:
-    x = formats.dequantize(codes, scales, format)  # [.., K]
-    w = formats.dequantize(weight_codes, weight_scales, format)  # [N, K]
-    y = torch.nn.functional.linear(x, w)  # [.., N]
-    factors = [g for g in (global_scale, weight_global_scale) if g is not None]
-    if factors:
-        y = y * (1.0 / (factors[0] if len(factors) == 1 else factors[0] * factors[1]))
-    if bias is not None:
-        y = y + bias.to(torch.float32)
-    y = y.to(out_dtype)
-    return y if residual is None else y + residual
-
-
-# The reference of ops.py without its eager tricks (tables, chunks), which a graph cannot hold: the same numbers.
-ARITHMETIC: dict[str, Callable] = {"transform_quantize": _transform_quantize, "fp4_linear": _fp4_linear}
 
 
 def _body(node: Node) -> Callable:
