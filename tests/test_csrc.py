@@ -173,16 +173,16 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
     assert cuda.unavailable((9, 0)).startswith("not built: `python csrc/build.py --targets sm_90a`")
     (tmp_path / "libwush_sm_120a.so").write_bytes(b"no library")
     reason = cuda.unavailable((9, 0))
-    assert isinstance(reason, kernels.Mendable) and "built for sm_120a, not for this GPU's sm_90a" in reason
+    assert isinstance(reason, kernels.FixableReason) and "built for sm_120a, not for this GPU's sm_90a" in reason
     cuda.load.cache_clear()
     reason = cuda.unavailable((12, 0))
-    assert isinstance(reason, kernels.Mendable) and reason.startswith("libwush_sm_120a.so does not run here:")
+    assert isinstance(reason, kernels.FixableReason) and reason.startswith("libwush_sm_120a.so does not run here:")
     assert "\n" not in reason
 
 
 def test_a_faulty_installation_is_one_warning(monkeypatch, caplog):
     """It names what is used instead and how to get the better one."""
-    faulty = kernels.Provider("cuda", lambda c: kernels.Mendable("built for sm_120a: build it"), dict)
+    faulty = kernels.Provider("cuda", lambda c: kernels.FixableReason("built for sm_120a: build it"), dict)
     works = kernels.Provider("triton", lambda c: None, lambda: {"fp4_linear": kernels.Implementation(None, None)})
     monkeypatch.setattr(kernels, "PROVIDERS", (faulty, works))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

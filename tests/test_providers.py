@@ -123,8 +123,8 @@ def test_why_there_is_no_gpu(monkeypatch):
 
 
 def test_a_slower_provider_is_asked_last(monkeypatch):
-    def provider(name, yields):
-        return name, kernels.Implementation(lambda *args: name, lambda *args: None, lambda *args: yields)
+    def provider(name, slower):
+        return name, kernels.Implementation(lambda *args: name, lambda *args: None, lambda *args: slower)
 
     for first, second, expected in ((True, False, "b"), (False, False, "a"), (True, True, "a"), (False, True, "a")):
         monkeypatch.setattr(kernels, "resolve", lambda device: {"op": [provider("a", first), provider("b", second)]})
@@ -135,10 +135,10 @@ def test_who_is_faster_on_hopper(monkeypatch):
     from wush_compile.kernels import cuda
 
     monkeypatch.setattr(cuda, "_target", lambda x: "sm_90a")
-    assert cuda.yields(torch.zeros(2, 32)) and cuda.yields_silu_mul(torch.zeros(2, 511, 32))
-    assert not cuda.yields_silu_mul(torch.zeros(2, 512, 32))
+    assert cuda.prefer_others(torch.zeros(2, 32)) and cuda.prefer_others_silu_mul(torch.zeros(2, 511, 32))
+    assert not cuda.prefer_others_silu_mul(torch.zeros(2, 512, 32))
     monkeypatch.setattr(cuda, "_target", lambda x: "sm_120a")
-    assert not cuda.yields(torch.zeros(2, 32)) and not cuda.yields_silu_mul(torch.zeros(2, 32))
+    assert not cuda.prefer_others(torch.zeros(2, 32)) and not cuda.prefer_others_silu_mul(torch.zeros(2, 32))
 
 
 SHIPPED = [pytest.param(provider, id=provider.name) for provider in kernels.PROVIDERS]
@@ -178,7 +178,11 @@ def observe(x, mask, moment, count, sample, seed=1):
         ("transform_quantize", (swapped, good), "mine's `run` .* parameter 1 is 'global_scale', .* 'transform'"),
         ("transform_quantize", (good, short), "mine's `refuses` of wush::transform_quantize .* lacks 'scale_rule'"),
         ("transform_quantize", (demanding, good), "'tile' is not in the schema"),
-        ("transform_quantize", (good, good, lambda gate, *others: False), "mine's `yields` .* 'gate', .* has 'x'"),
+        (
+            "transform_quantize",
+            (good, good, lambda gate, *others: False),
+            "mine's `prefer_others` .* 'gate', .* has 'x'",
+        ),
         ("observe", (observe, lambda *args: None), "'seed' does not default to 0"),
     ],
 )

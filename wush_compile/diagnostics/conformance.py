@@ -35,8 +35,6 @@ PRODUCTS = (
     (130, 136, 544),
     (300, 1040, 1024),
 )
-# A product rounded once to bf16 has 1.7e-3; fp8 accumulators on Hopper add up to 4e-4.
-PRODUCT_ERROR = {torch.bfloat16: 2.2e-3, torch.float32: 5e-4}
 POISON = 0xEE
 
 
@@ -212,7 +210,7 @@ def _compare(op: str, implementation: Implementation, args: tuple, want, device:
         dtype = call["out_dtype"]
         poison(device, torch.empty(want.shape, dtype=dtype, device=device))
         roundings = 1 if call["residual"] is None else 2  # of a residual's sum too
-        return relative_error(implementation.run(*args), want), roundings * PRODUCT_ERROR[dtype]
+        return relative_error(implementation.run(*args), want), roundings * ops.PRODUCT_ERROR[dtype]
     poison(device, *want)
     error = share_different(implementation.run(*args), want)
     if "swizzled" in inspect.signature(implementation.run).parameters:
@@ -255,7 +253,7 @@ def available(device: torch.device) -> dict[str, dict[str, Implementation]]:
 
 def conformance(device: torch.device, mine: Callable[[int], bool] = lambda index: True) -> Iterator[Result]:
     """Every provider of a CUDA device, op by op; of each op's cases those whose number is `mine`."""
-    for provider, implementations in available(device).items():
+    for provider, table in available(device).items():
         for op in CASES:
-            if op in implementations:
-                yield from check(provider, op, implementations[op], device, mine)
+            if op in table:
+                yield from check(provider, op, table[op], device, mine)

@@ -90,7 +90,9 @@ def check_fp4_linear(device: torch.device) -> Iterator[Check]:
             return ((got.double() - want).norm() / want.norm()).item()
 
         for rows in ROWS:
-            yield _checked("fp4_linear", format, f"{rows} rows", 3e-3, lambda: relative(rows))
+            yield _checked(
+                "fp4_linear", format, f"{rows} rows", ops.PRODUCT_ERROR[torch.bfloat16], lambda: relative(rows)
+            )
 
 
 def check_observe(device: torch.device) -> Iterator[Check]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..formats import FORMATS
-from .provider import Implementation, Mendable
+from .provider import Implementation, FixableReason
 
 TARGETS = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a", (12, 0): "sm_120a", (12, 1): "sm_121a"}
 # Where libraries lie: in an installed package, in a checkout.
@@ -43,7 +43,7 @@ def load(target: str) -> ModuleType:
 
 
 def unavailable(capability: tuple[int, int]) -> str | None:
-    """Why there are no CUDA kernels for a device of this capability, or None. What the user can mend is `Mendable`."""
+    """Why there are no CUDA kernels for a device of this capability, or None. What the user can fix is a `FixableReason`."""
     target = TARGETS.get(capability)
     if target is None:
         known = ", ".join(f"{major}.{minor}" for major, minor in TARGETS)
@@ -53,11 +53,11 @@ def unavailable(capability: tuple[int, int]) -> str | None:
     if not built:
         return f"not built: {remedy}"
     if target not in built:
-        return Mendable(f"built for {', '.join(built)}, not for this GPU's {target}: {remedy}")
+        return FixableReason(f"built for {', '.join(built)}, not for this GPU's {target}: {remedy}")
     try:
         load(target)
     except (OSError, RuntimeError) as error:
-        return Mendable(f"{built[target].name} does not run here: {str(error).splitlines()[0]}")
+        return FixableReason(f"{built[target].name} does not run here: {str(error).splitlines()[0]}")
     return None
 
 
@@ -77,12 +77,12 @@ def _target(x: Tensor) -> str:
     return _device_target(x.device.index)
 
 
-def yields(x, *others) -> bool:
+def prefer_others(x, *others) -> bool:
     """On Hopper Triton's quantizers are faster. On Blackwell nothing was measured: the kernels made for it go first."""
     return _target(x) == "sm_90a"
 
 
-def yields_silu_mul(gate, *others) -> bool:
+def prefer_others_silu_mul(gate, *others) -> bool:
     return _target(gate) == "sm_90a" and gate.numel() < HOPPER_SILU_ROWS * gate.shape[-1]
 
 
@@ -200,7 +200,9 @@ def fp4_linear(
 
 IMPLEMENTATIONS = {
     "fp4_linear": Implementation(fp4_linear, refuses_fp4_linear),
-    "transform_quantize": Implementation(transform_quantize, refuses_transform_quantize, yields),
-    "rms_norm_transform_quantize": Implementation(rms_norm_transform_quantize, refuses_rms_norm, yields),
-    "silu_mul_transform_quantize": Implementation(silu_mul_transform_quantize, refuses_silu_mul, yields_silu_mul),
+    "transform_quantize": Implementation(transform_quantize, refuses_transform_quantize, prefer_others),
+    "rms_norm_transform_quantize": Implementation(rms_norm_transform_quantize, refuses_rms_norm, prefer_others),
+    "silu_mul_transform_quantize": Implementation(
+        silu_mul_transform_quantize, refuses_silu_mul, prefer_others_silu_mul
+    ),
 }

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from ..errors import one_of
-from .provider import Implementation, Mendable, Provider, implementations
+from .provider import Implementation, FixableReason, Provider, implementations
 
 logger = logging.getLogger("wush_compile")
 
@@ -83,7 +83,7 @@ def resolve(device: int) -> dict[str, list[tuple[str, Implementation]]]:
     table, lines, faults = {}, [], []
     for provider in PROVIDERS:
         reason = provider.unavailable(capability)
-        if isinstance(reason, Mendable) and name in (None, provider.name):
+        if isinstance(reason, FixableReason) and name in (None, provider.name):
             faults.append(f"{provider.name} {reason}")
         if reason is None and name not in (None, provider.name):
             reason = f"WUSH_PROVIDER is {name}"
@@ -101,7 +101,9 @@ def resolve(device: int) -> dict[str, list[tuple[str, Implementation]]]:
 def dispatch(op: str, reference: Callable, *args):
     """`op` by the first provider of the first argument's device that takes the call, else by `reference`."""
     entries = resolve(args[0].device.index).get(op, ())
-    for entry in sorted(entries, key=lambda entry: entry[1].yields(*args)) if len(entries) > 1 else list(entries):
+    for entry in (
+        sorted(entries, key=lambda entry: entry[1].prefer_others(*args)) if len(entries) > 1 else list(entries)
+    ):
         name, implementation = entry
         if implementation.refuses(*args) is not None:
             continue

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import formats
+from ..ops.core import PRODUCT_ERROR
 from . import cuda
 from .layouts import swizzle_scales
 from .provider import Implementation
@@ -124,7 +125,7 @@ def _try(format: str, scaled: bool, device: int) -> str | None:
         error = ((got.double().cpu() - want).norm() / want.norm()).item()
     except Exception as failure:  # not in this build of torch, not on this GPU
         return f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
-    return None if error < 3e-3 else f"torch's product is wrong by {error:.1g}"
+    return None if error <= PRODUCT_ERROR[torch.bfloat16] else f"torch's product is wrong by {error:.1g}"
 
 
 def refuses_fp4_linear(

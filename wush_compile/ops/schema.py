@@ -1,4 +1,4 @@
-"""One signature an op: the annotated reference gives the schema, and every other function of the op is checked against it.
+"""One signature an op: its annotated reference gives the schema, and its other functions are checked against it.
 
 define    the schema, the reference and the fake kernel of an op
 bind      the arguments of a call by name
@@ -32,7 +32,7 @@ def bind(op: str, args: Sequence, kwargs: Mapping[str, object] | None = None) ->
     """The arguments of a call of `wush::op` by name, in the order of the schema, with its defaults filled in."""
     parameters = schema(op).arguments
     given = dict(zip((p.name for p in parameters), args)) | dict(kwargs or {})
-    return {p.name: given[p.name] if p.name in given else p.default_value for p in parameters}
+    return {p.name: given.get(p.name, p.default_value) for p in parameters}
 
 
 def _difference(op: str, function: Callable) -> str | None:

@@ -38,7 +38,7 @@ MANY = 4096
 WIDE_NVFP4 = Fused(128, 128, 128, 1, 8, 3, True)
 # Parameters of kernels that a packaged launch leaves alone: starting behind a kernel that still runs, stores in
 # assembly, which Inductor cannot see through, sums in smaller steps.
-PLAIN = {"PDL": False, "AHEAD": 0, "EARLY": False, "WORDS": 0, "PROMOTE": 0}
+PLAIN = {"PDL": False, "WORDS": 0, "PROMOTE": 0}
 
 
 class _Functional(TracingTritonHOPifier):

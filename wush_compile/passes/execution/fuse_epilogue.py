@@ -34,9 +34,9 @@ def fuse_epilogue(graph: Graph) -> int:
         if op_name(node) != "add" or len(node.args) != 2 or node.kwargs:
             continue
         for linear, other in (node.args, node.args[::-1]):
-            taken = _as_argument(linear, other, node)
-            if taken is not None:
-                args = tuple((arguments(linear) | taken).values())
+            found = _as_argument(linear, other, node)
+            if found is not None:
+                args = tuple((arguments(linear) | found).values())
                 replace(node, insert(graph, node, torch.ops.wush.fp4_linear.default, args, val=value(node)))
                 fused += 1
                 break

@@ -18,7 +18,7 @@ def fakes(node: Node) -> tuple:
     return torch.fx.map_arg(tuple(arguments(node).values()), value)
 
 
-def _taken(op: str, device: int, args: tuple) -> bool:
+def _accepts(op: str, device: int, args: tuple) -> bool:
     return any(kernel.refuses(*args) is None for _, kernel in kernels.resolve(device).get(op, ()))
 
 
@@ -34,8 +34,8 @@ def _without_kernel(node: Node) -> bool:
     device, args = value(node.all_input_nodes[0]).device, fakes(node)
     return (
         device.type == "cuda"
-        and not _taken(node.target._opname, device.index, args)
-        and _taken("transform_quantize", device.index, _quantizer(node.target._opname, args))
+        and not _accepts(node.target._opname, device.index, args)
+        and _accepts("transform_quantize", device.index, _quantizer(node.target._opname, args))
     )
 
 
