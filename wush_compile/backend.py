@@ -1,12 +1,13 @@
 """`torch.compile(model, backend="wush")` and `fuse(exported_program)`: our passes, then Inductor.
 
-The backend holds no state and bakes nothing into a graph: weights, scales and transforms are graph inputs, so decoder
-layers that share one compiled graph (regional compilation) each run with their own.
+The backend bakes nothing into a graph: weights, scales and transforms are graph inputs, so decoder layers that share
+one compiled graph (regional compilation) each run with their own. Its only state is whether it has warned, and whether
+it has compiled a quantized linear; no graph depends on either.
 """
 
 import functools
 import hashlib
-import os
+import itertools
 import warnings
 from pathlib import Path
 
@@ -21,19 +22,22 @@ from .ops import fused as fused_ops  # noqa: F401  (registers the ops that passe
 from .passes import pipeline as passes
 
 _ROOT = Path(__file__).parent
-SOURCES = (  # what a graph's code depends on; kernels: what they refuse
-    *(path for folder in ("passes", "kernels", "ops") for path in sorted((_ROOT / folder).rglob("*.py"))),
-    *(_ROOT / name for name in ("backend.py", "formats.py")),
-)
 _LINEAR_OPS = ("linear", "mm", "addmm", "matmul", "bmm")
-_state = {"warned": False, "quantized": False}
+_seen = {"warning": False, "quantized": False}
 
 
-@functools.lru_cache
-def _sources_digest(sources: tuple[Path, ...]) -> str:
+def _sources(root: Path) -> list[Path]:
+    """The files that decide what a graph becomes, those in sub-folders too; `kernels` decides by what it refuses."""
+    folders = (sorted((root / folder).rglob("*.py")) for folder in ("passes", "kernels", "ops"))
+    return [*itertools.chain(*folders), root / "backend.py", root / "formats.py"]
+
+
+@functools.cache
+def _digest(root: Path) -> str:
+    """sha256 of the names and contents of the sources below `root`."""
     digest = hashlib.sha256()
-    for path in sources:
-        digest.update(os.path.relpath(path, _ROOT).encode() + path.read_bytes())
+    for path in _sources(root):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -70,7 +74,7 @@ def _pass_class() -> type:
             if self.first is not None and not hasattr(self.first, "uuid"):
                 return None  # somebody's plain function: Inductor must not cache
             return (
-                _sources_digest(SOURCES),
+                _digest(_ROOT),
                 tuple(s.__name__ for s in self.steps),
                 _providers(),
                 None if self.first is None else self.first.uuid(),
@@ -115,15 +119,15 @@ def wush(gm: GraphModule, example_inputs, *, mode: str | None = None, options: d
     patches = _options(mode, options)
     if not has_wush_ops(gm):
         # A graph break may leave a quantized model's embedding or head in a graph of its own: that is no mistake.
-        if _has_linear(gm) and not _state["quantized"] and not _state["warned"]:
-            _state["warned"] = True
+        if _has_linear(gm) and not _seen["quantized"] and not _seen["warning"]:
+            _seen["warning"] = True
             warnings.warn(
                 "backend='wush' found no quantized linear and compiles with plain Inductor: "
                 "call wush_compile.quantize(model) before torch.compile",
                 stacklevel=2,
             )
         return compile_fx(gm, example_inputs, config_patches=patches)
-    _state["quantized"] = True
+    _seen["quantized"] = True
     from torch._inductor import config
 
     recorder = Recorder()

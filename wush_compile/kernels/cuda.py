@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..formats import FORMATS
-from .provider import Implementation, FixableReason
+from .provider import FixableReason, Implementation
 
 TARGETS = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a", (12, 0): "sm_120a", (12, 1): "sm_121a"}
 # Where libraries lie: in an installed package, in a checkout.

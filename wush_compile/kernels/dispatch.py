@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from ..errors import one_of
-from .provider import Implementation, FixableReason, Provider, implementations
+from .provider import FixableReason, Implementation, Provider, implementations
 
 logger = logging.getLogger("wush_compile")
 
