@@ -151,11 +151,11 @@ def test_shipped_providers_fit_their_ops(provider):
     assert implementations(provider)
 
 
-def good(x, transform, global_scale, format, scale_rule, tile=None):
+def good(x, transform, global_scale, format, scale_rule, scale_layout="rows", tile=None):
     """`transform_quantize`, with a parameter of its own."""
 
 
-def swapped(x, global_scale, transform, format, scale_rule):
+def swapped(x, global_scale, transform, format, scale_rule, scale_layout="rows"):
     """As `good`, two arguments in the other order."""
 
 
@@ -163,7 +163,7 @@ def short(x, transform, global_scale, format):
     """As `good`, one argument too few."""
 
 
-def demanding(x, transform, global_scale, format, scale_rule, tile):
+def demanding(x, transform, global_scale, format, scale_rule, scale_layout="rows", *, tile):
     """As `good`, but needs what no caller gives."""
 
 

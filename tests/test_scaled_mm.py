@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from wush_compile import formats
-from wush_compile.kernels import layouts, scaled_mm
+from wush_compile.kernels import scaled_mm
 from wush_compile.ops import core as ops
+from wush_compile.ops import layouts
 
 both = pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 
@@ -92,7 +93,7 @@ def test_what_it_does_not_take():
         return scaled_mm.refuses_fp4_linear(codes, codes, None, w, w, None, bias, None, format, dtype)
 
     assert "no FP4" in refuses(format="int4")
-    assert "multiples" in refuses(n=40) and "multiples" in refuses(k=48) and "multiples" in refuses(m=0)
+    assert "multiples" in refuses(n=40) and "multiples" in refuses(k=48) and "multiples" in refuses(k=0)
     assert "output" in refuses(dtype=torch.float32) and "bias" in refuses(bias=torch.zeros(64))
-    assert "rows" in refuses(m=16)
+    assert "rows" in refuses(m=16) and "rows" in refuses(m=0)
     assert "capability 9.0" in scaled_mm.unavailable((9, 0)) and scaled_mm.unavailable((12, 0)) is None

@@ -6,7 +6,6 @@ before each call, so that a byte nobody writes is seen.
 """
 
 import functools
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from .. import formats
 from ..formats import FORMATS
-from ..kernels import layouts
 from ..kernels.dispatch import PROVIDERS
 from ..kernels.provider import Implementation, implementations
 from ..ops import core as ops
 from ..ops import fused as fused_ops
+from ..ops import layouts
 from ..ops.schema import bind
 
 # (rows, K): a single group, odd counts of groups, no whole tile of anything, and sizes that fill a GPU.
@@ -204,20 +203,26 @@ TOLERATED = {"rms_norm_transform_quantize": 1e-3}
 
 
 def _compare(op: str, implementation: Implementation, args: tuple, want, device: torch.device) -> tuple[float, float]:
-    """(error, limit) of one call."""
+    """(error, limit) of one call; where swizzled scales are taken too, the larger error of both layouts."""
+    call = bind(op, args)
+    swizzled = call | {"scale_layout": "swizzled"}
     if op == "fp4_linear":
-        call = bind(op, args)
         dtype = call["out_dtype"]
-        poison(device, torch.empty(want.shape, dtype=dtype, device=device))
+        swizzled["scales"] = layouts.lay_out(call["scales"], "swizzled")
+        outputs = [(torch.empty(want.shape, dtype=dtype, device=device),)] * 2
+        compare = lambda got, _: relative_error(got, want)  # noqa: E731
         roundings = 1 if call["residual"] is None else 2  # of a residual's sum too
-        return relative_error(implementation.run(*args), want), roundings * ops.PRODUCT_ERROR[dtype]
-    poison(device, *want)
-    error = share_different(implementation.run(*args), want)
-    if "swizzled" in inspect.signature(implementation.run).parameters:
-        swizzled = want[0], layouts.swizzle_scales(want[1].flatten(0, -2))
-        poison(device, *swizzled)
-        error = max(error, share_different(implementation.run(*args, swizzled=True), swizzled))
-    return error, TOLERATED.get(op, 0.0)
+        limit = roundings * ops.PRODUCT_ERROR[dtype]
+    else:
+        outputs = [want, (want[0], layouts.lay_out(want[1], "swizzled"))]
+        compare, limit = share_different, TOLERATED.get(op, 0.0)
+    error = 0.0
+    for named, expected in zip((call, swizzled), outputs):
+        given = tuple(named.values())
+        if named is call or implementation.refuses(*given) is None:
+            poison(device, *expected)
+            error = max(error, compare(implementation.run(*given), expected))
+    return error, limit
 
 
 def check(

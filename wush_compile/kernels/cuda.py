@@ -96,20 +96,22 @@ def _refuses(x: Tensor, transform: Tensor | None, format: str) -> str | None:
     return None
 
 
-def refuses_transform_quantize(x, transform, global_scale, format, scale_rule) -> str | None:
+def refuses_transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
     return _refuses(x, transform, format)
 
 
-def transform_quantize(x, transform, global_scale, format, scale_rule, swizzled: bool = False) -> tuple[Tensor, Tensor]:
-    """`wush::transform_quantize` for bf16 and fp16 with transform blocks of the format's group size (SPEC §4, §6).
-
-    swizzled: scales as `layouts.swizzle_scales` gives them, written by the same kernel."""
+def transform_quantize(
+    x, transform, global_scale, format, scale_rule, scale_layout: str = "rows"
+) -> tuple[Tensor, Tensor]:
+    """`wush::transform_quantize` for bf16 and fp16 with transform blocks of the format's group size."""
     ops = load(_target(x))
     transform = None if transform is None else transform.contiguous()
-    return ops.transform_quantize(x, transform, global_scale, format, scale_rule, swizzled)
+    return ops.transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout == "swizzled")
 
 
-def refuses_rms_norm(x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule) -> str | None:
+def refuses_rms_norm(
+    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> str | None:
     if weight is not None and weight.dtype != x.dtype:
         return f"gain is {weight.dtype}"
     if eps_tensor is not None and not eps_tensor.is_cuda:
@@ -118,35 +120,47 @@ def refuses_rms_norm(x, weight, eps, eps_tensor, gain, transform, global_scale, 
 
 
 def rms_norm_transform_quantize(
-    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, swizzled: bool = False
+    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout: str = "rows"
 ) -> tuple[Tensor, Tensor]:
     """`wush::rms_norm_transform_quantize`; the sum of squares has an order of its own."""
     ops = load(_target(x))
     transform = None if transform is None else transform.contiguous()
     eps_tensor = None if eps_tensor is None else eps_tensor.to(torch.float32)
     return ops.rms_norm_transform_quantize(
-        x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, swizzled
+        x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout == "swizzled"
     )
 
 
-def refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule) -> str | None:
+def refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
     return "gate and up differ in dtype" if gate.dtype != up.dtype else _refuses(gate, transform, format)
 
 
 def silu_mul_transform_quantize(
-    gate, up, transform, global_scale, format, scale_rule, swizzled: bool = False
+    gate, up, transform, global_scale, format, scale_rule, scale_layout: str = "rows"
 ) -> tuple[Tensor, Tensor]:
     """`wush::silu_mul_transform_quantize`, bit for bit."""
     ops = load(_target(gate))
     transform = None if transform is None else transform.contiguous()
-    return ops.silu_mul_transform_quantize(gate, up, transform, global_scale, format, scale_rule, swizzled)
+    return ops.silu_mul_transform_quantize(
+        gate, up, transform, global_scale, format, scale_rule, scale_layout == "swizzled"
+    )
 
 
 LINEAR_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def refuses_fp4_linear(
-    codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype
+    codes,
+    scales,
+    global_scale,
+    weight_codes,
+    weight_scales,
+    weight_global_scale,
+    bias,
+    residual,
+    format,
+    out_dtype,
+    scale_layout="rows",
 ) -> str | None:
     target = _target(codes)
     if target == "sm_90a":
@@ -172,12 +186,9 @@ def fp4_linear(
     residual,
     format,
     out_dtype,
-    swizzled: bool = False,
-    weight_swizzled: bool = False,
+    scale_layout: str = "rows",
 ) -> Tensor:
-    """`wush::fp4_linear` by Blackwell's block-scaled FP4 instructions; the order of the fp32 sum is the instruction's.
-
-    swizzled, weight_swizzled: these scales are as `layouts.swizzle_scales` gives them."""
+    """`wush::fp4_linear` by Blackwell's block-scaled FP4 instructions; the order of the fp32 sum is the instruction's."""
 
     def dense(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.contiguous()
@@ -193,8 +204,8 @@ def fp4_linear(
         dense(residual),
         format,
         out_dtype,
-        swizzled,
-        weight_swizzled,
+        scale_layout == "swizzled",
+        False,  # the weight's scales are in rows
     )
 
 

@@ -98,12 +98,21 @@ def resolve(device: int) -> dict[str, list[tuple[str, Implementation]]]:
     return table
 
 
+def candidates(op: str, device: int, args: tuple) -> list[tuple[str, Implementation]]:
+    """The providers of an op on a CUDA device, in the order in which they are asked to compute this call."""
+    entries = resolve(device).get(op, ())
+    return sorted(entries, key=lambda entry: entry[1].prefer_others(*args)) if len(entries) > 1 else list(entries)
+
+
+def chosen(op: str, device: int, args: tuple) -> str | None:
+    """The name of the provider that computes a call on a CUDA device; None where the reference does."""
+    return next((name for name, kernel in candidates(op, device, args) if kernel.refuses(*args) is None), None)
+
+
 def dispatch(op: str, reference: Callable, *args):
     """`op` by the first provider of the first argument's device that takes the call, else by `reference`."""
-    entries = resolve(args[0].device.index).get(op, ())
-    for entry in (
-        sorted(entries, key=lambda entry: entry[1].prefer_others(*args)) if len(entries) > 1 else list(entries)
-    ):
+    device = args[0].device.index
+    for entry in candidates(op, device, args):
         name, implementation = entry
         if implementation.refuses(*args) is not None:
             continue
@@ -120,7 +129,7 @@ def dispatch(op: str, reference: Callable, *args):
                     "WUSH_PROVIDER=reference and start again"
                 ) from error
             result = reference(*args)  # raises if the caller's arguments are at fault; then no provider is
-            resolve(args[0].device.index)[op].remove(entry)
+            resolve(device)[op].remove(entry)
             logger.warning(
                 "%s failed in %s and is left out of it from now on: %s: %s",
                 name,

@@ -12,12 +12,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from .. import formats
 from ..ops.core import PRODUCT_ERROR
+from ..ops.layouts import swizzle_scales
 from . import cuda
-from .layouts import swizzle_scales
 from .provider import Implementation
 
 logger = logging.getLogger("wush_compile")
@@ -114,7 +116,11 @@ def _place(device: int) -> torch.device:
 
 def _try(format: str, scaled: bool, device: int) -> str | None:
     """A product that is small enough to check."""
-    place = _place(device)
+    with unset_fake_temporarily():  # a pass may ask while a graph is traced
+        return _tried(format, scaled, _place(device))
+
+
+def _tried(format: str, scaled: bool, place: torch.device) -> str | None:
     generator = torch.Generator().manual_seed(0)
     x, w = (formats.quantize(torch.randn(rows, 256, generator=generator), format, "absmax") for rows in (48, 64))
     g = torch.full((1,), 0.5, device=place) if scaled else None
@@ -129,29 +135,53 @@ def _try(format: str, scaled: bool, device: int) -> str | None:
 
 
 def refuses_fp4_linear(
-    codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype
+    codes,
+    scales,
+    global_scale,
+    weight_codes,
+    weight_scales,
+    weight_global_scale,
+    bias,
+    residual,
+    format,
+    out_dtype,
+    scale_layout="rows",
 ) -> str | None:
     if format not in RECIPES:
         return f"{format} is no FP4 format"
     n, k = weight_codes.shape[0], 2 * weight_codes.shape[1]
-    if n % 16 or k % 32 or codes.numel() == 0:
+    if n % 16 or k % 32 or n * k == 0:
         return f"{n} x {k}: both must be multiples, of 16 and of 32"
     if out_dtype not in (torch.bfloat16, torch.float16) or (bias is not None and bias.dtype != out_dtype):
         return f"output in {out_dtype}, bias in {None if bias is None else bias.dtype}"
     scaled = global_scale is not None or weight_global_scale is not None
     if scaled and format == "mxfp4":
         return "mxfp4 with a global scale"
-    if codes.numel() // codes.shape[-1] < LEAST_ROWS:
-        return f"fewer than {LEAST_ROWS} rows"
+    rows = codes.numel() // codes.shape[-1]
+    if not statically_known_true(rows >= LEAST_ROWS):  # while a graph is compiled, `rows` may be a symbol
+        return f"fewer than {LEAST_ROWS} rows, or an unknown number"
     return problem(format, scaled, codes.device.index)
 
 
 def fp4_linear(
-    codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype
+    codes,
+    scales,
+    global_scale,
+    weight_codes,
+    weight_scales,
+    weight_global_scale,
+    bias,
+    residual,
+    format,
+    out_dtype,
+    scale_layout="rows",
 ) -> Tensor:
     """`wush::fp4_linear` (SPEC §6) by cuBLASLt."""
     rows = codes.reshape(-1, codes.shape[-1])
-    swizzled = _swizzled(scales.reshape(-1, scales.shape[-1]), format)
+    if scale_layout == "swizzled":
+        swizzled = scales.view(SCALE_DTYPES[format]).flatten()
+    else:
+        swizzled = _swizzled(scales.reshape(-1, scales.shape[-1]), format)
     y = product(
         rows.contiguous(),
         swizzled,

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import formats
 from ..formats import get_format
 from ..phases import phase
+from .layouts import in_rows, lay_out, scale_shape
 from .schema import check, define
 
 # A CPU quantizes this many values at a time: temporaries that stay in cache make it 4x faster.
@@ -138,13 +139,24 @@ def block_transform(x: Tensor, transform: Tensor | None) -> Tensor:
 
 
 def _transform_quantize_at_once(
-    x: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str, scale_rule: str
+    x: Tensor,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+    scale_layout: str = "rows",
 ) -> tuple[Tensor, Tensor]:
-    return formats.quantize(block_transform(x, transform), format, scale_rule, global_scale)
+    codes, scales = formats.quantize(block_transform(x, transform), format, scale_rule, global_scale)
+    return codes, lay_out(scales, scale_layout)
 
 
 def _transform_quantize(
-    x: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str, scale_rule: str
+    x: Tensor,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+    scale_layout: str = "rows",
 ) -> tuple[Tensor, Tensor]:
     fmt = _check_format(format, scale_rule)
     k = x.shape[-1]
@@ -157,10 +169,11 @@ def _transform_quantize(
         codes[chunk], scales[chunk] = _transform_quantize_at_once(
             rows[chunk], transform, global_scale, format, scale_rule
         )
-    return codes.view(*x.shape[:-1], k // 2), scales.view(*x.shape[:-1], k // fmt.group_size)
+    scales = scales.view(scale_shape(x.shape[:-1], k // fmt.group_size, "rows"))
+    return codes.view(*x.shape[:-1], k // 2), lay_out(scales, scale_layout)
 
 
-def _transform_quantize_fake(x, transform, global_scale, format, scale_rule):
+def _transform_quantize_fake(x, transform, global_scale, format, scale_rule, scale_layout="rows"):
     fmt = _check_format(format, scale_rule)
     k = x.shape[-1]
     torch._check(
@@ -178,7 +191,7 @@ def _transform_quantize_fake(x, transform, global_scale, format, scale_rule):
     lead = x.shape[:-1]
     return (
         x.new_empty((*lead, k // 2), dtype=torch.uint8),
-        x.new_empty((*lead, k // fmt.group_size), dtype=fmt.scale_dtype),
+        x.new_empty(scale_shape(lead, k // fmt.group_size, scale_layout), dtype=fmt.scale_dtype),
     )
 
 
@@ -211,8 +224,10 @@ def _fp4_linear_by(decode: Callable[[Tensor, Tensor, str], Tensor]) -> Callable[
         residual: Tensor | None,
         format: str,
         out_dtype: torch.dtype,
+        scale_layout: str = "rows",
     ) -> Tensor:
-        x = decode(codes, scales, format)  # [.., K]
+        groups = 2 * codes.shape[-1] // get_format(format).group_size
+        x = decode(codes, in_rows(scales, codes.shape[:-1], groups, scale_layout), format)  # [.., K]
         w = decode(weight_codes, weight_scales, format)  # [N, K]
         y = torch.nn.functional.linear(x, w)  # [.., N]
         factors = [g for g in (global_scale, weight_global_scale) if g is not None]
@@ -230,9 +245,24 @@ _fp4_linear = _fp4_linear_by(_operand)
 
 
 def _fp4_linear_fake(
-    codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype
+    codes,
+    scales,
+    global_scale,
+    weight_codes,
+    weight_scales,
+    weight_global_scale,
+    bias,
+    residual,
+    format,
+    out_dtype,
+    scale_layout="rows",
 ):
-    _check_format(format)
+    fmt = _check_format(format)
+    if scale_layout != "rows":
+        shape = scale_shape(codes.shape[:-1], 2 * codes.shape[-1] // fmt.group_size, scale_layout)
+        torch._check(scales.dim() == len(shape), lambda: f"scales have {scales.dim()} dimensions, {scale_layout} has 4")
+        for have, want in zip(scales.shape, shape):
+            torch._check(have == want, lambda: f"{scale_layout} scales are {tuple(scales.shape)}, not {shape}")
     torch._check(
         codes.shape[-1] == weight_codes.shape[-1],
         lambda: f"activation has {2 * codes.shape[-1]} channels, weight {2 * weight_codes.shape[-1]}",

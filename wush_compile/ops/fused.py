@@ -55,10 +55,11 @@ def _rms_norm_transform_quantize(
     global_scale: Tensor | None,
     format: str,
     scale_rule: str,
+    scale_layout: str = "rows",
 ) -> tuple[Tensor, Tensor]:
     eps = eps if eps_tensor is None else eps_tensor.to(torch.float32)
     normed = rms_norm(x, weight, eps, gain)
-    return torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule)
+    return torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule, scale_layout)
 
 
 def _layer_norm_transform_quantize(
@@ -71,10 +72,11 @@ def _layer_norm_transform_quantize(
     global_scale: Tensor | None,
     format: str,
     scale_rule: str,
+    scale_layout: str = "rows",
 ) -> tuple[Tensor, Tensor]:
     eps = eps if eps_tensor is None else float(eps_tensor)
     normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule)
+    return torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule, scale_layout)
 
 
 def _silu_mul_transform_quantize(
@@ -84,8 +86,11 @@ def _silu_mul_transform_quantize(
     global_scale: Tensor | None,
     format: str,
     scale_rule: str,
+    scale_layout: str = "rows",
 ) -> tuple[Tensor, Tensor]:
-    return torch.ops.wush.transform_quantize(F.silu(gate) * up, transform, global_scale, format, scale_rule)
+    return torch.ops.wush.transform_quantize(
+        F.silu(gate) * up, transform, global_scale, format, scale_rule, scale_layout
+    )
 
 
 def _gelu_mul_transform_quantize(
@@ -96,39 +101,42 @@ def _gelu_mul_transform_quantize(
     global_scale: Tensor | None,
     format: str,
     scale_rule: str,
+    scale_layout: str = "rows",
 ) -> tuple[Tensor, Tensor]:
     activated = F.gelu(gate, approximate=approximate) * up
-    return torch.ops.wush.transform_quantize(activated, transform, global_scale, format, scale_rule)
+    return torch.ops.wush.transform_quantize(activated, transform, global_scale, format, scale_rule, scale_layout)
 
 
-def _norm_fake(x, vectors, transform, global_scale, format, scale_rule):
+def _norm_fake(x, vectors, transform, global_scale, format, scale_rule, scale_layout="rows"):
     for vector in vectors:
         if vector is not None:
             torch._check(vector.device == x.device, lambda: f"x is on {x.device}, its norm is on {vector.device}")
             torch._check(vector.shape[-1] == x.shape[-1], lambda: "the norm does not have the width of x")
-    return FAKE["transform_quantize"](x, transform, global_scale, format, scale_rule)
+    return FAKE["transform_quantize"](x, transform, global_scale, format, scale_rule, scale_layout)
 
 
-def _rms_norm_fake(x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule):
+def _rms_norm_fake(x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"):
     torch._check(gain in GAINS, lambda: f"gain {gain!r} is not one of {', '.join(GAINS)}")
     torch._check((weight is None) == (gain == "none"), lambda: f"gain {gain!r} does not fit the weight")
-    return _norm_fake(x, (weight,), transform, global_scale, format, scale_rule)
+    return _norm_fake(x, (weight,), transform, global_scale, format, scale_rule, scale_layout)
 
 
-def _layer_norm_fake(x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule):
-    return _norm_fake(x, (weight, bias), transform, global_scale, format, scale_rule)
+def _layer_norm_fake(
+    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows"
+):
+    return _norm_fake(x, (weight, bias), transform, global_scale, format, scale_rule, scale_layout)
 
 
-def _mul_fake(gate, up, transform, global_scale, format, scale_rule):
+def _mul_fake(gate, up, transform, global_scale, format, scale_rule, scale_layout="rows"):
     torch._check(gate.device == up.device, lambda: f"gate is on {gate.device}, up on {up.device}")
     torch._check(gate.dim() == up.dim(), lambda: "gate and up differ in rank")
     for a, b in zip(gate.shape, up.shape):
         torch._check(a == b, lambda: "gate and up differ in shape")
-    return FAKE["transform_quantize"](gate, transform, global_scale, format, scale_rule)
+    return FAKE["transform_quantize"](gate, transform, global_scale, format, scale_rule, scale_layout)
 
 
-def _gelu_mul_fake(gate, up, approximate, transform, global_scale, format, scale_rule):
-    return _mul_fake(gate, up, transform, global_scale, format, scale_rule)
+def _gelu_mul_fake(gate, up, approximate, transform, global_scale, format, scale_rule, scale_layout="rows"):
+    return _mul_fake(gate, up, transform, global_scale, format, scale_rule, scale_layout)
 
 
 FUSED_REFERENCE = {

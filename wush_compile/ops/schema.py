@@ -1,8 +1,10 @@
 """One signature an op: its annotated reference gives the schema, and its other functions are checked against it.
 
-define    the schema, the reference and the fake kernel of an op
-bind      the arguments of a call by name
-check     refuses a function whose parameters are not the op's
+    define    the schema, the reference and the fake kernel of an op
+    bind      the arguments of a call by name; `positional` is the way back
+    check     refuses a function whose parameters are not the op's
+
+The checked functions are the fake kernels, every provider's, and the packaged ones.
 """
 
 import inspect
@@ -33,6 +35,19 @@ def bind(op: str, args: Sequence, kwargs: Mapping[str, object] | None = None) ->
     parameters = schema(op).arguments
     given = dict(zip((p.name for p in parameters), args)) | dict(kwargs or {})
     return {p.name: given.get(p.name, p.default_value) for p in parameters}
+
+
+def positional(op: str, named: Mapping[str, object]) -> tuple:
+    """Arguments by name -> by position, without the last ones that equal the schema's default, as PyTorch records a call.
+
+    Names that the op does not have are left out.
+    """
+    parameters = list(schema(op).arguments)
+    while (
+        parameters and parameters[-1].has_default_value() and named[parameters[-1].name] == parameters[-1].default_value
+    ):
+        parameters.pop()
+    return tuple(named[p.name] for p in parameters)
 
 
 def _difference(op: str, function: Callable) -> str | None:

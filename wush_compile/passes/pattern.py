@@ -21,7 +21,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..ops.schema import bind
+from ..ops.schema import bind, positional
 
 ANY = object()
 CASTS = ("convert_element_type", "to", "_to_copy", "type_as")
@@ -163,6 +163,11 @@ def only_user(node: Node, user: Node) -> bool:
     return all(u is user or op_name(u) == "_assert_tensor_metadata" for u in node.users)
 
 
+def fakes(args: object) -> object:
+    """Arguments with each node replaced by what tracing recorded of it."""
+    return torch.fx.map_arg(args, value)
+
+
 def insert(graph: Graph, where: Node, target, args: tuple, val: object = None) -> Node:
     """A new call before `where`, with `where`'s place in the module tree.
 
@@ -175,8 +180,13 @@ def insert(graph: Graph, where: Node, target, args: tuple, val: object = None) -
         node.meta["val"] = val
     else:
         with torch.no_grad():
-            node.meta["val"] = target(*torch.fx.map_arg(args, value))
+            node.meta["val"] = target(*fakes(args))
     return node
+
+
+def insert_op(graph: Graph, where: Node, op: str, named: dict, val: object = None) -> Node:
+    """As `insert`, a call of `wush::op` with arguments by name; names that the op does not have are left out."""
+    return insert(graph, where, getattr(torch.ops.wush, op).default, positional(op, named), val)
 
 
 def freeze(argument: object, tensor: Callable = lambda node: node) -> object:

@@ -12,11 +12,12 @@ from .execution.cse import cse
 from .execution.fuse_activation import fuse_activation
 from .execution.fuse_epilogue import fuse_epilogue
 from .execution.fuse_norm import fuse_norm
+from .execution.lay_out_scales import lay_out_scales
 from .execution.lower import lower
 from .execution.merge_siblings import merge_siblings
 from .execution.package import package
 
-EXECUTION: tuple[Callable[[Graph], int], ...] = (
+_ALWAYS: tuple[Callable[[Graph], int], ...] = (
     cse,  # one transform-quantize per distinct input
     merge_siblings,  # one matmul per group of siblings
     fuse_epilogue,  # bias and residual adds into the matmul
@@ -25,8 +26,15 @@ EXECUTION: tuple[Callable[[Graph], int], ...] = (
     cleanup,  # no-op views, paddings, dead code
     lower,  # the variant of each fused op that the target device has
 )
-# For a program that has to run without Python: the same, then no wush op is left.
-PACKAGING = (*EXECUTION, package)
+EXECUTION = (
+    *_ALWAYS,
+    lay_out_scales,  # scales as the products of the target device read them
+)
+# For a program that has to run without Python: packaged kernels read scales in rows.
+PACKAGING = (
+    *_ALWAYS,
+    package,  # no wush op is left
+)
 
 
 def run(

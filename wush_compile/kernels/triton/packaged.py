@@ -116,8 +116,9 @@ def transform_quantize(
     global_scale: Tensor | None,
     format: str,
     scale_rule: str,
+    scale_layout: str = "rows",
 ) -> tuple[Tensor, Tensor]:
-    """`wush::transform_quantize` for a device of that compute capability."""
+    """`wush::transform_quantize` for a device of that compute capability, with scales in rows."""
     width, lead = x.shape[-1], x.shape[:-1]
     rows = dense_rows(x)
     m = rows.shape[0]
@@ -192,8 +193,9 @@ def fp4_linear(
     residual: Tensor | None,
     format: str,
     out_dtype: torch.dtype,
+    scale_layout: str = "rows",
 ) -> Tensor:
-    """`wush::fp4_linear` for a device of that compute capability."""
+    """`wush::fp4_linear` for a device of that compute capability, for scales in rows."""
     lead, half = codes.shape[:-1], codes.shape[-1]
     n, k, mx = weight_codes.shape[0], 2 * half, format == "mxfp4"
     x, xs = codes.reshape(-1, half), scales.reshape(-1, scales.shape[-1])
@@ -354,9 +356,11 @@ for op, function in PACKAGED.items():
 
 def refuses(op: str, capability: tuple[int, int], *args) -> str | None:
     """Why a call is not packaged as Triton launches; None if it is."""
+    call = bind(op, args)
+    if call["scale_layout"] != "rows":
+        return "packaged kernels take scales in rows"
     reason = IMPLEMENTATIONS[op].refuses(*args)
     if reason is None and op == "fp4_linear":
-        call = bind(op, args)
         format, (n, half) = call["format"], call["weight_codes"].shape
         k = 2 * half
         if any(_kernel(format, last or MANY, n, k, capability) is None for _, last in BANDS):

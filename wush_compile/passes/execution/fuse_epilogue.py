@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..pattern import arguments, insert, is_wush, only_user, op_name, replace, same_layout, value
+from ..pattern import arguments, insert_op, is_wush, only_user, op_name, replace, same_layout, value
 
 
 def _as_argument(linear: Node, other: object, add: Node) -> dict | None:
@@ -36,8 +36,8 @@ def fuse_epilogue(graph: Graph) -> int:
         for linear, other in (node.args, node.args[::-1]):
             found = _as_argument(linear, other, node)
             if found is not None:
-                args = tuple((arguments(linear) | found).values())
-                replace(node, insert(graph, node, torch.ops.wush.fp4_linear.default, args, val=value(node)))
+                named = arguments(linear) | found
+                replace(node, insert_op(graph, node, "fp4_linear", named, val=value(node)))
                 fused += 1
                 break
     return fused

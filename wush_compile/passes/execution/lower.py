@@ -4,22 +4,13 @@ The dispatcher picks an op's provider at run time, so ops usually stay as they a
 for the quantizer but none for the fused variant, the fused op is taken apart: Inductor compiles the norm or activation.
 """
 
-import torch
 from torch.fx import Graph, Node
 
 from ...kernels import dispatch as kernels
 from ...ops.fused import FUSED_REFERENCE
 from ...ops.schema import bind, schema
-from ..pattern import arguments, is_wush, value
+from ..pattern import arguments, fakes, is_wush, value
 from .paste import replace_by
-
-
-def fakes(node: Node) -> tuple:
-    return torch.fx.map_arg(tuple(arguments(node).values()), value)
-
-
-def _accepts(op: str, device: int, args: tuple) -> bool:
-    return any(kernel.refuses(*args) is None for _, kernel in kernels.resolve(device).get(op, ()))
 
 
 def _quantizer(op: str, args: tuple) -> tuple:
@@ -31,12 +22,12 @@ def _quantizer(op: str, args: tuple) -> tuple:
 
 def _without_kernel(node: Node) -> bool:
     """Whether a fused op's GPU has a kernel for the quantizer, and none for the fused op."""
-    device, args = value(node.all_input_nodes[0]).device, fakes(node)
-    return (
-        device.type == "cuda"
-        and not _accepts(node.target._opname, device.index, args)
-        and _accepts("transform_quantize", device.index, _quantizer(node.target._opname, args))
-    )
+    op, device = node.target._opname, value(node.all_input_nodes[0]).device
+    if device.type != "cuda":
+        return False
+    args = fakes(tuple(arguments(node).values()))
+    quantizer = "transform_quantize", device.index, _quantizer(op, args)
+    return kernels.chosen(op, device.index, args) is None and kernels.chosen(*quantizer) is not None
 
 
 def fused_ops(graph: Graph) -> list[Node]:

@@ -8,7 +8,7 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
-from ..pattern import arguments, insert, is_wush, op_name, refresh, replace, value
+from ..pattern import arguments, insert, insert_op, is_wush, op_name, refresh, replace, value
 
 ROWS = ("weight_codes", "weight_scales", "bias")
 
@@ -34,7 +34,7 @@ def _member(node: Node) -> tuple[tuple, tuple[int, int]] | None:
     if None in ranges.values() or len({r[1:] for r in ranges.values()}) != 1:
         return None
     bases = {name: r[0] for name, r in ranges.items()}
-    common = tuple(bases.get(name) if name in ROWS else v for name, v in named.items())
+    common = tuple((name, bases.get(name) if name in ROWS else v) for name, v in named.items())
     return common, ranges["weight_codes"][1:]
 
 
@@ -60,7 +60,7 @@ def merge_siblings(graph: Graph) -> int:
             continue
         *lead, _ = value(first).shape
         y = value(first).new_empty((*lead, members[-1][1]))  # [.., N]
-        merged = insert(graph, first, torch.ops.wush.fp4_linear.default, common, val=y)
+        merged = insert_op(graph, first, "fp4_linear", dict(common), val=y)
         if len(members) > 1:
             sizes = [stop - start for start, stop, _ in members]
             split = insert(graph, first, torch.ops.aten.split_with_sizes.default, (merged, sizes, -1))

@@ -13,8 +13,8 @@ from torch.fx import Graph, Node
 from ...kernels import dispatch as kernels
 from ...ops.core import ARITHMETIC
 from ...ops.fused import FUSED_REFERENCE
-from ..pattern import freeze, is_wush, op_name, replace, value
-from .lower import fakes, fused_ops
+from ..pattern import arguments, fakes, freeze, is_wush, op_name, replace, value
+from .lower import fused_ops
 from .paste import replace_by
 
 # What makes tensors out of nothing in `kernels/triton/packaged.py`: equal ones of a program become one.
@@ -30,7 +30,7 @@ def _body(node: Node) -> Callable:
         if triton.unavailable(capability) is None:
             from ...kernels.triton import packaged
 
-            if packaged.refuses(op, capability, *fakes(node)) is None:
+            if packaged.refuses(op, capability, *fakes(tuple(arguments(node).values()))) is None:
                 return functools.partial(packaged.PACKAGED[op], capability)
     return ARITHMETIC[op]
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....formats import FORMATS
-from ...layouts import swizzled_shape
+from ....ops.layouts import swizzled_shape
 from ..common.formats import (
     ABS_BITS,
     INF_BITS,
