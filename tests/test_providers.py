@@ -115,7 +115,7 @@ def test_why_there_is_no_gpu(monkeypatch):
     """No driver, no CUDA in torch: each in one line with its remedy."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "install one with it" in doctor.why_no_gpu()
+    assert "install one with CUDA" in doctor.why_no_gpu()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "no NVIDIA driver" in doctor.why_no_gpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

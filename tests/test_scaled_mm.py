@@ -92,7 +92,7 @@ def test_what_it_does_not_take():
         codes, w = torch.zeros(m, k // 2, dtype=torch.uint8), torch.zeros(n, k // 2, dtype=torch.uint8)
         return scaled_mm.refuses_fp4_linear(codes, codes, None, w, w, None, bias, None, format, dtype)
 
-    assert "no FP4" in refuses(format="int4")
+    assert "not an FP4" in refuses(format="int4")
     assert "multiples" in refuses(n=40) and "multiples" in refuses(k=48) and "multiples" in refuses(k=0)
     assert "output" in refuses(dtype=torch.float32) and "bias" in refuses(bias=torch.zeros(64))
     assert "rows" in refuses(m=16) and "rows" in refuses(m=0)

@@ -1,7 +1,7 @@
 """The CUDA provider: the kernels of csrc/, one library for each GPU architecture, built by `make cuda`.
 
-A wheel or a checkout may hold any of the libraries, or none. The one of a device is loaded when its providers are
-resolved; where it is not there, or does not run, `unavailable` says in one sentence why and how to get it.
+A wheel or a checkout may hold any of the libraries, or none. A device's library is loaded when its providers are
+resolved. Where it is missing or does not run, `unavailable` gives the reason and the remedy in one sentence.
 """
 
 import ctypes
@@ -16,12 +16,12 @@ from ..formats import FORMATS
 from .provider import FixableReason, Implementation
 
 TARGETS = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a", (12, 0): "sm_120a", (12, 1): "sm_121a"}
-# Where libraries lie: in an installed package, in a checkout.
+# Where libraries are: in an installed package, and in a checkout.
 DIRECTORIES = (Path(__file__).parent / "lib", Path(__file__).resolve().parents[2] / "build" / "csrc")
 
 
 def libraries() -> dict[str, Path]:
-    """Target -> library, of those that were built."""
+    """Target -> path of its library, for the targets that are built."""
     found = {}
     for directory in DIRECTORIES:
         for path in sorted(directory.glob("libwush_sm_*.so")):
@@ -31,7 +31,7 @@ def libraries() -> dict[str, Path]:
 
 @functools.cache
 def load(target: str) -> ModuleType:
-    """The ops of a target's library, `torch.ops.wush_<target>`; OSError or RuntimeError if it cannot be used here."""
+    """The ops of a target's library, `torch.ops.wush_<target>`; OSError or RuntimeError if it does not run here."""
     path = libraries()[target]
     torch.ops.load_library(str(path))
     problem = ctypes.CDLL(str(path)).wush_problem
@@ -43,11 +43,11 @@ def load(target: str) -> ModuleType:
 
 
 def unavailable(capability: tuple[int, int]) -> str | None:
-    """Why there are no CUDA kernels for a device of this capability, or None. What the user can fix is a `FixableReason`."""
+    """Why a device of this capability has no CUDA kernels, a `FixableReason` if the user can help; None if it has."""
     target = TARGETS.get(capability)
     if target is None:
         known = ", ".join(f"{major}.{minor}" for major, minor in TARGETS)
-        return f"has no kernels for compute capability {capability[0]}.{capability[1]} (it has for {known})"
+        return f"has no kernels for compute capability {capability[0]}.{capability[1]}, only for {known}"
     built = libraries()
     remedy = f"`python csrc/build.py --targets {target}` in a checkout builds it (nvcc 12.9 or newer)"
     if not built:
@@ -61,7 +61,7 @@ def unavailable(capability: tuple[int, int]) -> str | None:
     return None
 
 
-# Rows from which the SiLU variant is the fastest on Hopper too; the others are not, at any size (docs/csrc.md).
+# From this many rows on the SiLU variant is the fastest on Hopper too. The other variants never are (docs/csrc.md).
 HOPPER_SILU_ROWS = 1024
 
 
@@ -78,7 +78,7 @@ def _target(x: Tensor) -> str:
 
 
 def prefer_others(x, *others) -> bool:
-    """On Hopper Triton's quantizers are faster. On Blackwell nothing was measured: the kernels made for it go first."""
+    """True on Hopper, where Triton's quantizers are faster. Nothing is measured on Blackwell: these go first there."""
     return _target(x) == "sm_90a"
 
 
@@ -122,7 +122,7 @@ def refuses_rms_norm(
 def rms_norm_transform_quantize(
     x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout: str = "rows"
 ) -> tuple[Tensor, Tensor]:
-    """`wush::rms_norm_transform_quantize`; the sum of squares has an order of its own."""
+    """`wush::rms_norm_transform_quantize`; it sums squares in another order than the reference."""
     ops = load(_target(x))
     transform = None if transform is None else transform.contiguous()
     eps_tensor = None if eps_tensor is None else eps_tensor.to(torch.float32)
@@ -138,7 +138,7 @@ def refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule, scal
 def silu_mul_transform_quantize(
     gate, up, transform, global_scale, format, scale_rule, scale_layout: str = "rows"
 ) -> tuple[Tensor, Tensor]:
-    """`wush::silu_mul_transform_quantize`, bit for bit."""
+    """`wush::silu_mul_transform_quantize`, with the bits of the reference."""
     ops = load(_target(gate))
     transform = None if transform is None else transform.contiguous()
     return ops.silu_mul_transform_quantize(
@@ -164,7 +164,7 @@ def refuses_fp4_linear(
 ) -> str | None:
     target = _target(codes)
     if target == "sm_90a":
-        return "the FP4 instruction is only emulated there, for tests"
+        return "the FP4 instruction is emulated on Hopper, for tests only"
     if format not in ("mxfp4", "nvfp4"):
         return f"{format} has no CUDA kernel"
     if out_dtype not in (LINEAR_DTYPES[:1] if target in ("sm_100a", "sm_103a") else LINEAR_DTYPES):
@@ -188,7 +188,7 @@ def fp4_linear(
     out_dtype,
     scale_layout: str = "rows",
 ) -> Tensor:
-    """`wush::fp4_linear` by Blackwell's block-scaled FP4 instructions; the order of the fp32 sum is the instruction's."""
+    """`wush::fp4_linear` by Blackwell's block-scaled FP4 instructions, which decide the order of the fp32 sum."""
 
     def dense(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.contiguous()

@@ -1,10 +1,10 @@
-"""Providers: who computes an op on a GPU. One table, resolved once a process and device; the reference is always there.
+"""Chooses who computes an op on a GPU, from one table of providers that is resolved once a process and device.
 
-A provider has for each op a function and a predicate that says, from the arguments alone, why it does not take a call.
-`dispatch` asks the providers in order. One that fails at run time is left out from then on, with one warning that names
-it.
-`WUSH_PROVIDER=reference` (or `scaled_mm`, `cuda`, `triton`) forces one: then nothing else is asked first, and its
-errors are raised.
+For each op, a provider has a function, and a predicate that says from the arguments alone why it does not take a call.
+`dispatch` asks the providers in order; the reference computes what none takes. A provider that fails at run time is
+dropped for that op, with one warning.
+`WUSH_PROVIDER=reference` (or `scaled_mm`, `cuda`, `triton`) leaves only that provider in front of the reference, and
+raises its errors.
 """
 
 import functools
@@ -64,20 +64,20 @@ PROVIDERS = (
     Provider("cuda", _cuda_unavailable, _load_cuda),
     Provider("triton", _triton_unavailable, _load_triton),
 )
-# What writes into its arguments cannot be tried a second time.
+# Ops that write into their arguments: they cannot be computed a second time after a failure.
 IN_PLACE = ("observe",)
 NAMES = (*(p.name for p in PROVIDERS), "reference")
 
 
 def forced() -> str | None:
-    """The provider that `WUSH_PROVIDER` names, None if it is not set; another name is a `ConfigError`."""
+    """The provider that `WUSH_PROVIDER` names; None if it is not set; `ConfigError` for an unknown name."""
     name = os.environ.get("WUSH_PROVIDER")
     return one_of("WUSH_PROVIDER", name, NAMES) if name else None
 
 
 @functools.cache
 def resolve(device: int) -> dict[str, list[tuple[str, Implementation]]]:
-    """Op -> (provider's name, implementation) in the order in which they are asked, for a CUDA device; logged once."""
+    """Op -> (provider's name, implementation), in the order in which they are asked, for a CUDA device; logs them."""
     capability = torch.cuda.get_device_capability(device)
     name = forced()
     table, lines, faults = {}, [], []
@@ -110,7 +110,7 @@ def chosen(op: str, device: int, args: tuple) -> str | None:
 
 
 def dispatch(op: str, reference: Callable, *args):
-    """`op` by the first provider of the first argument's device that takes the call, else by `reference`."""
+    """Computes `op` by the first provider that takes the call on the first argument's device, else by `reference`."""
     device = args[0].device.index
     for entry in candidates(op, device, args):
         name, implementation = entry
@@ -125,13 +125,13 @@ def dispatch(op: str, reference: Callable, *args):
                 raise
             if op in IN_PLACE:
                 raise RuntimeError(
-                    f"{name} failed in {op}, which may have changed its state by then: set "
+                    f"{name} failed in {op} and may have left its state half written: set "
                     "WUSH_PROVIDER=reference and start again"
                 ) from error
-            result = reference(*args)  # raises if the caller's arguments are at fault; then no provider is
+            result = reference(*args)  # raises if the arguments are at fault; then the provider is not
             resolve(device)[op].remove(entry)
             logger.warning(
-                "%s failed in %s and is left out of it from now on: %s: %s",
+                "%s failed in %s and is no longer used for it: %s: %s",
                 name,
                 op,
                 type(error).__name__,

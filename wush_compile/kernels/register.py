@@ -1,4 +1,4 @@
-"""Puts the providers behind the ops on CUDA devices; elsewhere, and for what no provider takes, the reference stays."""
+"""Puts the providers behind the ops on CUDA devices. The reference serves other devices, and calls that none takes."""
 
 import functools
 
@@ -10,7 +10,7 @@ from .dispatch import dispatch
 
 @functools.cache
 def register() -> None:
-    """Registers `dispatch` as the CUDA implementation of every op; once a process."""
+    """Registers `dispatch` as the CUDA implementation of every op, once a process."""
     for name, reference in (ops.REFERENCE | FUSED_REFERENCE).items():
         lib.impl(name, functools.partial(dispatch, name, reference), "CUDA")
 

@@ -1,11 +1,12 @@
-"""The ops: schemas, fake kernels, and the reference that defines them on every device (SPEC §6).
+"""The ops: fake kernels, and the reference that defines each op and its schema on every device (docs/spec.md §6).
 
     wush::observe             adds rows to a second moment and to a sample (calibration)
     wush::transform_quantize  x -> blockwise x Tᵀ -> codes and scales, in one op
     wush::fp4_linear          quantized x times quantized weight, fp32 accumulation, one rounding
 
-Codes and scales cross op boundaries as uint8 (int4 scales: bf16); the format string gives them meaning. A row is one
-position of the leading dimensions, which are free; no rows at all is fine.
+Codes and scales cross op boundaries as uint8 (int4 scales: bf16); the format string gives them meaning, and
+`scale_layout` says how an activation's scales lie in memory (layouts.py). Leading dimensions are free: each position in
+them is a row. There may be no rows.
 """
 
 from collections.abc import Callable
@@ -19,9 +20,9 @@ from ..phases import phase
 from .layouts import in_rows, lay_out, scale_shape
 from .schema import check, define
 
-# A CPU quantizes this many values at a time: temporaries that stay in cache make it 4x faster.
+# A CPU quantizes this many values at a time. It is 4x faster when the temporaries stay in its cache.
 CHUNK_ELEMENTS = 2**16
-# Of the rows a group's sample holds, this share is kept for the rows of largest norm; the rest is a uniform sample.
+# One in this many rows of a group's sample is kept for the rows of largest norm. The others are a uniform sample.
 LARGEST_SHARE = 8
 # Largest relative error (Frobenius norm) of a provider's product. Rounding to bf16 costs at most 2^-9 = 1.95e-3, and
 # 1.7e-3 on random numbers; Hopper's fp8 accumulators add up to 4e-4.
@@ -32,7 +33,7 @@ PRODUCT_ERROR = {torch.bfloat16: 2.2e-3, torch.float32: 5e-4}
 
 
 def _uniform(index: Tensor, seed: int) -> Tensor:
-    """Row numbers (int64) -> reproducible pseudo-random float64 in [0, 1): a 31-bit integer hash, the same everywhere."""
+    """Row numbers (int64) -> pseudo-random float64 in [0, 1): a 31-bit integer hash, equal on every device."""
     h = (index + 1) * 747796405 + (seed % 65521) * 2891336453
     for factor in (277803737, 1103515245):
         h = h & 0x7FFFFFFF
@@ -42,13 +43,16 @@ def _uniform(index: Tensor, seed: int) -> Tensor:
 
 
 def _sample_uniform(rows: Tensor, reservoir: Tensor, seen: Tensor, seed: int) -> None:
-    """Reservoir sampling: row i goes to a random slot below i + 1, if the reservoir has it; rows [n, K], seen int64 []."""
+    """Reservoir sampling of rows [n, K]; seen int64 [] counts the rows before them.
+
+    Row i draws a random slot below i + 1, and enters the reservoir if the reservoir has that slot.
+    """
     capacity = reservoir.shape[0]
     position = torch.arange(rows.shape[0], device=rows.device)
     index = position + seen
     slot = torch.where(index < capacity, index, (_uniform(index, seed) * (index + 1)).floor().to(torch.int64))
-    # Of the rows that want one slot the last one keeps it, as if they had come one after the other; slot `capacity` takes
-    # those that none gets. Nothing here has a size that depends on the data: a GPU need not be waited for.
+    # The last row that draws a slot keeps it, as if the rows came one after the other. Slot `capacity` takes the rows
+    # that do not enter. No size here depends on the data, so the host need not wait for a GPU.
     last = torch.full((capacity + 1,), -1, dtype=torch.int64, device=rows.device)
     last.scatter_reduce_(0, slot.clamp(max=capacity), position, "amax")
     last = last[:capacity]
@@ -133,7 +137,7 @@ def block_transform(x: Tensor, transform: Tensor | None) -> Tensor:
     t = transform.to(torch.float32)
     if transform.shape[0] == 1:
         return (x.unflatten(-1, (-1, size)).flatten(0, -2) @ t[0].T).view(x.shape)
-    # unflatten, unlike reshape alone, refuses a transform made for another width.
+    # `unflatten` refuses a transform made for another width; `reshape` alone would not.
     blocks = x.unflatten(-1, (transform.shape[0], size)).reshape(-1, transform.shape[0], size)  # [M, K/B, B]
     return torch.bmm(blocks.transpose(0, 1), t.transpose(1, 2)).transpose(0, 1).reshape(x.shape)
 
@@ -199,7 +203,7 @@ def _transform_quantize_fake(x, transform, global_scale, format, scale_rule, sca
 
 
 def _operand(codes: Tensor, scales: Tensor, format: str) -> Tensor:
-    """Packed [.., K/2] -> fp32 [.., K] without the global scale, by a table of the 256 bytes: fast in eager mode."""
+    """Packed [.., K/2] -> fp32 [.., K] without the global scale; a table of the 256 bytes is fast in eager mode."""
     byte = torch.arange(256, device=codes.device, dtype=torch.uint8)
     group = get_format(format).group_size
     if format == "int4":
@@ -277,7 +281,7 @@ def _fp4_linear_fake(
 
 REFERENCE = {"observe": _observe, "transform_quantize": _transform_quantize, "fp4_linear": _fp4_linear}
 FAKE = {"observe": _observe_fake, "transform_quantize": _transform_quantize_fake, "fp4_linear": _fp4_linear_fake}
-# The same numbers without tables and chunks, which a graph cannot hold as constants and loops.
+# The same numbers without a table and without chunks: a graph can hold neither constants nor loops.
 ARITHMETIC = {"transform_quantize": _transform_quantize_at_once, "fp4_linear": _fp4_linear_by(formats.dequantize)}
 for name, reference in REFERENCE.items():
     define(name, reference, FAKE[name], mutates=("moment", "count", "sample") if name == "observe" else ())

@@ -1,23 +1,23 @@
-"""Fused variants of `wush::transform_quantize`: the quantizer with the norm or activation that feeds it as prologue.
+"""Fused variants of `wush::transform_quantize`: the norm or activation in front of a quantizer becomes its prologue.
 
     wush::rms_norm_transform_quantize     RMSNorm(x)            then transform_quantize
     wush::layer_norm_transform_quantize   LayerNorm(x)          then transform_quantize
     wush::silu_mul_transform_quantize     SiLU(gate) · up       then transform_quantize
     wush::gelu_mul_transform_quantize     GELU(gate) · up       then transform_quantize
 
-Only passes emit them. The reference below defines each: it rounds to the model dtype exactly where the graph it
-replaces rounds, so fusing changes no bit. The inner quantizer is called as an op, so that a device's own provider of
-`transform_quantize` serves here too until it has one for the fused variant.
+Only passes emit these ops. The reference below defines each of them. It rounds to the model dtype exactly where the
+replaced graph rounds, so fusing changes no bit. It calls the quantizer as an op, so that a device without a kernel for
+the fused variant still uses its kernel for `transform_quantize`.
 
-`gain` says where RMSNorm's gain w meets the model dtype; x̂ = x · rsqrt(mean(x²) + eps) in fp32:
+`gain` says where RMSNorm rounds to the model dtype, with its gain w and x̂ = x · rsqrt(mean(x²) + eps) in fp32:
 
     "none"           round(x̂)
     "rounded"        w · round(x̂), in the model dtype                      (Llama, Qwen)
     "wide"           round(x̂ · w), the product in fp32                     (torch.nn.RMSNorm in low precision)
     "wide_plus_one"  round(x̂ · (1 + w)), both in fp32                      (Gemma)
 
-`eps` is a number, or a scalar tensor in `eps_tensor` (then `eps` is not read): with `dynamic=True` Dynamo lifts Python
-floats into graph inputs.
+`eps` is a number. With `dynamic=True` Dynamo turns Python floats into graph inputs: then `eps_tensor` is a scalar
+tensor, and `eps` is ignored.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The Triton provider's ops and what they refuse: pure functions of the arguments."""
+"""The ops of the Triton provider, and the calls that it refuses, from the arguments alone."""
 
 import functools
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def refuses_rms_norm(
     if scale_layout != "rows":
         return NORM_LAYOUT
     if gain not in GAINS or (weight is None) != (gain == "none"):
-        return f"gain {gain} does not fit the weight"
+        return f"gain {gain} does not fit the presence of a weight"
     return _refuses_norm(x, (weight,), eps_tensor, transform, global_scale, format, scale_rule)
 
 
@@ -157,7 +157,7 @@ def fp4_linear(
 
 
 def _there(run: Callable) -> Callable:
-    """`run` with its first argument's device current: a kernel is launched on the current one."""
+    """Makes the first argument's device current while `run` runs: Triton launches kernels on the current device."""
 
     @functools.wraps(run, updated=())
     def guarded(first, *args, **options):

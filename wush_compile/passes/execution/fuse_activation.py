@@ -1,9 +1,9 @@
-"""The gated activation into the quantizer it feeds.
+"""Fuses a gated activation into the quantizer that it feeds.
 
     transform_quantize(silu(gate) * up, T, ..)  ->  silu_mul_transform_quantize(gate, up, T, ..)
 
-Likewise GELU, exact and tanh. The activation arrives as one ATen op (export) or decomposed (Inductor), computed in fp32
-and rounded to the model dtype before the product.
+GELU likewise, exact and tanh. The activation is one ATen op (export) or decomposed (Inductor). Both compute it in fp32
+and round it to the model dtype before the product with `up`.
 """
 
 import torch
@@ -48,7 +48,7 @@ def _gated(root: Node) -> tuple[str, dict] | None:
 
 
 def fuse_activation(graph: Graph) -> int:
-    """Quantizers that take over the gated activation before them; the number fused."""
+    """Fuses each quantizer with the gated activation before it; the number fused."""
     fused = 0
     for node in list(graph.nodes):
         if not is_wush(node, "transform_quantize"):

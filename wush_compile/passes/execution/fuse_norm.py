@@ -1,9 +1,9 @@
-"""RMSNorm and LayerNorm into the quantizer they feed.
+"""Fuses RMSNorm and LayerNorm into the quantizer that they feed.
 
     transform_quantize(rms_norm(x, w), T, ..)  ->  rms_norm_transform_quantize(x, w, eps, .., T, ..)
 
-The norm arrives decomposed (Inductor, or a model that spells it out) or as one ATen op (export). Where the graph
-rounds to the model dtype, the fused op rounds too; anything else is left alone.
+The norm is decomposed (Inductor, or a model that spells it out) or one ATen op (export). The fused op rounds to the
+model dtype where the graph does. A graph that rounds elsewhere is not fused.
 """
 
 import torch
@@ -16,7 +16,7 @@ _W = Cast(Var("weight"))
 _EPS = Cast(Num("eps"))
 _SQUARE = Either(Op("pow", _X, 2), Op("mul", _X, _X), Op("square", _X))
 _RMS = Op("mul", _X, Op("rsqrt", Op("add", Op("mean", _SQUARE, ANY, True, bind="reduction"), _EPS)))
-# gain -> pattern, tried in this order. In fp32, where nothing rounds, some coincide and the first will do.
+# gain -> pattern, tried in this order. In fp32 nothing rounds, some patterns coincide, and the first match is right.
 RMS_NORM = {
     "wide_plus_one": Cast(Op("mul", _RMS, Op("add", _W, 1))),
     "rounded": Op("mul", Var("weight"), Cast(_RMS, bind="rounded")),
@@ -37,7 +37,7 @@ LAYER_NORM = Either(
 
 
 def _fits(root: Node, found: dict) -> bool:
-    """Whether the norm is over the last dimension, with parameters of its width, in fp32, and rounded to x's dtype."""
+    """Whether a norm is over the last dimension, has parameters of its width, works in fp32 and rounds to x's dtype."""
     out, dtype = value(root), value(found["x"]).dtype
     wide, reduction = found.get("wide"), found.get("reduction")
     if out.dtype != dtype or wide is not None and value(wide).dtype != torch.float32:
@@ -79,7 +79,7 @@ def _layer_norm(root: Node) -> tuple[str, dict] | None:
 
 
 def fuse_norm(graph: Graph) -> int:
-    """Quantizers that take over the norm before them; a norm that something else reads too stays where it is."""
+    """Fuses each quantizer with the norm before it, unless something else reads the norm; the number fused."""
     fused = 0
     for node in list(graph.nodes):
         if not is_wush(node, "transform_quantize"):

@@ -1,7 +1,8 @@
-"""Chooses the variant of each fused op for the target device.
+"""Takes fused ops apart for which the target device has no kernel.
 
-The dispatcher picks an op's provider at run time, so ops usually stay as they are. Where a GPU's provider has a kernel
-for the quantizer but none for the fused variant, the fused op is taken apart: Inductor compiles the norm or activation.
+The dispatcher picks an op's provider at run time, so an op usually stays as it is. But if a GPU has a kernel for the
+quantizer and none for the fused op, the fused op becomes a norm or activation, which Inductor compiles, and the
+quantizer.
 """
 
 from torch.fx import Graph, Node
@@ -14,8 +15,10 @@ from .paste import replace_by
 
 
 def _quantizer(op: str, args: tuple) -> tuple:
-    """What `transform_quantize` is called with where a fused op is taken apart: the norm's or activation's result has
-    the layout of its first argument."""
+    """The arguments of `transform_quantize` after a fused op is taken apart.
+
+    The result of the norm or activation has the shape, dtype and strides of the fused op's first argument.
+    """
     call = bind(op, args)
     return args[0], *(call[p.name] for p in schema("transform_quantize").arguments[1:])
 
@@ -35,7 +38,7 @@ def fused_ops(graph: Graph) -> list[Node]:
 
 
 def lower(graph: Graph) -> int:
-    """Takes fused ops apart where their GPU's provider has a kernel for the quantizer only; how many."""
+    """Takes apart the fused ops whose GPU has a kernel for the quantizer only; the number taken apart."""
     nodes = [node for node in fused_ops(graph) if _without_kernel(node)]
     if nodes:
         from torch._inductor.decomposition import select_decomp_table

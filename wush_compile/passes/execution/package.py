@@ -1,7 +1,7 @@
-"""Packaging: replaces every wush op by what runs without Python.
+"""Replaces every wush op by a graph that runs without Python.
 
-On a GPU an op becomes launches of the Triton kernels that suit its compute capability (`kernels/triton/packaged.py`).
-Elsewhere, and where those kernels refuse the call, it becomes the ATen arithmetic that defines it, free of constants.
+On a GPU an op becomes launches of Triton kernels for its compute capability (`kernels/triton/packaged.py`). On other
+devices, and for calls that those kernels refuse, it becomes the ATen arithmetic that defines it, without constants.
 """
 
 import functools
@@ -17,12 +17,12 @@ from ..pattern import arguments, fakes, freeze, is_wush, op_name, replace, value
 from .lower import fused_ops
 from .paste import replace_by
 
-# What makes tensors out of nothing in `kernels/triton/packaged.py`: equal ones of a program become one.
+# Ops that build constants in `kernels/triton/packaged.py`; `_share` merges equal ones.
 _SOURCES = ("arange", "mul", "add", "full", "zeros")
 
 
 def _body(node: Node) -> Callable:
-    """What a package computes in place of an op: Triton launches, or arithmetic."""
+    """The function that replaces an op: Triton launches, or arithmetic."""
     op, device = node.target._opname, value(node.all_input_nodes[0]).device
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -36,7 +36,7 @@ def _body(node: Node) -> Callable:
 
 
 def _share(new: list[Node]) -> None:
-    """Merges equal constants among pasted nodes. The counters of split products too: each product leaves them zero."""
+    """Merges equal constants among new nodes. Split-K counters may be merged: each product leaves them zero."""
     seen: dict[tuple, Node] = {}
     for node in new:
         if op_name(node) in _SOURCES and all(n in seen.values() for n in node.all_input_nodes):
@@ -46,7 +46,7 @@ def _share(new: list[Node]) -> None:
 
 
 def package(graph: Graph) -> int:
-    """Replaces every wush op by what a package can hold; the number replaced."""
+    """Replaces every wush op; the number replaced."""
     fused = fused_ops(graph)
     replace_by(graph, fused, lambda node: FUSED_REFERENCE[node.target._opname])
     nodes = [node for node in graph.nodes if is_wush(node, *ARITHMETIC)]
