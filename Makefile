@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo lint test cuda cuda-check bench clean
+.PHONY: demo lint test docs cuda cuda-check bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/wush-compile demo
@@ -20,6 +20,10 @@ lint: $(VENV)/ready
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# The site in build/site. A broken link or a missing reference is an error (with --quiet mkdocs would not count it).
+docs: $(VENV)/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Of nvidia-cutlass only the headers are used.
 cuda: $(VENV)/ready
@@ -40,6 +44,10 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+$(VENV)/docs-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 clean:

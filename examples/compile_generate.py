@@ -1,6 +1,6 @@
 """Text generation with a compiled quantized model: one graph for the prompt, one for every further token.
 
-python examples/compile_generate.py [CHECKPOINT]     # without one: a tiny random model
+python examples/compile_generate.py [CHECKPOINT]     # default: a tiny random model
 """
 
 import sys
@@ -36,7 +36,7 @@ def main(checkpoint: str | None = None) -> None:
     settings = {"max_new_tokens": 24, "do_sample": False}
     eager = model.generate(ids, cache_implementation="static", disable_compile=True, **settings)
 
-    # CUDA graphs take the launches off a GPU's decode loop; a CPU has none, and rounds like eager if told to.
+    # On a GPU, CUDA graphs remove the launch cost of a step. On a CPU, the option makes Inductor round as eager does.
     gpu = torch.cuda.is_available()
     how = {"mode": "reduce-overhead"} if gpu else {"mode": None, "options": {"emulate_precision_casts": True}}
     config = CompileConfig(backend="wush", fullgraph=True, **how)

@@ -5,7 +5,7 @@
     cmake -S examples/export_aoti -B build -DCMAKE_PREFIX_PATH=$P
     cmake --build build && ./build/host model.pt2 12 7 42
 
-The package holds tensor arithmetic, on a GPU also compiled kernels: whoever runs it needs libtorch, not wush_compile.
+The package holds tensor arithmetic and, for a GPU, compiled kernels. Running it needs libtorch, not wush_compile.
 """
 
 import sys
@@ -30,17 +30,9 @@ class Logits(nn.Module):
 
 def main(path: str = "model.pt2", device: str = "cpu") -> None:
     torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(
-        LlamaConfig(
-            vocab_size=97,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        ),
-        dtype=torch.bfloat16,
-    ).eval()
+    sizes = dict(vocab_size=97, hidden_size=128, intermediate_size=256, num_hidden_layers=1)
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
     model = Logits(wc.quantize(model, solver="rtn", transform="hadamard", progress=False)).to(device)
 
     ids = torch.randint(97, (2, 9), device=device)

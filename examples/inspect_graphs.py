@@ -1,6 +1,6 @@
 """What the compile backend does to a model, step by step.
 
-python examples/inspect_graphs.py [DIRECTORY]        # also saves every step there, one file each, to be diffed
+python examples/inspect_graphs.py [DIRECTORY]        # also saves each step there as a file, for `diff`
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Any traceable module: quantize it with rows of its input, save it, load it into an unquantized twin."""
+"""Any traceable module: quantize it on rows of its input, save it, and load it into an unquantized copy."""
 
 import tempfile
 from pathlib import Path

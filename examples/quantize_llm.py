@@ -2,7 +2,7 @@
 
     python examples/quantize_llm.py MODEL_DIRECTORY TEXT_FILE OUT
 
-Without arguments: a tiny random Llama on random tokens, so that it runs anywhere in seconds.
+Without arguments it quantizes a tiny random Llama on random tokens, which takes seconds anywhere.
 """
 
 import sys
@@ -13,8 +13,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import wush_compile as wc
-from wush_compile.checkpoint.save_load import load_model
-from wush_compile.data import windows
 
 
 def tiny() -> tuple[torch.nn.Module, list[torch.Tensor]]:
@@ -35,8 +33,8 @@ def tiny() -> tuple[torch.nn.Module, list[torch.Tensor]]:
 def main(arguments: list[str]) -> None:
     if arguments:
         source, text, out = arguments
-        model, tokenizer = load_model(source)
-        data = windows(Path(text).read_text(encoding="utf-8"), tokenizer, 512)[:128]
+        model, tokenizer = wc.load_model(source)
+        data = wc.windows(Path(text).read_text(encoding="utf-8"), tokenizer, 512)[:128]
     else:
         (model, data), tokenizer, out = tiny(), None, str(Path(tempfile.mkdtemp()) / "checkpoint")
 

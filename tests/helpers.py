@@ -65,9 +65,9 @@ def same_tensors(a: nn.Module, b: nn.Module) -> bool:
 
 
 def files(directory: Path) -> dict[str, str]:
-    """sha256 of every file under a directory, by its relative path."""
+    """sha256 of every file under a directory, by its relative path; but for the report, which holds seconds."""
     return {
         str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(Path(directory).rglob("*"))
-        if p.is_file()
+        if p.is_file() and p.name != "wush_report.json"
     }

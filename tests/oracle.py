@@ -1,4 +1,4 @@
-"""The formats once more, from SPEC §4 alone: tables and float64, in numpy; the library must agree bit for bit.
+"""The formats once more, from docs/spec.md §4 alone: tables and float64, in numpy; the library must agree bit for bit.
 
 Values are found by searching a table of what the format can hold; exponents come from `frexp`. Only what the
 specification defines as an fp32 operation is one here: `a·fp32(g/6)`, `fp32(g/scale)`, `x·inv`, the products of

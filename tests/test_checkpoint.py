@@ -20,6 +20,7 @@ import wush_compile as wc
 from wush_compile.checkpoint import atomic
 from wush_compile.checkpoint import layout as checkpoint
 from wush_compile.checkpoint import save_load as storage
+from wush_compile.checkpoint.files import digest
 from wush_compile.checkpoint.record import ATTRIBUTE
 from wush_compile.errors import CheckpointError, WushError
 from wush_compile.modules import WushLinear
@@ -89,10 +90,10 @@ def test_names_on_disk(saved):
     assert names == each | groups | {"k.bias", "out.bias", "norm.weight", "norm.bias", "steps"}
     settings = json.loads((directory / "config.json").read_text())["quantization_config"]
     assert set(settings) == {"quant_method", "format_version", "config", "groups", "ignored"}
-    assert settings["quant_method"] == "wush" and settings["format_version"] == 1
+    assert settings["quant_method"] == "wush" and settings["format_version"] == 2
     assert settings["groups"] == [
-        {"members": ["q", "k"], "transform_block_size": 16},
-        {"members": ["out"], "transform_block_size": 16},
+        {"members": ["q", "k"], "transform_block_size": 16, "recipe": {}},
+        {"members": ["out"], "transform_block_size": 16, "recipe": {}},
     ]
 
 
@@ -215,6 +216,60 @@ def settings(**changes):
     return lambda d: edit_config(d, lambda c: c["quantization_config"].update(changes))
 
 
+def downgrade(directory: Path) -> None:
+    """Makes the checkpoint one of format_version 1, which had one recipe for all groups."""
+
+    def change(config: dict) -> None:
+        settings = config["quantization_config"]
+        settings["format_version"] = 1
+        del settings["config"]["overrides"]
+        for group in settings["groups"]:
+            del group["recipe"]
+        tensors = load_file(directory / "model.safetensors")
+        config["wush_sha256"] = digest(settings, tensors, tensors.__getitem__)
+
+    edit_config(directory, change)
+
+
+def test_version_1_still_loads_and_is_saved_as_version_2(saved, tmp_path):
+    model, x, directory = saved
+    before = files(directory)
+    downgrade(directory)
+    assert files(directory) != before
+    loaded = wc.load(directory, model=Branches())
+    assert torch.equal(loaded(x), model(x))
+    record, again = getattr(model, ATTRIBUTE), getattr(loaded, ATTRIBUTE)
+    assert (record.config, record.groups, record.ignored) == (again.config, again.groups, again.ignored)
+    wc.save(loaded, tmp_path / "again")
+    assert files(tmp_path / "again") == before
+
+
+def test_version_1_that_quantized_the_head_says_so(saved):
+    *_, directory = saved
+    edit_config(directory, lambda c: c["quantization_config"]["config"].update(ignore=[]))
+    downgrade(directory)
+    assert getattr(wc.load(directory, model=Branches()), ATTRIBUTE).config.ignore == ("lm_head", "!lm_head")
+
+
+def test_the_report_is_saved_and_read_again(saved, caplog):
+    model, _, directory = saved
+    record = getattr(model, ATTRIBUTE)
+    assert record.report["q"]["tokens"] == 35 and {"relative_loss", "seconds"} <= record.report["q"].keys()
+    assert getattr(wc.load(directory, model=Branches()), ATTRIBUTE).report == record.report
+    (directory / "wush_report.json").write_text('{"groups": {"q": 3}}')
+    assert getattr(wc.load(directory, model=Branches()), ATTRIBUTE).report == {}
+    assert "explain shows no losses" in caplog.text
+    (directory / "wush_report.json").unlink()
+    assert getattr(wc.load(directory, model=Branches()), ATTRIBUTE).report == {}
+
+
+def test_a_replaced_checkpoint_does_not_keep_the_old_report(saved):
+    model, _, directory = saved
+    getattr(model, ATTRIBUTE).report = {}
+    wc.save(model, directory)
+    assert not (directory / "wush_report.json").exists()
+
+
 def swap_members(directory):
     edit_config(directory, lambda c: c["quantization_config"]["groups"].reverse())
 
@@ -260,7 +315,7 @@ DAMAGE = {
     "config not JSON": (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
     "another config": (lambda d: (d / "config.json").write_text("[1]"), "is no wush checkpoint"),
     "another method": (settings(quant_method="gptq"), "is no wush checkpoint"),
-    "newer": (settings(format_version=2), "format_version 2.*upgrade"),
+    "newer": (settings(format_version=3), "format_version 3.*upgrade"),
     "unknown key": (settings(color="red"), "unknown keys color"),
     "missing key": (lambda d: edit_config(d, lambda c: c["quantization_config"].pop("ignored")), "lacks ignored"),
     "unknown setting": (
@@ -272,12 +327,36 @@ DAMAGE = {
         "did you mean 'mxfp4'",
     ),
     "malformed groups": (settings(groups=3), "malformed"),
-    "malformed members": (settings(groups=[{"members": "q", "transform_block_size": 16}]), "malformed"),
-    "a linear twice": (settings(groups=[{"members": ["q", "k"], "transform_block_size": 16}] * 2), "in two groups"),
-    "no such linear": (settings(groups=[{"members": ["z"], "transform_block_size": 16}]), "quantizes 'z', which this"),
-    "no linear": (settings(groups=[{"members": ["norm"], "transform_block_size": 16}]), "'norm', which is a LayerNorm"),
-    "no siblings": (settings(groups=[{"members": ["q", "out"], "transform_block_size": 16}]), r"widths \[64, 96\]"),
-    "wide blocks": (settings(groups=[{"members": ["out"], "transform_block_size": 64}]), "blocks of 64"),
+    "malformed members": (settings(groups=[{"members": "q", "transform_block_size": 16, "recipe": {}}]), "malformed"),
+    "a linear twice": (
+        settings(groups=[{"members": ["q", "k"], "transform_block_size": 16, "recipe": {}}] * 2),
+        "in two groups",
+    ),
+    "no such linear": (
+        settings(groups=[{"members": ["z"], "transform_block_size": 16, "recipe": {}}]),
+        "quantizes 'z', which this",
+    ),
+    "no linear": (
+        settings(groups=[{"members": ["norm"], "transform_block_size": 16, "recipe": {}}]),
+        "'norm', which is a LayerNorm",
+    ),
+    "no siblings": (
+        settings(groups=[{"members": ["q", "out"], "transform_block_size": 16, "recipe": {}}]),
+        r"widths \[64, 96\]",
+    ),
+    "wide blocks": (settings(groups=[{"members": ["out"], "transform_block_size": 64, "recipe": {}}]), "blocks of 64"),
+    "recipe of an unknown setting": (
+        lambda d: edit_config(d, lambda c: c["quantization_config"]["groups"][0].update(recipe={"shape": 1})),
+        "quantization_config.config cannot be read",
+    ),
+    "recipe of an unknown format": (
+        lambda d: edit_config(d, lambda c: c["quantization_config"]["groups"][0].update(recipe={"format": "fp3"})),
+        "unknown format 'fp3'",
+    ),
+    "no recipe": (
+        lambda d: edit_config(d, lambda c: c["quantization_config"]["groups"][0].pop("recipe")),
+        "has the keys",
+    ),
 }
 
 
@@ -409,7 +488,7 @@ KILLED = """
     import torch
     from helpers import branches
     import wush_compile as wc
-    from wush_compile import atomic, storage
+    from wush_compile.checkpoint import atomic, save_load as storage
 
     model, _ = branches(format="nvfp4", seed=1, transform="random")
 

@@ -6,8 +6,10 @@ import json
 import pytest
 
 from wush_compile import WushConfig
+from wush_compile.config import ignored_by
 from wush_compile.errors import ConfigError, WushError, one_of
 from wush_compile.formats import FORMATS
+from wush_compile.recipe import Recipe
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,49 @@ def test_ignore_is_a_sequence_and_never_a_string():
     with pytest.raises(ConfigError, match=r"ignore=\('lm_head',\)"):
         WushConfig(ignore="lm_head")
     assert WushConfig(ignore=["lm_head", "*.down_proj"]).ignore == ("lm_head", "*.down_proj")
-    assert WushConfig(ignore=()).ignore == ()
+
+
+def test_ignore_adds_to_the_default_unless_it_says_otherwise():
+    assert WushConfig(ignore=()).ignore == WushConfig().ignore == ("lm_head",)
+    assert WushConfig(ignore=["*.down_proj"]).ignore == ("lm_head", "*.down_proj")
+    quantized = WushConfig(ignore=["!lm_head", "a.*", "!a.b"])
+    assert [ignored_by(n, quantized.ignore) for n in ("lm_head", "m.lm_head", "a.c", "a.b")] == [
+        None,
+        None,
+        "a.*",
+        None,
+    ]
+    assert WushConfig.from_dict(quantized.to_dict()) == quantized
+
+
+def test_overrides_change_the_recipe_of_what_they_match_and_later_ones_win():
+    config = WushConfig(
+        overrides={"*.down_proj": {"format": "nvfp4"}, "a.*": {"solver": "rtn"}, "a.b.*": {"solver": "gptq"}}
+    )
+    assert config.recipe_of("x") == config.recipe == Recipe()
+    assert config.recipe_of("x.down_proj") == Recipe(format="nvfp4")
+    assert config.recipe_of("a.down_proj") == Recipe(format="nvfp4", solver="rtn")
+    assert config.recipe_of("a.b.up_proj") == Recipe()
+    assert config.recipe_of("a.down_proj").changes_from(config) == {"format": "nvfp4", "solver": "rtn"}
+    again = WushConfig.from_dict(json.loads(json.dumps(config.to_dict(), sort_keys=True)))
+    assert again == config and list(again.overrides) == list(config.overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ({"*.q": {"fromat": "nvfp4"}}, r"setting in overrides\['\*.q'\] 'fromat'; did you mean 'format'"),
+        ({"*.q": {"ignore": ()}}, "setting in overrides"),
+        ({"*.q": {"format": "nvfp5"}}, r"overrides\['\*.q'\]: unknown format 'nvfp5'"),
+        ({"*.q": {"weight_scale_rule": "gaussian"}}, r"overrides\['\*.q'\]: .*weight_scale_rule for mxfp4"),
+        ({"*.q": "nvfp4"}, "overrides maps patterns of names to settings"),
+        (["*.q"], "overrides maps patterns of names to settings"),
+        (3, "overrides maps patterns of names to settings"),
+    ],
+)
+def test_bad_overrides_name_their_pattern(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        WushConfig(overrides=overrides)
 
 
 @pytest.mark.parametrize("damping", [-0.01, 1, 1.5, float("nan")])

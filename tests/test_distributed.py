@@ -14,7 +14,7 @@ from models import plain, tokens
 
 import wush_compile as wc
 from wush_compile.calibration import loop as calibrate
-from wush_compile.calibration.ranks import Alone, Ranks, assign, join, merge_samples
+from wush_compile.calibration.ranks import Ranks, SingleProcess, assign, join, merge_samples
 from wush_compile.errors import NonFiniteError, WushError
 from wush_compile.solver.solution import solve_cost
 
@@ -33,7 +33,7 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.forwarded, self.moments = 0, {}
-        for team in (Alone, Ranks):
+        for team in (SingleProcess, Ranks):
             monkeypatch.setattr(team, "reduce", self.reduce(team.reduce))
         forwards = calibrate.Calibration._forwards
 

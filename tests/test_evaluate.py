@@ -8,8 +8,9 @@ from models import VOCABULARY, plain, tokens
 from torch import nn
 
 from wush_compile import WushConfig
+from wush_compile import evaluation as evaluate
 from wush_compile.errors import ConfigError, DataError
-from wush_compile.evaluation import language as evaluate
+from wush_compile.evaluation import language, layers
 
 
 class Bigram(nn.Module):
@@ -63,7 +64,7 @@ def test_compare_is_the_definition(length, window):
 def test_chunks_of_positions_change_nothing_but_memory(monkeypatch):
     reference, model, ids = Bigram(0).eval(), Bigram(1).eval(), text(40)
     whole = evaluate.compare(reference, model, ids, 20, progress=False)
-    monkeypatch.setattr(evaluate, "CHUNK_ELEMENTS", 7 * VOCABULARY)
+    monkeypatch.setattr(language, "CHUNK_ELEMENTS", 7 * VOCABULARY)
     check(
         evaluate.compare(reference, model, ids, 20, progress=False),
         (whole.kl, whole.top1, whole.perplexity, whole.reference_perplexity),
@@ -175,7 +176,7 @@ def test_layer_loss_counts_no_position_of_a_mask_with_holes():
     model, mask = plain("llama"), torch.ones(2, 24, dtype=torch.int64)
     mask[:, 5:9] = 0
     batch = {"input_ids": tokens(2, 24), "attention_mask": mask}
-    state = evaluate._observe(model, [batch], {n: model.get_submodule(n) for n in LAYERS}, progress=False)
+    state = layers._observe(model, [batch], {n: model.get_submodule(n) for n in LAYERS}, progress=False)
     assert [int(count) for _, count, _ in state.values()] == [40, 40]
 
 

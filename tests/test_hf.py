@@ -150,8 +150,8 @@ def test_names_on_disk(models, tmp_path):
     }
     settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert set(settings) == {"quant_method", "format_version", "config", "groups", "ignored"}
-    assert {tuple(g) for g in settings["groups"]} == {("members", "transform_block_size")}
-    assert settings["groups"][-1] == {"members": [f"{mlp}.down_proj"], "transform_block_size": 32}
+    assert {tuple(g) for g in settings["groups"]} == {("members", "recipe", "transform_block_size")}
+    assert settings["groups"][-1] == {"members": [f"{mlp}.down_proj"], "transform_block_size": 32, "recipe": {}}
 
 
 def test_tied_embeddings(saved):

@@ -16,6 +16,7 @@ from torch import nn
 import wush_compile as wc
 from wush_compile.calibration import journal
 from wush_compile.calibration import loop as calibrate
+from wush_compile.calibration import solve_group as solving
 from wush_compile.calibration.journal import Journal
 from wush_compile.errors import CheckpointError, ConfigError, NonFiniteError
 
@@ -105,7 +106,7 @@ KILLED = """
     import safetensors.torch
     import tqdm
     import wush_compile as wc
-    from wush_compile.calibration import calibrate, journal
+    from wush_compile.calibration import journal, loop as calibrate, solve_group as solving
     from test_journal import net, quantize
 
     tqdm.tqdm.monitor_interval = 0                          # a thread's lock, held while this forks, would stay locked
@@ -139,7 +140,7 @@ KILLED = """
 
     journal.save_file = in_two_halves
     for module, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (os, "mkdir"), (calibrate, "functional_call"),
-                         (calibrate, "solve"), (calibrate, "rewrite")):
+                         (solving, "solve"), (calibrate, "rewrite")):
         around(module, name)
 
     def run(out, kill_at=0, kill_after=None):
@@ -191,7 +192,7 @@ def test_killed_at_random_moments_the_result_is_that_of_an_uninterrupted_run(who
 
 
 def test_an_interrupted_run_goes_on_and_does_not_load_before(whole, tmp_path, failing):
-    calls, model = failing(calibrate, "solve", 6, KeyboardInterrupt()), net()
+    calls, model = failing(solving, "solve", 6, KeyboardInterrupt()), net()
     with pytest.raises(KeyboardInterrupt):
         quantize(model, tmp_path)
     assert same_tensors(model, net())
@@ -207,13 +208,13 @@ def test_an_interrupted_run_goes_on_and_does_not_load_before(whole, tmp_path, fa
 
 def test_a_finished_run_solves_nothing_again(whole, tmp_path, failing):
     before = files(whole[0])
-    calls = failing(calibrate, "solve", 1, AssertionError())
+    calls = failing(solving, "solve", 1, AssertionError())
     assert same_tensors(quantize(net(), whole[0]), whole[1])
     assert not calls and files(whole[0]) == before
 
 
 def test_a_damaged_shard_is_done_again(whole, tmp_path, failing):
-    failing(calibrate, "solve", 6, KeyboardInterrupt())
+    failing(solving, "solve", 6, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         quantize(net(), tmp_path)
     shard = sorted((tmp_path / ".wush").glob("*.safetensors"))[1]
@@ -249,7 +250,7 @@ def test_other_settings_data_or_weights_are_refused(whole, change, message):
 def test_restart_replaces_what_is_there_only_at_the_end(tmp_path, failing):
     first = quantize(net(), tmp_path, solver="rtn")
     (tmp_path / "notes.txt").write_text("mine")
-    failing(calibrate, "solve", 5, KeyboardInterrupt())
+    failing(solving, "solve", 5, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         quantize(net(), tmp_path, restart=True)
     assert same_tensors(wc.load(tmp_path, model=net()), first)
@@ -263,7 +264,7 @@ def test_a_saved_checkpoint_is_replaced(whole, tmp_path):
     quantize(net(), tmp_path)
     assert files(tmp_path) == files(whole[0])
     wc.save(whole[1], tmp_path)  # and a save takes the journal of what it replaces with it
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "wush_report.json"]
 
 
 def test_two_runs_exclude_each_other(tmp_path):
@@ -295,7 +296,7 @@ def test_out_of_memory_halves_the_micro_batch_and_a_resumed_run_takes_that(tmp_p
     ]
     assert not same_tensors(model, plain)
     failing(calibrate, "functional_call", 14, torch.OutOfMemoryError("simulated"))
-    calls = failing(calibrate, "solve", 6, KeyboardInterrupt())
+    calls = failing(solving, "solve", 6, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         quantize(net(Words), two, IDS)
     calls.clear()
@@ -343,7 +344,7 @@ def test_a_directory_that_cannot_be_written_is_an_error_before_any_work(tmp_path
 def test_a_run_that_fails_in_its_first_layer_leaves_nothing(tmp_path, failing):
     bad = [DATA[0], DATA[1].clone(), DATA[2]]
     bad[1][7, 3] = torch.nan
-    calls = failing(calibrate, "solve", 0, None)
+    calls = failing(solving, "solve", 0, None)
     with pytest.raises(NonFiniteError, match=r"layers.0.a: its calibration inputs hold NaN or Inf in batch 1"):
         quantize(net(), tmp_path / "out", bad)
     assert not calls and not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ from test_journal import DATA, IDS, Words, net
 
 import wush_compile as wc
 from wush_compile.calibration import loop as calibrate
+from wush_compile.calibration import solve_group as solving
 from wush_compile.calibration.progress import Progress, group_table
 from wush_compile.phases import phase, timing
 
@@ -55,7 +56,7 @@ def test_the_log_is_of_json_lines(tmp_path, monkeypatch):
     progress = Progress(False, path)
     wc.quantize(net(Words), IDS, progress=progress, out=tmp_path / "out")
     assert [e["event"] for e in events(path)[len(log) :]] == ["run", "resumed", "finished"]
-    monkeypatch.setattr(calibrate, "solve", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(solving, "solve", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         wc.quantize(net(), DATA, progress=progress)
     assert events(path)[-1]["error"] == "ZeroDivisionError: division by zero"
@@ -121,7 +122,7 @@ def test_a_rank_deficient_moment_is_damped_and_reported(caplog):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_damaged_batch_is_named_before_anything_is_solved(bad, monkeypatch):
     solved = []
-    monkeypatch.setattr(calibrate, "solve", lambda *a, **k: solved.append(1))
+    monkeypatch.setattr(solving, "solve", lambda *a, **k: solved.append(1))
     data = [batch.clone() for batch in DATA]
     data[2][3, 4] = bad
     with pytest.raises(wc.WushError, match=r"layers\.0\.a: .* in batch 2, or overflow"):

@@ -20,7 +20,9 @@ from transformers import (
 )
 
 import wush_compile as wc
+from wush_compile.calibration.context import Run
 from wush_compile.calibration.loop import calibrate
+from wush_compile.calibration.tensors import ModelTensors
 from wush_compile.capture.export import capture
 from wush_compile.checkpoint.record import quantization_of
 from wush_compile.data import normalize
@@ -111,7 +113,7 @@ def test_stages_chained_are_the_model(kind):
     config = wc.WushConfig(solver="rtn")
     captured = capture(model, batches)
     groups, _ = find_groups(captured.graph_module, model, config)
-    _, stages = calibrate(model, captured, groups, batches, config, progress=False)
+    _, stages = calibrate(captured, groups, batches, Run(ModelTensors(model), torch.device("cpu")))
     rewritten = run(stages, captured, captured.flatten(0, {"input_ids": ids}))
     quantize(model, DATA[:2], solver="rtn")
     assert torch.equal(rewritten, model(ids)[0])
@@ -137,7 +139,7 @@ def test_observers_come_and_go():
     before = [str(n) for n in captured.graph_module.graph.nodes]
     config = wc.WushConfig()
     groups, _ = find_groups(captured.graph_module, model, config)
-    insert_observers(captured.graph_module, groups, config)
+    insert_observers(captured.graph_module, groups)
     assert observed(captured.graph_module) == list(range(8))
     observation = allocate(captured.graph_module, 3, torch.device("cpu"))
     assert observation.moment.shape == (128, 128) and observation.sample.dtype == torch.bfloat16
@@ -223,7 +225,7 @@ class Odd(nn.Module):
 
 def test_reasons_for_odd_linears():
     model = Odd()
-    quantize(model, [(tokens(2, 5),)], solver="rtn", ignore=())
+    quantize(model, [(tokens(2, 5),)], solver="rtn")
     assert isinstance(model.good, WushLinear)
     assert_expected_inline(
         "\n".join(f"{k}: {v}" for k, v in sorted(quantization_of(model).ignored.items())),
@@ -334,7 +336,7 @@ def test_two_forwards_a_stage():
             return func(*args, **(kwargs or {}))
 
     with Count():
-        calibrate(model, captured, groups, normalize(DATA, model=model), config, progress=False)
+        calibrate(captured, groups, normalize(DATA, model=model), Run(ModelTensors(model), torch.device("cpu")))
     assert len(calls) == (2 + 1) * len(DATA)
 
 
@@ -352,7 +354,7 @@ def test_hooks_and_training_mode_survive():
 
 
 def test_no_data_samples_text_or_asks(caplog, monkeypatch):
-    monkeypatch.setattr("wush_compile.calibration.run.SELF_WINDOWS", (4, 16))
+    monkeypatch.setattr("wush_compile.calibration.inputs.SELF_WINDOWS", (4, 16))
     with caplog.at_level(logging.WARNING, "wush_compile"):
         one = wc.quantize(plain("llama"), progress=False)
     assert "samples its own" in caplog.text
@@ -366,7 +368,7 @@ def test_no_data_samples_text_or_asks(caplog, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{}, dict(solver="rtn", transform="hadamard")])
 def test_a_model_on_a_gpu_needs_no_data_either(settings, monkeypatch):
-    monkeypatch.setattr("wush_compile.calibration.run.SELF_WINDOWS", (4, 16))
+    monkeypatch.setattr("wush_compile.calibration.inputs.SELF_WINDOWS", (4, 16))
     model = wc.quantize(plain("llama").cuda(), progress=False, **settings)
     assert all(group.weight_packed.is_cuda for _, group in named_groups(model))
 
@@ -467,7 +469,7 @@ def test_already_quantized():
 
 
 def test_interrupt_leaves_the_model_as_it_was(monkeypatch):
-    from wush_compile.calibration import loop as module
+    from wush_compile.calibration import solve_group as module
 
     model, calls = plain("llama"), []
     before = state_bytes(model)

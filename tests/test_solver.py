@@ -1,4 +1,4 @@
-"""The solver: closed-form transforms, GPTQ against an oracle, global scales, and what it refuses (SPEC §2–4)."""
+"""The solver: closed-form transforms, GPTQ against an oracle, global scales, and what it refuses (docs/spec.md §2-4)."""
 
 import itertools
 import os
@@ -10,8 +10,9 @@ import torch
 from gptq_oracle import block_diagonal, obq
 
 from wush_compile import formats
-from wush_compile.config import MOMENTS, SOLVERS, TRANSFORMS, WushConfig
+from wush_compile.config import WushConfig
 from wush_compile.errors import ConfigError, DataError, NonFiniteError
+from wush_compile.recipe import MOMENTS, SOLVERS, TRANSFORMS
 from wush_compile.solver.gptq import _rounder, gptq, gptq_conditional, rotate_, round_e2m1, round_group, triangular
 from wush_compile.solver.loss import layer_loss
 from wush_compile.solver.scales import global_scale
@@ -257,7 +258,7 @@ def rotated_factor(device):
         expected = torch.linalg.cholesky(wide @ h @ wide.T)
         with pytest.MonkeyPatch.context() as patch:
             for chunk in (2**25, 64 * 192):
-                patch.setattr(sys.modules["wush_compile.solver.solve.gptq"], "CHUNK_ELEMENTS", chunk)
+                patch.setattr(sys.modules["wush_compile.solver.gptq"], "CHUNK_ELEMENTS", chunk)
                 unit = rotate_(torch.linalg.cholesky(h), t, block)
                 torch.testing.assert_close(unit.tril(), expected / expected.diagonal(), rtol=1e-8, atol=1e-10)
                 assert not diagonal_blocks(unit, block).triu(1).any()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import wush_compile as wc
 from wush_compile.calibration.activations import Activations
-from wush_compile.calibration.microbatch import TOKENS, choose_rows, regroup
+from wush_compile.calibration.microbatch import TOKENS, choose_batch_size, regroup
 from wush_compile.calibration.streaming import CheckpointTensors, open_checkpoint
 from wush_compile.capture.export import capture
 from wush_compile.checkpoint.files import Shards
@@ -107,9 +107,9 @@ def test_one_stage_of_weights_at_a_time(source, tmp_path, monkeypatch):
 
 
 def test_a_streamed_run_goes_on_from_the_journal(source, tmp_path, monkeypatch):
-    from wush_compile.calibration import loop as calibrate
+    from wush_compile.calibration import solve_group as solving
 
-    real, calls = calibrate.solve, []
+    real, calls = solving.solve, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -117,7 +117,7 @@ def test_a_streamed_run_goes_on_from_the_journal(source, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(calibrate, "solve", interrupted)
+    monkeypatch.setattr(solving, "solve", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stream(source, tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
@@ -251,7 +251,7 @@ def test_the_micro_batch_follows_free_memory(monkeypatch):
 
     def chosen(free, batches=batches, device="cuda"):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
-        return choose_rows(batches, stages, placeholders, torch.device(device))
+        return choose_batch_size(batches, stages, placeholders, torch.device(device))
 
     assert chosen(2**40) == 64 and chosen(1) == 1
     assert chosen(2**40, normalize([tokens(99, 32)] * 9, model=model)) == TOKENS // 32

@@ -1,6 +1,7 @@
 """The command line: `wush-compile`, also `python -m wush_compile`. Every command's --help is enough to use it."""
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -22,8 +23,9 @@ from .calibration.run import quantize_checkpoint
 from .checkpoint.save_load import load, load_model, load_tokenizer
 from .config import WushConfig
 from .data import windows
-from .errors import ConfigError, WushError
+from .errors import ConfigError, WushError, one_of
 from .evaluation import language as evaluation
+from .recipe import RECIPE_FIELDS, Recipe
 from .report.explain import compiled_graph, summary
 from .report.explain import explain as explanation
 
@@ -69,6 +71,28 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _override(text: str) -> tuple[str, dict]:
+    """`*.down_proj:format=nvfp4,transform_block_size=32` -> (pattern, settings)."""
+    pattern, colon, settings = text.partition(":")
+    pairs = [setting.partition("=") for setting in settings.split(",")]
+    if not pattern or not colon or not all(name and value for name, _, value in pairs):
+        raise ConfigError(
+            f"--override is PATTERN:NAME=VALUE,NAME=VALUE, as in '*.down_proj:format=nvfp4', not {text!r}"
+        )
+    return pattern, {name.strip(): _value(name.strip(), value.strip()) for name, _, value in pairs}
+
+
+def _value(name: str, text: str) -> object:
+    """A setting from its text, in the type of its default."""
+    default = getattr(Recipe, one_of("setting in --override", name, RECIPE_FIELDS))
+    if isinstance(default, str):
+        return text
+    try:
+        return json.loads(text.lower().replace("none", "null"))
+    except ValueError:
+        raise ConfigError(f"--override {name}={text}: the value is a number, true, false or none") from None
+
+
 def _token_ids(text: str, tokenizer) -> torch.Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -107,7 +131,18 @@ def quantize(
     transform_block_size: Annotated[int | None, typer.Option(help="Default: the format's group.")] = None,
     share_transform: Annotated[bool, typer.Option(help="One transform for linears with the same input.")] = True,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="Module left as it is (name or pattern); repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Module that stays in 16 bits, by name or pattern; repeatable. Adds to the default, lm_head; "
+            "--ignore '!lm_head' quantizes the head."
+        ),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN:NAME=VALUE,...",
+            help="Settings for the linears that a pattern matches: '*.down_proj:format=nvfp4'; repeatable, later ones win.",
+        ),
     ] = None,
     damping: Annotated[float, typer.Option(help="Share of the mean diagonal added to second moments.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
@@ -137,7 +172,8 @@ def quantize(
             activation_scale_rule=activation_scale_rule,
             transform_block_size=transform_block_size,
             share_transform=share_transform,
-            ignore=tuple(ignore or WushConfig.ignore),
+            ignore=tuple(ignore or ()),
+            overrides=dict(map(_override, override or ())),
             damping=damping,
             seed=seed,
         )

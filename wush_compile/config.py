@@ -1,78 +1,88 @@
-"""The one configuration object; its docstring is the manual."""
+"""`WushConfig`: the settings of a run. Its docstring and that of `Recipe` are the manual."""
 
 import dataclasses
-from dataclasses import dataclass
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-from .errors import ConfigError, one_of
-from .formats import get_format
+from .errors import ConfigError, WushError, one_of
+from .recipe import RECIPE_FIELDS, Recipe
 
-TRANSFORMS = ("identity", "random", "hadamard", "wus", "wush")
-SOLVERS = ("rtn", "gptq")
-MOMENTS = ("marginal", "conditional")
+# Left in 16 bits unless `ignore` holds "!lm_head": its loss is large, and many heads share the embedding's weight.
+DEFAULT_IGNORE = ("lm_head",)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module's name, or the last component of the name, matches a glob pattern."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rpartition(".")[2], pattern)
+
+
+def ignored_by(name: str, patterns: Iterable[str]) -> str | None:
+    """The last pattern of `ignore` that holds for a module's name; None if there is none, or if it begins with `!`."""
+    found = None
+    for pattern in patterns:
+        if matches(name, pattern.removeprefix("!")):
+            found = None if pattern.startswith("!") else pattern
+    return found
 
 
 @dataclass(frozen=True)
-class WushConfig:
-    """How a model is quantized. Immutable; saved in the checkpoint; every field has a default that just works.
+class WushConfig(Recipe):
+    """How a model is quantized: the default recipe of its linears, and what differs for some of them.
 
-    format
-        `mxfp4` (groups of 32, power-of-two scales), `nvfp4` (groups of 16, e4m3 scales and one fp32 scale a tensor)
-        or `int4` (groups of 32, bf16 scales; the integer format of the paper's Table 1).
-    transform
-        What is applied to both sides of every linear, blockwise (SPEC §2): `identity`, `random` (orthogonal),
-        `hadamard`, `wus` (WUSH without its Hadamard) or `wush` (eq. 7).
-    solver
-        `rtn` rounds to nearest; `gptq` propagates every channel's error to the channels not yet quantized.
-    moments
-        `marginal`: every transform from its block's own second moment. `conditional`: the authors' schedule, from the
-        moment given the channels not yet quantized (Algorithm 2).
-    weight_scale_rule, activation_scale_rule
-        How a group's scale follows from its values (SPEC §4): `absmax` clips nothing; `mse` takes the candidate of least
-        squared error; `ocp` (mxfp4) is the Microscaling rule; `gaussian` (int4) is optimal for a normal distribution;
-        `paper` is what the authors' code does.
-    transform_block_size
-        Channels a transform mixes: a power of two and a multiple of the format's group. None is the group. A linear whose
-        width it does not divide gets the group size, and that is reported.
-    share_transform
-        Linears fed by the same tensor (q, k, v; gate, up) share one transform and one quantization of their input.
+    The settings of `Recipe` hold for every linear that no override matches. An instance is immutable and saved in the
+    checkpoint. Every setting has a default that works.
+
     ignore
-        Modules left as they are: names, glob patterns, or last components of a name (`"lm_head"`, `"*.down_proj"`).
-    damping
-        Share of the mean diagonal added to second moments, and of the mean to singular values.
-    seed
-        Of everything random: `random` transforms, sampled calibration text, the rows kept for layer losses.
+        Modules that stay in 16 bits: glob patterns of names, or of the last component of a name (`"*.down_proj"`,
+        `"router"`). The patterns add to the default, `("lm_head",)`. One that begins with `!` takes modules out again:
+        `ignore=("!lm_head",)` quantizes the head. The last pattern that matches decides.
+    overrides
+        Settings for some linears: `{"*.down_proj": {"format": "nvfp4"}}`. Patterns are those of `ignore`; later ones
+        win. Linears with the same input share a transform only where their recipes are equal.
     """
 
-    format: str = "mxfp4"
-    transform: str = "wush"
-    solver: str = "gptq"
-    moments: str = "marginal"
-    weight_scale_rule: str = "mse"
-    activation_scale_rule: str = "mse"
-    transform_block_size: int | None = None
-    share_transform: bool = True
-    ignore: tuple[str, ...] = ("lm_head",)
-    damping: float = 0.01
-    seed: int = 0
+    ignore: tuple[str, ...] = DEFAULT_IGNORE
+    overrides: Mapping[str, Mapping] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        fmt = get_format(self.format)
-        one_of("transform", self.transform, TRANSFORMS)
-        one_of("solver", self.solver, SOLVERS)
-        one_of("moments", self.moments, MOMENTS)
-        for side in ("weight_scale_rule", "activation_scale_rule"):
-            one_of(f"{side} for {self.format}", getattr(self, side), fmt.scale_rules)
+        super().__post_init__()
         if isinstance(self.ignore, str):
             raise ConfigError(f"ignore is a sequence of names or patterns: write ignore=({self.ignore!r},)")
-        object.__setattr__(self, "ignore", tuple(self.ignore))
-        block = self.transform_block_size
-        if block is not None and (not isinstance(block, int) or block < fmt.group_size or block & (block - 1)):
+        given = tuple(self.ignore)
+        object.__setattr__(self, "ignore", (*(p for p in DEFAULT_IGNORE if p not in given), *given))
+        pairs = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
+        try:
+            overrides = {str(pattern): dict(settings) for pattern, settings in pairs}
+        except (TypeError, ValueError):
             raise ConfigError(
-                f"transform_block_size {block!r} does not fit {self.format}: "
-                f"it must be a power of two and a multiple of {fmt.group_size}, or None"
-            )
-        if not 0 <= self.damping < 1:
-            raise ConfigError(f"damping is a share of the mean diagonal, at least 0 and below 1, not {self.damping!r}")
+                f"overrides maps patterns of names to settings, as {{'*.down_proj': {{'format': 'nvfp4'}}}}, "
+                f"not {self.overrides!r}"
+            ) from None
+        object.__setattr__(self, "overrides", overrides)
+        for pattern, settings in overrides.items():
+            for name in settings:
+                one_of(f"setting in overrides[{pattern!r}]", name, RECIPE_FIELDS)
+            self._changed(self.recipe, pattern)
+
+    def _changed(self, recipe: Recipe, pattern: str) -> Recipe:
+        try:
+            return dataclasses.replace(recipe, **self.overrides[pattern])
+        except (WushError, TypeError) as error:
+            raise ConfigError(f"overrides[{pattern!r}]: {error}") from error
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of linears that no override matches."""
+        return Recipe(**{name: getattr(self, name) for name in RECIPE_FIELDS})
+
+    def recipe_of(self, name: str) -> Recipe:
+        """The recipe of the linear with this module name: the defaults, changed by each matching override in order."""
+        recipe = self.recipe
+        for pattern in self.overrides:
+            if matches(name, pattern):
+                recipe = self._changed(recipe, pattern)
+        return recipe
 
     @classmethod
     def paper(cls, format: str = "mxfp4", **changes) -> "WushConfig":
@@ -85,22 +95,15 @@ class WushConfig:
     @classmethod
     def from_dict(cls, settings: dict) -> "WushConfig":
         """From keyword settings or a checkpoint's `config`; an unknown name is a `ConfigError` with the near match."""
-        names = [field.name for field in dataclasses.fields(cls)]
         for name in settings:
-            one_of("setting", name, names)
+            one_of("setting", name, CONFIG_FIELDS)
         return cls(**settings)
 
     def to_dict(self) -> dict:
-        """JSON-ready; `from_dict` takes it back."""
-        return {**dataclasses.asdict(self), "ignore": list(self.ignore)}
+        """JSON-ready; `from_dict` takes it back. Overrides are a list of pairs, since their order counts."""
+        settings = {name: getattr(self, name) for name in CONFIG_FIELDS}
+        overrides = [[pattern, dict(changes)] for pattern, changes in self.overrides.items()]
+        return {**settings, "ignore": list(self.ignore), "overrides": overrides}
 
-    @property
-    def group_size(self) -> int:
-        """Channels a scale covers: 32 (mxfp4, int4) or 16 (nvfp4)."""
-        return get_format(self.format).group_size
 
-    @property
-    def needs_data(self) -> bool:
-        """Whether anything solved depends on activations: not for plain RTN with formats that have no global scale."""
-        global_scale = self.format == "nvfp4" and self.activation_scale_rule != "paper"
-        return self.solver == "gptq" or self.transform in ("wus", "wush") or global_scale
+CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(WushConfig))

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .config import WushConfig
 from .formats import dequantize, get_format
 from .ops import core as ops  # noqa: F401  (registers torch.ops.wush)
+from .recipe import Recipe
 
 
 class Member(NamedTuple):
@@ -25,24 +25,24 @@ class Member(NamedTuple):
     has_bias: bool
 
 
-def has_global_scale(format: str, rule: str) -> bool:
+def stores_global_scale(format: str, rule: str) -> bool:
     """Whether a side quantized by this rule carries a global scale: always in nvfp4, g = 3 in mxfp4 `paper`."""
     return format == "nvfp4" or (format == "mxfp4" and rule == "paper")
 
 
 def buffer_layout(
-    config: WushConfig, rows: int, width: int, block_size: int, dtype: torch.dtype, has_bias: bool
+    recipe: Recipe, rows: int, width: int, block_size: int, dtype: torch.dtype, has_bias: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
-    """Shape and dtype of each buffer of a group of `rows` x `width`; None where the configuration has no such buffer."""
-    fmt = get_format(config.format)
-    blocks = {"identity": None, "hadamard": 1}.get(config.transform, width // block_size)
+    """Shape and dtype of each buffer of a group of `rows` x `width`; None where the recipe has no such buffer."""
+    fmt = get_format(recipe.format)
+    blocks = {"identity": None, "hadamard": 1}.get(recipe.transform, width // block_size)
     scale = ((1,), torch.float32)
     return {
         "weight_packed": ((rows, width // 2), torch.uint8),
         "weight_scale": ((rows, width // fmt.group_size), fmt.scale_dtype),
-        "weight_global_scale": scale if has_global_scale(config.format, config.weight_scale_rule) else None,
+        "weight_global_scale": scale if stores_global_scale(recipe.format, recipe.weight_scale_rule) else None,
         "input_transform": None if blocks is None else ((blocks, block_size, block_size), dtype),
-        "input_global_scale": scale if has_global_scale(config.format, config.activation_scale_rule) else None,
+        "input_global_scale": scale if stores_global_scale(recipe.format, recipe.activation_scale_rule) else None,
         "bias": ((rows,), dtype) if has_bias else None,
     }
 
@@ -54,13 +54,12 @@ class WushGroup(nn.Module):
     one matmul.
     """
 
-    def __init__(
-        self, members: Sequence[Member], config: WushConfig, block_size: int, buffers: dict[str, Tensor | None]
-    ):
+    def __init__(self, members: Sequence[Member], recipe: Recipe, block_size: int, buffers: dict[str, Tensor | None]):
         super().__init__()
         self.members = tuple(members)
-        self.format = config.format
-        self.scale_rule = config.activation_scale_rule
+        self.recipe = recipe
+        self.format = recipe.format
+        self.scale_rule = recipe.activation_scale_rule
         self.block_size = block_size
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor)

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from ..checkpoint.atomic import flush, replaced_file
 from ..checkpoint.files import CONFIG, DIGEST, INDEX, JOURNAL, WEIGHT_FILE, Shards, digest, read_config, sha256_of
-from ..checkpoint.layout import build_groups, join, parts, split_group
+from ..checkpoint.layout import build_groups, join_rows, parts, split_group
 from ..checkpoint.record import Quantization
 from ..config import WushConfig
 from ..errors import CheckpointError, ConfigError
 from ..modules import WushGroup
 from ..passes.calibration.group import LinearGroup
-from .ranks import Alone
+from .ranks import SingleProcess
 from .tensors import ModelTensors
 
 log = logging.getLogger("wush_compile")
@@ -224,7 +224,7 @@ class Journal:
                 save_file({name: tensor.contiguous()}, partial)
         return tensor
 
-    def rows(self, choose: Callable[[], int | None]) -> int | None:
+    def micro_batch(self, choose: Callable[[], int | None]) -> int | None:
         """The recorded micro-batch; before the first stage what `choose` says, which is recorded."""
         if self._manifest["micro_batch"] is None and "chosen" not in self._manifest:
             self._manifest |= {"micro_batch": choose(), "chosen": True}
@@ -232,10 +232,10 @@ class Journal:
                 self._write_json(self.path / MANIFEST, self._manifest)
         return self._manifest["micro_batch"]
 
-    def shrink(self, stage: str, rows: int) -> None:
+    def shrink(self, stage: str, batch_size: int) -> None:
         """Records a smaller micro-batch from this stage on, and that memory was short."""
-        self._manifest["micro_batch"] = rows
-        self._manifest["events"].append({"stage": stage, "micro_batch": rows, "reason": "out of memory"})
+        self._manifest["micro_batch"] = batch_size
+        self._manifest["events"].append({"stage": stage, "micro_batch": batch_size, "reason": "out of memory"})
         if self._writes:
             self._write_json(self.path / MANIFEST, self._manifest)
 
@@ -287,8 +287,10 @@ class Journal:
     def restore(self, group: LinearGroup, number: int, home: torch.device) -> tuple[WushGroup, dict]:
         """A solved group of a finished stage on `home` (the meta device: without values), and its report."""
         entry = self._read(self._record(number))["groups"][group.name]
-        described = {"members": [m.name for m in group.linears], "transform_block_size": entry["transform_block_size"]}
-        [solved] = build_groups(self._model, Quantization(self._config, [described], {}), self._shards.specs)
+        record = Quantization(self._config, [], {})
+        members = [m.name for m in group.linears]
+        record.groups.append(record.describe(members, entry["transform_block_size"], group.recipe))
+        [solved] = build_groups(self._model, record, self._shards.specs)
         if home.type != "meta":
             for name, buffer in self.buffers(solved):
                 setattr(solved, name, buffer.to(home))
@@ -297,7 +299,7 @@ class Journal:
     def buffers(self, group: WushGroup) -> list[tuple[str, Tensor]]:
         """(name, values) of a committed group's buffers, on the CPU."""
         return [
-            (buffer, join(group, buffer, self._shards.tensors([name for name, _ in pieces])))
+            (buffer, join_rows(group, buffer, self._shards.tensors([name for name, _ in pieces])))
             for buffer, pieces in parts(group)
         ]
 
@@ -323,11 +325,11 @@ class Journal:
         after = sha256_of(self._record(number - 1)) if number else ""
         self._write_json(self._record(number), {"after": after, "file": name, "sha256": sha, "groups": groups})
 
-    def settle(self, team: Alone) -> None:
+    def settle(self, ranks: SingleProcess) -> None:
         """Waits until the committed stage is finished, for all processes."""
         if self._written is not None:
             self._written.result()
-        team.smallest(self._pending)
+        ranks.smallest(self._pending)
         name = self._file_names.get(self._pending)
         if name is not None and (self.path / name).exists():
             self._shards.add(self.path / name)

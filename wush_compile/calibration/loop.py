@@ -1,25 +1,26 @@
-"""The stage loop: observe -> solve -> commit -> propagate, one decoder layer after the other.
+"""The stage loop: observe, solve, commit, propagate, one decoder layer after the other.
 
-1. Run every batch through the stage with observers in its graph: second moments and samples of each group's input.
+1. Observe: run every batch through the stage with observers in its graph. They collect the second moment and a sample
+   of each group's input.
 2. Solve each group, and rewrite its linears in the stage's graph into quantized ones.
-3. Hand the solved groups to the journal, if there is one: it writes them during step 4.
-4. Run every batch through the rewritten stage: the next stage sees what the *quantized* model produces.
+3. Commit the solved groups to the journal, if there is one. It writes them during step 4.
+4. Propagate: run every batch through the rewritten stage. The next stage sees what the *quantized* model produces.
 
-Nothing is installed in the model here. A stage's weights are brought to the compute device when it is reached and dropped
-when it is left (`tensors`); every batch's live values wait where `Activations` keeps them; moments are one stage's. When a
-micro-batch does not fit, or a run goes on where another stopped, the finished stages are run again from the inputs: step 4
-alone, from what the journal holds.
+The loop installs nothing in the model. A stage's weights come to the compute device when the loop reaches the stage, and
+leave it with the stage. The live values of every batch wait in `Activations`. The moments of one stage are in memory at
+a time. Where a micro-batch does not fit, or a run resumes, the loop replays the finished stages from the inputs: step 4
+alone, with the groups that the journal holds.
 """
 
 import logging
-import os
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from ..capture.export import Captured
-from ..config import WushConfig
 from ..data import Batch
 from ..errors import DataError, NonFiniteError
 from ..passes.calibration.group import LinearGroup
@@ -30,29 +31,41 @@ from ..passes.calibration.rewrite import rewrite
 from ..phases import phase
 from ..solver.solution import solve_cost
 from .activations import Activations
-from .journal import Journal
-from .microbatch import MicroBatch, choose_rows, regroup, sequences
-from .progress import Progress
-from .ranks import ALONE, Alone
+from .context import Run
+from .microbatch import MicroBatch, choose_batch_size, regroup, sequences
 from .solve_group import Solved, solve_group
-from .tensors import Leaver, Loader, ModelTensors
+from .tensors import Loader, ResultMover
 
+T = TypeVar("T")
 log = logging.getLogger("wush_compile")
-AS_GIVEN = 2**31  # stands for a micro-batch without a limit where ranks compare theirs
+# Stands for "no limit" where ranks compare their micro-batches.
+UNLIMITED = 2**31
 
 
-def _warn_if_short(groups: list[LinearGroup], tokens: int, config: WushConfig) -> None:
-    if config.solver == "gptq" or config.moments == "conditional":
-        wide = max(groups, key=lambda g: g.width)
-        if tokens < wide.width:
-            log.warning(
-                "%d calibration tokens are fewer than the %d channels of %s: its second moment is rank-deficient and rests "
-                "on damping; give at least %d tokens",
-                tokens,
-                wide.width,
-                wide.name,
-                4 * wide.width,
-            )
+@torch.no_grad()
+def calibrate(
+    captured: Captured, groups: list[LinearGroup], batches: list[Batch] | None, run: Run
+) -> tuple[list[Solved], list[Stage]]:
+    """Solves every group on the batches; None solves without data. The model stays as it is.
+
+    Returns the solved groups, in the order of `groups`, and the stages with rewritten graphs.
+    """
+    return Calibration(captured, groups, batches, run).calibrate()
+
+
+def _warn_if_short(groups: list[LinearGroup], tokens: int) -> None:
+    """Warns where the whole second moment of a group has fewer tokens than channels."""
+    whole = [g for g in groups if g.recipe.solver == "gptq" or g.recipe.moments == "conditional"]
+    wide = max(whole, key=lambda g: g.width, default=None)
+    if wide is not None and tokens < wide.width:
+        log.warning(
+            "%d calibration tokens are fewer than the %d channels of %s: its second moment is rank-deficient and rests "
+            "on damping; give at least %d tokens",
+            tokens,
+            wide.width,
+            wide.name,
+            4 * wide.width,
+        )
 
 
 def _used(stage: Stage) -> set[str]:
@@ -61,7 +74,7 @@ def _used(stage: Stage) -> set[str]:
 
 
 def _groups_by_stage(stages: list[Stage], groups: list[LinearGroup]) -> list[list[int]]:
-    """For each stage the numbers of the groups whose linears it runs."""
+    """For each stage, the numbers of the groups whose linears the stage runs."""
     stage_of = {
         node.name: number
         for number, stage in enumerate(stages)
@@ -75,71 +88,57 @@ def _groups_by_stage(stages: list[Stage], groups: list[LinearGroup]) -> list[lis
 
 
 class Calibration:
-    """One run of the stage loop. `calibrate` has the arguments; without batches groups are solved without data."""
+    """The state of one run of the stage loop."""
 
-    def __init__(
-        self,
-        captured: Captured,
-        groups: list[LinearGroup],
-        batches: list[Batch] | None,
-        config: WushConfig,
-        *,
-        tensors: ModelTensors,
-        device: torch.device,
-        progress: Progress,
-        team: Alone = ALONE,
-        journal: Journal | None = None,
-        batch_size: int | None = None,
-        activations_dir: str | os.PathLike | None = None,
-    ):
-        self.captured, self.groups, self.config = captured, groups, config
-        self.tensors, self.device, self.progress, self.team, self.journal = tensors, device, progress, team, journal
-        self.activations_dir = activations_dir
+    def __init__(self, captured: Captured, groups: list[LinearGroup], batches: list[Batch] | None, run: Run):
+        self.captured, self.groups, self.run = captured, groups, run
+        self.progress, self.ranks, self.journal, self.device = run.progress, run.ranks, run.journal, run.device
         self.solved: list[Solved | None] = [None] * len(groups)
         graph_module = captured.graph_module
-        if device != tensors.device:
-            place(graph_module, device, {name for name, _ in graph_module.named_buffers() if name in tensors})
+        if run.offloads:
+            place(graph_module, run.device, {name for name, _ in graph_module.named_buffers() if name in run.tensors})
         if batches is not None:
             mask = next((p for p in captured.placeholders() if p.name == "attention_mask"), None)
-            insert_observers(graph_module, groups, config, mask)
+            insert_observers(graph_module, groups, mask)
         self.stages = partition(graph_module)
         self.groups_in = _groups_by_stage(self.stages, groups)
         self.last = max(number for number, own in enumerate(self.groups_in) if own)
         self.last_use = {name: number for number, stage in enumerate(self.stages) for name in stage.inputs}
         self._loaded: tuple[int, dict[str, Tensor]] | None = None
-        self.loader, self.leaver = Loader(tensors, device), Leaver(tensors.home, device)
-        self.windows = None if batches is None else team.share(batches)
-
-        def choose() -> int | None:
-            beside = self.windows is not None and batch_size is None and device != tensors.device
-            return self._choose_rows() if beside else batch_size
-
-        self.rows = choose() if journal is None else journal.rows(choose)
-        if journal is not None:
-            journal.lay_out(
-                [_used(stage) for stage in self.stages], [[groups[i] for i in own] for own in self.groups_in], tensors
-            )
+        self.loader = Loader(run.tensors, run.device)
+        self.mover = ResultMover(run.tensors.home, run.device)
+        self.windows = None if batches is None else run.ranks.share(batches)
+        self.batch_size = (
+            self._choose_batch_size() if run.journal is None else run.journal.micro_batch(self._choose_batch_size)
+        )
+        if run.journal is not None:
+            groups_by_stage = [[groups[i] for i in own] for own in self.groups_in]
+            run.journal.lay_out([_used(stage) for stage in self.stages], groups_by_stage, run.tensors)
         self._start()
 
-    # -- batches ---------------------------------------------------------------------------------------------------------
+    # -- batches -----------------------------------------------------------------------------------------------------
 
-    def _choose_rows(self) -> int | None:
-        rows = choose_rows(self.windows, self.stages[: self.last + 1], self.captured.placeholders(), self.device)
-        return None if rows is None else self.team.smallest(rows)
+    def _choose_batch_size(self) -> int | None:
+        """Sequences in a micro-batch: the caller's number, or on a GPU that the model is not on, what fits."""
+        if self.windows is None or self.run.batch_size is not None or not self.run.offloads:
+            return self.run.batch_size
+        stages = self.stages[: self.last + 1]
+        size = choose_batch_size(self.windows, stages, self.captured.placeholders(), self.device)
+        return None if size is None else self.ranks.smallest(size)
 
     def _start(self) -> None:
-        """Back to the inputs: no stage has been run."""
+        """Goes back to the inputs, before the first stage."""
         if self.windows is None:
             self.batches, self.activations = [], None
             return
-        self.batches: list[MicroBatch] = regroup(self.windows, self.rows)
+        self.batches: list[MicroBatch] = regroup(self.windows, self.batch_size)
         values = [self.captured.flatten(i, batch.inputs) for i, batch in enumerate(self.batches)]
-        self.activations = Activations(values, self.device, self.device != self.tensors.device, self.activations_dir)
+        self.activations = Activations(values, self.device, self.run.offloads, self.run.activations_dir)
 
     def _halved(self) -> int:
-        """The next smaller micro-batch; called where the current one does not fit."""
+        """The next smaller micro-batch, after the current one did not fit."""
         counts = [sequences(batch.inputs) for batch in self.batches]
-        most = self.rows or max((c for c in counts if c is not None), default=1)
+        most = self.batch_size or max((c for c in counts if c is not None), default=1)
         if None in counts or most < 2:
             raise DataError(
                 f"a batch of {max(b.tokens() for b in self.batches)} tokens does not fit the memory of {self.device}: "
@@ -147,56 +146,57 @@ class Calibration:
             )
         return most // 2
 
-    def _fitting(self, number: int, work, replay: bool = False):
-        """`work()`, with every batch at stage `number`: where memory is too small, with half the micro-batch, from the
-        inputs through the finished stages. `replay`: do that at once."""
+    def _retry_smaller(self, number: int, work: Callable[[], T], replay: bool = False) -> T:
+        """Runs work() at stage `number`. If memory runs out on any rank: halves the micro-batch, recomputes the
+        stage's inputs from the start, tries again. `replay` recomputes first."""
         while True:
-            rows = self.rows or AS_GIVEN
+            size = self.batch_size or UNLIMITED
             try:
                 if replay:
                     self._replay(number)
                 result = work()
             except torch.OutOfMemoryError:
-                result, rows = None, self._halved()
-            agreed = self.team.smallest(rows)
-            if agreed == (self.rows or AS_GIVEN):
+                result, size = None, self._halved()
+            agreed = self.ranks.smallest(size)
+            if agreed == (self.batch_size or UNLIMITED):
                 return result
-            self.rows, self._loaded, replay = agreed, None, True
+            self.batch_size, self._loaded, replay = agreed, None, True
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             stage = self.stages[number].name
-            log.warning("%s: out of memory; on with %d sequences at a time", stage, agreed)
+            log.warning("%s: out of memory; continuing with %d sequences at a time", stage, agreed)
             self.progress.event("batch_size", stage=stage, batch_size=agreed, reason="out of memory")
             if self.journal is not None:
                 self.journal.shrink(stage, agreed)
 
     def _replay(self, number: int) -> None:
+        """Recomputes the inputs of stage `number` from the model's inputs."""
         self._start()
         for earlier in range(number):
             self._propagate(earlier)
 
-    # -- a stage ---------------------------------------------------------------------------------------------------------
+    # -- a stage -----------------------------------------------------------------------------------------------------
 
     def _names(self, number: int) -> list[str]:
         """The model's tensors that a stage uses."""
-        return [name for name in _used(self.stages[number]) if name in self.tensors]
+        return [name for name in _used(self.stages[number]) if name in self.run.tensors]
 
     def _load(self, number: int) -> dict[str, Tensor]:
-        """The weights of a stage on the compute device, and what is solved of it; no other stage's."""
+        """A stage's weights and solved groups on the compute device. Those of another stage are dropped."""
         if self._loaded is None or self._loaded[0] != number:
             self._loaded = None
             with phase("transfers"):
                 loaded = self.loader.take(number, self._names(number))
                 for i in self.groups_in[number]:
                     if self.solved[i] is not None:
-                        self.leaver.wait()  # a stage that is run again: what is solved of it may be on its way
+                        self.mover.wait()  # in a replay, the stage's groups may still be moving
                         group = self.solved[i].group
                         buffers = self.journal.buffers(group) if group.weight_packed.is_meta else group.named_buffers()
                         loaded |= {f"wush_group_{i}.{name}": buffer.to(self.device) for name, buffer in buffers}
             self._loaded = (number, loaded)
         return self._loaded[1]
 
-    def _forwards(self, number: int):
+    def _forwards(self, number: int) -> Iterator[tuple[int, tuple]]:
         """(index, outputs) of every batch through the stage."""
         stage, loaded = self.stages[number], self._load(number)
         for index, inputs in enumerate(self.activations.read(stage.inputs)):
@@ -204,12 +204,13 @@ class Calibration:
             self.progress.advance(self.batches[index].tokens())
 
     def _observe(self, number: int) -> dict[int, Observation]:
+        """What the observers of a stage saw in all batches, by group number."""
         graph_module = self.stages[number].graph_module
         with phase("forwards"):
             self._load(number)
             seen = {i: allocate(graph_module, i, self.device) for i in observed(graph_module)}
             finite = [
-                # A NaN or Inf in an input is one on the diagonal of its moment: a check of K values, not of all.
+                # A NaN or Inf in an input shows on the diagonal of its moment: K values to check instead of all.
                 torch.stack([s.moment.diagonal(dim1=-2, dim2=-1).isfinite().all() for s in seen.values()])
                 for _ in self._forwards(number)
             ]
@@ -220,38 +221,39 @@ class Calibration:
         """finite: bool [batches, groups], of the moments after each batch."""
         if not finite.all():
             batch, group = (~finite).nonzero()[0].tolist()
-            where = f"{self.batches[batch]}" + (f" of rank {self.team.rank}" if self.team.size > 1 else "")
+            where = f"{self.batches[batch]}" + (f" of rank {self.ranks.rank}" if self.ranks.size > 1 else "")
             raise NonFiniteError(
                 f"{self.groups[numbers[group]].name}: its calibration inputs hold NaN or Inf in {where}, or "
                 "overflow fp32 when squared; repair the data or the model, or put the layer in ignore"
             )
 
     def _cost(self, group: LinearGroup) -> float:
-        return solve_cost(self.config, sum(linear.rows for linear in group.linears), group.width)
+        return solve_cost(group.recipe, sum(linear.rows for linear in group.linears), group.width)
 
-    def _solve(self, number: int) -> None:
+    def _solve_stage(self, number: int) -> None:
+        """Observes a stage, solves its groups and rewrites its graph."""
         stage, own = self.stages[number], self.groups_in[number]
         seen = {}
         if self.activations is not None:
-            seen = self._fitting(number, lambda: self._observe(number))
+            seen = self._retry_smaller(number, lambda: self._observe(number))
             with phase("reduce"):
-                self.team.reduce(seen, {i: self._cost(self.groups[i]) for i in seen})
+                self.ranks.reduce(seen, {i: self._cost(self.groups[i]) for i in seen})
             if not any(self.groups_in[:number]):
-                _warn_if_short(self.groups, int(next(iter(seen.values())).count), self.config)
+                _warn_if_short(self.groups, int(next(iter(seen.values())).count))
             remove_observers(stage.graph_module)
         loaded = self._load(number)
 
-        def one(i: int) -> Solved:
+        def solve_one(i: int) -> Solved:
             self.progress.at(stage.name, f"solving {self.groups[i].name.rpartition('.')[2]}")
             with phase("solve"):
-                solved = solve_group(self.groups[i], loaded, self.config, seen.pop(i, None))
+                solved = solve_group(self.groups[i], loaded, seen.pop(i, None))
             self.progress.at(stage.name, self.groups[i].name, solved.report.get("relative_loss"))
             if self.activations is None:
                 self.progress.advance()
             return solved
 
         with phase("exchange"):
-            solutions = self.team.solve(own, one)
+            solutions = self.ranks.solve(own, solve_one)
         for i, solved in solutions.items():
             self.solved[i], report = solved, solved.report
             self.progress.event("group", stage=stage.name, group=self.groups[i].name, **report)
@@ -262,7 +264,7 @@ class Calibration:
                     report["damping_tries"],
                 )
         self._rewrite(number)
-        for name in set(loaded) - _used(stage):  # what has been replaced leaves the device
+        for name in set(loaded) - _used(stage):  # frees the original weights on the device
             del loaded[name]
 
     def _rewrite(self, number: int) -> None:
@@ -272,6 +274,7 @@ class Calibration:
         )
 
     def _propagate(self, number: int) -> None:
+        """Runs every batch through a stage, keeps its outputs, and drops values that no later stage reads."""
         stage = self.stages[number]
         with phase("forwards"):
             for index, outputs in self._forwards(number):
@@ -279,94 +282,52 @@ class Calibration:
                 dead = [n for n in self.activations.names(index) if self.last_use.get(n, -1) <= number]
                 self.activations.drop(index, dead)
 
-    # -- the run ---------------------------------------------------------------------------------------------------------
+    # -- the loop ----------------------------------------------------------------------------------------------------
 
     def _resume(self) -> int:
-        """The first stage to do: those before it are in the journal."""
-        number = self.team.smallest(0 if self.journal is None else self.journal.finished())
+        """Restores the stages that the journal holds; the number of the first stage to do."""
+        number = self.ranks.smallest(0 if self.journal is None else self.journal.finished())
         for k in range(min(number, self.last + 1)):
             remove_observers(self.stages[k].graph_module)
             for i in self.groups_in[k]:
-                self.solved[i] = Solved(*self.journal.restore(self.groups[i], k, self.tensors.home))
+                self.solved[i] = Solved(*self.journal.restore(self.groups[i], k, self.run.tensors.home))
             self._rewrite(k)
         if number:
             self.progress.event("resumed", stages=number)
         return number
 
     def _steps(self, first: int) -> int:
+        """Steps of the progress bar, if the loop begins at stage `first`."""
         if self.activations is None:
             return sum(map(len, self.groups_in))
         replayed = first if first <= self.last else 0
         todo = sum(bool(self.groups_in[k]) + (k < self.last) for k in range(first, self.last + 1))
         return (replayed + todo) * len(self.batches)
 
-    def run(self) -> tuple[list[Solved], list[Stage]]:
-        """All stages up to the last that has a group; with a journal, the rest is copied into it."""
+    def calibrate(self) -> tuple[list[Solved], list[Stage]]:
+        """Runs all stages up to the last that has a group. With a journal, the tensors of the rest are copied into it."""
         first = self._resume()
         self.progress.begin(self._steps(first), self.device, "batch" if self.batches else "group")
         if 0 < first <= self.last and self.activations is not None:
-            self._fitting(first, lambda: None, replay=True)
+            self._retry_smaller(first, lambda: None, replay=True)
         for number in range(first, len(self.stages) if self.journal is not None else self.last + 1):
             stage, own = self.stages[number], self.groups_in[number]
             self.progress.at(stage.name)
             if own:
-                self._solve(number)
+                self._solve_stage(number)
             if self.journal is not None:
                 with phase("journal"):
                     self.journal.commit(number, {self.groups[i].name: self.solved[i] for i in own})
             if number < self.last and self.activations is not None:
                 self.loader.start(number + 1, self._names(number + 1))
-                self._fitting(number, lambda number=number: self._propagate(number))
+                self._retry_smaller(number, lambda number=number: self._propagate(number))
             if self.journal is not None:
                 with phase("journal"):
-                    self.journal.settle(self.team)
-            self.progress.event(
-                "stage", stage=stage.name, tokens_per_second=round(self.progress.tokens_per_second(), 1)
-            )
+                    self.journal.settle(self.ranks)
+            speed = round(self.progress.tokens_per_second(), 1)
+            self.progress.event("stage", stage=stage.name, tokens_per_second=speed)
             self._loaded = None
-            self.leaver.start([self.solved[i].group for i in own])
+            self.mover.start([self.solved[i].group for i in own])
         self.loader.close()
-        self.leaver.close()
+        self.mover.close()
         return self.solved, self.stages
-
-
-@torch.no_grad()
-def calibrate(
-    model: nn.Module,
-    captured: Captured,
-    groups: list[LinearGroup],
-    batches: list[Batch] | None,
-    config: WushConfig,
-    progress: bool | Progress = True,
-    *,
-    device: torch.device | None = None,
-    tensors: ModelTensors | None = None,
-    **settings,
-) -> tuple[list[Solved], list[Stage]]:
-    """Solves every group on the batches (None: without data); the model stays as it is.
-
-    device    where to compute: by default where the model is. Elsewhere, one stage's weights are there at a time
-    tensors   where the weights come from: by default from the model
-    settings  team, journal, batch_size (sequences a forward; None: chosen on a GPU, as given elsewhere), activations_dir
-
-    Returns the solved groups, in the order of `groups`, and the stages with rewritten graphs.
-    """
-    tensors = ModelTensors(model) if tensors is None else tensors
-    own = progress if isinstance(progress, Progress) else Progress(progress)
-    try:
-        return Calibration(
-            captured,
-            groups,
-            batches,
-            config,
-            tensors=tensors,
-            device=tensors.device if device is None else device,
-            progress=own,
-            **settings,
-        ).run()
-    except Exception as error:
-        settings.get("team", ALONE).fail(error)
-        raise
-    finally:
-        if own is not progress:
-            own.close()

@@ -95,12 +95,12 @@ def _peak(graph: fx.Graph) -> int:
     return peak
 
 
-def most_rows(limit: int, length: int) -> int:
+def largest_batch(limit: int, length: int) -> int:
     """The micro-batch of sequences of this length where at most `limit` of them fit: a power of two."""
     return 2 ** (max(1, min(limit, TOKENS // length)).bit_length() - 1)
 
 
-def choose_rows(
+def choose_batch_size(
     batches: list[Batch], stages: list[Stage], placeholders: list[fx.Node], device: torch.device
 ) -> int | None:
     """The micro-batch for a GPU, from its free memory; None (batches as they are) on a CPU or for other inputs.
@@ -116,4 +116,4 @@ def choose_rows(
     free, _ = torch.cuda.mem_get_info(device)
     # Calibration keeps fp32 copies of what it observes and quantizes: twice what the graph itself holds.
     each = 2 * max(_peak(s.graph_module.graph) for s in stages[:-1] or stages) / tokens * longest
-    return most_rows(min(int(SHARE * free / max(each, 1)), sum(counts)), longest)
+    return largest_batch(min(int(SHARE * free / max(each, 1)), sum(counts)), longest)

@@ -30,7 +30,7 @@ log = logging.getLogger("wush_compile")
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-class Alone:
+class SingleProcess:
     """The team of one process. Others have the same methods and attributes."""
 
     rank, size = 0, 1
@@ -58,7 +58,7 @@ class Alone:
         """Tells the others, who wait in one of the calls above, that this rank stops with an error."""
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
 def launched() -> bool:
@@ -78,11 +78,11 @@ def local_device(device: torch.device) -> torch.device:
     return device
 
 
-def join(device: torch.device) -> Alone:
-    """The team of this process, which computes on `device`; ALONE where there is only one. Makes the process group of a
+def join(device: torch.device) -> SingleProcess:
+    """The team of this process, which computes on `device`; SINGLE_PROCESS where there is only one. Makes the process group of a
     launched process that has none."""
     if not launched():
-        return ALONE
+        return SINGLE_PROCESS
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -122,7 +122,7 @@ def merge_samples(samples: list[Tensor], counts: list[int]) -> Tensor:
     return merged
 
 
-class Ranks(Alone):
+class Ranks(SingleProcess):
     """The team of a process group, of which every process calls the same methods in the same order."""
 
     def __init__(self, device: torch.device):

@@ -1,11 +1,11 @@
 """Solves one group: from its weights and what its observer saw to its run-time module and a report."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..config import WushConfig
 from ..modules import Member, WushGroup
 from ..passes.calibration.group import LinearGroup
 from ..passes.calibration.observe import Observation
@@ -39,14 +39,13 @@ def _loss_rows(sample: Tensor) -> Tensor:
     return rows[rows.any(-1)]
 
 
-def solve_group(
-    group: LinearGroup, tensors: Mapping[str, Tensor], config: WushConfig, seen: Observation | None
-) -> Solved:
+def solve_group(group: LinearGroup, tensors: Mapping[str, Tensor], seen: Observation | None) -> Solved:
     """Transform, codes and scales of one group, from its weights by name and what its observer saw (None: data-free)."""
+    start = time.perf_counter()
     weight = group.stacked_weight(tensors)  # [N, K]
     solution = solve(
         weight,
-        config,
+        group.recipe,
         name=group.name,
         moment=None if seen is None else seen.moment,
         count=0 if seen is None else int(seen.count),
@@ -61,7 +60,7 @@ def solve_group(
     rows = None if seen is None else _loss_rows(seen.sample)
     if rows is not None and rows.shape[0]:
         with phase("layer losses"):
-            report["loss"], report["relative_loss"] = layer_loss(rows, weight, solution, config)
+            report["loss"], report["relative_loss"] = layer_loss(rows, weight, solution, group.recipe)
     buffers = {
         "weight_packed": solution.weight_packed,
         "weight_scale": solution.weight_scale,
@@ -70,5 +69,6 @@ def solve_group(
         "input_global_scale": solution.input_global_scale,
         "bias": group.stacked_bias(tensors),
     }
+    report["seconds"] = round(time.perf_counter() - start, 4)
     buffers = {name: None if buffer is None else buffer.contiguous() for name, buffer in buffers.items()}
-    return Solved(WushGroup(members_of(group), config, solution.transform_block_size, buffers), report)
+    return Solved(WushGroup(members_of(group), group.recipe, solution.transform_block_size, buffers), report)

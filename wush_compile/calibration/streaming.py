@@ -84,5 +84,5 @@ def open_checkpoint(directory: str | Path) -> tuple[nn.Module, CheckpointTensors
         raise CheckpointError(f"{directory} is no directory with a config.json: streaming reads a local model")
     shards = Shards(weight_files(path))
     floats = [spec.dtype for spec in shards.specs.values() if spec.dtype.is_floating_point]
-    model = hf.skeleton(path, floats[0] if floats else torch.float32)
+    model = hf.empty_hf_model(path, floats[0] if floats else torch.float32)
     return model, CheckpointTensors(model, shards)

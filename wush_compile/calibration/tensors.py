@@ -92,13 +92,13 @@ class Loader:
             return self._tensors.load(names, self._device), self._stream.record_event()
 
 
-class Leaver:
+class ResultMover:
     """Takes solved groups home, from a GPU in a thread of its own while it computes the next stage."""
 
     def __init__(self, home: torch.device, device: torch.device):
         self._home, self._device = home, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" and device != home else None
-        self._thread = ThreadPoolExecutor(1, "leaver") if self._stream is not None else None
+        self._thread = ThreadPoolExecutor(1, "mover") if self._stream is not None else None
         self._begun: Future | None = None
 
     def start(self, groups: list[nn.Module]) -> None:

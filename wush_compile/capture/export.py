@@ -69,7 +69,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def skeleton(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of the model's structure on the meta device: no memory."""
     tensors = [*model.parameters(), *model.buffers()]
     memo = {
@@ -111,7 +111,7 @@ def _by_layers(model: nn.Module, example: Batch, constants: dict[str, object]) -
     if not layers:
         return None
     try:
-        meta = skeleton(model)  # a copy of the model as it is, without marks
+        meta = meta_copy(model)  # a copy of the model as it is, without marks
         with repeats.marked(layers) as kinds:
             program = _export(model, example, constants)
         repeats.verify(kinds, meta)

@@ -31,8 +31,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import CheckpointError
 from ..modules import WushGroup, WushLinear, install_group, named_groups
 from .files import DIGEST, Weights, digest
-from .layout import build_groups, check_specs, group_specs, join, parts, read_record, split_state_dict
-from .record import ATTRIBUTE, Quantization
+from .layout import build_groups, check_specs, group_specs, join_rows, parts, read_record, split_state_dict
+from .record import ATTRIBUTE, Quantization, read_report
 
 METHOD = "wush"
 
@@ -78,7 +78,7 @@ class JoinRows(ConversionOps):
         **kwargs,
     ) -> dict[str, Tensor]:
         tensors = {_name(pattern): t[0] if isinstance(t, list) else t for pattern, t in input_dict.items()}
-        return {full_layer_name: join(self.group, self.buffer, tensors)}
+        return {full_layer_name: join_rows(self.group, self.buffer, tensors)}
 
 
 def _pattern(name: str) -> str:
@@ -102,6 +102,8 @@ class WushHfQuantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config
         weights = Weights(checkpoint_files) if checkpoint_files else None
+        if checkpoint_files:
+            config.record.report = read_report(Path(checkpoint_files[0]).parent)
         groups = build_groups(model, config.record, weights and weights.specs)
         if weights is not None:
             self._check(model, groups, weights)
@@ -232,7 +234,7 @@ def write_settings(model: PreTrainedModel, record: Quantization, directory: Path
         model.generation_config.save_pretrained(directory)
 
 
-def skeleton(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+def empty_hf_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     """A causal language model of a directory's `config.json` with its buffers and without its weights (meta device).
 
     `dtype` is taken where the configuration names none.

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..formats import get_format
 from ..modules import Member, WushGroup, WushLinear, buffer_layout, named_groups
 from .files import Spec
 from .record import Quantization
@@ -33,7 +32,7 @@ def parts(group: WushGroup) -> Iterator[tuple[str, list[tuple[str, slice | None]
         yield buffer, [(f"{m.name}.{buffer}", slice(m.start, m.stop) if buffer in BY_ROWS else None) for m in members]
 
 
-def join(group: WushGroup, buffer: str, tensors: Mapping[str, Tensor]) -> Tensor:
+def join_rows(group: WushGroup, buffer: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """A group's buffer from its tensors on disk; rows of members without a bias are zero."""
     pieces = dict(parts(group))[buffer]
     if buffer not in BY_ROWS:
@@ -101,7 +100,7 @@ def build_groups(
     """
     groups, seen = [], set()
     for entry in record.groups:
-        names, block = entry["members"], entry["transform_block_size"]
+        names, block, recipe = entry["members"], entry["transform_block_size"], record.recipe_of(entry)
         linears = [_linear(model, name) for name in names]
         if not names or len(set(names)) < len(names) or seen.intersection(names):
             raise CheckpointError(
@@ -111,7 +110,7 @@ def build_groups(
         seen.update(names)
         widths = {width for _, width, _ in linears}
         width = widths.pop()
-        if widths or block % get_format(record.config.format).group_size or width % block:
+        if widths or block % recipe.group_size or width % block:
             widths = sorted({w for _, w, _ in linears})
             raise CheckpointError(
                 f"{', '.join(names)}: widths {widths} do not fit one group "
@@ -125,12 +124,12 @@ def build_groups(
         dtypes = {name: spec.dtype for name, spec in (specs or {}).items() if spec.dtype.is_floating_point}
         weight_dtype = linears[0][2].weight.dtype
         layout = buffer_layout(
-            record.config, start, width, block, dtypes.get(f"{names[0]}.input_transform", weight_dtype), bool(biased)
+            recipe, start, width, block, dtypes.get(f"{names[0]}.input_transform", weight_dtype), bool(biased)
         )
         if biased:
             layout["bias"] = (layout["bias"][0], dtypes.get(f"{biased[0]}.bias", weight_dtype))
         buffers = {k: None if v is None else torch.empty(v[0], dtype=v[1], device=device) for k, v in layout.items()}
-        groups.append(WushGroup(members, record.config, block, buffers))
+        groups.append(WushGroup(members, recipe, block, buffers))
     return groups
 
 
@@ -145,9 +144,6 @@ def group_specs(groups: Iterable[WushGroup]) -> dict[str, Spec]:
     }
 
 
-# -- files -----------------------------------------------------------------------------------------------------------
-
-
 def read_record(settings: Mapping) -> Quantization:
     """`Quantization.from_dict`, where anything malformed is a `CheckpointError`."""
     try:
@@ -157,6 +153,7 @@ def read_record(settings: Mapping) -> Quantization:
             and all(isinstance(name, str) for name in g["members"])
             and isinstance(g["transform_block_size"], int)
             and g["transform_block_size"] > 0
+            and isinstance(g["recipe"], dict)
             for g in record.groups
         )
     except CheckpointError:

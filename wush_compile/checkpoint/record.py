@@ -1,29 +1,47 @@
-"""The record of how a model was quantized: kept on the model, saved in its checkpoint (SPEC §7)."""
+"""The record of how a model was quantized: kept on the model, saved in its checkpoint (docs/spec.md §7)."""
 
+import dataclasses
+import json
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import nn
 
 from ..config import WushConfig
 from ..errors import CheckpointError, WushError
+from ..recipe import Recipe
 
-FORMAT_VERSION = 1
+log = logging.getLogger("wush_compile")
+FORMAT_VERSION = 2
 ATTRIBUTE = "wush_quantization"
+REPORT = "wush_report.json"
 
 
 @dataclass
 class Quantization:
     """What was quantized, how, and what was left alone.
 
-    groups   one dict a group: `members` (module names, in row order) and `transform_block_size`
+    config   the settings of the run
+    groups   one dict a group: `members` (module names, in row order), `transform_block_size`, and `recipe` (the settings
+             in which the group differs from `config`)
     ignored  module or parameter name -> why it was not quantized
-    report   path of a group's first member -> measurements of the run that made it; not saved
+    report   path of a group's first member -> measurements of the run (tokens, losses, seconds); in `wush_report.json`
     """
 
     config: WushConfig
     groups: list[dict]
     ignored: dict[str, str]
     report: dict[str, dict] = field(default_factory=dict)
+
+    def describe(self, members: list[str], transform_block_size: int, recipe: Recipe) -> dict:
+        """The entry of a group in `groups`."""
+        changes = recipe.changes_from(self.config)
+        return {"members": members, "transform_block_size": transform_block_size, "recipe": changes}
+
+    def recipe_of(self, entry: dict) -> Recipe:
+        """The recipe of an entry of `groups`."""
+        return dataclasses.replace(self.config.recipe, **entry["recipe"])
 
     def to_dict(self) -> dict:
         """The `quantization_config` of a checkpoint."""
@@ -37,9 +55,12 @@ class Quantization:
 
     @classmethod
     def from_dict(cls, data: dict) -> "Quantization":
-        """Reads what `to_dict` wrote; a newer version, an unknown key or a missing one is a `CheckpointError`."""
+        """Reads what `to_dict` wrote, now or in version 1, where all groups have the recipe of the configuration.
+
+        A newer version, an unknown key or a missing one is a `CheckpointError`.
+        """
         version = data.get("format_version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(
                 f"the checkpoint has format_version {version!r}, this wush_compile reads up to {FORMAT_VERSION}: "
                 "upgrade wush-compile"
@@ -52,17 +73,25 @@ class Quantization:
             )
         if missing := sorted(expected - set(data)):
             raise CheckpointError(f"quantization_config lacks {', '.join(missing)}: quantize the model again")
+        keys = {"members", "transform_block_size"} | ({"recipe"} if version > 1 else set())
         for group in data["groups"]:
-            if set(group) != {"members", "transform_block_size"}:
+            if set(group) != keys:
                 raise CheckpointError(
-                    f"a group of quantization_config has the keys {sorted(group)}, not members and "
-                    "transform_block_size: quantize the model again"
+                    f"a group of quantization_config has the keys {sorted(group)}, not {sorted(keys)}: "
+                    "quantize the model again"
                 )
+        config, groups = data["config"], data["groups"]
+        if version == 1:
+            groups = [{**group, "recipe": {}} for group in groups]
+            if "lm_head" not in config.get("ignore", ()):  # version 1 replaced the default
+                config = {**config, "ignore": [*config.get("ignore", ()), "!lm_head"]}
         try:
-            config = WushConfig.from_dict(data["config"])
+            record = cls(WushConfig.from_dict(config), groups, data["ignored"])
+            for group in groups:
+                record.recipe_of(group)
         except (WushError, TypeError) as error:
             raise CheckpointError(f"quantization_config.config cannot be read: {error}") from error
-        return cls(config, data["groups"], data["ignored"])
+        return record
 
 
 def quantization_of(model: nn.Module) -> Quantization:
@@ -71,3 +100,25 @@ def quantization_of(model: nn.Module) -> Quantization:
     if record is None:
         raise WushError(f"this {type(model).__name__} is not quantized: call wush_compile.quantize(model) first")
     return record
+
+
+def write_report(record: Quantization, directory: Path) -> None:
+    """Writes the report of every group; nothing where there is none."""
+    if record.report:
+        text = json.dumps({"report_version": 1, "groups": record.report}, indent=1, sort_keys=True)
+        (directory / REPORT).write_text(text + "\n", encoding="utf-8")
+
+
+def read_report(directory: Path) -> dict[str, dict]:
+    """The report of a checkpoint. A missing one is empty; so is a damaged one, with a warning: no weight depends on it."""
+    path = directory / REPORT
+    try:
+        groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
+        if not isinstance(groups, dict) or not all(isinstance(report, dict) for report in groups.values()):
+            raise ValueError("its groups are no reports")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s cannot be read (%s): explain shows no losses", path, error)
+        return {}
+    return groups

@@ -17,8 +17,8 @@ from . import hf
 from .atomic import recover, replaced_directory
 from .files import CONFIG, DIGEST, JOURNAL, WEIGHT_FILE, WEIGHTS, Weights, digest, read_config, weight_files
 from .gguf import load_gguf
-from .layout import build_groups, check_specs, join, parts, read_record, split_state_dict
-from .record import Quantization, quantization_of
+from .layout import build_groups, check_specs, join_rows, parts, read_record, split_state_dict
+from .record import REPORT, Quantization, quantization_of, read_report, write_report
 
 
 def _aliases(model: nn.Module) -> list[list[str]]:
@@ -53,6 +53,7 @@ def write_settings(model: nn.Module, record: Quantization, directory: Path, sha2
     else:
         config = {"quantization_config": record.to_dict(), DIGEST: sha256}
         (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_report(record, directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 
@@ -84,7 +85,7 @@ def _keep_other_files(old: Path, new: Path) -> None:
             shutil.copy2(source, target)
 
     for path in old.iterdir():
-        if (new / path.name).exists() or WEIGHT_FILE.fullmatch(path.name) or path.name == JOURNAL:
+        if (new / path.name).exists() or WEIGHT_FILE.fullmatch(path.name) or path.name in (JOURNAL, REPORT):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, new / path.name, symlinks=True, copy_function=link)
@@ -116,6 +117,7 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> None
     with replaced_directory(target) as new:
         if getattr(model, "hf_quantizer", None) is not None:
             model.save_pretrained(new)
+            write_report(record, new)
         else:
             _save_module(model, record, new)
         if tokenizer is not None:
@@ -135,6 +137,7 @@ def load(directory: str | os.PathLike, model: nn.Module | None = None) -> nn.Mod
     config = read_config(path)
     settings = config["quantization_config"]
     record = read_record(settings)
+    record.report = read_report(path)
     weights = Weights(weight_files(path))
     if model is None:
         if not config.get("architectures"):
@@ -173,7 +176,7 @@ def _fill(
     for group in groups:
         device = model.get_submodule(group.members[0].name).weight.device
         for buffer, pieces in parts(group):
-            joined = join(group, buffer, {name: weights.tensor(name) for name, _ in pieces})
+            joined = join_rows(group, buffer, {name: weights.tensor(name) for name, _ in pieces})
             setattr(group, buffer, to(joined, device))
     model.load_state_dict(
         {name: to(weights.tensor(name), tensor.device) for name, tensor in state.items() if name in weights.specs},

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from ..backend import preview
-from ..capture.export import capture, skeleton
+from ..capture.export import capture, meta_copy
 from ..checkpoint.record import quantization_of
 from ..data import Batch
 from ..errors import WushError, one_of
@@ -70,16 +70,16 @@ def _render(table: Table, width: int) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
 
 
-def _before(skeleton: nn.Module) -> nn.Module:
-    """The skeleton with plain linears where the quantized ones were."""
-    for name, module in list(skeleton.named_modules()):
+def _before(model: nn.Module) -> nn.Module:
+    """The model with plain linears where the quantized ones were."""
+    for name, module in list(model.named_modules()):
         if isinstance(module, WushLinear):
             parent, _, leaf = name.rpartition(".")
             plain = nn.Linear(
-                module.in_features, module.out_features, bias=module.has_bias, device="meta", dtype=_dtype(skeleton)
+                module.in_features, module.out_features, bias=module.has_bias, device="meta", dtype=_dtype(model)
             )
-            setattr(skeleton.get_submodule(parent), leaf, plain)
-    return skeleton
+            setattr(model.get_submodule(parent), leaf, plain)
+    return model
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -97,7 +97,9 @@ def _example(model: nn.Module) -> Batch:
 def layer_stages(model: nn.Module) -> tuple[list[Stage], list[Stage]]:
     """The stages of the model's forward before and after quantization, traced on the meta device."""
     example = _example(model)
-    return tuple(partition(capture(net, [example]).graph_module) for net in (_before(skeleton(model)), skeleton(model)))
+    return tuple(
+        partition(capture(net, [example]).graph_module) for net in (_before(meta_copy(model)), meta_copy(model))
+    )
 
 
 def _layer(stages: list[Stage]) -> Stage:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..config import WushConfig
+from ..recipe import Recipe
 from .transforms import apply_blockwise
 
 CHUNK_ELEMENTS = 2**24
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .solution import GroupSolution
 
 
-def layer_loss(x: Tensor, weight: Tensor, solution: "GroupSolution", config: WushConfig) -> tuple[float, float]:
+def layer_loss(x: Tensor, weight: Tensor, solution: "GroupSolution", recipe: Recipe) -> tuple[float, float]:
     """‖X Wᵀ − Q(X Tᵀ) Q(W T⁻¹)ᵀ‖² / (n N), and the same relative to ‖X Wᵀ‖² / (n N).
 
     x [n, K]: rows of the layer's input; weight [N, K]: the original one. Products in fp32, sums in float64.
@@ -24,15 +24,15 @@ def layer_loss(x: Tensor, weight: Tensor, solution: "GroupSolution", config: Wus
     t = None if solution.transform is None else solution.transform.to(torch.float32)
     values = apply_blockwise(x.T, t).T.contiguous()  # X Tᵀ [n, K]
     g = solution.input_global_scale
-    packed, scale = formats.quantize(values, config.format, config.activation_scale_rule, g)
-    x_quantized = formats.dequantize(packed, scale, config.format, g)  # [n, K]
+    packed, scale = formats.quantize(values, recipe.format, recipe.activation_scale_rule, g)
+    x_quantized = formats.dequantize(packed, scale, recipe.format, g)  # [n, K]
     error = power = torch.zeros((), dtype=torch.float64, device=weight.device)
     # A chunk of outputs at a time: a decoded weight, and what decoding it takes, is many times its size in 4 bits.
     step = max(1, CHUNK_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
         w_quantized = formats.dequantize(
-            solution.weight_packed[rows], solution.weight_scale[rows], config.format, solution.weight_global_scale
+            solution.weight_packed[rows], solution.weight_scale[rows], recipe.format, solution.weight_global_scale
         )  # [N', K]
         reference = x @ weight[rows].to(torch.float32).T  # [n, N']
         error = error + (reference - x_quantized @ w_quantized.T).to(torch.float64).square().sum()

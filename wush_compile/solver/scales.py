@@ -22,7 +22,7 @@ MEDIAN_SCALE = 0.5
 METHOD = "median"
 
 
-def has_free_global_scale(format: str, rule: str) -> bool:
+def calibrates_global_scale(format: str, rule: str) -> bool:
     """Whether g depends on what is quantized."""
     return format == "nvfp4" and rule != "paper"
 
@@ -38,7 +38,7 @@ def global_scale(
     """g of one side, fp32 [1], or None where the format has none.
 
     group_max [..]: absolute maxima of groups of what is to be quantized; rms: its root mean square. Where
-    `has_free_global_scale`, the rms or, for the first two methods, group_max must be given. All methods give a power of
+    `calibrates_global_scale`, the rms or, for the first two methods, group_max must be given. All methods give a power of
     two, so that g itself rounds nothing:
 
         median  like amax, but with the scale of the median group no higher than MEDIAN_SCALE: a thousandfold token
@@ -46,7 +46,7 @@ def global_scale(
         amax    the largest g with HEADROOM · amax · g/6 ≤ 448
         rms     2^round(log2(16 / rms)); also what the others do without group_max
     """
-    if not has_free_global_scale(format, rule):
+    if not calibrates_global_scale(format, rule):
         constant = PAPER_GLOBAL_SCALE.get(format) if rule == "paper" else None
         return None if constant is None else torch.tensor([constant], dtype=torch.float32, device=device)
     groups = None if group_max is None else group_max[group_max > 0]

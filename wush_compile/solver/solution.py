@@ -1,11 +1,11 @@
-"""What the solver returns for a group, and the shapes and costs that follow from a configuration."""
+"""What the solver returns for a group, and the shapes and costs that follow from a recipe."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..config import WushConfig
 from ..errors import ConfigError
+from ..recipe import Recipe
 from .choose import uses_conditional_moments
 
 
@@ -22,25 +22,25 @@ class GroupSolution:
     report: dict  # plain numbers
 
 
-def block_size(config: WushConfig, width: int) -> int:
+def block_size(recipe: Recipe, width: int) -> int:
     """The transform block for `width` input channels: the configured one where it divides, else the group."""
-    group = config.group_size
+    group = recipe.group_size
     if width % group:
-        raise ConfigError(f"width {width} is not a multiple of {config.format}'s group of {group}")
-    block = config.transform_block_size or group
+        raise ConfigError(f"width {width} is not a multiple of {recipe.format}'s group of {group}")
+    block = recipe.transform_block_size or group
     return block if width % block == 0 else group
 
 
-def moment_shape(config: WushConfig, width: int) -> tuple[int, ...]:
+def moment_shape(recipe: Recipe, width: int) -> tuple[int, ...]:
     """Shape of the second moment to accumulate: [K, K] where channels of different blocks meet, else [K/B, B, B]."""
-    if config.solver == "gptq" or uses_conditional_moments(config):
+    if recipe.solver == "gptq" or uses_conditional_moments(recipe):
         return (width, width)
-    block = block_size(config, width)
+    block = block_size(recipe, width)
     return (width // block, block, block)
 
 
-def solve_cost(config: WushConfig, rows: int, width: int) -> float:
+def solve_cost(recipe: Recipe, rows: int, width: int) -> float:
     """Operations that solving a group takes, about: to compare groups by."""
-    if len(moment_shape(config, width)) == 2:
+    if len(moment_shape(recipe, width)) == 2:
         return width**3 / 3 + rows * width**2  # a Cholesky factor, and errors carried from channel to channel
-    return rows * width * block_size(config, width)
+    return rows * width * block_size(recipe, width)

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..config import WushConfig
 from ..errors import DataError, NonFiniteError
 from ..phases import phase
+from ..recipe import Recipe
 from .choose import CLOSED_FORM, Transforms, uses_conditional_moments
 from .gptq import gptq, gptq_conditional, rotate_
-from .scales import global_scale, has_free_global_scale
+from .scales import calibrates_global_scale, global_scale
 from .solution import GroupSolution, block_size
 from .transforms import PANEL, apply_blockwise, damped_cholesky, diagonal_blocks
 
@@ -18,7 +18,7 @@ CHUNK_ELEMENTS = 2**24
 
 
 def solve(
-    weight: Tensor, config: WushConfig, *, moment: Tensor | None, count: int, sample: Tensor | None, name: str
+    weight: Tensor, recipe: Recipe, *, moment: Tensor | None, count: int, sample: Tensor | None, name: str
 ) -> GroupSolution:
     """Solves one group on the device of `weight`, in float64.
 
@@ -28,40 +28,40 @@ def solve(
     Raises NonFiniteError (NaN or Inf in weight or moment), DataError (no data where some is needed), ConfigError (a
     transform that the model dtype cannot hold).
     """
-    block = block_size(config, weight.shape[1])
+    block = block_size(recipe, weight.shape[1])
     if not torch.isfinite(weight).all():
         raise NonFiniteError(f"{name}: the weight holds NaN or Inf; repair the model or put the layer in ignore")
-    if moment is None and (config.solver == "gptq" or config.transform in CLOSED_FORM):
-        raise DataError(f"{name}: {config.solver} with transform {config.transform} needs calibration data")
+    if moment is None and (recipe.solver == "gptq" or recipe.transform in CLOSED_FORM):
+        raise DataError(f"{name}: {recipe.solver} with transform {recipe.transform} needs calibration data")
     w = weight.T.contiguous().to(torch.float64)  # Wᵀ [K, N]
     report = {"rows": int(count), "damping_tries": 0}
-    rule, conditional = config.weight_scale_rule, uses_conditional_moments(config)
+    rule, conditional = recipe.weight_scale_rule, uses_conditional_moments(recipe)
 
     def mean_moment() -> Tensor | None:  # H: [K, K], [K/B, B, B] or None
         return _mean_moment(moment, count, weight.device, name)
 
     h, factor = mean_moment(), None  # H = L Lᵀ, damped once
-    if config.solver == "gptq" or conditional:
+    if recipe.solver == "gptq" or conditional:
         whole, h = h, diagonal_blocks(h, block).clone()  # the factor takes the place of [K, K]
         with phase("Cholesky"):
             factor, report["damping_tries"] = damped_cholesky(
-                whole, config.damping, name, again=mean_moment, panel=max(PANEL, block)
+                whole, recipe.damping, name, again=mean_moment, panel=max(PANEL, block)
             )
         del whole
-    transforms = Transforms(config, h, block, weight.dtype, name)
+    transforms = Transforms(recipe, h, block, weight.dtype, name)
     # GPTQ finds conditional transforms on its way; the weights' global scale is fixed before, from marginal ones.
-    on_the_way = config.solver == "gptq" and conditional
+    on_the_way = recipe.solver == "gptq" and conditional
     t = inverse = None
-    if not on_the_way or has_free_global_scale(config.format, rule):
+    if not on_the_way or calibrates_global_scale(recipe.format, rule):
         with phase("transforms"):
             t, inverse = transforms.all(w, factor if conditional and not on_the_way else None)
     power = w.square().sum()
     w_tilde = group_max = rms = None
-    if not on_the_way or has_free_global_scale(config.format, rule):
+    if not on_the_way or calibrates_global_scale(recipe.format, rule):
         w_tilde = apply_blockwise(w, None if inverse is None else inverse.mT)  # W̃ᵀ [K, N]
-    if has_free_global_scale(config.format, rule):
-        group_max, rms = _group_max(w_tilde, config), w_tilde.square().mean().sqrt()
-    g = global_scale(config.format, rule, group_max, rms, w.device)
+    if calibrates_global_scale(recipe.format, rule):
+        group_max, rms = _group_max(w_tilde, recipe), w_tilde.square().mean().sqrt()
+    g = global_scale(recipe.format, rule, group_max, rms, w.device)
 
     if on_the_way:
         del w_tilde
@@ -73,26 +73,26 @@ def solve(
             return found[b][0].to(torch.float64), own[0]
 
         with phase("GPTQ"):
-            codes, scale, error = gptq_conditional(w, factor, block, transform_of, config.format, rule, g)
+            codes, scale, error = gptq_conditional(w, factor, block, transform_of, recipe.format, rule, g)
         t = torch.cat([found[b] for b in sorted(found)])
         packed = formats.pack(codes)
     else:
         del w
         wide = None if t is None else t.to(torch.float64)
-        if config.solver == "rtn":
+        if recipe.solver == "rtn":
             with phase("packing"):
-                packed, scale, error = _round_to_nearest(w_tilde, config.format, rule, g)
+                packed, scale, error = _round_to_nearest(w_tilde, recipe.format, rule, g)
         else:
             with phase("GPTQ"):
-                codes, scale, error = gptq(w_tilde, rotate_(factor, wide, block), config.format, rule, g)
+                codes, scale, error = gptq(w_tilde, rotate_(factor, wide, block), recipe.format, rule, g)
             packed = formats.pack(codes)
         error = apply_blockwise(error, None if wide is None else wide.mT)
     report["damping_tries"] = max(report["damping_tries"], transforms.damping_tries)
     report["weight_error"] = float(error.square().sum() / power.clamp(min=1e-300))
-    if config.format == "nvfp4":
+    if recipe.format == "nvfp4":
         report["weight_scales_saturated"] = int((scale == 0x7E).sum())
         report["weight_scales_subnormal"] = int((scale < 0x08).sum())
-    g_x = _input_global_scale(config, h, sample, t, block, weight.device, name, report)
+    g_x = _input_global_scale(recipe, h, sample, t, block, weight.device, name, report)
     return GroupSolution(t, block, packed, scale, g, g_x, report)
 
 
@@ -126,13 +126,13 @@ def _round_to_nearest(w_tilde: Tensor, format: str, rule: str, g: Tensor | None)
     return torch.cat(packed), torch.cat(scales), w_tilde
 
 
-def _group_max(x: Tensor, config: WushConfig) -> Tensor:
+def _group_max(x: Tensor, recipe: Recipe) -> Tensor:
     """[K, n], rows being channels -> [K/G, n]."""
-    return x.unflatten(0, (-1, config.group_size)).abs().amax(1)
+    return x.unflatten(0, (-1, recipe.group_size)).abs().amax(1)
 
 
 def _input_global_scale(
-    config: WushConfig,
+    recipe: Recipe,
     h: Tensor | None,
     sample: Tensor | None,
     transform: Tensor | None,
@@ -142,13 +142,13 @@ def _input_global_scale(
     report: dict,
 ) -> Tensor | None:
     """g of the activations; for nvfp4, reports which share of the sample's groups has a scale out of e4m3's range."""
-    rule, group_max, rms = config.activation_scale_rule, None, None
-    if config.format == "nvfp4":
+    rule, group_max, rms = recipe.activation_scale_rule, None, None
+    if recipe.format == "nvfp4":
         if sample is not None:
             rows = sample.to(device, torch.float32)
             rows = rows[(rows != 0).any(-1)]  # zero rows are empty slots
             t = None if transform is None else transform.to(torch.float32)
-            group_max = _group_max(apply_blockwise(rows.T, t), config)  # [K/G, R]
+            group_max = _group_max(apply_blockwise(rows.T, t), recipe)  # [K/G, R]
             if not torch.isfinite(group_max).all():
                 raise NonFiniteError(f"{name}: its calibration inputs hold NaN or Inf; repair the data or the model")
         elif h is not None:
@@ -156,9 +156,9 @@ def _input_global_scale(
             if transform is not None:
                 moment = transform.to(torch.float64) @ moment @ transform.to(torch.float64).mT
             rms = moment.diagonal(dim1=-2, dim2=-1).mean().sqrt()
-        elif has_free_global_scale(config.format, rule):
+        elif calibrates_global_scale(recipe.format, rule):
             raise DataError(f"{name}: the global scale of nvfp4 activations needs calibration data")
-    g = global_scale(config.format, rule, group_max, rms, device)
+    g = global_scale(recipe.format, rule, group_max, rms, device)
     if group_max is not None:
         scale = group_max * (g / formats.E2M1_MAX)
         report["input_scales_saturated"] = float((scale > formats.E4M3_MAX).double().mean())

@@ -1,15 +1,15 @@
 """Finds the linears of a graph and groups them by the tensor that feeds them: dataflow, not names."""
 
-import fnmatch
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from ...config import WushConfig
+from ...config import DEFAULT_IGNORE, WushConfig, ignored_by, matches
 from ...errors import ConfigError, one_of
+from ...recipe import Recipe
 from .partition import assign_stages
 
 aten = torch.ops.aten
@@ -29,11 +29,15 @@ class Linear:
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linears of a stage with the same input node, in graph order: one second moment, one transform, one packed buffer."""
+    """Linears of a stage with the same input node and the same recipe, in graph order.
+
+    They have one second moment, one transform and one packed buffer.
+    """
 
     source: fx.Node
     linears: tuple[Linear, ...]
     width: int
+    recipe: Recipe
 
     @property
     def name(self) -> str:
@@ -53,20 +57,28 @@ class LinearGroup:
         return torch.cat([like.new_zeros(m.rows) if m.bias is None else tensors[m.bias] for m in self.linears])
 
 
-def ignored_by(name: str, patterns: tuple[str, ...]) -> str | None:
-    """The pattern of `ignore` that a module's name falls under; None if none does."""
-    last = name.rpartition(".")[2]
-    return next((p for p in patterns if fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(last, p)), None)
-
-
-def _check_ignore(model: nn.Module, config: WushConfig) -> None:
-    """A pattern that names nothing is a typing error, except the default `lm_head`, which not every model has."""
+def _check_patterns(model: nn.Module, config: WushConfig) -> None:
+    """A pattern that names nothing is a typing error, except those of the default, which not every model has."""
     names = [name for name, _ in model.named_modules() if name]
-    for pattern in set(config.ignore) - {"lm_head"}:
-        if not any(ignored_by(name, (pattern,)) for name in names):
-            if any(c in pattern for c in "*?["):
-                raise ConfigError(f"ignore pattern {pattern!r} matches no module of {type(model).__name__}")
-            one_of("module in ignore", pattern, names)
+    for setting, patterns in (("ignore", config.ignore), ("overrides", config.overrides)):
+        for pattern in patterns:
+            plain = pattern.removeprefix("!") if setting == "ignore" else pattern
+            if setting == "ignore" and plain in DEFAULT_IGNORE or any(matches(name, plain) for name in names):
+                continue
+            if any(c in plain for c in "*?["):
+                raise ConfigError(f"{setting} pattern {pattern!r} matches no module of {type(model).__name__}")
+            one_of(f"module in {setting}", plain, names)
+
+
+def _check_overrides(config: WushConfig, linears: Iterable[Linear], skipped: Mapping[str, str]) -> None:
+    """An override that changes no quantized linear is an error, too: it would have no effect."""
+    quantized = [linear.name for linear in linears]
+    for pattern in config.overrides:
+        if not any(matches(name, pattern) for name in quantized):
+            reason = next(
+                (f": {name} is not quantized, {r}" for name, r in skipped.items() if matches(name, pattern)), ""
+            )
+            raise ConfigError(f"overrides[{pattern!r}] matches no linear that is quantized{reason}")
 
 
 def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
@@ -97,7 +109,7 @@ def find_groups(
     graph_module: fx.GraphModule, model: nn.Module, config: WushConfig
 ) -> tuple[list[LinearGroup], dict[str, str]]:
     """The groups to quantize, in graph order, and `{name: reason}` of every other matrix of the model."""
-    _check_ignore(model, config)
+    _check_patterns(model, config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names_of: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
@@ -107,7 +119,7 @@ def find_groups(
 
     stage_of, _ = assign_stages(graph_module.graph)  # layers that read one tensor (cross-attention) share nothing
     skipped: dict[str, str] = {}
-    by_source: dict[object, list[Linear]] = {}
+    by_source: dict[tuple, list[Linear]] = {}  # (.., recipe) -> linears
     done: set[int] = set()
     for node in graph_module.graph.nodes:
         found = operands(node)
@@ -135,10 +147,10 @@ def find_groups(
             reason = f"applied {uses[id(parameter)]} times in one forward"
         elif bias is not None and bias_name is None:
             reason = "its bias is computed in the graph"
-        elif width % config.group_size:
-            reason = f"width {width} is not a multiple of {config.format}'s group of {config.group_size}"
+        elif width % (recipe := config.recipe_of(name)).group_size:
+            reason = f"width {width} is not a multiple of {recipe.format}'s group of {recipe.group_size}"
         else:
-            key = (source, stage_of[node]) if config.share_transform else node
+            key = (source, stage_of[node], recipe) if recipe.share_transform else (node, recipe)
             rows = parameter.shape[1 if transposed else 0]
             by_source.setdefault(key, []).append(Linear(node, name, owned, bias_name, rows, transposed))
             done.add(id(parameter))
@@ -160,8 +172,9 @@ def find_groups(
         skipped[owner_name if leaf == "weight" and owner_name else parameter_name] = reason
 
     groups = []
-    for linears in by_source.values():
+    for (*_, recipe), linears in by_source.items():
         source, weight, _, transposed = operands(linears[0].node)
         shape = parameters[weight.target].shape
-        groups.append(LinearGroup(source, tuple(linears), shape[0 if transposed else 1]))
+        groups.append(LinearGroup(source, tuple(linears), shape[0 if transposed else 1], recipe))
+    _check_overrides(config, (linear for group in groups for linear in group.linears), skipped)
     return groups, skipped

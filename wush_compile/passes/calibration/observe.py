@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ...config import WushConfig
 from ...solver.solution import moment_shape
 from .group import LinearGroup
 
@@ -39,9 +38,7 @@ def _covers(mask: fx.Node, source: fx.Node) -> bool:
     return _traced_size(source.meta["val"].shape[:-1]) == _traced_size(mask.meta["val"].shape)
 
 
-def insert_observers(
-    graph_module: fx.GraphModule, groups: list[LinearGroup], config: WushConfig, mask: fx.Node | None = None
-) -> None:
+def insert_observers(graph_module: fx.GraphModule, groups: list[LinearGroup], mask: fx.Node | None = None) -> None:
     """Puts an observer before the first member of every group. `mask` is the placeholder of the attention mask.
 
     The observers' buffers stay on the meta device until `allocate`, so that only one stage's moments are ever in memory.
@@ -49,14 +46,16 @@ def insert_observers(
     graph = graph_module.graph
     for index, group in enumerate(groups):
         names = _buffers(index)
-        shapes = (moment_shape(config, group.width), (), (SAMPLE_ROWS, group.width))
+        shapes = (moment_shape(group.recipe, group.width), (), (SAMPLE_ROWS, group.width))
         dtypes = (torch.float32, torch.int64, group.source.meta["val"].dtype)
         for name, shape, dtype in zip(names.values(), shapes, dtypes, strict=True):
             graph_module.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         with graph.inserting_before(group.linears[0].node):
             state = [graph.get_attr(name) for name in names.values()]
             applies = mask if mask is not None and _covers(mask, group.source) else None
-            node = graph.call_function(torch.ops.wush.observe.default, (group.source, applies, *state, config.seed))
+            node = graph.call_function(
+                torch.ops.wush.observe.default, (group.source, applies, *state, group.recipe.seed)
+            )
         node.meta["wush_group"] = index
         node.meta["nn_module_stack"] = group.linears[0].node.meta.get("nn_module_stack")
     graph.lint()

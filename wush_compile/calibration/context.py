@@ -1,0 +1,38 @@
+"""`Run`: what one quantization works with, beside the model, the data and the configuration."""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+
+from .journal import Journal
+from .progress import Progress
+from .ranks import SINGLE_PROCESS, SingleProcess
+from .tensors import ModelTensors
+
+
+@dataclass
+class Run:
+    """The devices, processes and directories of one run.
+
+    tensors         where the weights of a stage come from
+    device          where stages compute
+    progress        the bar and the log
+    ranks           the other processes of the run; by default there are none
+    journal         the output directory; None where nothing is written before the end
+    batch_size      sequences in one forward; None lets the run choose
+    activations_dir directory for the values between layers; None keeps them in memory
+    """
+
+    tensors: ModelTensors
+    device: torch.device
+    progress: Progress = field(default_factory=lambda: Progress(bar=False))
+    ranks: SingleProcess = SINGLE_PROCESS
+    journal: Journal | None = None
+    batch_size: int | None = None
+    activations_dir: str | os.PathLike | None = None
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the model stays on another device than the one that computes."""
+        return self.device != self.tensors.device

@@ -1,0 +1,87 @@
+"""`Recipe`: how one group of linears is quantized. The configuration resolves to one recipe for each linear."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from .errors import ConfigError, one_of
+from .formats import get_format
+
+TRANSFORMS = ("identity", "random", "hadamard", "wus", "wush")
+SOLVERS = ("rtn", "gptq")
+MOMENTS = ("marginal", "conditional")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a group. Each is also a setting of `WushConfig`, and may be given to some linears in `overrides`.
+
+    format
+        `mxfp4` (groups of 32, power-of-two scales), `nvfp4` (groups of 16, e4m3 scales and one fp32 scale a tensor)
+        or `int4` (groups of 32, bf16 scales; the integer format of the paper's Table 1).
+    transform
+        What multiplies both sides of a linear, block by block (docs/spec.md §2): `identity`, `random` (orthogonal),
+        `hadamard`, `wus` (WUSH without its Hadamard) or `wush` (eq. 7).
+    solver
+        `rtn` rounds to nearest. `gptq` passes the error of each channel on to the channels not yet quantized.
+    moments
+        `marginal`: a transform follows from its block's own second moment. `conditional`: from the moment given the
+        channels not yet quantized, as in the authors' Algorithm 2.
+    weight_scale_rule, activation_scale_rule
+        How the scale of a group follows from its values (docs/spec.md §4). `absmax` clips nothing; `mse` takes the
+        candidate with the least squared error; `ocp` (mxfp4) is the Microscaling rule; `gaussian` (int4) is optimal for
+        a normal distribution; `paper` is the rule of the authors' code.
+    transform_block_size
+        Channels that a transform mixes: a power of two and a multiple of the format's group. None means the group. A
+        linear whose width is no multiple of it uses the format's group instead, and a warning says so.
+    share_transform
+        Whether linears with the same input (q, k, v; gate, up) share one transform and one quantized input.
+    damping
+        The share of the mean diagonal that is added to second moments, and of the mean that is added to singular values.
+    seed
+        The seed of everything random: `random` transforms, sampled calibration text, the rows kept for layer losses.
+    """
+
+    format: str = "mxfp4"
+    transform: str = "wush"
+    solver: str = "gptq"
+    moments: str = "marginal"
+    weight_scale_rule: str = "mse"
+    activation_scale_rule: str = "mse"
+    transform_block_size: int | None = None
+    share_transform: bool = True
+    damping: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        fmt = get_format(self.format)
+        one_of("transform", self.transform, TRANSFORMS)
+        one_of("solver", self.solver, SOLVERS)
+        one_of("moments", self.moments, MOMENTS)
+        for side in ("weight_scale_rule", "activation_scale_rule"):
+            one_of(f"{side} for {self.format}", getattr(self, side), fmt.scale_rules)
+        block = self.transform_block_size
+        if block is not None and (not isinstance(block, int) or block < fmt.group_size or block & (block - 1)):
+            raise ConfigError(
+                f"transform_block_size {block!r} does not fit {self.format}: "
+                f"it must be a power of two and a multiple of {fmt.group_size}, or None"
+            )
+        if not 0 <= self.damping < 1:
+            raise ConfigError(f"damping is a share of the mean diagonal, at least 0 and below 1, not {self.damping!r}")
+
+    @property
+    def group_size(self) -> int:
+        """Channels that one scale covers: 32 (mxfp4, int4) or 16 (nvfp4)."""
+        return get_format(self.format).group_size
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the solution depends on activations. Plain RTN without a calibrated global scale needs none."""
+        global_scale = self.format == "nvfp4" and self.activation_scale_rule != "paper"
+        return self.solver == "gptq" or self.transform in ("wus", "wush") or global_scale
+
+    def changes_from(self, base: "Recipe") -> dict:
+        """The settings in which this recipe differs from `base`, by name."""
+        return {name: getattr(self, name) for name in RECIPE_FIELDS if getattr(self, name) != getattr(base, name)}
+
+
+RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
