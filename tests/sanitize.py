@@ -29,6 +29,7 @@ from wush_compile.kernels.triton.quantize import fused as triton_fused
 from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
 from wush_compile.kernels.triton.quantize.tiles import Tile
 from wush_compile.ops import fused as fused_ops
+from wush_compile.ops.layouts import SCALE_LAYOUTS as LAYOUTS
 
 Case = tuple[str, Callable[[], object]]  # name, call
 
@@ -253,7 +254,9 @@ def csrc_cases() -> Iterator[Case]:
         def call(format=format, rule=rule, kind=kind, swizzled=swizzled, m=m, k=k):
             g = scalar(3.0 if rule == "paper" else 0.37)
             return both_passes(
-                m, k, lambda x: cuda.transform_quantize(x, matrices(kind, k, format), g, format, rule, swizzled)
+                m,
+                k,
+                lambda x: cuda.transform_quantize(x, matrices(kind, k, format), g, format, rule, LAYOUTS[swizzled]),
             )
 
         yield f"csrc quantize {format} {rule} {kind} {m}x{k} swizzled={swizzled}", call
@@ -261,13 +264,22 @@ def csrc_cases() -> Iterator[Case]:
 
         def norm(format=format, kind=kind, m=m, k=k):
             return cuda.rms_norm_transform_quantize(
-                rows(m, k), normal(k), 1e-5, None, "rounded", matrices(kind, k, format), None, format, "absmax", m > 1
+                rows(m, k),
+                normal(k),
+                1e-5,
+                None,
+                "rounded",
+                matrices(kind, k, format),
+                None,
+                format,
+                "absmax",
+                LAYOUTS[m > 1],
             )
 
         def gated(format=format, kind=kind, m=m, k=k):
             both = normal(m, 2 * k)
             return cuda.silu_mul_transform_quantize(
-                both[:, :k], both[:, k:], matrices(kind, k, format), None, format, "mse", m > 1
+                both[:, :k], both[:, k:], matrices(kind, k, format), None, format, "mse", LAYOUTS[m > 1]
             )
 
         yield f"csrc rms_norm {format} {kind} {m}x{k}", norm
