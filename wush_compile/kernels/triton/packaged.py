@@ -20,21 +20,22 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ...formats import FORMATS
 from ...ops.schema import bind, check
 from .common.memory import Workspace
-from .linear.choose import WIDE, Fused, Gemv, Scaled, choose
-from .linear.expand import expand_bf16_kernel, expand_fp8_kernel
+from .linear.choose import FUSED_MANY_ROWS, GROUP_M, Fused, Gemv, Scaled, choose
 from .linear.gemm import fused_gemm_kernel
 from .linear.gemv import gemv_kernel
 from .linear.scaled import scaled_gemm_kernel
+from .linear.upcast import upcast_bf16_kernel, upcast_fp8_kernel
 from .provider import IMPLEMENTATIONS
-from .quantize.tiles import choose_tile
-from .quantize.transform_quantize import dense_rows, transform_quantize_kernel
+from .quantize.spec import make_spec
+from .quantize.tiles import choose_tile, instructions
+from .quantize.transform_quantize import dense_rows, flat_transform_quantize_kernel
 
 # (first, last) number of rows of each band. The kernel chosen for the last number serves the whole band.
 BANDS = ((1, 1), (2, 16), (17, 64), (65, 128), (129, None))
 # The number of rows for which the kernel of the last, open band is chosen.
 MANY = 4096
 # The product for many rows in NVFP4: both operands are decoded first.
-WIDE_NVFP4 = Fused(128, 128, 128, 1, 8, 3, True)
+FUSED_MANY_ROWS_NVFP4 = Fused(128, 128, 128, 1, 8, 3, True)
 # Kernel parameters that every packaged launch switches off: the overlap with the previous kernel (PDL), stores in
 # assembly, which Inductor cannot analyse (WORDS), and sums in smaller steps (PROMOTE).
 PLAIN = {"PDL": False, "WORDS": 0, "PROMOTE": 0}
@@ -127,12 +128,11 @@ def transform_quantize(
     codes = x.new_empty((m, width // 2), dtype=torch.uint8)
     scales = x.new_empty((m, width // FORMATS[format].group_size), dtype=torch.uint8)
     block = 0 if transform is None else transform.shape[-1]
-    wide = x.dtype == torch.float32 or transform is not None and transform.dtype != x.dtype
-    plain = dict(up=None, weight=None, bias=None, mean=None, scale=None, up_pitch=0, SWIZZLED=False, PROLOGUE=None)
     for first, last, tile in _bands(m, lambda rows: choose_tile(rows, width, block)):
         grid = (_tiles(width, tile.columns) * _in_band(m, first, last) * _tiles(m, tile.rows * tile.tiles),)
+        spec = make_spec(rows, transform, global_scale, format, scale_rule, tile, instructions(capability))
         written = _launch(
-            transform_quantize_kernel,
+            flat_transform_quantize_kernel,
             ("codes", "scales"),
             grid,
             tile.warps,
@@ -143,21 +143,7 @@ def transform_quantize(
             scales=scales,
             M=m,
             pitch=rows.stride(0),
-            K=width,
-            STRIDE=width if rows.stride(0) == width else 0,
-            B=block,
-            SHARED=block > 0 and transform.shape[0] == 1 and width > block,
-            FORMAT=format,
-            RULE=scale_rule,
-            SCALED=global_scale is not None,
-            PTX=2 if capability >= (8, 6) else 1,
-            NATIVE=capability >= (10, 0),
-            WIDE=wide,
-            R=tile.rows,
-            W=tile.columns,
-            TILES=tile.tiles,
-            STAGES=tile.stages,
-            **plain,
+            **spec._asdict(),
         )
         codes, scales = written["codes"], written["scales"]
     return codes.view(*lead, codes.shape[-1]), scales.view(*lead, scales.shape[-1])
@@ -175,7 +161,7 @@ def _kernel(format: str, rows: int, n: int, k: int, capability: tuple[int, int])
         return kernel
     if k % 128 or (capability < (9, 0) and format == "mxfp4"):
         return None
-    return WIDE if format == "mxfp4" else WIDE_NVFP4
+    return FUSED_MANY_ROWS if format == "mxfp4" else FUSED_MANY_ROWS_NVFP4
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -224,43 +210,43 @@ def fp4_linear(
     for first, last, kernel in _bands(m, lambda rows: _kernel(format, rows, n, k, capability)):
         here = _in_band(m, first, last)
         if isinstance(kernel, Gemv):
-            bk = min(kernel.bk, max(triton.next_power_of_2(k), 128))
+            block_k = min(kernel.block_k, max(triton.next_power_of_2(k), 128))
             out = _launch(
                 gemv_kernel,
                 ("out",),
-                (here * _tiles(n, kernel.bn), m),
+                (here * _tiles(n, kernel.block_n), m),
                 kernel.warps,
                 **common | {"w": w.view(torch.int32)},
                 x=x_words,
-                xs=xs,
+                x_scales=xs,
                 gx=global_scale,
-                ws=ws,
+                w_scales=ws,
                 out=out,
                 M=1,
-                MX=mx,
+                FORMAT=format,
                 SCALED_X=global_scale is not None,
-                BN=kernel.bn,
-                BK=bk,
+                BLOCK_N=kernel.block_n,
+                BLOCK_K=block_k,
             )["out"]
         elif isinstance(kernel, Scaled):
             kind = torch.uint8 if mx else torch.float8_e4m3fn
             out = _launch(
                 scaled_gemm_kernel,
                 ("out",),
-                (here * _tiles(m, kernel.bm) * _tiles(n, kernel.bn),),
+                (here * _tiles(m, kernel.block_m) * _tiles(n, kernel.block_n),),
                 kernel.warps,
                 **common,
                 x=x,
-                xs=xs.view(kind),
+                x_scales=xs.view(kind),
                 gx=global_scale,
-                ws=ws.view(kind),
+                w_scales=ws.view(kind),
                 out=out,
                 M=m,
                 G=32 if mx else 16,
                 SCALED_X=global_scale is not None,
-                BM=kernel.bm,
-                BN=kernel.bn,
-                BK=kernel.bk,
+                BLOCK_M=kernel.block_m,
+                BLOCK_N=kernel.block_n,
+                BLOCK_K=kernel.block_k,
                 STAGES=kernel.stages,
             )["out"]
         else:
@@ -275,11 +261,11 @@ def _fused(
 ) -> Tensor:
     """`out` after the fused product of at most `most` rows."""
     m, n, k, mx = x.shape[0], common["N"], common["K"], top is not None
-    unit = parts = count = None
+    unit = partials = arrivals = None
     if not tile.packed and mx:
         groups = triton.next_power_of_2(k // 32)
         expanded = _launch(
-            expand_fp8_kernel,
+            upcast_fp8_kernel,
             ("out", "unit"),
             (here * m,),
             4,
@@ -289,17 +275,17 @@ def _fused(
             unit=x.new_empty(m, dtype=torch.float32),
             out=x.new_empty((m, k // 4), dtype=torch.int32),
             K=k,
-            KG=groups,
-            E4=False,
+            ROW_GROUPS=groups,
+            E4M3=False,
             SCALED=gx is not None,
-            C=min(groups, 128),
-            LANES=True,
+            GROUPS=min(groups, 128),
+            LANE_ORDER=True,
         )
         x, unit, gx = expanded["out"].view(torch.float8_e5m2), expanded["unit"], None
     elif not tile.packed:
         block = 1 if most is not m and most <= 64 else 8
         x = _launch(
-            expand_bf16_kernel,
+            upcast_bf16_kernel,
             ("out",),
             (here * _tiles(m, block), _tiles(k, 1024)),
             4,
@@ -309,43 +295,43 @@ def _fused(
             out=x.new_empty((m, k), dtype=torch.bfloat16),
             rows=m,
             K=k,
-            MX=False,
+            FORMAT="nvfp4",
             SCALED=False,
-            R=block,
-            C=512,
-            PANELS=True,
+            ROWS=block,
+            BYTES=512,
+            LANE_ORDER=True,
         )["out"]
-    if tile.split > 1:  # sized for the band: M may be far larger
-        parts = x.new_empty((tile.split, most, n), dtype=torch.float32)
-        count = torch.zeros(_tiles(n, tile.bn) * _tiles(most, tile.bm), dtype=torch.int32, device=x.device)
-    # `count` is zero again when the kernel ends. So it is not an output, and all products of a program can share it.
+    if tile.split_k > 1:  # sized for the band: M may be far larger
+        partials = x.new_empty((tile.split_k, most, n), dtype=torch.float32)
+        arrivals = torch.zeros(_tiles(n, tile.block_n) * _tiles(most, tile.block_m), dtype=torch.int32, device=x.device)
+    # `arrivals` is zero again when the kernel ends. So it is not an output, and all products of a program can share it.
     return _launch(
         fused_gemm_kernel,
-        ("out", "parts"),
-        (here * _tiles(n, tile.bn) * _tiles(m, tile.bm), tile.split),
+        ("out", "partials"),
+        (here * _tiles(n, tile.block_n) * _tiles(m, tile.block_m), tile.split_k),
         tile.warps,
         tile.stages,
         **common,
         x=x,
-        xs=xs.view(torch.int32) if tile.packed else None,
+        x_scales=xs.view(torch.int32) if tile.packed else None,
         x_unit=unit,
         gx=gx,
-        ws=ws_words,
+        w_scales=ws_words,
         w_top=top,
         selectors=space.selectors if mx else space.pairs,
         out=out,
-        parts=parts,
-        count=count,
+        partials=partials,
+        arrivals=arrivals,
         M=m,
-        MX=mx,
+        FORMAT="mxfp4" if mx else "nvfp4",
         PACKED=tile.packed,
         SCALED_X=gx is not None,
-        BN=tile.bn,
-        BM=tile.bm,
-        BK=tile.bk,
-        SPLIT=tile.split,
+        BLOCK_N=tile.block_n,
+        BLOCK_M=tile.block_m,
+        BLOCK_K=tile.block_k,
+        SPLIT_K=tile.split_k,
         STAGES=tile.stages,
-        GROUP=8,
+        GROUP_M=GROUP_M,
     )["out"]
 
 

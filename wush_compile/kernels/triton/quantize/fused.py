@@ -1,4 +1,4 @@
-"""The fused ops (`fused_ops.py`) in Triton: the quantizer with a prologue."""
+"""The fused ops (`ops/fused.py`) in Triton: the quantizer with a prologue."""
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from .transform_quantize import transform_quantize
 def rms_norm_transform_quantize(
     x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
 ) -> tuple[Tensor, Tensor]:
-    """`wush::rms_norm_transform_quantize`, scales in rows; the sum of squares has an order of its own."""
+    """`wush::rms_norm_transform_quantize`. The sum of squares has another order than PyTorch's."""
     rows_only(scale_layout)
     eps = eps if eps_tensor is None else eps_tensor
     return norm_quantize(x, weight, None, eps, f"rms_{gain}", transform, global_scale, format, scale_rule)
@@ -20,7 +20,7 @@ def rms_norm_transform_quantize(
 def layer_norm_transform_quantize(
     x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows"
 ) -> tuple[Tensor, Tensor]:
-    """`wush::layer_norm_transform_quantize`, scales in rows; the sums have an order of their own."""
+    """`wush::layer_norm_transform_quantize`. The sums have another order than PyTorch's."""
     rows_only(scale_layout)
     eps = eps if eps_tensor is None else eps_tensor
     return norm_quantize(x, weight, bias, eps, "layer_norm", transform, global_scale, format, scale_rule)
