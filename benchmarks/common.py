@@ -1,4 +1,4 @@
-"""What the benchmarks share: WikiText-2 as everybody joins it, and what a result was measured on."""
+"""What the benchmarks share: WikiText-2 in its usual form, a tuning run, and what a result was measured on."""
 
 import datetime
 import importlib.metadata
@@ -67,6 +67,20 @@ def environment(where: torch.device) -> dict[str, str]:
 def shown(argument: str) -> str:
     """An argument as a result records it: of a path only the last part, since folders differ between machines."""
     return Path(argument).name if "/" in argument else argument
+
+
+def read_tuning(path: Path) -> dict[tuple[str, int, int, int], dict]:
+    """(format, rows, N, K) -> {kernel: microseconds} of a file that `kernel_speed.py tune-linear` wrote.
+
+    A kernel is a tile of `linear/choose.py` or a name, "library" or "bf16"."""
+    from wush_compile.kernels.triton.linear.choose import Fused, Gemv, Hopper
+
+    kinds = {"Fused": Fused, "Gemv": Gemv, "Hopper": Hopper}
+    return {
+        # The text of a kernel is its own repr.
+        (row["format"], row["M"], row["N"], row["K"]): {eval(text, kinds): us for us, text in row["all"]}
+        for row in json.loads(path.read_text())["rows"]
+    }
 
 
 def write_json(path: Path | None, result: dict) -> None:

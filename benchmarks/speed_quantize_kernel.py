@@ -1,10 +1,10 @@
 """Times the Triton quantizer, its fused variants and the second moments: CUDA-graph replays, inputs rotated out of L2.
 
     python benchmarks/speed_quantize_kernel.py quantize fused moments --out results     the tables, as Markdown and JSON
-    python benchmarks/speed_quantize_kernel.py tune --out results                       every candidate tile: for `choose_tile`
-    python benchmarks/speed_quantize_kernel.py tune-norm --out results                  behind RMSNorm: for `choose_plan`
+    python benchmarks/speed_quantize_kernel.py tune --out results                       tiles, for `choose_tile`
+    python benchmarks/speed_quantize_kernel.py tune-norm --out results                  norms, for `choose_plan`
 
-A share is that of the time a copy of the same bytes would take at the rate measured for a copy of that shape.
+"share" is the time of a copy of the same bytes, at the rate measured for a copy of that shape, over the kernel's time.
 """
 
 import argparse
@@ -18,16 +18,10 @@ from kernel_speed import compile_all, random_transform, write
 from wush_compile.diagnostics.timing import copies, time_us
 from wush_compile.formats import FORMATS
 from wush_compile.kernels.triton.calibration import moments as triton_gram
-from wush_compile.kernels.triton.quantize import (
-    fused as triton_fused,
-)
-from wush_compile.kernels.triton.quantize import (
-    norm as triton_norm,
-)
-from wush_compile.kernels.triton.quantize import (
-    transform_quantize as triton_quantize,
-)
-from wush_compile.kernels.triton.quantize.norm import Plan
+from wush_compile.kernels.triton.quantize import fused as triton_fused
+from wush_compile.kernels.triton.quantize import norm as triton_norm
+from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
+from wush_compile.kernels.triton.quantize.norm import NormPlan
 from wush_compile.kernels.triton.quantize.tiles import Tile, choose_tile
 from wush_compile.ops import core as ops
 
@@ -44,7 +38,8 @@ def copy_time(m: int, k: int) -> float:
 
 
 def ideal_time(copy: float, format: str, reads: int = 1) -> float:
-    """From the time of a copy of a 16-bit matrix: `reads` of them are read, codes and scales written."""
+    """Microseconds to read `reads` 16-bit matrices and to write codes and scales, from the time of a copy of one
+    matrix."""
     return copy * (2 * reads + 0.5 + 1 / FORMATS[format].group_size) / 4
 
 
@@ -109,7 +104,7 @@ def bench_fused() -> list[dict]:
 
 
 def bench_moments() -> list[dict]:
-    """Whole and block-diagonal second moments of bf16 rows, beside what the reference does in fp32."""
+    """Whole and block-diagonal second moments of bf16 rows, beside the reference in fp32."""
     rows = []
     for k, m in itertools.product((4096, 14336), (2048, 8192)):
         xs = inputs(m, k)
@@ -162,7 +157,7 @@ def tiles(m: int, kind: str) -> list[Tile]:
 
 
 def compile_tile(job) -> str | None:
-    """Runs a candidate once in a process of its own, so that its kernel is in Triton's cache."""
+    """Runs a candidate once in a process of its own, which puts its kernel into Triton's cache."""
     m, k, format, rule, kind, tile = job
     try:
         t, g = operands(k, format, kind)
@@ -193,25 +188,28 @@ def tune() -> list[dict]:
     return rows
 
 
-def norm_plans(m: int, k: int) -> list[Plan]:
-    """What is in use first."""
+def norm_plans(m: int, k: int) -> list[NormPlan]:
+    """Candidate plans, the plan in use first."""
     chosen = triton_norm.choose_plan(m, k, 32)
-    plans = [chosen, Plan("apart", choose_tile(m, k, 32), 1)]
+    plans = [chosen, NormPlan("apart", choose_tile(m, k, 32), 1)]
     if m <= 16:
         rows = triton.next_power_of_2(m)
         plans += [
-            Plan("own", Tile(16, w, 1, 1, warps), rows) for w in (32, 64) for warps in (1, 2, 4, 8) if 2 * warps >= rows
+            NormPlan("own", Tile(16, w, 1, 1, warps), rows)
+            for w in (32, 64)
+            for warps in (1, 2, 4, 8)
+            if 2 * warps >= rows
         ]  # else a thread's sums do not fit its registers
     if m <= 64:
         plans += [
-            Plan("ahead", Tile(16, w, 1, 1, warps), rows, 0)
+            NormPlan("ahead", Tile(16, w, 1, 1, warps), rows, 0)
             for w, warps in ((32, 1), (32, 2), (64, 1), (64, 4))
             for rows in (1, 2)
         ]
     else:
         walks = ((1, 1), (2, 2), (4, 3)) if m * k <= 2**22 else ((2, 2), (4, 3), (8, 3))
         plans += [
-            Plan("ahead", Tile(64, 64, tiles, stages, 4), rows, ahead)
+            NormPlan("ahead", Tile(64, 64, tiles, stages, 4), rows, ahead)
             for tiles, stages in walks
             for rows in (1, 2, 4)
             for ahead in (0, 128, 256, 512, 1024)
@@ -219,7 +217,7 @@ def norm_plans(m: int, k: int) -> list[Plan]:
     return list(dict.fromkeys(plans))
 
 
-def norm_call(k: int, plan: Plan | None):
+def norm_call(k: int, plan: NormPlan | None):
     weight, (t, _) = torch.ones(k, device="cuda").bfloat16(), operands(k, "mxfp4", "blocks")
     if plan is None:
         return lambda x: triton_quantize.transform_quantize(x, t, None, "mxfp4", "absmax")
@@ -227,7 +225,7 @@ def norm_call(k: int, plan: Plan | None):
 
 
 def compile_plan(job) -> str | None:
-    """`compile_tile` of a plan."""
+    """`compile_tile` for a plan."""
     m, k, plan = job
     try:
         norm_call(k, plan)(torch.zeros(m, k, device="cuda").bfloat16())
@@ -239,7 +237,7 @@ def compile_plan(job) -> str | None:
 def tune_norm() -> list[dict]:
     shapes = ((1, 4096), (4, 4096), (16, 4096), (64, 4096), (1024, 4096), (4096, 4096), (8192, 4096), (8192, 14336))
     cases = [(m, k, plan) for m, k in shapes for plan in (None, *norm_plans(m, k))]
-    # How far ahead and how many rows are no part of a kernel, a few rows apart.
+    # `ahead` is no part of a kernel, nor are the rows of x beyond 1024.
     kernels = {(min(m, 1024), k, plan and plan._replace(ahead=0)) for m, k, plan in cases}
     compile_all(sorted(kernels, key=repr), compile_plan)
     rows = []

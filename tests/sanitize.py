@@ -1,11 +1,11 @@
 """Every kernel once or twice, at sizes that fill no tile, for compute-sanitizer (not collected by pytest).
 
-    export PYTORCH_NO_CUDA_MEMORY_CACHING=1                             else reads past a tensor stay inside a larger block
-    python tests/sanitize.py --part 0/16                                compiles what Triton needs, a process a part
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1                       else a read past a tensor stays in a larger block
+    python tests/sanitize.py --part 0/16                          compiles what Triton needs, one process a part
     compute-sanitizer --error-exitcode 1 --tool memcheck python tests/sanitize.py --part 0/16
 
-and with `--tool racecheck`, `--tool initcheck`. Operands are made on the CPU, so that the sanitizer sees little but the
-kernels in question, and results are copied back, which initcheck reports if a byte of them was never written.
+and with `--tool racecheck`, `--tool initcheck`. Operands are made on the CPU, so that the sanitizer sees little but these
+kernels. Results are copied back, so that initcheck reports any byte that was never written.
 """
 
 import argparse
@@ -23,12 +23,13 @@ from wush_compile.kernels import cuda
 from wush_compile.kernels.triton.calibration import gptq as triton_gptq
 from wush_compile.kernels.triton.calibration import moments as triton_gram
 from wush_compile.kernels.triton.linear import fp4_linear as triton_linear
+from wush_compile.kernels.triton.linear import launch as triton_launch
 from wush_compile.kernels.triton.linear.choose import Fused, Gemv, Hopper
 from wush_compile.kernels.triton.quantize import fused as triton_fused
 from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
 from wush_compile.kernels.triton.quantize.tiles import Tile
-from wush_compile.kernels.triton.quantize.transform import block_transform
 from wush_compile.ops import fused as fused_ops
+from wush_compile.ops.layouts import SCALE_LAYOUTS as LAYOUTS
 
 Case = tuple[str, Callable[[], object]]  # name, call
 
@@ -200,7 +201,7 @@ def product_cases() -> Iterator[Case]:
                 dtype = torch.bfloat16 if full or kernel == "library" else torch.float32
                 x, w = packed(m, k, format), packed(n, k, format)
                 # As on a GPU of four multiprocessors: several tiles for a program, and some behind the last whole wave.
-                with mock.patch.object(triton_linear, "multiprocessors", lambda device: 4):
+                with mock.patch.object(triton_launch, "multiprocessors", lambda device: 4):
                     run = [
                         triton_linear.fp4_linear(*x, gx, *w, gw, bias, residual, format, dtype, kernel, precise)
                         for _ in range(2)
@@ -211,16 +212,6 @@ def product_cases() -> Iterator[Case]:
 
 
 def other_cases() -> Iterator[Case]:
-    for dtype, block, shared, m in itertools.product(
-        (torch.bfloat16, torch.float32), (16, 32, 64, 128), (False, True), (3, 129)
-    ):
-
-        def call(dtype=dtype, block=block, shared=shared, m=m):
-            return block_transform(
-                rows(m, 1536, dtype), normal(1 if shared else 1536 // block, block, block, dtype=dtype)
-            )
-
-        yield f"block transform {dtype} {block} shared={shared} {m} rows", call
     for m, k, block in ((1, 64, 32), (70, 96, 16), (300, 576, 32), (1000, 1536, 64), (129, 512, 128), (17, 64, None)):
 
         def call(m=m, k=k, block=block):
@@ -252,7 +243,8 @@ def other_cases() -> Iterator[Case]:
 
 
 def csrc_cases() -> Iterator[Case]:
-    """Nothing where there is no library for this GPU. On Hopper the product is the one with the FP4 instruction emulated."""
+    """Nothing where there is no library for this GPU. On Hopper the product is the one with the FP4 instruction
+    emulated."""
     if cuda.unavailable(torch.cuda.get_device_capability()):
         return
     kinds = itertools.product(RULES, ("none", "shared", "distinct"), (False, True))
@@ -262,7 +254,9 @@ def csrc_cases() -> Iterator[Case]:
         def call(format=format, rule=rule, kind=kind, swizzled=swizzled, m=m, k=k):
             g = scalar(3.0 if rule == "paper" else 0.37)
             return both_passes(
-                m, k, lambda x: cuda.transform_quantize(x, matrices(kind, k, format), g, format, rule, swizzled)
+                m,
+                k,
+                lambda x: cuda.transform_quantize(x, matrices(kind, k, format), g, format, rule, LAYOUTS[swizzled]),
             )
 
         yield f"csrc quantize {format} {rule} {kind} {m}x{k} swizzled={swizzled}", call
@@ -270,13 +264,22 @@ def csrc_cases() -> Iterator[Case]:
 
         def norm(format=format, kind=kind, m=m, k=k):
             return cuda.rms_norm_transform_quantize(
-                rows(m, k), normal(k), 1e-5, None, "rounded", matrices(kind, k, format), None, format, "absmax", m > 1
+                rows(m, k),
+                normal(k),
+                1e-5,
+                None,
+                "rounded",
+                matrices(kind, k, format),
+                None,
+                format,
+                "absmax",
+                LAYOUTS[m > 1],
             )
 
         def gated(format=format, kind=kind, m=m, k=k):
             both = normal(m, 2 * k)
             return cuda.silu_mul_transform_quantize(
-                both[:, :k], both[:, k:], matrices(kind, k, format), None, format, "mse", m > 1
+                both[:, :k], both[:, k:], matrices(kind, k, format), None, format, "mse", LAYOUTS[m > 1]
             )
 
         yield f"csrc rms_norm {format} {kind} {m}x{k}", norm

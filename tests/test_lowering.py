@@ -1,6 +1,6 @@
 """Machine code of the kernels, compiled for GPUs that are not here: native FP4 on Blackwell, tensor cores elsewhere.
 
-Needs Triton, no GPU. What the dispatcher can choose is compiled as it would be launched.
+Needs Triton, but no GPU. Every kernel that can be chosen is compiled as it would be launched.
 """
 
 import functools
@@ -8,9 +8,11 @@ import itertools
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
@@ -22,15 +24,11 @@ from wush_compile.kernels.triton.linear.gemm import fused_gemm_kernel
 from wush_compile.kernels.triton.linear.gemv import gemv_kernel
 from wush_compile.kernels.triton.linear.int4 import int4_gemm_kernel
 from wush_compile.kernels.triton.linear.scaled import scaled_gemm_kernel
-from wush_compile.kernels.triton.quantize import (
-    norm as triton_norm,
-)
-from wush_compile.kernels.triton.quantize import (
-    tiles as triton_tiles,
-)
-from wush_compile.kernels.triton.quantize import (
-    transform_quantize as triton_quantize,
-)
+from wush_compile.kernels.triton.quantize import norm as triton_norm
+from wush_compile.kernels.triton.quantize import spec as triton_spec
+from wush_compile.kernels.triton.quantize import statistics as triton_statistics
+from wush_compile.kernels.triton.quantize import tiles as triton_tiles
+from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 8192)
 SHAPES = ((28672, 4096), (4096, 14336))
@@ -68,21 +66,21 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
     mx, pdl = format == "mxfp4", cc >= 90
     if isinstance(kernel, triton_choose.Scaled):
         scale = "*u8" if mx else "*fp8e4nv"
-        pointers = dict(x="*u8", w="*u8", xs=scale, ws=scale, out="*bf16", M="i32")
+        pointers = dict(x="*u8", w="*u8", x_scales=scale, w_scales=scale, out="*bf16", M="i32")
         constants = dict(
             PLAIN,
             N=n,
             K=k,
             G=FORMATS[format].group_size,
-            BM=kernel.bm,
-            BN=kernel.bn,
-            BK=kernel.bk,
+            BLOCK_M=kernel.block_m,
+            BLOCK_N=kernel.block_n,
+            BLOCK_K=kernel.block_k,
             STAGES=kernel.stages,
         )
         return compile_kernel(scaled_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
     if isinstance(kernel, triton_choose.Int4):
-        pointers = dict(x="*u8", xs="*bf16", w="*u8", ws="*bf16", out="*bf16", M="i32")
-        constants = dict(PLAIN, N=n, K=k, BN=kernel.bn, BM=kernel.bm, STAGES=kernel.stages, PDL=pdl)
+        pointers = dict(x="*u8", x_scales="*bf16", w="*u8", w_scales="*bf16", out="*bf16", M="i32")
+        constants = dict(PLAIN, N=n, K=k, BLOCK_N=kernel.block_n, BLOCK_M=kernel.block_m, STAGES=kernel.stages, PDL=pdl)
         return compile_kernel(int4_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
     if isinstance(kernel, triton_choose.Hopper):  # chosen only where Gluon is what the kernel expects
         from triton.experimental.gluon._runtime import GluonASTSource
@@ -91,160 +89,127 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
         from wush_compile.kernels.triton.linear.hopper import hopper_gemm_kernel
 
         x_layout, w_layout = NVMMASharedLayout(128, 8 if mx else 16), NVMMASharedLayout(64, 32)
-        bm = 1 << kernel.bm.bit_length() - 1
-        more, x_type = kernel.bm - bm, "fp8e5" if mx else "bf16"
+        block_m = 1 << kernel.block_m.bit_length() - 1
+        extra, x_type = kernel.block_m - block_m, "fp8e5" if mx else "bf16"
         pointers = {
             name: f"tensordesc<{x_type}[{rows}, 128],{x_layout!r}>"
-            for name, rows in (("x", bm), ("x_more", more))
+            for name, rows in (("x", block_m), ("x_extra", extra))
             if rows
         }
         pointers |= dict(
-            w=f"tensordesc<i32[{kernel.bn}, 16],{w_layout!r}>",
+            w=f"tensordesc<i32[{kernel.block_n}, 16],{w_layout!r}>",
             w_scales="*u8",
             out="*bf16",
             M="i32",
-            total="i32",
-            whole="i32",
-            split="i32",
-            early="i32",
+            work_items="i32",
+            whole_tiles="i32",
+            split_k="i32",
+            prefetch="i32",
         )
         pointers |= dict(x_unit="*fp32", w_top="*u8") if mx else {}
-        pointers |= dict(parts="*fp32", count="*i32") if kernel.split > 1 else {}
+        pointers |= dict(partials="*fp32", arrivals="*i32") if kernel.split_k > 1 else {}
         constants = dict(
-            x_more=None,
+            x_extra=None,
             gx=None,
             gw=None,
             bias=None,
             residual=None,
             x_unit=None,
             w_top=None,
-            parts=None,
-            count=None,
+            partials=None,
+            arrivals=None,
             N=n,
             K=k,
-            MX=mx,
-            BN=kernel.bn,
-            BM=bm,
-            MORE=more,
+            FORMAT=format,
+            BLOCK_N=kernel.block_n,
+            BLOCK_M=block_m,
+            EXTRA_M=extra,
             WARPGROUPS=kernel.warpgroups,
             STAGES=kernel.stages,
-            GROUP=8,
+            GROUP_M=triton_choose.GROUP_M,
         )
         return compile_kernel(hopper_gemm_kernel, pointers, constants, cc, 4, source=GluonASTSource)
     if isinstance(kernel, triton_choose.Gemv):
-        pointers = dict(x="*i32", xs="*u8", w="*i32", ws="*u8", out="*bf16")
-        constants = dict(PLAIN, N=n, K=k, M=1, MX=mx, BN=kernel.bn, BK=kernel.bk, PDL=pdl)
+        pointers = dict(x="*i32", x_scales="*u8", w="*i32", w_scales="*u8", out="*bf16")
+        constants = dict(PLAIN, N=n, K=k, M=1, FORMAT=format, BLOCK_N=kernel.block_n, BLOCK_K=kernel.block_k, PDL=pdl)
         return compile_kernel(gemv_kernel, pointers, constants, cc, kernel.warps)
     pointers = dict(
         x="*u8" if kernel.packed else "*fp8e5" if mx else "*bf16",
         w="*u8",
-        ws="*i32",
+        w_scales="*i32",
         selectors="*i32",
         out="*bf16",
         M="i32",
     )
-    pointers |= dict(xs="*i32") if kernel.packed else dict(x_unit="*fp32") if mx else {}
-    pointers |= (dict(w_top="*u8") if mx else {}) | (dict(parts="*fp32", count="*i32") if kernel.split > 1 else {})
+    pointers |= dict(x_scales="*i32") if kernel.packed else dict(x_unit="*fp32") if mx else {}
+    pointers |= (dict(w_top="*u8") if mx else {}) | (
+        dict(partials="*fp32", arrivals="*i32") if kernel.split_k > 1 else {}
+    )
     constants = dict(
         PLAIN,
-        xs=None,
+        x_scales=None,
         x_unit=None,
         w_top=None,
-        parts=None,
-        count=None,
+        partials=None,
+        arrivals=None,
         N=n,
         K=k,
-        MX=mx,
+        FORMAT=format,
         PACKED=kernel.packed,
-        BN=kernel.bn,
-        BM=kernel.bm,
-        BK=kernel.bk,
-        SPLIT=kernel.split,
+        BLOCK_N=kernel.block_n,
+        BLOCK_M=kernel.block_m,
+        BLOCK_K=kernel.block_k,
+        SPLIT_K=kernel.split_k,
         STAGES=kernel.stages,
-        GROUP=8,
+        GROUP_M=triton_choose.GROUP_M,
         PDL=pdl,
         PROMOTE=promote,
     )
     return compile_kernel(fused_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
 
 
-def compile_quantize(format, cc, block, native, tile, rule="absmax"):
+def compile_quantize(format, cc, block, tile, rule="absmax", words=None, pdl=None, flat=None):
+    """The quantizer for x bf16 [M, 4096]; words and pdl as a launch has them where they are None; flat: the kernel that
+    takes the fields of the spec one by one."""
     pointers = dict(x="*bf16", codes="*u8", scales="*u8", M="i32", pitch="i32") | ({"t": "*bf16"} if block else {})
-    constants = dict(
-        t=None,
-        global_scale=None,
-        up=None,
-        weight=None,
-        bias=None,
-        mean=None,
-        scale=None,
-        up_pitch=0,
-        K=4096,
-        STRIDE=4096,
-        B=block,
-        SHARED=False,
-        FORMAT=format,
-        RULE=rule,
-        SCALED=False,
-        SWIZZLED=False,
-        PROLOGUE=None,
-        PTX=2 if cc >= 86 else 1,
-        NATIVE=native,
-        WIDE=False,
-        R=tile.rows,
-        W=tile.columns,
-        TILES=tile.tiles,
-        STAGES=tile.stages,
-        WORDS=triton_tiles.words(tile, True, False, block, 4096),
-        PDL=cc >= 90,
+    rows = torch.empty(1, 4096, dtype=torch.bfloat16, device="meta")
+    t = rows.new_empty(4096 // block, block, block) if block else None
+    spec = triton_spec.make_spec(rows, t, None, format, rule, tile, triton_tiles.instructions(divmod(cc, 10)))
+    spec = spec._replace(
+        words=triton_tiles.words(tile, spec.fp32_dot, block, 4096) if words is None else words,
+        pdl=cc >= 90 if pdl is None else pdl,
     )
-    return compile_kernel(triton_quantize.transform_quantize_kernel, pointers, constants, cc, tile.warps, fusion=False)
+    constants = dict.fromkeys(("t", "global_scale", "up", "weight", "bias", "mean", "scale")) | dict(up_pitch=0)
+    constants |= spec._asdict() if flat else dict(SPEC=spec)
+    kernel = flat or triton_quantize.transform_quantize_kernel
+    return compile_kernel(kernel, pointers, constants, cc, tile.warps, fusion=False)
 
 
 def compile_norm(k, plan, cc):
     tile, own = plan.tile, plan.way == "own"
     pointers = dict(x="*bf16", weight="*bf16", t="*bf16", codes="*u8", scales="*u8", M="i32", lead="i32", pitch="i32")
     pointers |= dict(eps="fp32") | ({} if own else dict(scale="*fp32", counters="*i32"))
+    rows = torch.empty(1, k, dtype=torch.bfloat16, device="meta")
+    t = rows.new_empty(k // 32, 32, 32)
+    sm = triton_tiles.instructions(divmod(cc, 10))
+    spec = triton_spec.make_spec(rows, t, None, "mxfp4", "absmax", tile, sm, prologue="rms_rounded", pdl=cc >= 90)
+    steps = triton_statistics.steps(k, plan.rows, tile.warps)
     constants = dict(
-        bias=None,
-        mean=None,
-        scale=None,
-        counters=None,
-        global_scale=None,
-        K=k,
-        STRIDE=k,
-        B=32,
-        SHARED=False,
-        FORMAT="mxfp4",
-        RULE="absmax",
-        SCALED=False,
-        SWIZZLED=False,
-        PROLOGUE="rms_rounded",
-        PTX=2,
-        NATIVE=cc >= 100,
-        WIDE=False,
-        R=tile.rows,
-        W=tile.columns,
-        TILES=tile.tiles,
-        STAGES=tile.stages,
-        WORDS=triton_tiles.words(tile, True, False, 32, k),
-        PDL=cc >= 90,
-        EPS_TENSOR=False,
-        ROWS=plan.rows,
-        SEGMENT=triton_norm.SEGMENT,
-        STEPS=triton_norm.steps(k, plan.rows, tile.warps),
+        dict.fromkeys(("bias", "mean", "scale", "counters", "global_scale")),
+        SPEC=spec._replace(words=triton_tiles.words(tile, spec.fp32_dot, 32, k)),
+        SUMS=triton_statistics.Sums(k, plan.rows, steps, centered=False, eps_tensor=False, sm=sm),
     )
     return compile_kernel(triton_norm.norm_quantize_kernel, pointers, constants, cc, tile.warps, fusion=False)
 
 
 def choices(format, capability):
-    """(kernel, shape) of every kernel the dispatcher can choose there; what differs only in how many parts K has, once."""
+    """(kernel, shape) of every kernel that can be chosen there; kernels that differ only in split_k count once."""
     found = {}
     for rows, (n, k) in itertools.product(ROWS, SHAPES):
         kernel = triton_choose.choose(format, rows, n, k, capability)
         if not isinstance(kernel, str):
             split = isinstance(kernel, triton_choose.Fused | triton_choose.Hopper)
-            tile = kernel._replace(split=min(kernel.split, 2)) if split else kernel
+            tile = kernel._replace(split_k=min(kernel.split_k, 2)) if split else kernel
             found.setdefault(tile, (kernel, (n, k)))
     return found.values()
 
@@ -272,7 +237,7 @@ def test_products_are_native_on_blackwell(cc, format):
 
 
 def test_a_silent_fallback_is_seen():
-    """The check above is red where it should be: 64 rows on sm_100 become f16 without a word."""
+    """The check above can fail: 64 rows on sm_100 become f16 without a warning."""
     compiled = compile_linear("mxfp4", 4096, 4096, triton_choose.Scaled(64, 64, 256, 4, 3), 100)
     assert "kind::f16" in compiled.asm["ptx"] and "block_scale" not in compiled.asm["ptx"]
 
@@ -280,7 +245,7 @@ def test_a_silent_fallback_is_seen():
 @BLACKWELL
 @both
 def test_quantizers_are_native_on_blackwell(cc, format):
-    compiled = compile_quantize(format, cc, FORMATS[format].group_size, True, triton_tiles.Tile(64, 64, 1, 1, 4))
+    compiled = compile_quantize(format, cc, FORMATS[format].group_size, triton_tiles.Tile(64, 64, 1, 1, 4))
     assert "cvt.rn.satfinite.e2m1x2.f32" in compiled.asm["ptx"]
     code = sass(compiled)
     if code:
@@ -294,7 +259,8 @@ def hopper(format, kernel, n, k):
 
 
 def main_loops(code: str, products: int = 1) -> list[str]:
-    """The innermost loops around so many of the tensor core's instructions: one for each warpgroup with a part of its own."""
+    """The innermost loops around so many of the tensor core's instructions: one for each warpgroup with code of its
+    own."""
     lines = code.splitlines()
     labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith(".L_x")}
     found_at = [i for i, line in enumerate(lines) if "GMMA." in line]
@@ -311,8 +277,8 @@ def main_loops(code: str, products: int = 1) -> list[str]:
 
 
 def overwritten_too_early(loop: str) -> list[str]:
-    """Instructions that write a register which a product in front of them may still read: its left operand, until the wait.
-    The ptxas of Triton 3.6 makes such code, and the results are wrong; that of 3.9 has not been seen to."""
+    """Instructions that write a register which an earlier product may still read. A product reads its left operand
+    until the wait. The ptxas of Triton 3.6 makes such code, with wrong results; the one of 3.9 has not been seen to."""
     reading, found = set(), []
     for line in loop.splitlines():
         instruction = re.search(r"\*/\s+(?:@!?U?P\d+ )?([A-Z]\S*)\s+(?:U?P\d+, )?(.*)", line)
@@ -332,13 +298,13 @@ def overwritten_too_early(loop: str) -> list[str]:
 
 
 def nothing_runs_on(loop: str) -> bool:
-    """Whether the loop's last product is waited for in the loop: then no ptxas can give its registers away."""
+    """Whether the loop waits for its last product. Then no ptxas can reuse the product's registers too early."""
     last = re.findall(r"GMMA\.|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d+", loop)[-1]
     return last.endswith("gsb0, 0x0")
 
 
 def test_overwritten_registers_are_seen():
-    """The check below is red where it should be: the second product's operand is written before it is waited for."""
+    """The check below can fail: the second product's operand is written before the wait."""
     code = """
         /*0010*/ QGMMA.64x128x32.F32.E5M2.E5M2 R24, R88, gdesc[UR16], R24 ;
         /*0020*/ QGMMA.64x128x32.F32.E5M2.E5M2 R24, R96, gdesc[UR12], R24, gsb0 ;
@@ -350,14 +316,16 @@ def test_overwritten_registers_are_seen():
     assert "R97" in found
 
 
-# Registers kept in local memory, of 112 that each of four warpgroups has: not worth another tile (an H100's tuning run).
+# Registers that spill to local memory, of the 112 that each of four warpgroups has. Another tile is not faster (an
+# H100's tuning run).
 SPILLED = {triton_choose.Hopper(256, 128, 4, 1, 4): 12}
 
 
 @both
 def test_hopper_products_stay_in_registers(format):
-    """Weights go from the decoder's registers to the tensor core, x from where it was loaded to: in the loop nothing is stored
-    in shared memory, nothing spills. What does, costs several times what it computes."""
+    """Weights go from the decoder's registers to the tensor core, x from where it was loaded to. The loop stores
+    nothing in
+    shared memory and spills nothing: either would cost several times the computation."""
     for kernel, (n, k) in choices(format, (9, 0)):
         code, shared = hopper(format, kernel, n, k)
         assert shared <= 227 * 1024, kernel
@@ -369,8 +337,9 @@ def test_hopper_products_stay_in_registers(format):
             assert not overwritten_too_early(2 * loop), kernel
             assert nothing_runs_on(loop), kernel
         elif isinstance(kernel, triton_choose.Hopper):
-            # A step is 128 channels of 64 weight rows for each warpgroup: 4 products in fp8, 8 in bf16, for 192 rows of x twice.
-            expected = (4 if format == "mxfp4" else 8) * (1 + (kernel.bm == 192))
+            # A step is 128 channels of 64 weight rows for each warpgroup: 4 products in fp8, 8 in bf16. 192 rows of x
+            # take twice as many.
+            expected = (4 if format == "mxfp4" else 8) * (1 + (kernel.block_m == 192))
             loops = main_loops(code, expected)
             assert len(loops) == kernel.warpgroups and "UTMALDG" in code, kernel
             for loop in loops:
@@ -387,21 +356,69 @@ def test_hopper_products_stay_in_registers(format):
 @pytest.mark.parametrize("block, tile", [(0, (16, 256, 1, 1, 4)), (16, (64, 64, 4, 3, 4))])
 def test_no_fp8_conversion_in_the_nvfp4_quantizer(rule, block, tile):
     """ptxas 12.8 and 12.9 get e4m3 round trips wrong on sm_90: the scales are rounded without the instruction."""
-    code = sass(compile_quantize("nvfp4", 90, block, False, triton_tiles.Tile(*tile), rule))
+    code = sass(compile_quantize("nvfp4", 90, block, triton_tiles.Tile(*tile), rule))
     assert code and not re.search(r"E4M3|UNPACK_B", code)
+
+
+def bare(compiled) -> str:
+    """PTX without the kernel's name and without line information."""
+    ptx = re.split(r"\n\s*\.(?:file|section)\b", compiled.asm["ptx"])[0].replace(compiled.name, "")
+    lines = (line.split("//")[0].strip() for line in ptx.splitlines())
+    return "\n".join(line for line in lines if line and not re.match(r"\.loc\b|\$L__(tmp|func)", line))
+
+
+@pytest.mark.parametrize("block", [0, 16])
+def test_a_packaged_quantizer_compiles_from_its_text_alone(block, tmp_path, monkeypatch):
+    """Inductor compiles a copy of the sources, in which the fields of a `Spec` come one by one: to the same code."""
+    from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as text_of
+
+    tile = triton_tiles.choose_tile(100, 4096, block)
+    want = bare(compile_quantize("nvfp4", 90, block, tile, "mse", words=0, pdl=False))
+    kernel = triton_quantize.flat_transform_quantize_kernel
+    imports = "import triton, triton.language as tl\nfrom triton.language.extra import libdevice\n"
+    (tmp_path / "copied_kernel.py").write_text(imports + "@triton.jit\n" + text_of(kernel))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "copied_kernel", raising=False)
+    import copied_kernel
+
+    for flat in (kernel, copied_kernel.flat_transform_quantize_kernel):
+        assert bare(compile_quantize("nvfp4", 90, block, tile, "mse", words=0, pdl=False, flat=flat)) == want
+    assert bare(compile_quantize("nvfp4", 90, block, tile, "absmax", words=0, pdl=False)) != want
+
+
+def test_each_spec_has_a_kernel_of_its_own():
+    """Triton's keys, in memory and on disk, tell apart two specs that differ in one field."""
+    from triton.runtime.jit import compute_cache_key
+
+    rows = torch.empty(1, 4096, dtype=torch.bfloat16, device="meta")
+    tile = triton_tiles.Tile(64, 64, 1, 1, 4)
+    spec = triton_spec.make_spec(rows, None, None, "mxfp4", "mse", tile, 90)
+    others = [
+        spec._replace(**{name: not value if value in (0, 1) else "other" if isinstance(value, str) else 7})
+        for name, value in spec._asdict().items()
+    ]
+    kernel, memory, disk = triton_quantize.transform_quantize_kernel, set(), set()
+    signature = {p.name: "constexpr" for p in kernel.params}
+    for one in (spec, *others):
+        memory.add(compute_cache_key({}, [("constexpr", one)], {}))
+        disk.add(ASTSource(kernel, signature, dict.fromkeys(signature) | dict(SPEC=one), {}).hash())
+    assert len(memory) == len(disk) == len(spec) + 1
+    assert compute_cache_key({}, [("constexpr", spec._replace())], {}) in memory
 
 
 @pytest.mark.parametrize("lanes", [False, True])
 @pytest.mark.parametrize("k", [128, 256, 512, 1024, 4096])
-def test_an_expansion_reduces_where_lanes_are_neighbours(k, lanes):
-    """Triton 3.6 exchanges values with the wrong lanes where those of a row are not neighbours: at 256 and 512 channels a row's
-    largest scale was that of half of them, once the layout of the steps had been taken over. A vector alone has no such."""
-    from wush_compile.kernels.triton.linear.expand import expand_fp8_kernel
+def test_an_upcast_reduces_where_lanes_are_neighbours(k, lanes):
+    """Triton 3.6 exchanges values with the wrong lanes where the lanes of a row are not neighbours. In the layout of
+    the steps, the largest scale of a row of 256 or 512 channels was the largest of one half. A vector has no such
+    layout."""
+    from wush_compile.kernels.triton.linear.upcast import upcast_fp8_kernel
 
     pointers = dict(codes="*i32", scales="*u8", unit="*fp32", out="*i32")
     groups = triton.next_power_of_2(k // 32)
-    constants = dict(g=None, K=k, KG=groups, E4=False, SCALED=False, C=min(groups, 32), LANES=lanes, PDL=True)
-    text = compile_kernel(expand_fp8_kernel, pointers, constants, 90, 4).asm["ttgir"]
+    constants = dict(g=None, K=k, ROW_GROUPS=groups, E4M3=False, SCALED=False, GROUPS=min(groups, 32))
+    constants |= dict(LANE_ORDER=lanes, PDL=True)
+    text = compile_kernel(upcast_fp8_kernel, pointers, constants, 90, 4).asm["ttgir"]
     reduced = re.findall(r"\}\) : \(tensor<([^>]*?), #", text)
     assert reduced == [f"{groups}xi32"], reduced
 
@@ -434,7 +451,7 @@ def test_older_gpus_compile(cc, format):
     block = FORMATS[format].group_size
     for m, b in ((1, block), (4096, block), (4096, 0)):
         tile = triton_tiles.choose_tile(m, 4096, b)
-        assert compile_quantize(format, cc, b, False, tile).metadata.shared <= limit
+        assert compile_quantize(format, cc, b, tile).metadata.shared <= limit
 
 
 @pytest.mark.parametrize("cc", [80, 90, 120])
@@ -457,6 +474,6 @@ def test_choice_is_a_pure_function_of_the_shape():
     for rows, (n, k), format in itertools.product(sizes, (*SHAPES, (6144, 4096), (4096, 640)), ("mxfp4", "nvfp4")):
         kernel = triton_choose.choose(format, rows, n, k)
         if isinstance(kernel, triton_choose.Fused):
-            assert k % (kernel.bk * kernel.split) == 0
+            assert k % (kernel.block_k * kernel.split_k) == 0
         if isinstance(kernel, triton_choose.Hopper):
-            assert kernel.split <= k // 128
+            assert kernel.split_k <= k // 128

@@ -67,8 +67,8 @@ def differing(got, want):
 
 
 def with_scales_at_ties(got, want, x, t, format):
-    """`got` with those groups of `want` whose two scales leave the same squared error, up to the rounding of an fp32 sum: with the
-    least-squares rule both are right. At most 2 of 10 000."""
+    """`got` with those groups of `want` whose two scales leave the same squared error, up to the rounding of an fp32
+    sum: with the least-squares rule both are right. At most 2 of 10 000."""
     group = formats.FORMATS[format].group_size
     other = got[1] != want[1]  # [m, k / group]
     assert other.float().mean() <= 2e-4, other.sum()

@@ -14,15 +14,15 @@ from wush_compile.ops import fused as fused_ops
 triton = pytest.importorskip("triton")
 from wush_compile.kernels.triton.common.memory import workspace
 from wush_compile.kernels.triton.linear.choose import triton_version
-from wush_compile.kernels.triton.quantize.norm import FEW_ROWS, Plan, choose_plan, norm_quantize
+from wush_compile.kernels.triton.quantize.norm import FEW_ROWS, NormPlan, choose_plan, norm_quantize
 from wush_compile.kernels.triton.quantize.tiles import Tile
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
 NORMS = ("rms_none", "rms_rounded", "layer_norm")
-PLANS = [Plan("apart", Tile(16, 64, 1, 1, 1), 1)]
+PLANS = [NormPlan("apart", Tile(16, 64, 1, 1, 1), 1)]
 PLANS += [
-    Plan("ahead", Tile(*tile), rows, ahead)
+    NormPlan("ahead", Tile(*tile), rows, ahead)
     for tile, rows, ahead in (
         ((16, 32, 1, 1, 1), 1, 0),
         ((64, 64, 1, 1, 4), 4, 100),
@@ -37,10 +37,10 @@ PLANS += [
 INTERPRETED = """
 import torch
 from torch.nn import functional as F
-from wush_compile import fused_ops, ops
-from wush_compile.kernels.triton_memory import workspace
-from wush_compile.kernels.triton_norm import Plan, norm_quantize
-from wush_compile.kernels.triton_tiles import Tile
+from wush_compile.kernels.triton.common.memory import workspace
+from wush_compile.kernels.triton.quantize.norm import NormPlan, norm_quantize
+from wush_compile.kernels.triton.quantize.tiles import Tile
+from wush_compile.ops import core as ops, fused as fused_ops
 generator = torch.Generator().manual_seed(0)
 narrow, walking = Tile(16, 32, 1, 1, 4), Tile(16, 64, 2, 2, 4)
 cases = [(*shape, "rms_rounded") for shape in ((3, 96), (35, 64), (5, 1120))] + [(35, 64, "layer_norm")]
@@ -49,8 +49,8 @@ for m, k, norm in cases:
     x[2, 5] = float("nan")
     t = torch.randint(-3, 4, (k // 32, 32, 32), generator=generator).half()
     weight = (1 + 0.1 * torch.randn(k, generator=generator)).half()
-    plans = [Plan("apart", narrow, 4), Plan("ahead", narrow, 2, 1), Plan("ahead", walking, 4, 0),
-             Plan("ahead", walking, 1, 10**6)] + [Plan("own", narrow, 4)] * (m <= 4) + [None]
+    plans = [NormPlan("apart", narrow, 4), NormPlan("ahead", narrow, 2, 1), NormPlan("ahead", walking, 4, 0),
+             NormPlan("ahead", walking, 1, 10**6)] + [NormPlan("own", narrow, 4)] * (m <= 4) + [None]
     if norm == "layer_norm":
         want = F.layer_norm(x, (k,), weight, weight, 1e-5)
     else:
@@ -86,8 +86,12 @@ def test_plans_fit_what_they_are_for():
             assert plan.way != "own" or rows <= plan.rows or plan.rows == height
             # Both halves of a counter of arrivals: 15 bits.
             assert height // plan.rows < 2**15 and triton.cdiv(width, plan.tile.columns) < 2**15
-            if rows == 2**20 and block == 0:
-                assert plan.way == "apart"
+            assert plan.way == (
+                "own" if rows <= FEW_ROWS else "ahead" if triton.cdiv(rows, height) <= 2**14 else "apart"
+            )
+            if plan.way == "ahead":  # as many values between a row's statistics and its tiles as fit into L2
+                assert plan.ahead * width >= 2**22 - width and plan.ahead >= 128
+    assert choose_plan(2**20, 4096, 0).way == "apart"
 
 
 # -- on a GPU --------------------------------------------------------------------------------------------------------
@@ -145,7 +149,7 @@ def test_few_rows_have_the_bits_that_they_have_among_many():
             for m in (1, 2, FEW_ROWS, FEW_ROWS + 1):
                 assert_same(run(x[:m], weight, block), [part[:m] for part in want], (k, m))
             for rows in (1, 2, 4, 8, 16):
-                plan = Plan("own", Tile(16, 32, 1, 1, min(rows, 8)), rows)
+                plan = NormPlan("own", Tile(16, 32, 1, 1, min(rows, 8)), rows)
                 assert_same(run(x[:rows], weight, t, plan=plan), [part[:rows] for part in run(x, weight, t)], plan)
 
 
@@ -195,7 +199,7 @@ def test_many_streams_at_once():
     x, weight, t = operands(3000, 14336)
     want = run(x, weight, t, plan=PLANS[0])
     torch.cuda.synchronize()
-    plan, found = Plan("ahead", Tile(64, 64, 8, 3, 4), 1, 0), []
+    plan, found = NormPlan("ahead", Tile(64, 64, 8, 3, 4), 1, 0), []
     for _ in range(5):
         for stream in streams:
             with torch.cuda.stream(stream):

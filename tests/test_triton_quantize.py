@@ -12,9 +12,9 @@ from wush_compile.formats import FORMATS
 from wush_compile.ops import core as ops
 
 pytest.importorskip("triton")
-from wush_compile.kernels import layouts
 from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
 from wush_compile.kernels.triton.quantize.tiles import Tile
+from wush_compile.ops import layouts
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
@@ -233,11 +233,12 @@ def test_all_e4m3_scales_round_as_the_reference():
 
 INTERPRETED = """
 import torch
-from wush_compile import ops
 import triton
 import triton.language as tl
-from wush_compile.kernels import layouts, triton_fused, triton_prologue, triton_quantize as tq
-from wush_compile.kernels.triton_tiles import Tile
+from wush_compile.kernels import layouts
+from wush_compile.kernels.triton.quantize import fused, prologue, transform_quantize as tq
+from wush_compile.kernels.triton.quantize.tiles import Tile
+from wush_compile.ops import core as ops
 generator = torch.Generator().manual_seed(0)
 cases = [("mxfp4", r, 3.0 if r == "paper" else None) for r in ("absmax", "mse", "ocp", "paper")]
 cases += [("nvfp4", "absmax", 0.37), ("nvfp4", "mse", None)]
@@ -260,13 +261,13 @@ for format, rule, g in cases:
 def silu(x):
     return tl.div_rn(x, 1.0 + tl.exp(-x))
 
-triton_prologue.silu = silu
+prologue.silu = silu
 for m, k in ((1, 96), (3, 64), (35, 1120)):
     gate = torch.randn(m, k, generator=generator).half()
     up = torch.randint(-4, 5, (m, k), generator=generator).half()
     t = torch.randint(-3, 4, (k // 32, 32, 32), generator=generator).half()
     for transform in (None, t):
-        got = triton_fused.silu_mul_transform_quantize(gate, up, transform, None, "mxfp4", "absmax")
+        got = fused.silu_mul_transform_quantize(gate, up, transform, None, "mxfp4", "absmax")
         want = ops._transform_quantize(torch.nn.functional.silu(gate) * up, transform, None, "mxfp4", "absmax")
         assert all(torch.equal(p, q) for p, q in zip(got, want)), (m, k)
 print("same")
@@ -309,13 +310,14 @@ def test_what_the_kernel_does_not_take_is_refused():
 
 OPS = """
 import torch
-from wush_compile import kernels, ops
+from wush_compile.kernels import dispatch
+from wush_compile.ops import core as ops
 x = torch.randn(70, 512, device="cuda").bfloat16()
 for format in ("mxfp4", "nvfp4"):
     for rule in ("absmax", "mse"):
         got = torch.ops.wush.transform_quantize(x, None, None, format, rule)
         assert all(torch.equal(a, b) for a, b in zip(got, ops._transform_quantize(x, None, None, format, rule)))
-assert "triton" in [name for name, _ in kernels.resolve(0)["transform_quantize"]]
+assert "triton" in [name for name, _ in dispatch.resolve(0)["transform_quantize"]]
 try:
     torch.ops.wush.transform_quantize(x, torch.zeros(16, 32, 32), None, "mxfp4", "absmax")
 except RuntimeError as error:

@@ -1,7 +1,8 @@
-"""The inner loop of GPTQ in one Triton kernel: the channels of a quantization group one after the other (SPEC §3, §4).
+"""The inner loop of GPTQ in one Triton kernel: the channels of a group, one after the other (docs/spec.md §3, §4).
 
-A program takes R weight rows; their residuals stay in registers from the group's last channel to its first, so that
-nothing but the rounding is sequential. Residuals are float64, scales and codes fp32 as `formats.py` defines them.
+A program takes R weight rows. Their residuals stay in registers from the group's last channel to its first, so that
+only the rounding is sequential. Residuals are float64; scales and codes are computed in fp32, as `formats.py` defines
+them.
 """
 
 import torch
@@ -27,7 +28,7 @@ from ..common.formats import (
     tree_sum,
 )
 
-ROWS, WARPS = 32, 1
+PROGRAM_ROWS, PROGRAM_WARPS = 32, 1
 GAUSSIAN_STEP = tl.constexpr(2 * GAUSSIAN_CLIP / 15)
 
 
@@ -95,7 +96,7 @@ def round_group_kernel(
     if SCALED:
         g = tl.load(global_scale)
 
-    # The group's weights at the optimum given all that is already quantized: w + (z - w) U⁻¹.
+    # The best weights of the group, given the channels that are already quantized: w + (z - w) U⁻¹.
     shift = residual - weight
     for i in range(G - 1):
         j = G - 1 - i
@@ -126,7 +127,7 @@ def round_group_kernel(
         inverse = tl.where(scale > 0, scale, 1.0)  # the divisor
         scale = tl.where(spoiled, float("nan"), scale)
         tl.store(scales + rows, scale.to(tl.bfloat16), mask=inside)
-    # In float64: the error is measured against the value that is decoded, whose division by g is the only inexact step.
+    # In float64: the error is that of the decoded value, and the division by g is the only inexact step of decoding.
     factor = scale.to(tl.float64) / g.to(tl.float64) if SCALED else scale.to(tl.float64)
 
     for i in range(G):
@@ -163,13 +164,14 @@ def round_group(
 ) -> None:
     """One quantization group of all rows, from its last channel to its first; fills codes, scales and error.
 
-    w float64 [G, N]: the weights, transposed; z float64 [G, N]: what each channel would be rounded from if no later one
-    of the group had an error; unit float64 [G, G]: the group's diagonal block of the unit lower factor;
-    g: fp32 [1] or None. codes uint8 [G, N], one a byte; scales [N] in the format's dtype; error float64 [G, N]: w - Q(w).
+    w float64 [G, N]: the weights, transposed. z float64 [G, N]: the value that each channel is rounded from if no later
+    channel of the group has an error. unit float64 [G, G]: the group's diagonal block of the unit lower factor.
+    g: fp32 [1] or None. codes uint8 [G, N], one a byte; scales [N] in the format's dtype.
+    error float64 [G, N]: w - Q(w).
     """
     assert all(t.is_contiguous() for t in (w, z, codes, scales, error))
     rows = w.shape[1]
-    round_group_kernel[(triton.cdiv(rows, ROWS),)](
+    round_group_kernel[(triton.cdiv(rows, PROGRAM_ROWS),)](
         w,
         z,
         unit,
@@ -183,12 +185,12 @@ def round_group(
         rule,
         g is not None,
         FORMATS[format].group_size,
-        ROWS,
-        num_warps=WARPS,
+        PROGRAM_ROWS,
+        num_warps=PROGRAM_WARPS,
         enable_fp_fusion=False,
     )
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernel runs on this device: it needs float64 and what Triton itself asks for, sm_80."""
+    """Whether the kernel runs on this device: it needs CUDA and, as Triton itself, sm_80."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)

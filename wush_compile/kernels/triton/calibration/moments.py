@@ -1,7 +1,7 @@
 """Second moments on a GPU: moment += XᵀX of 16-bit rows, accumulated in fp32 without an fp32 copy of them.
 
-The whole moment is the library's product. Its diagonal blocks alone are a kernel that reads X once: a program takes 64
-columns and a share of the rows; the sums of the shares are added in a fixed order.
+The whole moment is a product of the library. The diagonal blocks alone are a kernel that reads X once. A program takes
+64 columns and a share of the rows; the sums of the shares are added in a fixed order.
 """
 
 import functools
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ....ops import core as ops
 
-COLUMNS, ROWS, STAGES = 64, 64, 4  # of a program's tiles, and how many are on their way
-PROGRAMS = 1056  # so many fill any GPU several times
+TILE_COLUMNS, TILE_ROWS = 64, 64
+LOAD_STAGES = 4  # tiles in flight
+GRID_PROGRAMS = 1056  # enough to fill any GPU several times
 
 
 @triton.jit(do_not_specialize=["M", "share"])
@@ -52,12 +53,22 @@ def block_moment_kernel(
 def _add_blocks(rows: Tensor, moment: Tensor) -> None:
     """moment [K/B, B, B] += the diagonal blocks of rowsᵀ·rows."""
     count, width = rows.shape
-    shares = max(1, min(triton.cdiv(count, 4 * ROWS), PROGRAMS // triton.cdiv(width, COLUMNS)))
-    share = triton.cdiv(triton.cdiv(count, shares), ROWS) * ROWS
+    shares = max(1, min(triton.cdiv(count, 4 * TILE_ROWS), GRID_PROGRAMS // triton.cdiv(width, TILE_COLUMNS)))
+    share = triton.cdiv(triton.cdiv(count, shares), TILE_ROWS) * TILE_ROWS
     shares = triton.cdiv(count, share)
     parts = torch.empty((shares, *moment.shape), dtype=torch.float32, device=rows.device)
-    block_moment_kernel[(triton.cdiv(width, COLUMNS), shares)](
-        rows, parts, count, share, rows.stride(0), width, moment.shape[-1], COLUMNS, ROWS, STAGES, num_warps=4
+    block_moment_kernel[(triton.cdiv(width, TILE_COLUMNS), shares)](
+        rows,
+        parts,
+        count,
+        share,
+        rows.stride(0),
+        width,
+        moment.shape[-1],
+        TILE_COLUMNS,
+        TILE_ROWS,
+        LOAD_STAGES,
+        num_warps=4,
     )
     moment.add_(parts.sum(0))
 
@@ -68,11 +79,11 @@ def add_moment(rows: Tensor, moment: Tensor) -> None:
         rows = rows.contiguous()
     if moment.dim() == 2:
         torch.addmm(moment, rows.T, rows, out_dtype=torch.float32, out=moment)
-    elif COLUMNS % moment.shape[-1] == 0:
+    elif TILE_COLUMNS % moment.shape[-1] == 0:
         _add_blocks(rows, moment)
     else:
         blocks = rows.unflatten(-1, (moment.shape[0], -1)).transpose(0, 1)  # [K/B, n, B]
         torch.baddbmm(moment, blocks.transpose(1, 2), blocks, out_dtype=torch.float32, out=moment)
 
 
-observe = functools.partial(ops._observe, add_moment=add_moment)
+observe = functools.partial(ops.observe_with, add_moment)

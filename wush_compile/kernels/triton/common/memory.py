@@ -1,4 +1,4 @@
-"""What Triton's products remember: facts of a weight, kept with its memory until it is written, and a device's workspace."""
+"""What Triton's kernels remember: facts of a weight, until the weight is written, and the workspace of a device."""
 
 import functools
 import logging
@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger("wush_compile")
-# Octaves below a row's largest scale byte that e4m3 still holds exactly.
+# e4m3 holds scales exactly down to so many octaves below the largest of their row.
 E4M3_WINDOW = 14
 
 
 class RowFacts(NamedTuple):
-    """Of a weight's e8m0 scales: the largest byte of every row (uint8 [N]), whether e4m3 holds every row exactly."""
+    """Of e8m0 weight scales: the largest byte of every row (uint8 [N]), and whether e4m3 holds every row exactly."""
 
     top: Tensor
     fits_e4m3: bool
 
 
 def _memory(t: Tensor) -> dict:
-    """What is remembered of a tensor: kept with its memory, empty again once it has been written."""
+    """The facts remembered of a tensor. They are kept with the tensor's storage, and are dropped once it has been
+    written."""
     storage = t.untyped_storage()
     if not hasattr(storage, "_wush_memory"):
         storage._wush_memory = {}
@@ -48,8 +49,8 @@ def _warn_capturing() -> None:
 
 
 def _lasting(make: Callable, device: torch.device):
-    """`make()`, whose tensors may be kept. While Inductor warms a CUDA graph up, what a thread allocates belongs to the
-    graph, which takes it back unasked: another thread's memory does not."""
+    """`make()`, with tensors that may be kept. While Inductor warms up a CUDA graph, memory allocated on this thread
+    joins the graph's pool and is reclaimed with it. So another thread allocates."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return make()
     stream = torch.cuda.current_stream(device)
@@ -64,7 +65,7 @@ def _lasting(make: Callable, device: torch.device):
 
 def _row_facts(scales: Tensor) -> RowFacts:
     top = scales.amax(-1)
-    # Byte 1 is what groups of zeros have; where the row is not itself that small it is worth nothing.
+    # Groups of zeros have byte 1. It does not count, unless the row itself is that small.
     low = torch.where((scales > 1) | (top[:, None] < 32), scales, 255).amin(-1)
     return RowFacts(top, bool((top.to(torch.int16) - low.to(torch.int16) <= E4M3_WINDOW).all()))
 
@@ -72,8 +73,8 @@ def _row_facts(scales: Tensor) -> RowFacts:
 def row_facts(scales: Tensor) -> RowFacts:
     """`RowFacts` of weight scales uint8 [N, K/32]; remembered.
 
-    The first call reads one number back from the device; inside a CUDA graph's capture, where that is impossible,
-    nothing is remembered and the row is taken not to fit."""
+    The first call reads one number back from the device. During the capture of a CUDA graph this is impossible: then
+    `fits_e4m3` is False, and nothing is remembered."""
     memory = _memory(scales)
     if "rows" not in memory:
         if _capturing(scales):
@@ -84,7 +85,8 @@ def row_facts(scales: Tensor) -> RowFacts:
 
 
 def is_power_of_two(g: Tensor | None) -> bool:
-    """Whether dividing by a global scale only changes exponents; remembered. False where it cannot be looked at."""
+    """Whether dividing by a global scale only changes exponents; remembered. False if a capture forbids reading the
+    scale."""
     if g is None:
         return True
     memory = _memory(g)
@@ -95,9 +97,10 @@ def is_power_of_two(g: Tensor | None) -> bool:
     return memory["power"]
 
 
-def settled(t: Tensor) -> bool:
-    """Whether a weight has been used before and not been written since; a use is remembered. Only such a one may be read
-    while the kernel in front still runs, which might be the one that writes it."""
+def mark_used_and_was_settled(t: Tensor) -> bool:
+    """Returns False on the first use of a weight, and records the use; True afterwards, until the weight is written.
+
+    Only after True may a kernel read the weight before the kernel in front ends: that one might write it."""
     memory = _memory(t)
     return "used" in memory or memory.setdefault("used") is not None
 
@@ -105,8 +108,8 @@ def settled(t: Tensor) -> bool:
 class Workspace:
     """Constants and arrival counters of a device.
 
-    The counters of a call are the next slice of a ring and are zero again when it ends, so a slice is free long before
-    its next turn, whatever streams the calls run on."""
+    The counters of a call are the next slice of a ring, and are zero again when the call ends. The ring is so long
+    that a slice is free again long before its next turn, on whatever streams the calls run."""
 
     RING = 2**20
 
@@ -133,7 +136,7 @@ def workspace(device: torch.device) -> Workspace:
     found = _workspaces.get(device.index)
     if found is None:
         found = _lasting(functools.partial(Workspace, device), device)
-        # A graph's own memory must not outlive it here.
+        # Memory of a CUDA graph must not outlive the graph here.
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             _workspaces[device.index] = found
     return found

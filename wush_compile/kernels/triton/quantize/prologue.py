@@ -1,7 +1,8 @@
-"""What may stand in front of the quantizer, in its kernel: norms and gated activations, rounded where the graph rounds.
+"""Prologues: norms and gated activations in front of the quantizer, in the same kernel.
 
-Each is a function of one tile, fp32 inside, with one rounding to the model dtype for every operation of the graph it
-replaces (`fused_ops.py` has the definitions). Where the statistics of a norm's rows come from: `triton_norm`.
+A prologue is a function of one tile. It computes in fp32, and rounds to the model dtype once for every operation of the
+graph that it replaces (`ops/fused.py` has the definitions). `norm.py` says where the statistics of a norm's rows come
+from.
 """
 
 from typing import NamedTuple
@@ -19,13 +20,13 @@ GELU_KAPPA = tl.constexpr(0.044715)
 
 @triton.jit
 def silu(x):
-    """x / (1 + exp(-x)), fp32, with the exponential and the division that torch.nn.functional.silu has on a GPU."""
+    """x / (1 + exp(-x)), fp32, with the exponential and the division of torch.nn.functional.silu on a GPU."""
     return tl.div_rn(x, 1.0 + libdevice.exp(-x))
 
 
 @triton.jit
 def gelu(x, TANH: tl.constexpr):
-    """torch.nn.functional.gelu in fp32, its operations in its order."""
+    """torch.nn.functional.gelu in fp32: the same operations in the same order."""
     if TANH:
         inner = GELU_BETA * tl.fma(x * x * x, GELU_KAPPA, x)
         return 0.5 * x * (1.0 + libdevice.tanh(inner))
@@ -48,7 +49,7 @@ def gated(gate, up, KIND: tl.constexpr):
 def normed(x, mean, scale, weight, bias, KIND: tl.constexpr):
     """A norm of a tile [R, W]: mean and scale (1/deviation) fp32 [R, 1]; weight and bias [1, W] or None.
 
-    KIND: "rms_" and a gain of `fused_ops.GAINS`, or "layer_norm"."""
+    KIND: "rms_" and a gain of `ops.fused.GAINS`, or "layer_norm"."""
     wide = x.to(tl.float32)
     if KIND == "layer_norm":
         y = (wide - mean) * scale
@@ -68,7 +69,7 @@ def normed(x, mean, scale, weight, bias, KIND: tl.constexpr):
 
 
 class Prologue(NamedTuple):
-    """What is done to x before it is quantized: a name, as `gated` and `normed` know it, and its other operands."""
+    """The operation on x before the quantizer: its name, a KIND of `gated` or `normed`, and its other operands."""
 
     name: str | None = None
     up: Tensor | None = None

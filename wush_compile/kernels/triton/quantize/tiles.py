@@ -1,16 +1,19 @@
-"""What the quantizer's kernel is compiled for: a tile by the shape of x, instructions by the device. Pure Python, and no
-kernel: chosen once a launch, measured by `benchmarks/speed_quantize_kernel.py`."""
+"""Tiles by the shape of x, and instructions by the device. Pure Python without a kernel; runs once a launch.
+
+The thresholds come from runs of `python benchmarks/speed_quantize_kernel.py tune` on one H100, for the shapes in that
+script. The output of those runs was not kept.
+"""
 
 import functools
 from typing import NamedTuple
 
 import torch
 
-MOST_ROWS = 1024  # of a program: offsets within it are int32
+MOST_ROWS = 1024  # of a program: offsets within a program are int32
 
 
 class Tile(NamedTuple):
-    """Rows and columns of a tile, row tiles a program walks, depth of its load pipeline, warps."""
+    """Rows and columns of a tile, row tiles that a program walks, depth of the load pipeline, warps."""
 
     rows: int
     columns: int
@@ -20,7 +23,7 @@ class Tile(NamedTuple):
 
 
 def choose_tile(rows: int, width: int, block: int) -> Tile:
-    """The tile for x [rows, width] with transform blocks of `block` (0: none)."""
+    """The tile for x [rows, width] with transform blocks of `block` channels (0: no transform)."""
     if block == 0:
         if rows <= 4:
             return Tile(1, 512, 1, 1, 2)
@@ -33,23 +36,24 @@ def choose_tile(rows: int, width: int, block: int) -> Tile:
     return Tile(64, 64, 1, 1, 4) if rows * width <= 2**22 else Tile(64, 64, 6, 4, 4)
 
 
-def words(tile: Tile, cuda: bool, wide: bool, block: int, width: int) -> int:
-    """How many 4-byte words of codes a thread holds side by side, which it then stores at once; 0 without a GPU."""
-    if not cuda:
-        return 0
-    if block == 0 or wide or tile.rows < 16 * tile.warps:
+def words(tile: Tile, fp32_dot: bool, block: int, width: int) -> int:
+    """Number of neighbouring 4-byte words of codes that a thread holds and stores at once, on a GPU."""
+    if block == 0 or fp32_dot or tile.rows < 16 * tile.warps:
         return 1
     return min(4 if width % 32 == 0 else 2, tile.columns // 32)
 
 
-@functools.cache
-def assembly(device: int) -> int:
-    """Which instructions the kernel may use: 1 those of sm_80, 2 those of sm_86."""
-    return 2 if torch.cuda.get_device_capability(device) >= (8, 6) else 1
+def instructions(capability: tuple[int, int]) -> int:
+    """The newest instruction set with something that the quantizer uses, for a GPU of that compute capability:
+
+    80    Triton's own minimum
+    86    `min` and `max` with the sign of one operand (xorsign)
+    100   conversion to e2m1; the kernel must be compiled for that very architecture
+    """
+    return 100 if capability >= (10, 0) else 86 if capability >= (8, 6) else 80
 
 
 @functools.cache
-def native_conversion(device: int) -> bool:
-    """Whether the device has the e2m1 conversion instruction (sm_100 and later, compiled for that very
-    architecture)."""
-    return torch.cuda.get_device_capability(device) >= (10, 0)
+def device_instructions(device: int) -> int:
+    """`instructions` of a CUDA device."""
+    return instructions(torch.cuda.get_device_capability(device))

@@ -1,0 +1,73 @@
+"""The tiles of x that are quantized: loaded, with the prologue applied."""
+
+import triton
+import triton.language as tl
+
+from .prologue import gated, normed
+
+
+@triton.jit
+def prefetch(pointers, SM: tl.constexpr):
+    """Asks for the cache lines that hold these addresses; reads nothing."""
+    if SM > 0:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [pointers.to(tl.int64, bitcast=True)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def inside_mask(rows, left, columns, K: tl.constexpr, MASKED: tl.constexpr, EVEN: tl.constexpr):
+    """Which elements of a tile exist, None if all do: rows [R, 1] below `left` if MASKED, columns [1, C] below K unless
+    EVEN."""
+    inside = None
+    if MASKED:
+        inside = rows < left
+    if not EVEN:
+        inside = columns < K if inside is None else inside & (columns < K)
+    return inside
+
+
+@triton.jit
+def load_rows(
+    x, row, left, stride, first, SPEC: tl.constexpr, MASKED: tl.constexpr, EVEN: tl.constexpr, OTHER: tl.constexpr = 0.0
+):
+    """[R, W]: rows from `row` and columns from `first` on, of what x points to; OTHER for elements that do not exist.
+    Gates take 1 for OTHER, because the division in SiLU has a slow path for zeros."""
+    rows = row + tl.arange(0, SPEC.rows)[:, None]
+    columns = tl.arange(0, SPEC.columns)[None, :]
+    inside = inside_mask(rows, left, first + columns, SPEC.width, MASKED, EVEN)
+    pointers = x + (rows * stride + columns)
+    return tl.load(pointers, mask=inside, other=None if inside is None else OTHER)
+
+
+@triton.jit
+def apply_prologue(tile, source, row, left, first, SPEC: tl.constexpr, MASKED: tl.constexpr, EVEN: tl.constexpr):
+    """What the prologue makes of a tile of x and of its other operands."""
+    x, up, weight, bias, mean, scale, stride, up_stride = source
+    PROLOGUE: tl.constexpr = SPEC.prologue
+    if PROLOGUE is not None:
+        if up is not None:
+            tile = gated(tile, load_rows(up, row, left, up_stride, first, SPEC, MASKED, EVEN), PROLOGUE)
+        else:
+            rows = row + tl.arange(0, SPEC.rows)[:, None]
+            inside = inside_mask(rows, left, 0, SPEC.width, MASKED, True)
+            if mean is not None:
+                if mean.dtype.is_ptr():
+                    mean = tl.load(mean + rows, mask=inside, other=None if inside is None else 0.0)
+            if scale.dtype.is_ptr():
+                scale = tl.load(scale + rows, mask=inside, other=None if inside is None else 0.0)
+            tile = normed(tile, mean, scale, weight, bias, PROLOGUE)
+    return tile
+
+
+@triton.jit
+def load_tile(source, row, left, first, SPEC: tl.constexpr, MASKED: tl.constexpr, EVEN: tl.constexpr):
+    """The tile that is transformed and quantized: of x, or what the prologue makes of it."""
+    OTHER: tl.constexpr = 0.0 if source[1] is None else 1.0
+    tile = load_rows(source[0], row, left, source[6], first, SPEC, MASKED, EVEN, OTHER)
+    return apply_prologue(tile, source, row, left, first, SPEC, MASKED, EVEN)
