@@ -43,7 +43,8 @@ MANIFEST, LOCK, FINAL = "manifest.json", "lock", "final"
 class Journal:
     """A run's journal, a context manager.
 
-    The journal holds its lock during the block. It is removed if the block fails before a stage with groups is finished.
+    The journal holds its lock during the block. If the block fails before a stage with groups is finished, the journal
+    is removed.
 
     directory   the directory of the future checkpoint
     restart     whether to delete what an earlier run left
@@ -137,15 +138,15 @@ class Journal:
             yield
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(
-                f"{self.target} could not be written ({getattr(error, 'strerror', None) or error}); finished layers are "
-                "kept: free some space and give the same command again"
+                f"{self.target} could not be written ({getattr(error, 'strerror', None) or error}); finished layers "
+                "are kept: free some space and give the same command again"
             ) from error
 
     def _write_json(self, path: Path, value: object) -> None:
         with self._writing(), replaced_file(path) as partial:
             partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
-    # -- the manifest --------------------------------------------------------------------------------------------------
+    # -- the manifest ------------------------------------------------------------------------------------------------
 
     def begin(
         self,
@@ -238,7 +239,7 @@ class Journal:
         if self._writes:
             self._write_json(self.path / MANIFEST, self._manifest)
 
-    # -- stages --------------------------------------------------------------------------------------------------------
+    # -- stages ------------------------------------------------------------------------------------------------------
 
     def lay_out(self, uses: list[set[str]], groups: list[list[LinearGroup]], tensors: ModelTensors) -> None:
         """Assigns every tensor of the checkpoint to the shard of the first stage that uses it.
@@ -337,7 +338,7 @@ class Journal:
         if name is not None and (self.path / name).exists():
             self._shards.add(self.path / name)
 
-    # -- the end -------------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------------------------
 
     def finish(self, record: Quantization, write: Callable[[Path, str], None]) -> None:
         """Turns the journal of a finished run into the checkpoint.

@@ -116,7 +116,7 @@ class Calibration:
             run.journal.lay_out([_used(stage) for stage in self.stages], groups_by_stage, run.tensors)
         self._start()
 
-    # -- batches -------------------------------------------------------------------------------------------------------
+    # -- batches -----------------------------------------------------------------------------------------------------
 
     def _choose_batch_size(self) -> int | None:
         """Returns the micro-batch size: the caller's, or what fits a GPU that does not hold the model."""
@@ -178,7 +178,7 @@ class Calibration:
         for earlier in range(number):
             self._propagate(earlier)
 
-    # -- a stage -------------------------------------------------------------------------------------------------------
+    # -- a stage -----------------------------------------------------------------------------------------------------
 
     def _names(self, number: int) -> list[str]:
         """Returns the names of the model's tensors that a stage uses."""
@@ -288,7 +288,7 @@ class Calibration:
                 dead = [n for n in self.activations.names(index) if self.last_use.get(n, -1) <= number]
                 self.activations.drop(index, dead)
 
-    # -- the loop ------------------------------------------------------------------------------------------------------
+    # -- the loop ----------------------------------------------------------------------------------------------------
 
     def _resume(self) -> int:
         """Restores the stages that the journal holds. Returns the number of the first stage to run."""

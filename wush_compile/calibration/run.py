@@ -199,7 +199,7 @@ def _record(groups: list[LinearGroup], solved: list[Solved], ignored: dict[str, 
     return record
 
 
-# -- arguments ---------------------------------------------------------------------------------------------------------
+# -- arguments -------------------------------------------------------------------------------------------------------
 
 
 def _resolve(config: WushConfig | None, settings: dict) -> WushConfig:
@@ -232,7 +232,7 @@ def _nothing(model: nn.Module, ignored: dict[str, str]) -> CaptureError:
     )
 
 
-# -- the surroundings of a run -----------------------------------------------------------------------------------------
+# -- the surroundings of a run ---------------------------------------------------------------------------------------
 
 
 def _environment(run: Run) -> dict[str, object]:

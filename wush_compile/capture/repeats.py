@@ -90,7 +90,7 @@ def export_by_layers(model: nn.Module, export: Callable[[], torch.export.Exporte
     return graph_module
 
 
-# -- trace -------------------------------------------------------------------------------------------------------------
+# -- trace -----------------------------------------------------------------------------------------------------------
 
 
 def find_repeated_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -217,7 +217,7 @@ def mark_calls(layers: dict[str, nn.Module]) -> Iterator[list[Kind]]:
                 layer.forward = before[name]
 
 
-# -- verify ------------------------------------------------------------------------------------------------------------
+# -- verify ----------------------------------------------------------------------------------------------------------
 
 
 class _OpLog(TorchDispatchMode):
@@ -299,7 +299,7 @@ def verify(kinds: list[Kind], meta: nn.Module) -> None:
                     raise LayersDiffer(f"{name} runs other ops than {kind.name}")
 
 
-# -- expand ------------------------------------------------------------------------------------------------------------
+# -- expand ----------------------------------------------------------------------------------------------------------
 
 
 def _renamed(path: str, old: str, new: str) -> str:

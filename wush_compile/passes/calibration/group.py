@@ -69,7 +69,7 @@ class LinearGroup:
 
 
 def _check_patterns(model: nn.Module, config: WushConfig) -> None:
-    """Raises `ConfigError` if a pattern matches no module. The default `ignore` may, because models differ."""
+    """Raises `ConfigError` if a pattern matches no module. Patterns of the default `ignore` may match none."""
     names = [name for name, _ in model.named_modules() if name]
     for setting, patterns in (("ignore", config.ignore), ("overrides", config.overrides)):
         for pattern in patterns:

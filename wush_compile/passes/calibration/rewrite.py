@@ -17,8 +17,8 @@ def rewrite(graph_module: fx.GraphModule, groups: Iterable[tuple[LinearGroup, Wu
 
     groups   (group, its solved module, the name that this module gets as a submodule) of each
 
-    The matmuls read row ranges of the group's buffers, exactly as the installed modules do. The nodes of the old weights
-    are erased.
+    The matmuls read row ranges of the group's buffers, exactly as the installed modules do. The nodes of the old
+    weights are erased.
     """
     for group, solved, label in groups:
         _rewrite(graph_module, group, solved, label)
