@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo lint test docs cuda cuda-check bench clean
+.PHONY: demo lint test docs figures cuda cuda-check bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/wush-compile demo
@@ -24,6 +24,11 @@ test: lint
 # The site in build/site. A broken link or a missing reference is an error (with --quiet mkdocs would not count it).
 docs: $(VENV)/docs-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The tables and numbers of README.md and docs/ from benchmarks/results/*.json; a test fails where they differ.
+figures: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet "matplotlib>=3.8"
+	$(BIN)/python benchmarks/figures.py
 
 # Of nvidia-cutlass only the headers are used.
 cuda: $(VENV)/ready

@@ -1,8 +1,12 @@
-"""What the benchmarks share: WikiText-2 as everybody joins it, and what a result was measured on."""
+"""What the benchmarks share: WikiText-2 in its usual form, a tuning run, and what a result was measured on."""
 
+import datetime
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -26,17 +30,22 @@ def device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def load_smollm2(gguf: Path | None, where: torch.device) -> tuple[torch.nn.Module, object]:
-    """(bf16 model on a device, tokenizer); `gguf` None fetches the file."""
+def load_smollm2(path: Path | None, where: torch.device) -> tuple[torch.nn.Module, object]:
+    """(bf16 model on a device, tokenizer) of a GGUF file or a model directory; None fetches SmolLM2's file."""
     from wush_compile.checkpoint.gguf import load_gguf
     from wush_compile.demo import smollm2
 
-    model, tokenizer = load_gguf(gguf or smollm2.fetch())
+    if path is not None and path.is_dir():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+        return model.to(where), AutoTokenizer.from_pretrained(path)
+    model, tokenizer = load_gguf(path or smollm2.fetch())
     return model.to(where), tokenizer
 
 
 def environment(where: torch.device) -> dict[str, str]:
-    """Device and versions, for the record."""
+    """The head of a result: device, date, command and versions."""
     import transformers
 
     name = (
@@ -46,9 +55,31 @@ def environment(where: torch.device) -> dict[str, str]:
     )
     return {
         "device": name,
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(shown, sys.argv[1:])]),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
         "transformers": transformers.__version__,
+    }
+
+
+def shown(argument: str) -> str:
+    """An argument as a result records it: of a path only the last part, since folders differ between machines."""
+    return Path(argument).name if "/" in argument else argument
+
+
+def read_tuning(path: Path) -> dict[tuple[str, int, int, int], dict]:
+    """(format, rows, N, K) -> {kernel: microseconds} of a file that `kernel_speed.py tune-linear` wrote.
+
+    A kernel is a tile of `linear/choose.py` or a name, "library" or "bf16"."""
+    from wush_compile.kernels.triton.linear.choose import Fused, Gemv, Hopper
+
+    kinds = {"Fused": Fused, "Gemv": Gemv, "Hopper": Hopper}
+    return {
+        # The text of a kernel is its own repr.
+        (row["format"], row["M"], row["N"], row["K"]): {eval(text, kinds): us for us, text in row["all"]}
+        for row in json.loads(path.read_text())["rows"]
     }
 
 

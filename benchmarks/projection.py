@@ -1,14 +1,14 @@
-"""What the kernels of csrc/ must move and compute, and the time that a datasheet's rates then allow at best.
+"""Floors for the kernels of csrc/: the bytes they must move and the operations they issue, at datasheet rates.
 
     python benchmarks/projection.py                     B200 and RTX 5090, both formats: Markdown tables
 
-Nothing here is measured: bytes and operations are counted, rates are the vendor's, and every time is *projected*, a
-floor that a kernel does not get below. Shapes are the linear groups of one Llama-3.1-8B decoder layer. Counted are:
+Nothing here is measured. Bytes and operations are counted, and rates are the vendor's. Each time is *projected*: no
+kernel gets below it. Shapes are the linear groups of one Llama-3.1-8B decoder layer. What is counted:
 
-- bytes of a product: codes and scales of both operands once, the bf16 output once; the rest is taken to stay in the L2
-  cache. Of a quantizer: bf16 in, codes and scales out, the transform once;
-- operations: those of the instructions issued, so the rows and columns by which a tile overhangs count too, and the
-  time in which the last blocks keep only a part of the GPU busy (waves).
+- Bytes of a product: codes and scales of both operands once, the bf16 output once. The rest is assumed to stay in the
+  L2 cache. Bytes of a quantizer: bf16 in, codes and scales out, the transform once.
+- Operations that are issued. This includes rows and columns by which a tile overhangs, and the last wave, whose blocks
+  keep only a part of the GPU busy.
 """
 
 import argparse
@@ -52,7 +52,7 @@ DEVICES = (
 
 
 class Tile(NamedTuple):
-    """Rows and columns of the output that a block (or `together` blocks) computes, and how many run at a time on a
+    """Rows and columns of the output that a block (or `together` blocks) computes; `resident` blocks share a
     multiprocessor."""
 
     name: str
@@ -67,7 +67,7 @@ SM100 = (Tile("narrow", 128, 64), Tile("wide", 256, 256, together=2))
 
 
 def choose(device: Device, m: int, n: int) -> Tile:
-    """The launchers' choice, csrc/linear_tiles.h."""
+    """The tile that the launchers choose (csrc/linear_tiles.h)."""
     sms = device.multiprocessors
     if device.name == "B200":
         return SM100[m > 128 and 2 * math.ceil(m / 256) * math.ceil(n / 256) >= sms]
@@ -77,8 +77,8 @@ def choose(device: Device, m: int, n: int) -> Tile:
 
 
 class Count(NamedTuple):
-    """Of one product: bytes moved, operations of the product itself, share of the issued operations that it is, share
-    of the multiprocessors' time that has blocks, and the two times in seconds."""
+    """One product: its bytes and operations, the useful share of the issued operations, the share of the
+    multiprocessors' time in which they have blocks, and the two times in seconds."""
 
     tile: Tile
     moved: int
@@ -94,14 +94,14 @@ class Count(NamedTuple):
 
 
 def count(device: Device, format: str, m: int, n: int, k: int) -> Count:
-    """M rows of K channels times an [N, K] weight."""
+    """The product of M rows of K channels and an [N, K] weight."""
     tile = choose(device, m, n)
     moved = (m + n) * (k // 2 + k // GROUP_SIZE[format]) + 2 * m * n
     operations = 2 * m * n * k
     tiles = math.ceil(m / tile.rows) * math.ceil(n / tile.columns)
     useful = m * n / (tiles * tile.rows * tile.columns)
     slots = device.multiprocessors * tile.resident // tile.together
-    # Blocks that share a multiprocessor share its tensor cores: a wave takes as long as the busiest multiprocessor.
+    # Blocks on one multiprocessor share its tensor cores: a wave takes as long as the busiest multiprocessor.
     full, rest = divmod(tiles, slots)
     last = math.ceil(rest * tile.together / device.multiprocessors) / tile.resident
     busy = tiles / slots / (full + last)
@@ -110,14 +110,14 @@ def count(device: Device, format: str, m: int, n: int, k: int) -> Count:
 
 
 def quantizer_floor(device: Device, format: str, m: int, k: int) -> float:
-    """Of M rows of K channels, a G x G matrix a group: every byte once. Its operations at the bf16 rate take less."""
+    """Seconds for M rows of K channels, a G x G matrix a group: every byte once, or the operations in bf16."""
     group = GROUP_SIZE[format]
     moved = m * (2 * k + k // 2 + k // group) + 2 * group * k
     return max(moved / device.memory, 2 * m * k * group / device.bf16)
 
 
 def bf16_floor(device: Device, m: int, n: int, k: int) -> float:
-    """Of the unquantized product: every byte once, or every operation at the bf16 rate."""
+    """Seconds of the unquantized product: every byte once, or its operations in bf16."""
     return max(2 * (m * n + m * k + n * k) / device.memory, 2 * m * n * k / device.bf16)
 
 

@@ -1,6 +1,6 @@
 // torch.ops.wush_<target>.fp4_linear and swizzle_scales: checks, outputs, launch. fp4_linear is wush::fp4_linear of
-// wush_compile/ops/core.py with three arguments more: whether the scales of either operand are swizzled, and `tile` (-1 for
-// the launcher's choice). bias and residual have the output's dtype.
+// wush_compile/ops/core.py, but says for each operand whether its scales are swizzled, and takes a `tile` (-1: the
+// launcher chooses). bias and residual have the output's dtype.
 
 #include <climits>
 

@@ -1,5 +1,6 @@
-// torch.ops.wush_<target>.*transform_quantize: checks, outputs, launch. The ops are those of wush_compile/ops/core.py and
-// fused_ops.py with one argument more, `swizzled`: scales in the layout that Blackwell's matrix products read.
+// torch.ops.wush_<target>.*transform_quantize: checks, outputs, launch. The ops are those of wush_compile/ops/core.py
+// and ops/fused.py, with `swizzled` in place of `scale_layout`: scales as Blackwell's products read them
+// (ops/layouts.py).
 
 #include "quantize.h"
 #include "stable.h"
@@ -20,12 +21,12 @@ Rule parse_rule(const std::string& name, Format format) {
   return Rule::ocp;
 }
 
-// Elements from a row to the next, if the leading dimensions can be walked with one stride and 16 bytes are read at a
-// time; else -1.
+// Elements from a row to the next, if one stride walks the leading dimensions and rows can be read 16 bytes at a time;
+// else -1.
 int64_t row_stride(const Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
   const int64_t rank = sizes.size();
-  int64_t stride = -1, extent = 1;                       // extent: rows of the dimensions seen so far
+  int64_t stride = -1, extent = 1;                       // extent: number of rows in the dimensions so far
   for (int64_t d = rank - 2; d >= 0; d--) {
     if (sizes[d] == 1) continue;
     if (stride < 0) stride = strides[d];
@@ -39,14 +40,14 @@ int64_t row_stride(const Tensor& x) {
 }
 
 struct Rows {
-  Tensor tensor;                                         // keeps a copy alive, where one had to be made
+  Tensor tensor;                                         // keeps a copy alive, if one was made
   int64_t stride;
 };
 
 Rows rows_of(const Tensor& x) {
   int64_t stride = row_stride(x);
   if (stride >= 0) return {x, stride};
-  const Tensor dense = torch::stable::contiguous(x);     // x itself if only its alignment is wrong
+  const Tensor dense = torch::stable::contiguous(x);     // x itself if only the alignment is wrong
   stride = row_stride(dense);
   return {stride >= 0 ? dense : torch::stable::clone(dense), x.size(-1)};
 }

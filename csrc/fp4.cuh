@@ -1,7 +1,7 @@
 // MXFP4 and NVFP4 in a kernel: e2m1 and scale bytes.
 //
-// The counterpart of wush_compile/formats.py, bit for bit. Sources are compiled with -fmad=false; where a fused
-// multiply-add is exact it is written as one.
+// The counterpart of wush_compile/formats.py, bit for bit. Sources are compiled with -fmad=false. Where a fused
+// multiply-add is exact, the source spells it out.
 
 #pragma once
 
@@ -26,10 +26,10 @@ constexpr uint32_t MX_NAN = 0xFF, NV_NAN = 0x7F;
 // fp32 whose low bits are the code (0..7) of 2 * factor * |v|: nearest, ties to even, saturating at 6; NaN -> 0. The
 // product must be exact.
 //
-// Each stretch of even spacing is cut out by a saturating multiply-add (to [0, 1]) and counted by an addition that
-// rounds to an integer: 2^23 has a spacing of 1. All three roundings are one: at most one stretch is neither 0 nor
-// full, and those before it count an even number, so that its ties stay ties to even. Six instructions, none of them integer,
-// which on Hopper run at twice the rate of integer ones.
+// A saturating multiply-add (to [0, 1]) cuts out each range of even spacing, and an addition that rounds to an integer
+// counts its steps: fp32 has a spacing of 1 at 2^23. At most one range is neither empty nor full, and the ranges before
+// it count an even number of steps. So only one rounding happens, and its ties go to even. This takes six
+// floating-point instructions, which on Hopper run at twice the rate of integer ones.
 __device__ __forceinline__ float e2m1_magnitude(float v, float factor) {
   const float halves = __saturatef(fabsf(v) * factor);                              // [0, 2]: 4 steps of 1/2
   const float ones = __saturatef(__fmaf_rn(fabsf(v), factor, -1.0f));               // [2, 4]: 2 steps of 1
@@ -37,8 +37,8 @@ __device__ __forceinline__ float e2m1_magnitude(float v, float factor) {
   return __fmaf_rn(halves, 4.0f, __fmaf_rn(ones, 2.0f, twos + 8388608.0f));
 }
 
-// 8 floats times `inverse` -> 8 codes, the first in the lowest nibble. `exact`: inverse is a power of two, which with
-// MAYBE_EXACT false is never so.
+// 8 floats times `inverse` -> 8 codes, the first in the lowest nibble. `exact`: inverse is a power of two; never true
+// with MAYBE_EXACT false.
 template <bool MAYBE_EXACT>
 __device__ __forceinline__ uint32_t e2m1_pack8(const float (&y)[8], float inverse, bool exact) {
   float v[8];
@@ -64,7 +64,7 @@ __device__ __forceinline__ uint32_t e2m1_pack8(const float (&y)[8], float invers
     for (int i = 0; i < 8; i++) v[i] = y[i] * inverse;
     factor = 0.5f;
   }
-  // Absolute values are free as operands, but not if the compiler takes them before the branch.
+  // Absolute values are free as operands, unless the compiler hoists them above the branch.
 #pragma unroll
   for (int i = 0; i < 8; i++) asm("" : "+f"(v[i]));
   uint32_t u[8], s[8];
@@ -73,7 +73,8 @@ __device__ __forceinline__ uint32_t e2m1_pack8(const float (&y)[8], float invers
     u[i] = __float_as_uint(e2m1_magnitude(v[i], factor));
     s[i] = __float_as_uint(v[i]);
   }
-  // Low bytes hold codes, high bytes signs: gather four at a time, even values to low nibbles, odd to high ones.
+  // Low bytes hold codes, high bytes signs. Gathers four at a time: even values to low nibbles, odd ones to high
+  // nibbles.
   auto gather = [](const uint32_t(&w)[8], int first, uint32_t pair) {
     const uint32_t low = __byte_perm(w[first], w[first + 2], pair);
     return __byte_perm(low, __byte_perm(w[first + 4], w[first + 6], pair), 0x5410);
@@ -88,15 +89,15 @@ __device__ __forceinline__ uint32_t e2m1_pack8(const float (&y)[8], float invers
 // 2^n, exact, for n in [-127, 127]; 2^-127 is subnormal.
 __device__ __forceinline__ float exp2_exact(int n) { return __uint_as_float(n > -127 ? (n + 127) << 23 : 0x400000); }
 
-// fp32 in [0, 448] -> e4m3 byte, nearest, ties to even. Not by the fp8 conversion: compilers up to CUDA 12.9 get
-// round trips through it wrong on sm_90.
+// fp32 in [0, 448] -> e4m3 byte, nearest, ties to even. Not by the fp8 conversion: compilers up to CUDA 12.9 compile
+// round trips through it wrongly for sm_90.
 __device__ __forceinline__ uint32_t e4m3_encode(float x) {
   const int exponent = max((int)(__float_as_uint(x) >> 23) - 127, -6);
   const float steps = __fadd_rn(__fmul_rn(x, exp2_exact(3 - exponent)), 8388608.0f);
   return __float_as_uint(steps) - 0x4B000000u + ((exponent + 6) << 3);
 }
 
-// e4m3 byte, positive, not NaN -> fp32: in fp32's fields the byte is the value times 2^-120, subnormals too.
+// Positive e4m3 byte, not NaN -> fp32. In the fields of fp32 the byte is the value times 2^-120, also if subnormal.
 __device__ __forceinline__ float e4m3_decode(uint32_t byte) {
   return __fmul_rn(__uint_as_float(byte << 20), 1.329227995784916e36f);
 }

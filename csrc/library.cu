@@ -1,4 +1,4 @@
-// What the library says of itself before it is used.
+// Lets the library say, before it is used, whether it runs here.
 
 #include <cuda_runtime.h>
 
@@ -8,7 +8,7 @@ namespace {
 __global__ void probe() {}
 }  // namespace
 
-// nullptr if the kernels can run on this machine, else why not, in one sentence with the remedy.
+// nullptr if the kernels run on this machine; else the reason and the remedy, in one sentence.
 extern "C" __attribute__((visibility("default"))) const char* wush_problem() {
   static char sentence[256];
   int driver = 0, runtime = 0, count = 0;
@@ -25,14 +25,14 @@ extern "C" __attribute__((visibility("default"))) const char* wush_problem() {
   cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaSuccess) error = cudaGetDevice(&before);
   cudaError_t last = error;
-  for (int device = 0; error == cudaSuccess && device < count; device++) {       // one that it was built for will do
+  for (int device = 0; error == cudaSuccess && device < count; device++) {       // one suitable device is enough
     cudaFuncAttributes attributes;
     cudaSetDevice(device);
     last = cudaFuncGetAttributes(&attributes, probe);
     if (last == cudaSuccess) break;
   }
   if (error == cudaSuccess) cudaSetDevice(before);
-  cudaGetLastError();                                   // it is reported here, and not by the next launch
+  cudaGetLastError();                                   // clears the error, so that the next launch does not report it
   if (last == cudaSuccess) return nullptr;
   snprintf(sentence, sizeof sentence, "%s: build it for this GPU, `python csrc/build.py`", cudaGetErrorString(last));
   return sentence;

@@ -1,4 +1,4 @@
-// FP4 block-scaled products: the arguments every kernel takes. No torch here.
+// FP4 block-scaled products: the arguments that every kernel takes. This header does not use torch.
 //
 //   out[m, n] = residual[m, n] + round(alpha * sum_k x[m, k] w[n, k] + bias[n]),   alpha = 1 / (global_x * global_w)
 //
@@ -34,11 +34,11 @@ struct LinearArgs {
 
 constexpr int group_size(Format f) { return f == Format::mxfp4 ? 32 : 16; }
 
-// Each library has one of these, for its target. A launcher returns null, or what stood in its way, in a few words.
+// Each library has one of each, for its target. A launcher returns null, or the reason why it failed.
 int64_t linear_workspace(const LinearArgs&);
 const char* linear(const LinearArgs&, void* stream);
 
-// Row-major scales [rows, groups] -> swizzled_bytes() of swizzled ones, zeros as padding.
+// Row-major scales [rows, groups] -> swizzled scales, swizzled_bytes() with zeros as padding.
 const char* swizzle_scales(const void* from, void* to, int64_t rows, int64_t groups, void* stream);
 
 }  // namespace wush

@@ -1,6 +1,6 @@
-// The epilogue of sm_100's kernels, in the order of linear.h, as a tree of CUTLASS's visitors: alpha from two scalars on
-// the device, bias along the columns, one rounding, the residual. The visitors are those of sm_90 too, so that tests run
-// this tree on a Hopper GPU (tests/cutlass_epilogue.cu).
+// The epilogue of sm_100's kernels as a tree of CUTLASS's visitors, in the order of linear.h: alpha from two scalars on
+// the device, bias along the columns, one rounding, the residual. sm_90 has the same visitors, so tests run this tree
+// on a Hopper GPU (tests/cutlass_epilogue.cu).
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -19,9 +19,9 @@ using namespace cute;
 
 using Out = cutlass::bfloat16_t;
 using Row = cutlass::layout::RowMajor;
-constexpr int OUT_ALIGNMENT = 8;                                     // 16 bytes, which TMA asks for
+constexpr int OUT_ALIGNMENT = 8;                                     // 16 bytes, for TMA
 
-// alpha of two global scales; CUTLASS folds the scalars of a broadcast by this.
+// alpha of two global scales; CUTLASS folds the scalars of a broadcast with this function.
 template <class T>
 struct InverseOfProduct {
   CUTLASS_HOST_DEVICE T operator()(T a, T b) const { return T(1) / (a * b); }
@@ -40,11 +40,11 @@ struct Epilogue {
   using Residual = cutlass::epilogue::fusion::Sm90SrcFetch<Out>;
   using Scaled = Tree<Apply<cutlass::multiplies, float>, Alpha, cutlass::epilogue::fusion::Sm90AccFetch>;
   using Rounded = Tree<Apply<cutlass::plus, Out>, Scaled, Bias>;
-  // beta is 0 or 1: with 0 the residual is not read at all.
+  // beta is 0 or 1. With 0 the residual is not read.
   using Fusion = Tree<Apply<cutlass::homogeneous_multiply_add, Out>, Beta, Residual, Rounded>;
 };
 
-// `to`: the epilogue's part of a kernel's arguments.
+// Fills `to`, the epilogue's part of a kernel's arguments.
 template <class Arguments>
 void set_epilogue(Arguments& to, const LinearArgs& a) {
   const auto shape = make_shape(int(a.m), int(a.n), 1);
@@ -60,7 +60,7 @@ void set_epilogue(Arguments& to, const LinearArgs& a) {
                {}};                                                                       // times beta, plus
 }
 
-// Null, or what CUTLASS says. `launch` false needs no device: only whether it takes the arguments.
+// Null, or CUTLASS's error. With `launch` false it only checks the arguments, which needs no device.
 template <class Gemm>
 const char* run_gemm(typename Gemm::Arguments& arguments, cudaStream_t stream, bool launch) {
   if (launch) {

@@ -1,6 +1,6 @@
-// What sm_100's kernels ask for and callers need not have: swizzled scales, K a multiple of 32 codes and N a multiple
-// of 8 outputs (TMA wants rows of whole 16 bytes). Row-major scales are swizzled in the workspace; odd widths, which no
-// layer of a language model has, are padded there by copies. Host code only, so that it is tested on any GPU.
+// Prepares operands for sm_100's kernels. They need swizzled scales, K a multiple of 32 codes and N a multiple of 8
+// outputs (TMA needs rows of whole 16 bytes). Row-major scales are swizzled into the workspace. Other widths, which no
+// layer of a language model has, are padded there by copies. This is host code, so it is tested on any GPU.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -42,7 +42,7 @@ inline Preparation plan(const LinearArgs& a) {
   return p;
 }
 
-// rows x width bytes -> to_rows x to_width bytes, zeros around.
+// rows x width bytes -> to_rows x to_width bytes, padded with zeros.
 inline cudaError_t pad(void* to, const void* from, int64_t rows, int64_t width, int64_t to_rows, int64_t to_width,
                        cudaStream_t stream) {
   const cudaError_t error = cudaMemsetAsync(to, 0, size_t(to_rows * to_width), stream);
@@ -51,7 +51,7 @@ inline cudaError_t pad(void* to, const void* from, int64_t rows, int64_t width, 
                            cudaMemcpyDeviceToDevice, stream);
 }
 
-// Prepares, calls run(arguments as the kernel wants them), and brings the output into place; null or what went wrong.
+// Prepares the operands, calls run(prepared arguments), and copies the output to its place; null or the error.
 template <class Run>
 const char* with_prepared(const LinearArgs& given, cudaStream_t stream, Run run) {
   const Preparation p = plan(given);

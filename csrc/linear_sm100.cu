@@ -40,7 +40,7 @@ const char* linear(const LinearArgs& given, void* handle) {
 
 }  // namespace wush
 
-// For tests without a device: what CUTLASS says of a product with everything that can be there, or null.
+// For tests without a device: CUTLASS's error for a product with every optional argument, or null.
 extern "C" __attribute__((visibility("default")))
 const char* wush_linear_refusal(int format, int tile, int64_t m, int64_t n, int64_t k) {
   using namespace wush;

@@ -1,8 +1,8 @@
 // sm_100a, sm_103a (family 100f): the block-scaled product by tcgen05, through CUTLASS.
 //
-// Everything between device memory and tensor memory is CUTLASS's: no such GPU was at hand to try descriptors and
-// tensor memory written by hand. Ours is the epilogue (linear_epilogue.cuh) and the layouts handed over: codes as they
-// are, both scales in tiles of 128 x 4 (fp4_layout.h), which are CUTLASS's `Sm1xxBlockScaledConfig`.
+// CUTLASS does everything between device memory and tensor memory: no such GPU was at hand to try hand-written
+// descriptors and tensor memory. This file adds the epilogue (linear_epilogue.cuh) and the layouts: codes unchanged,
+// both scales in tiles of 128 x 4 (fp4_layout.h), which is CUTLASS's `Sm1xxBlockScaledConfig`.
 #pragma once
 
 #include "linear_epilogue.cuh"
@@ -13,10 +13,10 @@ namespace wush::sm100 {
 template <class Element, class Tile, class Cluster, class MainloopSchedule, class EpilogueSchedule>
 struct Kernel {
   static constexpr int CODE_ALIGNMENT = 32;                          // 16 bytes
-  using BlockTile = decltype(shape_div(Tile{}, Cluster{}));          // a pair shares its tile's rows
+  using BlockTile = decltype(shape_div(Tile{}, Cluster{}));          // a pair of blocks splits the rows of a tile
   using Store = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm100, cutlass::arch::OpClassBlockScaledTensorOp, Tile, Cluster,
-      Shape<_128, _32>, float, float,                                // wider tiles of the epilogue spill
+      Shape<_128, _32>, float, float,                                // wider epilogue tiles spill registers
       Out, Row, OUT_ALIGNMENT, Out, Row, OUT_ALIGNMENT, EpilogueSchedule,
       typename Epilogue<BlockTile>::Fusion>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<

@@ -1,5 +1,5 @@
-// The kernels of sm_100a and sm_103a, one source each: they take CUTLASS half a minute. `launch` false asks only
-// whether CUTLASS takes the arguments, which needs no device.
+// The kernels of sm_100a and sm_103a. Each has a source of its own, because it takes half a minute to compile. With
+// `launch` false CUTLASS only checks the arguments, which needs no device.
 #pragma once
 
 #include <cuda_runtime_api.h>

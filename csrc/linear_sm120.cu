@@ -6,7 +6,7 @@
 namespace wush {
 namespace {
 
-// One tile more, for tests: sm_100's preparations in front of the narrow one. They have to run somewhere.
+// One more tile, for tests: sm_100's preparations in front of the narrow tile, so that they run on some GPU.
 constexpr int PREPARED = int(sm120::Choice::wide) + 1;
 
 const char* run(const LinearArgs& a, sm120::Choice choice, cudaStream_t stream) {

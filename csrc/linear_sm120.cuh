@@ -1,9 +1,9 @@
 // sm_120a, sm_121a: the block-scaled product by mma.sync. On sm_90a the same kernel runs with the instruction emulated.
 //
-// A block computes BM x BN of the output over all of K. Tiles of codes and scales come through cp.async, STAGES deep;
-// what lies beyond the operands is zero codes and zero scales, so nothing in the loop knows of tails. WARPS_K warps
-// share a tile of the output and take turns at K's steps: with few rows of x that is where the work for all warps comes
-// from; their sums are added at the end in a fixed order. Scales stay words of four, in memory and in the instruction.
+// A block computes BM x BN of the output over all of K. cp.async loads tiles of codes and scales, STAGES in flight.
+// Codes and scales beyond the operands are zero, so the loop has no tails. WARPS_K warps share a tile of the output and
+// take turns at the steps of K: with few rows of x, only this gives all warps work. Their sums are added at the end in
+// a fixed order. Scales stay in words of four, in memory and in the instruction.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,7 +19,7 @@ namespace wush::sm120 {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// 16, 8 or 4 bytes, or zeros where `valid` is false: then nothing is read.
+// Copies 16, 8 or 4 bytes; where `valid` is false, writes zeros and reads nothing.
 template <int BYTES>
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
   const int bytes = valid ? BYTES : 0;
@@ -59,7 +59,7 @@ struct Tile {
   static_assert(128 % BM == 0 && 128 % BN == 0, "a tile lies in one tile of scales");
 };
 
-// Rows `row0 ..` of one operand at k0 into a stage.
+// Loads rows from `row0` on of one operand, at k0, into a stage.
 template <class T, int ROWS>
 __device__ __forceinline__ void load_codes(
     uint32_t to, const Operand& o, int64_t row0, int64_t rows, int64_t k0, int64_t k
@@ -76,7 +76,7 @@ __device__ __forceinline__ void load_codes(
     if (T::FORMAT == Format::mxfp4 || k % 32 == 0) {
       const bool valid = inside && byte < k / 2;
       copy_async<16>(at, valid ? from : codes, valid);
-    } else {                                                           // nvfp4, rows of an odd number of 8 bytes
+    } else {                                                           // nvfp4 with rows of an odd number of 8 bytes
       const bool low = inside && byte < k / 2, high = inside && byte + 8 < k / 2;
       copy_async<8>(at, low ? from : codes, low);
       copy_async<8>(at + 8, high ? from + 8 : codes, high);
@@ -84,7 +84,7 @@ __device__ __forceinline__ void load_codes(
   }
 }
 
-// Words of four scales into a stage; scales beyond K become zero bytes whatever lies there.
+// Loads words of four scales into a stage. Scales beyond K become zero, whatever is in memory there.
 template <class T, int ROWS>
 __device__ __forceinline__ void load_scales(
     uint32_t* to, const Operand& o, int64_t row0, int64_t rows, int64_t k0, int64_t k
@@ -95,7 +95,7 @@ __device__ __forceinline__ void load_scales(
 #pragma unroll
   for (int i = threadIdx.x; i < ROWS * T::WORDS; i += T::THREADS) {
     int row, word;
-    if (swizzled) {                                                    // neighbours in memory: rows 32 apart
+    if (swizzled) {                                                    // rows 32 apart are neighbours in memory
       constexpr int SIDE = ROWS < 32 ? 1 : ROWS / 32;
       word = i / ROWS, row = i % SIDE * 32 + i % ROWS / SIDE;
     } else {
@@ -166,7 +166,7 @@ __global__ __launch_bounds__(T::THREADS, T::BLOCKS) void linear_kernel(const __g
   const int warp_k = warp / (T::WARPS_M * T::WARPS_N);
   const int warp_m = warp % T::WARPS_M, warp_n = warp / T::WARPS_M % T::WARPS_N;
 
-  // Blocks in order go down eight tiles of x, then to the next tile of w: both stay in the L2 cache.
+  // Consecutive blocks go down eight tiles of x, then to the next tile of w, so that both stay in the L2 cache.
   const int64_t tiles_m = (a.m + T::BM - 1) / T::BM, tiles_n = (a.n + T::BN - 1) / T::BN;
   const int64_t band = blockIdx.x / (8 * tiles_n), height = min(int64_t(8), tiles_m - 8 * band);
   const int64_t in_band = blockIdx.x % (8 * tiles_n);

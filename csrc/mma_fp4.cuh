@@ -1,11 +1,11 @@
-// mma.m16n8k64 on e2m1 with block scales: the instruction of sm_120a/121a, or, below sm_120, the same function of
-// the same registers in exact integer arithmetic, so that everything around the instruction runs on GPUs that lack it.
+// mma.m16n8k64 on e2m1 with block scales: the instruction of sm_120a and sm_121a. Below sm_120, the same function of
+// the same registers in exact integer arithmetic, so that the code around the instruction also runs on those GPUs.
 #pragma once
 
 #include "fp4_layout.h"
 #include "linear.h"
 
-// Only a GPU without the instruction needs it emulated.
+// Only GPUs without the instruction need the emulation.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1200
 #define WUSH_EMULATE_FP4 1
 #endif

@@ -1,11 +1,10 @@
 // Block transform, quantization and packing in one kernel.
 //
 // A warp owns 64 columns (two blocks of 32) and walks tiles of 16 rows. Lane (g, t) = (lane / 4, lane % 4) loads 8
-// neighbouring channels, 8t..8t+7 of a block, of the rows g and g + 8. As they lie, these are its A fragment of
-// mma.m16n8k16 once channels are renamed, k = 8t + 4h + 2b + p to k' = 16h + 8b + 2t + p (h: which of two products).
-// The transform's rows are renamed too, column c = 2s + p of output tile j being channel 8s + 2j + p, so that the
-// lane's results are 8 neighbouring channels again: one word of codes. NVFP4's 16x16 blocks go in pairs, as a
-// block-diagonal 32x32 one.
+// neighbouring channels, 8t..8t+7 of a block, of rows g and g + 8. They are its A fragment of mma.m16n8k16 without any
+// shuffle, if channel k = 8t + 4h + 2b + p is renamed to k' = 16h + 8b + 2t + p (h: which of two products). The rows of
+// the transform are renamed too: column c = 2s + p of output tile j is channel 8s + 2j + p. So the lane's results are 8
+// neighbouring channels again, one word of codes. Two 16x16 blocks of NVFP4 form one block-diagonal 32x32 block.
 
 #pragma once
 
@@ -14,8 +13,9 @@
 
 namespace wush {
 
-// The tiles of a warp, from `start` on (the lane's first row). False if something is not finite, so that values of
-// NVFP4's pairs of blocks are wrong (0 * NaN): then all is done again with CLEAN, each block without the other.
+// Quantizes the tiles of a warp, from `start` on (the lane's first row). Returns false if a value is not finite: in
+// NVFP4's pairs of blocks, 0 * NaN then spoils the other block. The caller repeats with CLEAN, which separates the
+// blocks.
 template <class T, bool NV, bool TRANSFORM, bool MSE, Prologue P, bool CLEAN>
 __device__ __forceinline__ bool walk(const KernelArguments& args, void* ring, Stage<NV>& stage, int first,
                                      int64_t start, float g, const float* inverses) {
@@ -27,7 +27,7 @@ __device__ __forceinline__ bool walk(const KernelArguments& args, void* ring, St
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) inside[i] = column + i * BLOCK < q.width;
   bool finite = true;
-  int left = min(q.rows - start, (int64_t)1 << 20);           // rows from the lane's on
+  int left = min(q.rows - start, (int64_t)1 << 20);           // number of rows from the lane's first on
   Reader<T, P> reader(q, ring, start, column, lane, warp);
   Writer<NV> writer(stage, q, start - lane / 4, first * BLOCK);
 #pragma unroll
@@ -50,21 +50,21 @@ __device__ __forceinline__ bool walk(const KernelArguments& args, void* ring, St
     reader.wait();
     if (tile + Reader<T, P>::STAGES - 1 < args.row_tiles) reader.ask(tile + Reader<T, P>::STAGES - 1);
     else reader.finish_asking();
-    uint32_t bytes[2] = {0, 0};                            // MX: both scales of a row; NV: of each block the lane's one
+    uint32_t bytes[2] = {0, 0};                            // MX: both scales of a row; NV: the lane's of each block
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
       float y[2][8];
       uint4 words[2] = {reader.get(tile, i, 0, gain[i]), reader.get(tile, i, 1, gain[i])};
       if constexpr (TRANSFORM && P == Prologue::none) {
-        // A load leaves a row's words side by side, a product wants the two rows' in turn: one copy, by an instruction
-        // that the compiler cannot see through. Left to itself it makes one for each of the four products.
+        // A load leaves the words of a row in neighbouring registers; a product alternates between both rows. One copy
+        // by an opaque instruction is enough. Otherwise the compiler makes a copy for each of the four products.
 #pragma unroll
         for (int h = 0; h < 2; h++)
           words[h] = {__byte_perm(words[h].x, 0, args.identity), __byte_perm(words[h].y, 0, args.identity),
                       __byte_perm(words[h].z, 0, args.identity), __byte_perm(words[h].w, 0, args.identity)};
       }
       if constexpr (TRANSFORM && CLEAN) {
-        // By masks: a choice between words would put them in local memory.
+        // By masks: selecting between words would put them in local memory.
         const uint32_t left = t < 2 ? ~0u : 0u;
         auto keep = [](const uint4& v, uint32_t mask) -> uint4 {
           return {v.x & mask, v.y & mask, v.z & mask, v.w & mask};
@@ -104,7 +104,7 @@ __device__ __forceinline__ bool walk(const KernelArguments& args, void* ring, St
       }
     }
     if (tile + 1 < args.row_tiles) reader.load_norms(tile + 1, left - TILE);
-    // Scales of a row together: lane 0 has those of row g, lane 1 those of row g + 8.
+    // Gathers the scales of a row: lane 0 has those of row g, lane 1 those of row g + 8.
     if constexpr (NV) {
       bytes[0] |= __shfl_xor_sync(~0u, bytes[0], 2) << 8;
       bytes[1] |= __shfl_xor_sync(~0u, bytes[1], 2) << 8;
@@ -134,7 +134,7 @@ quantize_kernel(const __grid_constant__ KernelArguments args) {
   const bool finite = walk<T, NV, TRANSFORM, MSE, P, false>(args, ring, stage, first, start, g, inverses);
   if constexpr (NV && TRANSFORM) {
     if (__any_sync(~0u, !finite)) {
-      __syncwarp();                                        // the second walk's codes take the place of the first one's
+      __syncwarp();                                        // the second walk overwrites the codes of the first
       walk<T, NV, TRANSFORM, MSE, P, true>(args, ring, stage, first, start, g, inverses);
     }
   }
@@ -179,7 +179,7 @@ template <bool NV> const char* quantize(const QuantizeArguments& q) {
   args.scale_blocks = q.swizzled ? (groups + 3) / 4 * 4 / GROUPS_OF_BLOCK : blocks;
   args.column_tiles = (args.scale_blocks + BLOCKS * WARPS - 1) / (BLOCKS * WARPS);
   const int64_t tiles = (args.scale_rows + TILE - 1) / TILE;
-  // Two CTAs for every multiprocessor first, then few reads of the transform and many tiles on their way.
+  // First enough CTAs for two on every multiprocessor; then long walks, which read the transform rarely.
   args.row_tiles = 1;
   while (args.row_tiles < MOST_TILES && tiles / (2 * args.row_tiles) * args.column_tiles >= 256) args.row_tiles *= 2;
   args.mx_carry = q.rule == Rule::absmax || q.rule == Rule::mse ? 0x3FFFFF : 0;

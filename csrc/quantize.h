@@ -1,4 +1,4 @@
-// Launchers of the quantizers. Nothing of torch here.
+// Launchers of the quantizers. This header does not use torch.
 
 #pragma once
 
@@ -10,7 +10,7 @@ enum class Format { mxfp4, nvfp4 };
 enum class Rule { absmax, ocp, paper, mse };
 enum class Prologue { none, rms_norm, silu_mul };
 
-// x [rows, width], rows `stride` elements apart, bf16 or fp16, 16-byte aligned; width a multiple of the group size.
+// x [rows, width] bf16 or fp16, 16-byte aligned, rows `stride` elements apart; width is a multiple of the group size.
 struct QuantizeArguments {
   const void* x;
   int64_t stride;
@@ -20,13 +20,13 @@ struct QuantizeArguments {
   const void* up;                // silu_mul: [rows, width]
   int64_t up_stride;
   const void* gain;              // rms_norm: [width] or nullptr for ones
-  bool gain_rounded;             // rms_norm: gain times the rounded value, else the rounded product
+  bool gain_rounded;             // rms_norm: gain * round(value), else round(gain * value)
   bool gain_plus_one;            // rms_norm: 1 + gain
   float eps;                     // rms_norm
   const float* eps_pointer;      // rms_norm: read instead of eps if not nullptr
   float* inverse_rms;            // rms_norm: scratch, [rows]
   const void* transform;         // [blocks, G, G] with G the group size, or nullptr
-  bool shared;                   // one block for all columns
+  bool shared;                   // one matrix for all blocks of columns
   const float* global_scale;     // nullptr for 1
   Rule rule;
   Prologue prologue;

@@ -14,17 +14,17 @@
 namespace wush {
 
 constexpr int BLOCK = 32;               // columns of one product
-constexpr int BLOCKS = 2;               // a warp's
+constexpr int BLOCKS = 2;               // of a warp
 constexpr int WARPS = 4;
 constexpr int TILE = 16;                // rows
 
-// What a kernel needs of QuantizeArguments.
+// The arguments of a kernel: those of the launcher, and what the launcher derives from them.
 struct KernelArguments {
   QuantizeArguments q;
-  int column_tiles;                     // CTAs side by side
-  int row_tiles;                        // tiles of 16 rows that a warp walks
+  int column_tiles;                     // number of CTAs across the columns
+  int row_tiles;                        // number of tiles of 16 rows that a warp walks
   int64_t scale_rows, scale_blocks;     // rows and blocks whose scales are written, padding included
-  uint32_t identity;                    // 0x3210, where the compiler does not know it
+  uint32_t identity;                    // 0x3210, as a value that the compiler does not know
   int mx_carry, mx_below;               // e8m0 byte = ((bits(amax) + carry) >> 23) - below
 };
 
@@ -58,7 +58,7 @@ __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uin
   }
 }
 
-// The same with d = 0 before.
+// The same for d = 0.
 template <class T>
 __device__ __forceinline__ void mma_first(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                           uint32_t b0, uint32_t b1) {
@@ -79,7 +79,7 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return m;
 }
 
-// Absolute maximum of a group, of which this lane has 8 values; NaN if there is one.
+// Absolute maximum of a group, of which this lane holds 8 values; NaN if a value is NaN.
 template <bool NV> __device__ __forceinline__ float group_amax(const float (&v)[8]) {
   float m = fabsf(v[0]);
 #pragma unroll
@@ -90,7 +90,7 @@ template <bool NV> __device__ __forceinline__ float group_amax(const float (&v)[
 
 // -- mse -------------------------------------------------------------------------------------------------------------
 
-// Sum over a group of which this lane has 8 values, neighbours first: the order of formats._tree_sum.
+// Sum over a group, of which this lane holds 8 values, in the order of formats._tree_sum: neighbours first.
 template <bool NV> __device__ __forceinline__ float tree_sum(const float (&s)[8]) {
   float sum = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
   sum += __shfl_xor_sync(~0u, sum, 1);
@@ -131,7 +131,7 @@ __device__ __forceinline__ uint32_t nv_byte(float amax, float g_over_largest) {
   return min(max(e4m3_encode(fminf(amax * g_over_largest, 448.0f)), 0x01u), 0x7Eu);
 }
 
-// The scale byte of the group of y and the factor of its values; g: the global scale, 1 if there is none.
+// The scale byte of the group of y, and in `inverse` the factor of its values. g: the global scale, 1 if there is none;
 // inverses[b] = g / e4m3(b).
 template <bool NV, bool MSE>
 __device__ __forceinline__ uint32_t choose_scale(const float (&y)[8], float amax, float g, float g_over_6,
@@ -162,7 +162,7 @@ __device__ __forceinline__ uint32_t choose_scale(const float (&y)[8], float amax
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
-// Two values as the unfused graph computes them, rounded to the model dtype where it rounds.
+// Two values of the prologue, rounded to the model dtype where the unfused graph rounds.
 template <class T, Prologue P>
 __device__ __forceinline__ uint32_t prologue(uint32_t x, uint32_t other, float inverse_rms,
                                              const QuantizeArguments& q) {
@@ -185,7 +185,7 @@ __device__ __forceinline__ uint32_t prologue(uint32_t x, uint32_t other, float i
 // -- transform -------------------------------------------------------------------------------------------------------
 
 // A lane's part of the transform: the B fragments of its blocks. The lane's row of output tile j is channel
-// 8 (g / 2) + 2j + g % 2, of which it needs the entries 8t..8t+7: 16 bytes as they lie.
+// 8 (g / 2) + 2j + g % 2. The lane needs the entries 8t..8t+7 of that row, 16 neighbouring bytes.
 template <class T, bool NV>
 __device__ __forceinline__ void load_transform(uint4 (&b)[BLOCKS][4], const QuantizeArguments& q, int first, int lane) {
   const int g = lane / 4, t = lane % 4;
@@ -205,7 +205,7 @@ __device__ __forceinline__ void load_transform(uint4 (&b)[BLOCKS][4], const Quan
   }
 }
 
-// y: the lane's 8 results of row g (h = 0) and of row g + 8 (h = 1); words: the lane's 8 channels of either row.
+// y: the lane's 8 results of row g (h = 0) and row g + 8 (h = 1). low, high: its 8 channels of these rows.
 template <class T>
 __device__ __forceinline__ void transform_block(float (&y)[2][8], const uint4& low, const uint4& high,
                                                 const uint4 (&b)[4]) {

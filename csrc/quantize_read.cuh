@@ -1,4 +1,4 @@
-// How the quantizers read: rows through a ring of shared memory, and the norms of rows.
+// How the quantizers read: rows through a ring buffer in shared memory, and the norms of rows.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace wush {
 
-// 1 / sqrt(mean(x^2) + eps) of every row; one CTA a row.
+// 1 / sqrt(mean(x^2) + eps) of every row, one CTA for each row.
 template <class T> __global__ void __launch_bounds__(256) inverse_rms_kernel(const QuantizeArguments q) {
   const uint4* row = reinterpret_cast<const uint4*>(static_cast<const T*>(q.x) + (int64_t)blockIdx.x * q.stride);
   float sum = 0.0f;
@@ -30,17 +30,17 @@ template <class T> __global__ void __launch_bounds__(256) inverse_rms_kernel(con
   }
 }
 
-// Asks for 16 bytes of global memory to be copied to shared memory, or for zeros.
+// Starts to copy 16 bytes of global memory, or zeros, to shared memory.
 __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
 
-// The rows that a warp reads: tiles on their way are in a ring of shared memory, STAGES deep. A lane reads what it
-// asked for itself, so that nothing has to be synchronized. Rows and columns outside are zeros.
+// The rows that a warp reads: a ring buffer in shared memory holds the tiles in flight, STAGES of them. A lane reads
+// only what it has loaded itself, so no barrier is needed. Rows and columns outside are zeros.
 template <class T, Prologue P> struct Reader {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-  static constexpr int DEPTH = 2;                    // 100 KiB of shared memory, and a third of the bandwidth
+  static constexpr int DEPTH = 2;                    // it has 100 KiB of shared memory and a third of the bandwidth
 #else
   static constexpr int DEPTH = 4;
 #endif
@@ -48,9 +48,9 @@ template <class T, Prologue P> struct Reader {
   static constexpr int CHUNK = 32 * 16, STAGE = SOURCES * BLOCKS * 2 * CHUNK, BYTES = WARPS * STAGES * STAGE;
   const QuantizeArguments& q;
   uint32_t ring;                                     // this lane's bytes of the warp's ring
-  const char* place[SOURCES];                        // of row g of the tile to ask for
-  int left;                                          // rows from there on, capped: a walk is short
-  int columns;                                       // channels from the lane's first on
+  const char* place[SOURCES];                        // of row g of the next tile to load
+  int left;                                          // number of rows from there on, capped: a walk is short
+  int columns;                                       // number of channels from the lane's first on
   const float* inverse_rms;
   float rms[2] = {0.0f, 0.0f};
 
@@ -65,7 +65,7 @@ template <class T, Prologue P> struct Reader {
 
   __device__ __forceinline__ int64_t stride(int source) const { return source == 0 ? q.stride : q.up_stride; }
 
-  // Asks for the next tile, the i-th.
+  // Starts to load the next tile, number i.
   __device__ __forceinline__ void ask(int i) {
 #pragma unroll
     for (int s = 0; s < SOURCES; s++) {
@@ -82,10 +82,10 @@ template <class T, Prologue P> struct Reader {
     finish_asking();
   }
 
-  // Groups of copies are counted: one is closed for every tile, also where there is none to ask for.
+  // `wait` counts groups of copies, so every tile closes one, even if there is nothing to load.
   __device__ __forceinline__ void finish_asking() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-  // Until the oldest tile is there, all but STAGES - 2 of those asked for.
+  // Waits for the oldest tile: at most STAGES - 2 stay in flight.
   __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory"); }
 
   __device__ __forceinline__ uint4 word(int i, int s, int block, int h) const {
@@ -95,14 +95,14 @@ template <class T, Prologue P> struct Reader {
     return v;
   }
 
-  // Of the i-th tile the lane's 8 channels of a block in row g + 8h, as the quantizer takes them.
+  // The lane's 8 channels of a block in row g + 8h of tile i, after the prologue.
   __device__ __forceinline__ uint4 get(int i, int block, int h, const uint4& gain) const {
     const uint4 v = word(i, 0, block, h), other = P == Prologue::silu_mul ? word(i, SOURCES - 1, block, h) : gain;
     return {prologue<T, P>(v.x, other.x, rms[h], q), prologue<T, P>(v.y, other.y, rms[h], q),
             prologue<T, P>(v.z, other.z, rms[h], q), prologue<T, P>(v.w, other.w, rms[h], q)};
   }
 
-  // The rows' norms of the i-th tile, of which `rows` are left.
+  // Loads the norms of the rows of tile i; `rows`: number of rows from the lane's first on.
   __device__ __forceinline__ void load_norms(int i, int rows) {
 #pragma unroll
     for (int h = 0; h < 2; h++)

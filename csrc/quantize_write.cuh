@@ -1,4 +1,4 @@
-// How the quantizers write: codes and scales are gathered in shared memory, and leave in pieces as wide as can be.
+// How the quantizers write: a warp gathers codes and scales in shared memory and stores them in the widest pieces.
 
 #pragma once
 
@@ -6,17 +6,17 @@
 
 namespace wush {
 
-constexpr int MOST_TILES = 8;                // that a warp walks: 128 rows, those of a tile of swizzled scales
+constexpr int MOST_TILES = 8;                // of a warp at most: 128 rows, one tile of swizzled scales
 
-// A CTA's results on their way. Codes: for each warp two tiles in turn, of 32 chunks of 16 bytes. Scales: of all its
-// rows, 2 (MXFP4) or 4 (NVFP4) from each warp.
+// A CTA's results before they are stored. Codes: two buffers for each warp, a tile each, of 32 chunks of 16 bytes.
+// Scales: of all rows of the CTA, 2 (MXFP4) or 4 (NVFP4) from each warp.
 template <bool NV> struct Stage {
   using Scales = std::conditional_t<NV, uint32_t, uint16_t>;
   uint32_t codes[WARPS][2][32][4];
   alignas(16) Scales scales[MOST_TILES * TILE][WARPS];
 };
 
-// A number that the compiler keeps in a register; by itself it computes addresses anew in every turn of the loop.
+// Makes the compiler keep a number in a register. Otherwise it computes addresses again in every iteration.
 __device__ __forceinline__ uint32_t kept(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -26,19 +26,19 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// A warp's results, a tile at a time. A chunk of 16 bytes, the codes of a block in a row, goes from the lanes that made
-// its words to one that writes them all.
+// Stores a warp's results, a tile at a time. A chunk of 16 bytes holds the codes of one block in one row: several lanes
+// make its words, and one lane stores them.
 template <bool NV> struct Writer {
-  uint32_t put[BLOCKS];                      // where the lane's words of row g go in the first buffer
-  uint32_t get;                              // the chunk that it writes
-  uint32_t scales;                           // where its scales go: lane t < 2 has those of row g + 8t
-  uint8_t* place;                            // of the chunk in the output
-  int left;                                  // rows from there on; 0 for columns outside
-  bool whole;                                // all of the chunk is in the matrix
+  uint32_t put[BLOCKS];                      // address of the lane's words of row g in the first buffer
+  uint32_t get;                              // address of the chunk that the lane stores
+  uint32_t scales;                           // address of its scales: lane t < 2 has those of row g + 8t
+  uint8_t* place;                            // address of the chunk in the output
+  int left;                                  // number of rows from there on; 0 for columns outside
+  bool whole;                                // the whole chunk is in the matrix
 
   __device__ __forceinline__ Writer(Stage<NV>& stage, const QuantizeArguments& q, int64_t first_row, int column) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    // Chunks of rows 4..7 of 8 lie in the other order: the rows of one block then meet all banks.
+    // Of eight rows, the last four have their chunks in the other order, so that the rows of a block use all banks.
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++)
       put[i] = kept(shared_address(&stage.codes[warp][0][2 * g + (i ^ (g >> 2))][t]));
@@ -55,7 +55,7 @@ template <bool NV> struct Writer {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(put[block] + tile % 2 * 512 + h * 256), "r"(word) : "memory");
   }
 
-  // word: both scales of row g, of row g + 8 for lane 1 (MX); all four (NV).
+  // word: both scales (MX) or all four (NV) of row g, in lane 1 of row g + 8.
   __device__ __forceinline__ void put_scales(uint32_t word) {
     if (threadIdx.x % 4 < 2) {
       if constexpr (NV) asm volatile("st.shared.u32 [%0], %1;" ::"r"(scales), "r"(word) : "memory");
@@ -64,7 +64,7 @@ template <bool NV> struct Writer {
     scales += TILE * WARPS * sizeof(typename Stage<NV>::Scales);
   }
 
-  // Of the two buffers the next tile takes the other, so that one barrier is enough.
+  // The next tile uses the other buffer, so one barrier is enough.
   __device__ __forceinline__ void write(int tile, const QuantizeArguments& q) {
     __syncwarp();
     if (left > 0) {
@@ -73,7 +73,7 @@ template <bool NV> struct Writer {
                    : "r"(get + tile % 2 * 512) : "memory");
       if (q.width % BLOCK == 0) {
         *reinterpret_cast<uint4*>(place) = v;
-      } else {                               // rows begin at multiples of 8 bytes, and end with half a block
+      } else {                               // rows start at multiples of 8 bytes and end with half a block
         *reinterpret_cast<uint2*>(place) = {v.x, v.y};
         if (whole) *reinterpret_cast<uint2*>(place + 8) = {v.z, v.w};
       }
@@ -83,7 +83,7 @@ template <bool NV> struct Writer {
   }
 };
 
-// A CTA's scales, from row `first_row` and block `first` on.
+// Stores a CTA's scales, from row `first_row` and block `first` on.
 template <bool NV>
 __device__ __forceinline__ void write_scales(const Stage<NV>& stage, const KernelArguments& args, int64_t first_row,
                                              int first) {
@@ -94,7 +94,7 @@ __device__ __forceinline__ void write_scales(const Stage<NV>& stage, const Kerne
     const int padded = (groups + 3) / 4 * 4;
     for (int i = threadIdx.x; i < rows * (WIDTH / 4); i += 32 * WARPS) {
       const int j = i % rows, word = i / rows;
-      // In all 128 rows of a tile words lie next to each other whose rows are 32 apart.
+      // In a whole tile of 128 rows, rows 32 apart have neighbouring words.
       const int row = rows == 128 ? j % 4 * 32 + j / 4 : j;
       const int64_t r = first_row + row;
       if (r < args.scale_rows && group + 4 * word < padded)

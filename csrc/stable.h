@@ -1,8 +1,8 @@
-// What every binding shares: torch's stable ABI, the name of this library's ops, the current stream.
+// What all bindings use: torch's stable ABI, the namespace of this library's ops, the current stream.
 //
-// The ops of libwush_sm_90a.so are `torch.ops.wush_sm_90a.*`: one process can load the libraries of several GPUs.
-// A binding is a .cpp file that checks its arguments, makes the outputs and calls a launcher declared in a header
-// without torch in it; the launcher's .cu file needs no header of torch.
+// The ops of libwush_sm_90a.so are `torch.ops.wush_sm_90a.*`: one process can load the libraries of several GPUs. A
+// binding is a .cpp file. It checks the arguments, allocates the outputs and calls a launcher. The launcher's header
+// and .cu file do not use torch.
 
 #pragma once
 
@@ -22,7 +22,7 @@
 #define WUSH_CONCAT(a, b) WUSH_CONCAT_(a, b)
 // wush_sm_90a
 #define WUSH_NAMESPACE WUSH_CONCAT(wush_, WUSH_TARGET)
-// STABLE_TORCH_LIBRARY_FRAGMENT and _IMPL paste their argument before it is expanded: one more step.
+// STABLE_TORCH_LIBRARY_FRAGMENT and _IMPL paste their argument unexpanded, so it is expanded here first.
 #define WUSH_LIBRARY(ns, m) STABLE_TORCH_LIBRARY_FRAGMENT(ns, m)
 #define WUSH_LIBRARY_IMPL(ns, m) STABLE_TORCH_LIBRARY_IMPL(ns, CUDA, m)
 
@@ -31,13 +31,14 @@ namespace wush {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The current CUDA stream. Torch's function for it lives in libtorch_cuda, which a CPU-only torch does not have: it is
-// looked up when it is needed, so that the library loads everywhere. (`Stream::nativeHandle` exists from 2.13 on only.)
+// The current CUDA stream. Torch's function for it is in libtorch_cuda, which a CPU-only torch lacks. It is looked up
+// at the first call, so that the library loads with every torch. (`Stream::nativeHandle` exists only from torch 2.13
+// on.)
 inline void* current_stream(int32_t device) {
   using Function = int32_t (*)(int32_t, void**);
   static const Function function = [] {
     void* symbol = dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
-    if (symbol == nullptr) {                             // torch's libraries are loaded with RTLD_LOCAL
+    if (symbol == nullptr) {                             // torch loads its libraries with RTLD_LOCAL
       void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
       symbol = library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
     }
@@ -49,7 +50,7 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
-// A launcher returns nullptr, or what went wrong (cudaGetErrorString).
+// A launcher returns nullptr, or the error as text (cudaGetErrorString).
 inline void check_launch(const char* kernel, const char* error) {
   STD_TORCH_CHECK(error == nullptr, kernel, ": ", error == nullptr ? "" : error);
 }

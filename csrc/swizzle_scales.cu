@@ -6,7 +6,7 @@
 namespace wush {
 namespace {
 
-// A thread writes one word: four groups of a row. Neighbours write neighbours.
+// A thread writes one word, four groups of a row. Neighbouring threads write neighbouring words.
 __global__ void swizzle_kernel(const uint8_t* from, uint32_t* to, int64_t rows, int64_t groups) {
   const int64_t words = swizzled_bytes(rows, groups) / 4, across = round_up(groups, 4) / 4;
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < words; i += int64_t(gridDim.x) * blockDim.x) {

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import json
 from pathlib import Path
 
 import torch
@@ -65,9 +66,21 @@ def same_tensors(a: nn.Module, b: nn.Module) -> bool:
 
 
 def files(directory: Path) -> dict[str, str]:
-    """sha256 of every file under a directory, by its relative path; but for the report, which holds seconds."""
-    return {
-        str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(Path(directory).rglob("*"))
-        if p.is_file() and p.name != "wush_report.json"
-    }
+    """sha256 of every file under a directory, by its relative path; seconds do not count."""
+    found = {p.relative_to(directory): p.read_bytes() for p in sorted(Path(directory).rglob("*")) if p.is_file()}
+    for path in found:
+        if path.name == "wush_report.json" or path.match(".wush/stage-*.json"):
+            found[path] = json.dumps(_without_seconds(json.loads(found[path]))).encode()
+    return {str(path): hashlib.sha256(content).hexdigest() for path, content in found.items()}
+
+
+def measured(model: nn.Module) -> dict[str, dict]:
+    """The report of every group, without seconds."""
+    return _without_seconds(model.wush_quantization.report)
+
+
+def _without_seconds(value: object) -> object:
+    """Without the times of a run, and without `after`, a digest that they are part of."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_seconds(v) for key, v in value.items() if key not in ("seconds", "after")}

@@ -23,11 +23,13 @@ from wush_compile.kernels import cuda
 from wush_compile.kernels.triton.calibration import gptq as triton_gptq
 from wush_compile.kernels.triton.calibration import moments as triton_gram
 from wush_compile.kernels.triton.linear import fp4_linear as triton_linear
+from wush_compile.kernels.triton.linear import launch as triton_launch
 from wush_compile.kernels.triton.linear.choose import Fused, Gemv, Hopper
 from wush_compile.kernels.triton.quantize import fused as triton_fused
 from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
 from wush_compile.kernels.triton.quantize.tiles import Tile
 from wush_compile.ops import fused as fused_ops
+from wush_compile.ops.layouts import SCALE_LAYOUTS as LAYOUTS
 
 Case = tuple[str, Callable[[], object]]  # name, call
 
@@ -199,7 +201,7 @@ def product_cases() -> Iterator[Case]:
                 dtype = torch.bfloat16 if full or kernel == "library" else torch.float32
                 x, w = packed(m, k, format), packed(n, k, format)
                 # As on a GPU of four multiprocessors: several tiles for a program, and some behind the last whole wave.
-                with mock.patch.object(triton_linear, "multiprocessors", lambda device: 4):
+                with mock.patch.object(triton_launch, "multiprocessors", lambda device: 4):
                     run = [
                         triton_linear.fp4_linear(*x, gx, *w, gw, bias, residual, format, dtype, kernel, precise)
                         for _ in range(2)
@@ -252,7 +254,9 @@ def csrc_cases() -> Iterator[Case]:
         def call(format=format, rule=rule, kind=kind, swizzled=swizzled, m=m, k=k):
             g = scalar(3.0 if rule == "paper" else 0.37)
             return both_passes(
-                m, k, lambda x: cuda.transform_quantize(x, matrices(kind, k, format), g, format, rule, swizzled)
+                m,
+                k,
+                lambda x: cuda.transform_quantize(x, matrices(kind, k, format), g, format, rule, LAYOUTS[swizzled]),
             )
 
         yield f"csrc quantize {format} {rule} {kind} {m}x{k} swizzled={swizzled}", call
@@ -260,13 +264,22 @@ def csrc_cases() -> Iterator[Case]:
 
         def norm(format=format, kind=kind, m=m, k=k):
             return cuda.rms_norm_transform_quantize(
-                rows(m, k), normal(k), 1e-5, None, "rounded", matrices(kind, k, format), None, format, "absmax", m > 1
+                rows(m, k),
+                normal(k),
+                1e-5,
+                None,
+                "rounded",
+                matrices(kind, k, format),
+                None,
+                format,
+                "absmax",
+                LAYOUTS[m > 1],
             )
 
         def gated(format=format, kind=kind, m=m, k=k):
             both = normal(m, 2 * k)
             return cuda.silu_mul_transform_quantize(
-                both[:, :k], both[:, k:], matrices(kind, k, format), None, format, "mse", m > 1
+                both[:, :k], both[:, k:], matrices(kind, k, format), None, format, "mse", LAYOUTS[m > 1]
             )
 
         yield f"csrc rms_norm {format} {kind} {m}x{k}", norm

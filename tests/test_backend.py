@@ -4,9 +4,11 @@ import contextlib
 import copy
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -303,6 +305,38 @@ def cache_counts(model, x) -> tuple[int, int]:
     return inductor["fxgraph_cache_hit"], inductor["fxgraph_cache_miss"]
 
 
+def copy_of_the_package(root: Path, changed: str | None = None) -> Path:
+    """The package's sources once more, one of them with a line added, or made."""
+    shutil.copytree(backend._ROOT, root, ignore=shutil.ignore_patterns("__pycache__"))
+    if changed is not None:
+        (root / changed).parent.mkdir(exist_ok=True)
+        with (root / changed).open("a") as source:
+            source.write("# another line\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "backend.py",
+        "formats.py",
+        "ops/core.py",
+        "passes/pattern.py",
+        "passes/execution/cse.py",
+        "passes/execution/added.py",
+        "passes/added/added.py",
+        "kernels/dispatch.py",
+        "kernels/triton/provider.py",
+        "kernels/triton/linear/gemm.py",
+        "kernels/triton/added/added.py",
+    ],
+)
+def test_the_cache_key_depends_on_every_source(path, tmp_path):
+    """Sub-folders too, at any depth; the same sources in another place have the same key."""
+    assert backend._digest(copy_of_the_package(tmp_path / "same")) == backend._digest(backend._ROOT)
+    assert backend._digest(copy_of_the_package(tmp_path / "other", path)) != backend._digest(backend._ROOT)
+
+
 def test_caches_are_keyed_on_passes_configuration_and_providers(monkeypatch, tmp_path):
     from torch._functorch import config as functorch
 
@@ -310,10 +344,9 @@ def test_caches_are_keyed_on_passes_configuration_and_providers(monkeypatch, tmp
         model, x = mlp(), rows(4, 11)
         assert cache_counts(model, x) == (0, 1)
         assert cache_counts(model, x) == (1, 0)
-        source = tmp_path / "cse.py"
-        source.write_text("# another cse\n")
+        other = copy_of_the_package(tmp_path / "wush_compile", "passes/execution/cse.py")
         for name, value in (
-            ("SOURCES", (*backend.SOURCES, source)),
+            ("_ROOT", other),
             ("_providers", lambda: ("other",)),
             ("EXACT", None),
         ):

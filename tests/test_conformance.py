@@ -10,11 +10,13 @@ from typer.testing import CliRunner
 from wush_compile.cli import app
 from wush_compile.diagnostics import conformance, deep, timing
 from wush_compile.diagnostics.timing import Time
+from wush_compile.formats import FORMATS
 from wush_compile.kernels.provider import Implementation
 from wush_compile.ops import core as ops
 from wush_compile.ops import fused as fused_ops
 
 CPU = torch.device("cpu")
+GROUPS = {name: format.group_size for name, format in FORMATS.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -46,19 +48,42 @@ def forgets_a_byte(*args):
     return codes, scales
 
 
-def ignores_the_rule(x, transform, g, format, rule):
-    return ops._transform_quantize(x, transform, g, format, "absmax")
+def ignores_the_rule(x, transform, g, format, rule, *layout):
+    return ops._transform_quantize(x, transform, g, format, "absmax", *layout)
 
 
-def one_matrix_for_all(x, transform, g, format, rule):
-    return ops._transform_quantize(x, None if transform is None else transform[:1], g, format, rule)
+def ignores_the_layout(x, transform, g, format, rule, *layout):
+    return ops._transform_quantize(x, transform, g, format, rule)
+
+
+def writes_no_padding(*args):
+    """As a kernel that leaves the padding of swizzled scales as memory had it would."""
+    codes, scales = ops._transform_quantize(*args)
+    if args[-1] == "swizzled" and scales.dtype == torch.uint8:
+        scales[-1, -1, -1, -1] = conformance.POISON
+    return codes, scales
+
+
+def one_matrix_for_all(x, transform, g, format, rule, *layout):
+    return ops._transform_quantize(x, None if transform is None else transform[:1], g, format, rule, *layout)
 
 
 def raises(*args):
     raise RuntimeError("no kernel image\nmore")
 
 
-@pytest.mark.parametrize("broken", [wrong_last_row, forgets_a_byte, ignores_the_rule, one_matrix_for_all, raises])
+QUANTIZERS = [
+    wrong_last_row,
+    forgets_a_byte,
+    ignores_the_rule,
+    ignores_the_layout,
+    writes_no_padding,
+    one_matrix_for_all,
+    raises,
+]
+
+
+@pytest.mark.parametrize("broken", QUANTIZERS)
 def test_a_wrong_quantizer_is_seen(broken):
     found = failures("transform_quantize", broken)
     assert found and all(r.error > 0 for r in found)
@@ -75,10 +100,22 @@ def loses_nan(*args):
 
 
 def rounds_twice(*args):
-    return ops._fp4_linear(*args).to(torch.float8_e4m3fn).to(args[-1])
+    y = ops._fp4_linear(*args)
+    return y.to(torch.float8_e4m3fn).to(y.dtype)
 
 
-@pytest.mark.parametrize("broken", [forgets_the_bias, loses_nan, rounds_twice])
+def reads_padding(*args):
+    """As a kernel that takes swizzled scales for rows would."""
+    if args[-1] == "swizzled":
+        args = (
+            args[0],
+            args[1].flatten()[: args[0].numel() * 2 // GROUPS[args[8]]].view(len(args[0]), -1),
+            *args[2:-1],
+        )
+    return ops._fp4_linear(*args)
+
+
+@pytest.mark.parametrize("broken", [forgets_the_bias, loses_nan, rounds_twice, reads_padding])
 def test_a_wrong_product_is_seen(broken):
     assert failures("fp4_linear", broken)
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from wush_compile.formats import FORMATS
-from wush_compile.kernels import cuda, layouts
+from wush_compile.kernels import cuda
 from wush_compile.kernels import dispatch as kernels
 from wush_compile.ops import core as ops
 from wush_compile.ops import fused as fused_ops
+from wush_compile.ops import layouts
 
 ROOT = pathlib.Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
@@ -173,17 +174,18 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
     assert cuda.unavailable((9, 0)).startswith("not built: `python csrc/build.py --targets sm_90a`")
     (tmp_path / "libwush_sm_120a.so").write_bytes(b"no library")
     reason = cuda.unavailable((9, 0))
-    assert isinstance(reason, kernels.Mendable) and "built for sm_120a, not for this GPU's sm_90a" in reason
+    assert isinstance(reason, kernels.FixableReason) and "built for sm_120a, not for this GPU's sm_90a" in reason
     cuda.load.cache_clear()
     reason = cuda.unavailable((12, 0))
-    assert isinstance(reason, kernels.Mendable) and reason.startswith("libwush_sm_120a.so does not run here:")
+    assert isinstance(reason, kernels.FixableReason) and reason.startswith("libwush_sm_120a.so does not run here:")
     assert "\n" not in reason
 
 
 def test_a_faulty_installation_is_one_warning(monkeypatch, caplog):
     """It names what is used instead and how to get the better one."""
-    faulty = kernels.Provider("cuda", lambda c: kernels.Mendable("built for sm_120a: build it"), dict)
-    works = kernels.Provider("triton", lambda c: None, lambda: {"fp4_linear": kernels.Implementation(None, None)})
+    faulty = kernels.Provider("cuda", lambda c: kernels.FixableReason("built for sm_120a: build it"), dict)
+    product = kernels.Implementation(lambda *args: None, lambda *args: None)
+    works = kernels.Provider("triton", lambda c: None, lambda: {"fp4_linear": product})
     monkeypatch.setattr(kernels, "PROVIDERS", (faulty, works))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
@@ -204,6 +206,7 @@ def test_without_a_driver_the_library_says_so(nvcc):
 
 # -- quantizers, on a GPU --------------------------------------------------------------------------------------------
 
+LAYOUTS = layouts.SCALE_LAYOUTS  # by `swizzled`
 RULES = [
     ("mxfp4", rule, g) for rule in FORMATS["mxfp4"].scale_rules for g in ((3.0,) if rule == "paper" else (None, 0.7))
 ]
@@ -268,7 +271,7 @@ def test_quantize_is_the_reference(library, format, rule, g, swizzled, m, k):
         x = spread(m, k, dtype)
         want = ops._transform_quantize(x, None, scalar(g), format, rule)
         poison(want[0].numel(), want[1].numel(), layouts.swizzle_scales(want[1]).numel())
-        assert_same(cuda.transform_quantize(x, None, scalar(g), format, rule, swizzled), want, swizzled)
+        assert_same(cuda.transform_quantize(x, None, scalar(g), format, rule, LAYOUTS[swizzled]), want, swizzled)
 
 
 @gpu
@@ -279,7 +282,9 @@ def test_odd_nvfp4_widths(library):
             for transform in (None, t):
                 want = ops._transform_quantize(x, transform, None, "nvfp4", "absmax")
                 poison(want[0].numel(), want[1].numel(), layouts.swizzle_scales(want[1]).numel())
-                assert_same(cuda.transform_quantize(x, transform, None, "nvfp4", "absmax", swizzled), want, swizzled)
+                assert_same(
+                    cuda.transform_quantize(x, transform, None, "nvfp4", "absmax", LAYOUTS[swizzled]), want, swizzled
+                )
 
 
 @gpu
@@ -294,7 +299,7 @@ def test_transform_quantize_is_the_reference(library, format, rule, shared, swiz
         x, t = whole(m, k, 1 if shared else k // block, block, dtype)
         want = ops._transform_quantize(x, t, None, format, rule)
         poison(want[0].numel(), want[1].numel(), layouts.swizzle_scales(want[1]).numel())
-        assert_same(cuda.transform_quantize(x, t, None, format, rule, swizzled), want, swizzled)
+        assert_same(cuda.transform_quantize(x, t, None, format, rule, LAYOUTS[swizzled]), want, swizzled)
 
 
 @gpu
@@ -398,7 +403,7 @@ def test_silu_mul_is_the_reference(library, format, m, k):
         assert_same(cuda.silu_mul_transform_quantize(gate, up, None, None, format, "absmax"), want)
         t = torch.eye(block, dtype=dtype, device=DEVICE).expand(k // block, -1, -1).contiguous()
         for swizzled in (False, True):  # with the unit matrix nothing is summed but zeros
-            got = cuda.silu_mul_transform_quantize(gate, up, t, None, format, "absmax", swizzled)
+            got = cuda.silu_mul_transform_quantize(gate, up, t, None, format, "absmax", LAYOUTS[swizzled])
             values = torch.nn.functional.silu(gate) * up
             assert_same(got, ops._transform_quantize(values, t, None, format, "absmax"), swizzled)
 

@@ -21,7 +21,8 @@ from test_csrc import _no_nvcc, build, poison, resources, sass
 
 from wush_compile import formats
 from wush_compile.formats import FORMATS
-from wush_compile.kernels import cuda, layouts
+from wush_compile.kernels import cuda
+from wush_compile.ops import layouts
 
 gpu = pytest.mark.gpu
 both = pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])

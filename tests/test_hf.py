@@ -108,6 +108,11 @@ def outputs(model, ids: torch.Tensor = IDS) -> torch.Tensor:
 # -- what comes back -------------------------------------------------------------------------------------------------
 
 
+def without_report(files: dict[str, str]) -> dict[str, str]:
+    """What transformers' own `save_pretrained` writes: it does not know the report."""
+    return {name: sha for name, sha in files.items() if name != "wush_report.json"}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_reload_is_exact_and_saves_the_same_bytes(models, tmp_path, name):
     model, auto = models(name), MODELS[name][1]
@@ -127,7 +132,7 @@ def test_reload_is_exact_and_saves_the_same_bytes(models, tmp_path, name):
     wc.save(copy.deepcopy(two), tmp_path / "e")
     written = files(tmp_path / "a")
     for again in "bcde":
-        assert files(tmp_path / again) == written, again
+        assert files(tmp_path / again) == (written if again in "ce" else without_report(written)), again
 
 
 def test_names_on_disk(models, tmp_path):
@@ -249,7 +254,7 @@ def test_renamings_of_the_loaded_model_do_not_reach_the_names(saved, tmp_path):
     model._weight_conversions = [WeightRenaming("embedding", "embed_tokens")]
     hf.attach(model, getattr(model, ATTRIBUTE))
     model.save_pretrained(tmp_path / "b")
-    assert files(tmp_path / "b") == files(directory)
+    assert files(tmp_path / "b") == without_report(files(directory))
 
 
 def test_tokenizer(models, tmp_path):
@@ -272,7 +277,7 @@ def test_device_map_cpu(saved, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(directory, device_map="cpu")
     assert same_tensors(model, loaded) and torch.equal(outputs(model), outputs(loaded))
     loaded.save_pretrained(tmp_path / "b")
-    assert files(tmp_path / "b") == files(directory)
+    assert files(tmp_path / "b") == without_report(files(directory))
 
 
 def test_device_map_disk(saved, tmp_path):

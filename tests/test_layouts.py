@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wush_compile.kernels import layouts
+from wush_compile.ops import layouts
 
 
 @pytest.mark.parametrize("rows, groups", [(0, 4), (1, 1), (3, 18), (128, 4), (129, 5), (300, 48)])

@@ -62,13 +62,13 @@ def test_lower_takes_apart_what_a_gpu_has_only_the_quantizer_for(fused, kernels_
 
     def implementation(arguments, reason=None):
         def refuses(*args):
-            assert len(args) == arguments and args[-2:] == ("mxfp4", "absmax")
+            assert len(args) == arguments and args[-3:] == ("mxfp4", "absmax", "rows")
             return reason
 
         return [("triton", kernels.Implementation(None, refuses))]
 
     arguments = len(getattr(wush, fused).default._schema.arguments)
-    table = {} if kernels_for == "none" else {"transform_quantize": implementation(5)}
+    table = {} if kernels_for == "none" else {"transform_quantize": implementation(6)}
     if kernels_for in ("both", "refused"):
         table[fused] = implementation(arguments, "too wide" if kernels_for == "refused" else None)
     monkeypatch.setattr(kernels, "resolve", lambda device: table)
@@ -144,7 +144,7 @@ def test_packages_for_a_gpu_launch_one_kernel_for_any_number_of_rows(format, hop
         assert len(programs("flat_transform_quantize_kernel", m)) == 1, m
         products = programs("gemv_kernel", m), programs("fused_gemm_kernel", m)
         assert [len(p) for p in products] == ([1, 0] if m == 1 else [0, 1]), (m, products)
-        assert len(programs("expand_fp8_kernel", m)) + len(programs("expand_bf16_kernel", m)) <= 1
+        assert len(programs("upcast_fp8_kernel", m)) + len(programs("upcast_bf16_kernel", m)) <= 1
     assert not any(sum(programs(name, 0)) for name, _ in grids)
 
 

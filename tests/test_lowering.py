@@ -1,6 +1,6 @@
 """Machine code of the kernels, compiled for GPUs that are not here: native FP4 on Blackwell, tensor cores elsewhere.
 
-Needs Triton, no GPU. What the dispatcher can choose is compiled as it would be launched.
+Needs Triton, but no GPU. Every kernel that can be chosen is compiled as it would be launched.
 """
 
 import functools
@@ -66,21 +66,21 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
     mx, pdl = format == "mxfp4", cc >= 90
     if isinstance(kernel, triton_choose.Scaled):
         scale = "*u8" if mx else "*fp8e4nv"
-        pointers = dict(x="*u8", w="*u8", xs=scale, ws=scale, out="*bf16", M="i32")
+        pointers = dict(x="*u8", w="*u8", x_scales=scale, w_scales=scale, out="*bf16", M="i32")
         constants = dict(
             PLAIN,
             N=n,
             K=k,
             G=FORMATS[format].group_size,
-            BM=kernel.bm,
-            BN=kernel.bn,
-            BK=kernel.bk,
+            BLOCK_M=kernel.block_m,
+            BLOCK_N=kernel.block_n,
+            BLOCK_K=kernel.block_k,
             STAGES=kernel.stages,
         )
         return compile_kernel(scaled_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
     if isinstance(kernel, triton_choose.Int4):
-        pointers = dict(x="*u8", xs="*bf16", w="*u8", ws="*bf16", out="*bf16", M="i32")
-        constants = dict(PLAIN, N=n, K=k, BN=kernel.bn, BM=kernel.bm, STAGES=kernel.stages, PDL=pdl)
+        pointers = dict(x="*u8", x_scales="*bf16", w="*u8", w_scales="*bf16", out="*bf16", M="i32")
+        constants = dict(PLAIN, N=n, K=k, BLOCK_N=kernel.block_n, BLOCK_M=kernel.block_m, STAGES=kernel.stages, PDL=pdl)
         return compile_kernel(int4_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
     if isinstance(kernel, triton_choose.Hopper):  # chosen only where Gluon is what the kernel expects
         from triton.experimental.gluon._runtime import GluonASTSource
@@ -89,77 +89,79 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
         from wush_compile.kernels.triton.linear.hopper import hopper_gemm_kernel
 
         x_layout, w_layout = NVMMASharedLayout(128, 8 if mx else 16), NVMMASharedLayout(64, 32)
-        bm = 1 << kernel.bm.bit_length() - 1
-        more, x_type = kernel.bm - bm, "fp8e5" if mx else "bf16"
+        block_m = 1 << kernel.block_m.bit_length() - 1
+        extra, x_type = kernel.block_m - block_m, "fp8e5" if mx else "bf16"
         pointers = {
             name: f"tensordesc<{x_type}[{rows}, 128],{x_layout!r}>"
-            for name, rows in (("x", bm), ("x_more", more))
+            for name, rows in (("x", block_m), ("x_extra", extra))
             if rows
         }
         pointers |= dict(
-            w=f"tensordesc<i32[{kernel.bn}, 16],{w_layout!r}>",
+            w=f"tensordesc<i32[{kernel.block_n}, 16],{w_layout!r}>",
             w_scales="*u8",
             out="*bf16",
             M="i32",
-            total="i32",
-            whole="i32",
-            split="i32",
-            early="i32",
+            work_items="i32",
+            whole_tiles="i32",
+            split_k="i32",
+            prefetch="i32",
         )
         pointers |= dict(x_unit="*fp32", w_top="*u8") if mx else {}
-        pointers |= dict(parts="*fp32", count="*i32") if kernel.split > 1 else {}
+        pointers |= dict(partials="*fp32", arrivals="*i32") if kernel.split_k > 1 else {}
         constants = dict(
-            x_more=None,
+            x_extra=None,
             gx=None,
             gw=None,
             bias=None,
             residual=None,
             x_unit=None,
             w_top=None,
-            parts=None,
-            count=None,
+            partials=None,
+            arrivals=None,
             N=n,
             K=k,
-            MX=mx,
-            BN=kernel.bn,
-            BM=bm,
-            MORE=more,
+            FORMAT=format,
+            BLOCK_N=kernel.block_n,
+            BLOCK_M=block_m,
+            EXTRA_M=extra,
             WARPGROUPS=kernel.warpgroups,
             STAGES=kernel.stages,
-            GROUP=8,
+            GROUP_M=triton_choose.GROUP_M,
         )
         return compile_kernel(hopper_gemm_kernel, pointers, constants, cc, 4, source=GluonASTSource)
     if isinstance(kernel, triton_choose.Gemv):
-        pointers = dict(x="*i32", xs="*u8", w="*i32", ws="*u8", out="*bf16")
-        constants = dict(PLAIN, N=n, K=k, M=1, MX=mx, BN=kernel.bn, BK=kernel.bk, PDL=pdl)
+        pointers = dict(x="*i32", x_scales="*u8", w="*i32", w_scales="*u8", out="*bf16")
+        constants = dict(PLAIN, N=n, K=k, M=1, FORMAT=format, BLOCK_N=kernel.block_n, BLOCK_K=kernel.block_k, PDL=pdl)
         return compile_kernel(gemv_kernel, pointers, constants, cc, kernel.warps)
     pointers = dict(
         x="*u8" if kernel.packed else "*fp8e5" if mx else "*bf16",
         w="*u8",
-        ws="*i32",
+        w_scales="*i32",
         selectors="*i32",
         out="*bf16",
         M="i32",
     )
-    pointers |= dict(xs="*i32") if kernel.packed else dict(x_unit="*fp32") if mx else {}
-    pointers |= (dict(w_top="*u8") if mx else {}) | (dict(parts="*fp32", count="*i32") if kernel.split > 1 else {})
+    pointers |= dict(x_scales="*i32") if kernel.packed else dict(x_unit="*fp32") if mx else {}
+    pointers |= (dict(w_top="*u8") if mx else {}) | (
+        dict(partials="*fp32", arrivals="*i32") if kernel.split_k > 1 else {}
+    )
     constants = dict(
         PLAIN,
-        xs=None,
+        x_scales=None,
         x_unit=None,
         w_top=None,
-        parts=None,
-        count=None,
+        partials=None,
+        arrivals=None,
         N=n,
         K=k,
-        MX=mx,
+        FORMAT=format,
         PACKED=kernel.packed,
-        BN=kernel.bn,
-        BM=kernel.bm,
-        BK=kernel.bk,
-        SPLIT=kernel.split,
+        BLOCK_N=kernel.block_n,
+        BLOCK_M=kernel.block_m,
+        BLOCK_K=kernel.block_k,
+        SPLIT_K=kernel.split_k,
         STAGES=kernel.stages,
-        GROUP=8,
+        GROUP_M=triton_choose.GROUP_M,
         PDL=pdl,
         PROMOTE=promote,
     )
@@ -201,13 +203,13 @@ def compile_norm(k, plan, cc):
 
 
 def choices(format, capability):
-    """(kernel, shape) of every kernel the dispatcher can choose there; what differs only in how many parts K has, once."""
+    """(kernel, shape) of every kernel that can be chosen there; kernels that differ only in split_k count once."""
     found = {}
     for rows, (n, k) in itertools.product(ROWS, SHAPES):
         kernel = triton_choose.choose(format, rows, n, k, capability)
         if not isinstance(kernel, str):
             split = isinstance(kernel, triton_choose.Fused | triton_choose.Hopper)
-            tile = kernel._replace(split=min(kernel.split, 2)) if split else kernel
+            tile = kernel._replace(split_k=min(kernel.split_k, 2)) if split else kernel
             found.setdefault(tile, (kernel, (n, k)))
     return found.values()
 
@@ -235,7 +237,7 @@ def test_products_are_native_on_blackwell(cc, format):
 
 
 def test_a_silent_fallback_is_seen():
-    """The check above is red where it should be: 64 rows on sm_100 become f16 without a word."""
+    """The check above can fail: 64 rows on sm_100 become f16 without a warning."""
     compiled = compile_linear("mxfp4", 4096, 4096, triton_choose.Scaled(64, 64, 256, 4, 3), 100)
     assert "kind::f16" in compiled.asm["ptx"] and "block_scale" not in compiled.asm["ptx"]
 
@@ -257,7 +259,8 @@ def hopper(format, kernel, n, k):
 
 
 def main_loops(code: str, products: int = 1) -> list[str]:
-    """The innermost loops around so many of the tensor core's instructions: one for each warpgroup with a part of its own."""
+    """The innermost loops around so many of the tensor core's instructions: one for each warpgroup with code of its
+    own."""
     lines = code.splitlines()
     labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith(".L_x")}
     found_at = [i for i, line in enumerate(lines) if "GMMA." in line]
@@ -274,8 +277,8 @@ def main_loops(code: str, products: int = 1) -> list[str]:
 
 
 def overwritten_too_early(loop: str) -> list[str]:
-    """Instructions that write a register which a product in front of them may still read: its left operand, until the wait.
-    The ptxas of Triton 3.6 makes such code, and the results are wrong; that of 3.9 has not been seen to."""
+    """Instructions that write a register which an earlier product may still read. A product reads its left operand
+    until the wait. The ptxas of Triton 3.6 makes such code, with wrong results; the one of 3.9 has not been seen to."""
     reading, found = set(), []
     for line in loop.splitlines():
         instruction = re.search(r"\*/\s+(?:@!?U?P\d+ )?([A-Z]\S*)\s+(?:U?P\d+, )?(.*)", line)
@@ -295,13 +298,13 @@ def overwritten_too_early(loop: str) -> list[str]:
 
 
 def nothing_runs_on(loop: str) -> bool:
-    """Whether the loop's last product is waited for in the loop: then no ptxas can give its registers away."""
+    """Whether the loop waits for its last product. Then no ptxas can reuse the product's registers too early."""
     last = re.findall(r"GMMA\.|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d+", loop)[-1]
     return last.endswith("gsb0, 0x0")
 
 
 def test_overwritten_registers_are_seen():
-    """The check below is red where it should be: the second product's operand is written before it is waited for."""
+    """The check below can fail: the second product's operand is written before the wait."""
     code = """
         /*0010*/ QGMMA.64x128x32.F32.E5M2.E5M2 R24, R88, gdesc[UR16], R24 ;
         /*0020*/ QGMMA.64x128x32.F32.E5M2.E5M2 R24, R96, gdesc[UR12], R24, gsb0 ;
@@ -313,14 +316,16 @@ def test_overwritten_registers_are_seen():
     assert "R97" in found
 
 
-# Registers kept in local memory, of 112 that each of four warpgroups has: not worth another tile (an H100's tuning run).
+# Registers that spill to local memory, of the 112 that each of four warpgroups has. Another tile is not faster (an
+# H100's tuning run).
 SPILLED = {triton_choose.Hopper(256, 128, 4, 1, 4): 12}
 
 
 @both
 def test_hopper_products_stay_in_registers(format):
-    """Weights go from the decoder's registers to the tensor core, x from where it was loaded to: in the loop nothing is stored
-    in shared memory, nothing spills. What does, costs several times what it computes."""
+    """Weights go from the decoder's registers to the tensor core, x from where it was loaded to. The loop stores
+    nothing in
+    shared memory and spills nothing: either would cost several times the computation."""
     for kernel, (n, k) in choices(format, (9, 0)):
         code, shared = hopper(format, kernel, n, k)
         assert shared <= 227 * 1024, kernel
@@ -332,8 +337,9 @@ def test_hopper_products_stay_in_registers(format):
             assert not overwritten_too_early(2 * loop), kernel
             assert nothing_runs_on(loop), kernel
         elif isinstance(kernel, triton_choose.Hopper):
-            # A step is 128 channels of 64 weight rows for each warpgroup: 4 products in fp8, 8 in bf16, for 192 rows of x twice.
-            expected = (4 if format == "mxfp4" else 8) * (1 + (kernel.bm == 192))
+            # A step is 128 channels of 64 weight rows for each warpgroup: 4 products in fp8, 8 in bf16. 192 rows of x
+            # take twice as many.
+            expected = (4 if format == "mxfp4" else 8) * (1 + (kernel.block_m == 192))
             loops = main_loops(code, expected)
             assert len(loops) == kernel.warpgroups and "UTMALDG" in code, kernel
             for loop in loops:
@@ -402,15 +408,17 @@ def test_each_spec_has_a_kernel_of_its_own():
 
 @pytest.mark.parametrize("lanes", [False, True])
 @pytest.mark.parametrize("k", [128, 256, 512, 1024, 4096])
-def test_an_expansion_reduces_where_lanes_are_neighbours(k, lanes):
-    """Triton 3.6 exchanges values with the wrong lanes where those of a row are not neighbours: at 256 and 512 channels a row's
-    largest scale was that of half of them, once the layout of the steps had been taken over. A vector alone has no such."""
-    from wush_compile.kernels.triton.linear.expand import expand_fp8_kernel
+def test_an_upcast_reduces_where_lanes_are_neighbours(k, lanes):
+    """Triton 3.6 exchanges values with the wrong lanes where the lanes of a row are not neighbours. In the layout of
+    the steps, the largest scale of a row of 256 or 512 channels was the largest of one half. A vector has no such
+    layout."""
+    from wush_compile.kernels.triton.linear.upcast import upcast_fp8_kernel
 
     pointers = dict(codes="*i32", scales="*u8", unit="*fp32", out="*i32")
     groups = triton.next_power_of_2(k // 32)
-    constants = dict(g=None, K=k, KG=groups, E4=False, SCALED=False, C=min(groups, 32), LANES=lanes, PDL=True)
-    text = compile_kernel(expand_fp8_kernel, pointers, constants, 90, 4).asm["ttgir"]
+    constants = dict(g=None, K=k, ROW_GROUPS=groups, E4M3=False, SCALED=False, GROUPS=min(groups, 32))
+    constants |= dict(LANE_ORDER=lanes, PDL=True)
+    text = compile_kernel(upcast_fp8_kernel, pointers, constants, 90, 4).asm["ttgir"]
     reduced = re.findall(r"\}\) : \(tensor<([^>]*?), #", text)
     assert reduced == [f"{groups}xi32"], reduced
 
@@ -466,6 +474,6 @@ def test_choice_is_a_pure_function_of_the_shape():
     for rows, (n, k), format in itertools.product(sizes, (*SHAPES, (6144, 4096), (4096, 640)), ("mxfp4", "nvfp4")):
         kernel = triton_choose.choose(format, rows, n, k)
         if isinstance(kernel, triton_choose.Fused):
-            assert k % (kernel.bk * kernel.split) == 0
+            assert k % (kernel.block_k * kernel.split_k) == 0
         if isinstance(kernel, triton_choose.Hopper):
-            assert kernel.split <= k // 128
+            assert kernel.split_k <= k // 128

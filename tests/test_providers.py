@@ -1,11 +1,14 @@
 """Who computes an op: the table, forcing, falling back; no GPU and no Triton needed."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from wush_compile.diagnostics import doctor
-from wush_compile.errors import ConfigError
+from wush_compile.errors import ConfigError, SignatureError
 from wush_compile.kernels import dispatch as kernels
+from wush_compile.kernels.provider import Provider, implementations
 from wush_compile.ops import core as ops
 
 
@@ -112,7 +115,7 @@ def test_why_there_is_no_gpu(monkeypatch):
     """No driver, no CUDA in torch: each in one line with its remedy."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "install one with it" in doctor.why_no_gpu()
+    assert "install one with CUDA" in doctor.why_no_gpu()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "no NVIDIA driver" in doctor.why_no_gpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -120,8 +123,8 @@ def test_why_there_is_no_gpu(monkeypatch):
 
 
 def test_a_slower_provider_is_asked_last(monkeypatch):
-    def provider(name, yields):
-        return name, kernels.Implementation(lambda *args: name, lambda *args: None, lambda *args: yields)
+    def provider(name, slower):
+        return name, kernels.Implementation(lambda *args: name, lambda *args: None, lambda *args: slower)
 
     for first, second, expected in ((True, False, "b"), (False, False, "a"), (True, True, "a"), (False, True, "a")):
         monkeypatch.setattr(kernels, "resolve", lambda device: {"op": [provider("a", first), provider("b", second)]})
@@ -132,7 +135,62 @@ def test_who_is_faster_on_hopper(monkeypatch):
     from wush_compile.kernels import cuda
 
     monkeypatch.setattr(cuda, "_target", lambda x: "sm_90a")
-    assert cuda.yields(torch.zeros(2, 32)) and cuda.yields_silu_mul(torch.zeros(2, 511, 32))
-    assert not cuda.yields_silu_mul(torch.zeros(2, 512, 32))
+    assert cuda.prefer_others(torch.zeros(2, 32)) and cuda.prefer_others_silu_mul(torch.zeros(2, 511, 32))
+    assert not cuda.prefer_others_silu_mul(torch.zeros(2, 512, 32))
     monkeypatch.setattr(cuda, "_target", lambda x: "sm_120a")
-    assert not cuda.yields(torch.zeros(2, 32)) and not cuda.yields_silu_mul(torch.zeros(2, 32))
+    assert not cuda.prefer_others(torch.zeros(2, 32)) and not cuda.prefer_others_silu_mul(torch.zeros(2, 32))
+
+
+SHIPPED = [pytest.param(provider, id=provider.name) for provider in kernels.PROVIDERS]
+
+
+@pytest.mark.parametrize("provider", SHIPPED)
+def test_shipped_providers_fit_their_ops(provider):
+    if provider.name == "triton":
+        pytest.importorskip("triton")
+    assert implementations(provider)
+
+
+def good(x, transform, global_scale, format, scale_rule, scale_layout="rows", tile=None):
+    """`transform_quantize`, with a parameter of its own."""
+
+
+def swapped(x, global_scale, transform, format, scale_rule, scale_layout="rows"):
+    """As `good`, two arguments in the other order."""
+
+
+def short(x, transform, global_scale, format):
+    """As `good`, one argument too few."""
+
+
+def demanding(x, transform, global_scale, format, scale_rule, scale_layout="rows", *, tile):
+    """As `good`, but needs what no caller gives."""
+
+
+def observe(x, mask, moment, count, sample, seed=1):
+    """`observe` with another default."""
+
+
+@pytest.mark.parametrize(
+    "op, functions, error",
+    [
+        ("transform_quantize", (good, lambda x, *others: None), None),
+        ("transform_quantize", (swapped, good), "mine's `run` .* parameter 1 is 'global_scale', .* 'transform'"),
+        ("transform_quantize", (good, short), "mine's `refuses` of wush::transform_quantize .* lacks 'scale_rule'"),
+        ("transform_quantize", (demanding, good), "'tile' is not in the schema"),
+        (
+            "transform_quantize",
+            (good, good, lambda gate, *others: False),
+            "mine's `prefer_others` .* 'gate', .* has 'x'",
+        ),
+        ("observe", (observe, lambda *args: None), "'seed' does not default to 0"),
+    ],
+)
+def test_a_provider_that_does_not_fit_its_op_is_an_error(op, functions, error, monkeypatch):
+    provider = Provider("mine", lambda capability: None, lambda: {op: kernels.Implementation(*functions)})
+    monkeypatch.setattr(kernels, "PROVIDERS", (provider,))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.delenv("WUSH_PROVIDER", raising=False)
+    with nullcontext() if error is None else pytest.raises(SignatureError, match=error):
+        assert list(kernels.resolve.__wrapped__(0)) == [op]

@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from wush_compile import formats
-from wush_compile.kernels import layouts, scaled_mm
+from wush_compile.kernels import scaled_mm
 from wush_compile.ops import core as ops
+from wush_compile.ops import layouts
 
 both = pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 
@@ -61,10 +62,10 @@ def test_operands_are_what_the_library_reads(library, format, scaled):
 
 def test_swizzled_weight_scales_follow_the_weight():
     scales = torch.randint(0, 255, (64, 8), dtype=torch.uint8)
-    first = scaled_mm.weight_scales(scales, "mxfp4")
-    assert scaled_mm.weight_scales(scales, "mxfp4") is first
+    first = scaled_mm.swizzled_weight_scales(scales, "mxfp4")
+    assert scaled_mm.swizzled_weight_scales(scales, "mxfp4") is first
     scales[3, 4] = 7
-    again = scaled_mm.weight_scales(scales, "mxfp4")
+    again = scaled_mm.swizzled_weight_scales(scales, "mxfp4")
     assert again is not first
     assert torch.equal(again.view(torch.uint8), layouts.swizzle_scales(scales).flatten())
 
@@ -91,8 +92,8 @@ def test_what_it_does_not_take():
         codes, w = torch.zeros(m, k // 2, dtype=torch.uint8), torch.zeros(n, k // 2, dtype=torch.uint8)
         return scaled_mm.refuses_fp4_linear(codes, codes, None, w, w, None, bias, None, format, dtype)
 
-    assert "no FP4" in refuses(format="int4")
-    assert "multiples" in refuses(n=40) and "multiples" in refuses(k=48) and "multiples" in refuses(m=0)
+    assert "not an FP4" in refuses(format="int4")
+    assert "multiples" in refuses(n=40) and "multiples" in refuses(k=48) and "multiples" in refuses(k=0)
     assert "output" in refuses(dtype=torch.float32) and "bias" in refuses(bias=torch.zeros(64))
-    assert "rows" in refuses(m=16)
+    assert "rows" in refuses(m=16) and "rows" in refuses(m=0)
     assert "capability 9.0" in scaled_mm.unavailable((9, 0)) and scaled_mm.unavailable((12, 0)) is None

@@ -1,4 +1,5 @@
-"""Triton's products against float64 of the same operands, on a GPU: every kernel, every extra operand, every edge."""
+"""Triton's products against float64 of the same operands, on a GPU: every kernel, every optional operand, edge
+cases."""
 
 import itertools
 import os
@@ -15,7 +16,10 @@ pytest.importorskip("triton")
 from wush_compile.kernels.triton.common import memory as triton_memory
 from wush_compile.kernels.triton.linear import choose as triton_choose
 from wush_compile.kernels.triton.linear import fp4_linear as triton_linear
+from wush_compile.kernels.triton.linear import launch as triton_launch
+from wush_compile.kernels.triton.linear import library as triton_library
 from wush_compile.kernels.triton.linear.choose import Fused, Hopper
+from wush_compile.kernels.triton.linear.operands import Operands, check
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
@@ -103,9 +107,9 @@ CASES = [(format, kernel) for format in KERNELS for kernel in KERNELS[format]]
     ],
 )
 def test_linear_is_the_exact_product(format, kernel, m, n, k):
-    """fp32 output within the accumulator's error of the float64 product of the same operands, with every extra
-    operand."""
-    if isinstance(kernel, Fused) and k % (kernel.bk * kernel.split):
+    """fp32 output is within the accumulator's error of the float64 product; bf16 output adds one rounding. Also with
+    every optional operand."""
+    if isinstance(kernel, Fused) and k % (kernel.block_k * kernel.split_k):
         return
     c, s, wc, ws = operands(format, m, n, k)
     want = exact(c, s, wc, ws, format)
@@ -124,9 +128,9 @@ def test_linear_is_the_exact_product(format, kernel, m, n, k):
 
 @pytest.mark.parametrize("multiprocessors", [1, 4, 7, 108, 114, 132])
 def test_the_parts_of_a_tile_lie_in_one_round_of_programs(multiprocessors):
-    """So that a program waits only for lower numbers, which a GPU places first."""
+    """Then a program waits only for lower numbers, which a GPU places first."""
     for tiles, most in itertools.product(range(1, 300), (1, 2, 3, 4, 7, 8)):
-        tail, split = triton_choose.parts(tiles, most, multiprocessors)
+        tail, split = triton_choose.split_tail(tiles, most, multiprocessors)
         whole, programs = tiles - tail, min(tiles + tail * (split - 1), multiprocessors)
         assert split <= most and (tail in (0, tiles % multiprocessors))
         for first in range(whole, whole + tail * split, split):
@@ -140,11 +144,12 @@ def test_the_parts_of_a_tile_lie_in_one_round_of_programs(multiprocessors):
     [(64, 6, 3, 3), (64, 12, 4, 9), (64, 44, 2, 1), (64, 400, 8, 45), (64, 45, 5, 0), (192, 16, 2, 2)],
 )
 def test_tiles_behind_the_last_whole_wave_are_done_in_parts(format, rows, multiprocessors, split, tail, monkeypatch):
-    """45 tiles, or 18 of 128 and 64 rows of x; of 8 steps, which 3 parts do not divide. The same bits every time."""
+    """45 tiles, or 18 tiles of 128 + 64 rows of x, of 8 steps, which 3 parts do not divide. Every run gives the same
+    bits."""
     tiles = 45 if rows == 64 else 18
-    assert triton_choose.parts(tiles, split, multiprocessors) == (tail, split)
+    assert triton_choose.split_tail(tiles, split, multiprocessors) == (tail, split)
     c, s, wc, ws = operands(format, 300, 1040, 1024)
-    monkeypatch.setattr(triton_linear, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(triton_launch, "multiprocessors", lambda device: multiprocessors)
     tile = Hopper(128, rows, 2, split, 7 if rows == 64 else 3)
     got = [
         triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.float32, tile) for _ in range(3)
@@ -152,7 +157,7 @@ def test_tiles_behind_the_last_whole_wave_are_done_in_parts(format, rows, multip
     assert error(got[0], exact(c, s, wc, ws, format)) < (5e-4 if format == "mxfp4" else 1e-5)
     assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2])
     whole = triton_linear.fp4_linear(
-        c, s, None, wc, ws, None, None, None, format, torch.float32, tile._replace(split=1)
+        c, s, None, wc, ws, None, None, None, format, torch.float32, tile._replace(split_k=1)
     )
     same = (got[0] == whole).float().mean().item()
     assert same >= 1 - tail * 128 * rows / whole.numel()  # only the tail's sums have another order
@@ -174,7 +179,7 @@ def test_a_triton_whose_gluon_fails_is_told_once_and_replaced(monkeypatch, caplo
         for _ in range(2):
             y = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, "mxfp4", torch.bfloat16)
             assert (y == 7).all()  # the library's
-        with pytest.raises(AttributeError):  # what is asked for by name fails as it does
+        with pytest.raises(AttributeError):  # a kernel asked for by name raises its own error
             triton_linear.fp4_linear(
                 c, s, None, wc, ws, None, None, None, "mxfp4", torch.bfloat16, Hopper(128, 64, 2, 1, 8)
             )
@@ -199,7 +204,8 @@ def test_linear_of_any_width(format, m, n, k):
 @gpu
 @pytest.mark.parametrize("m", [1, 9, 30, 64, 128, 300, 1100])
 def test_precise_sums(m):
-    """Outlier channels at K = 12288: the fp8 accumulator shows; with `precise` the fp32 sum's error is left."""
+    """Outlier channels at K = 12288 show the fp8 accumulator's error. With `precise` only the fp32 sum's error is
+    left."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     x = torch.randn(m, 12288, device=DEVICE, generator=generator)
     x *= torch.exp(1.5 * torch.randn(12288, device=DEVICE, generator=generator))
@@ -271,7 +277,7 @@ def test_not_finite_rows_stay_in_their_rows(format, m):
 
 @gpu
 def test_weights_outside_e4m3_take_another_kernel():
-    """Large batches compute in e4m3, which holds 15 octaves; a weight with more is exact all the same."""
+    """Large batches compute in e4m3, which holds 15 octaves. A weight with more octaves is exact too."""
     c, s, wc, ws = operands("mxfp4", 1100, 256, 1024, octaves=0)
     ws = ws.clone()
     ws[:, ::2] -= 18
@@ -336,7 +342,8 @@ def test_a_weight_is_settled_from_its_second_use_until_it_is_written():
 
 @both
 def test_weights_are_read_early_only_if_they_were_there_before(format, monkeypatch):
-    """`hopper` is told so from a weight's second use on, its largest scales included: inside a capture these may be new."""
+    """`hopper` prefetches from a weight's second use on. The largest scales must have been there too: a capture may
+    have just made them."""
     from wush_compile.kernels.triton.linear import hopper as triton_hopper
 
     seen = []
@@ -345,19 +352,19 @@ def test_weights_are_read_early_only_if_they_were_there_before(format, monkeypat
         arg_names = triton_hopper.hopper_gemm_kernel.arg_names
 
         def __getitem__(self, grid):
-            return lambda *args, **options: seen.append(args[self.arg_names.index("early")])
+            return lambda *args, **options: seen.append(args[self.arg_names.index("prefetch")])
 
     monkeypatch.setattr(triton_hopper, "hopper_gemm_kernel", Kernel())
-    monkeypatch.setattr(triton_linear, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(triton_linear, "expand_x", lambda o: (torch.zeros(64, 512, dtype=torch.bfloat16), None, None))
+    monkeypatch.setattr(triton_launch, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(triton_launch, "upcast_x", lambda o: (torch.zeros(64, 512, dtype=torch.bfloat16), None, None))
     mx = format == "mxfp4"
     codes, w_codes = (torch.zeros(n, 256, dtype=torch.uint8) for n in (64, 128))
     scales, w_scales = (torch.ones(n, 16 if mx else 32, dtype=torch.uint8) for n in (64, 128))
-    o = triton_linear.Operands(codes, scales, None, w_codes, w_scales, None, None, None, mx)
+    o = Operands(codes, scales, None, w_codes, w_scales, None, None, None, format)
     out = torch.empty(64, 128, dtype=torch.bfloat16)
 
     def early():
-        triton_linear.run_hopper(o, Hopper(128, 64, 2, 1, 7), out)
+        triton_launch.run_hopper(o, Hopper(128, 64, 2, 1, 7), out)
         return seen.pop()
 
     assert [early(), early(), early()] == [0, 1, 1]
@@ -382,10 +389,10 @@ def test_powers_of_two_are_known():
 
 @pytest.mark.parametrize("n, k", [(16, 4096), (256, 64), (28672, 4096), (4096, 14336), (10**6, 2**20)])
 def test_parts_cover_the_weight(n, k):
-    parts = triton_linear._parts(n, k)
+    parts = triton_library.weight_slices(n, k)
     assert [i for p in parts for i in (p.start, p.stop)][1:-1:2] == [p.start for p in parts[1:]]
     assert parts[0].start == 0 and parts[-1].stop == n
-    assert all((p.stop - p.start) * k <= triton_linear.SCRATCH_BYTES or p.stop - p.start <= 256 for p in parts)
+    assert all((p.stop - p.start) * k <= triton_library.SCRATCH_BYTES or p.stop - p.start <= 256 for p in parts)
 
 
 def test_precise_is_an_environment_variable(monkeypatch):
@@ -394,44 +401,45 @@ def test_precise_is_an_environment_variable(monkeypatch):
         if value is not None:
             monkeypatch.setenv("WUSH_PRECISE", value)
         assert triton_choose.precise_by_default() is expected
-    assert triton_choose.choose("mxfp4", 128, 4096, 4096, precise=True).bk == 256
+    assert triton_choose.choose("mxfp4", 128, 4096, 4096, precise=True).block_k == 256
     assert triton_choose.choose("mxfp4", 4096, 4096, 4096, precise=True) == "library"
 
 
 @both
 def test_wrong_operands_are_errors(format):
-    """What a kernel would read beyond, or take for something else, is refused by shape, dtype and device."""
+    """An operand whose shape, dtype or device would make a kernel read other memory or misread values is an error."""
     fmt = FORMATS[format]
     good = dict(
         codes=torch.zeros(3, 64, dtype=torch.uint8),
         scales=torch.ones(3, 128 // fmt.group_size, dtype=torch.uint8),
-        gx=None,
-        w_codes=torch.zeros(8, 64, dtype=torch.uint8),
-        w_scales=torch.ones(8, 128 // fmt.group_size, dtype=torch.uint8),
-        gw=torch.ones(1),
+        global_scale=None,
+        weight_codes=torch.zeros(8, 64, dtype=torch.uint8),
+        weight_scales=torch.ones(8, 128 // fmt.group_size, dtype=torch.uint8),
+        weight_global_scale=torch.ones(1),
         bias=torch.ones(8),
         residual=torch.ones(3, 8, dtype=torch.bfloat16),
-        mx=format == "mxfp4",
+        format=format,
     )
-    triton_linear.check(triton_linear.Operands(**good), format, torch.bfloat16)
+    check(Operands(**good), torch.bfloat16)
     for name, bad, message in (
         ("scales", good["scales"][:2], "scales has shape"),
-        ("w_scales", good["w_scales"][:, :-1], "weight_scales has"),
-        ("w_codes", good["w_codes"][:, :-2], "weight_codes has shape"),
+        ("weight_scales", good["weight_scales"][:, :-1], "weight_scales has"),
+        ("weight_codes", good["weight_codes"][:, :-2], "weight_codes has shape"),
         ("bias", torch.ones(7), "bias has shape"),
-        ("w_scales", good["w_scales"].float(), "weight_scales is torch.float32"),
-        ("gw", torch.ones(2), "has shape"),
+        ("weight_scales", good["weight_scales"].float(), "weight_scales is torch.float32"),
+        ("weight_global_scale", torch.ones(2), "has shape"),
         ("residual", torch.ones(3, 8), "residual is torch.float32"),
         ("bias", torch.ones(8, device="meta"), "on meta"),
     ):
         with pytest.raises(ValueError, match=message):
-            triton_linear.check(triton_linear.Operands(**good | {name: bad}), format, torch.bfloat16)
+            check(Operands(**good | {name: bad}), torch.bfloat16)
 
 
 @gpu
 @pytest.mark.parametrize("g", [0.25, 10.0, None])
 def test_global_scales_of_the_library(g):
-    """A power of two goes into the operands, another one comes after the sum: one rounding either way."""
+    """A global scale that is a power of two goes into the operands, another one is applied after the sum. Both round
+    once."""
     c, s, wc, ws = operands("nvfp4", 300, 512, 1024)
     g = None if g is None else scalar(g)
     residual = torch.randn(300, 512, device=DEVICE).bfloat16()
@@ -475,8 +483,9 @@ def test_int4(m, n, k, rule):
 
 INTERPRETED = """
 import torch
-from wush_compile import formats, ops
-from wush_compile.kernels.triton_int4 import int4_gemm_kernel
+from wush_compile import formats
+from wush_compile.ops.core import REFERENCE
+from wush_compile.kernels.triton.linear.int4 import int4_gemm_kernel
 torch.manual_seed(0)
 for m, n, k in ((3, 70, 96), (17, 64, 64)):
     q, v = formats.quantize(torch.randn(m, k), "int4", "mse"), formats.quantize(torch.randn(n, k), "int4", "gaussian")
@@ -484,14 +493,15 @@ for m, n, k in ((3, 70, 96), (17, 64, 64)):
     bias, out = torch.randn(n), torch.empty(m, n)
     grid = (-(-m // 16) * -(-n // 64),)
     int4_gemm_kernel[grid](*q, None, *v, None, bias, None, out, m, n, k, False, False, True, False, 64, 16, 2, False)
-    want = ops._fp4_linear(*q, None, *v, None, bias, None, "int4", torch.float32)
+    want = REFERENCE["fp4_linear"](*q, None, *v, None, bias, None, "int4", torch.float32)
     torch.testing.assert_close(out, want, rtol=0, atol=1e-4, equal_nan=True)
 print("same")
 """
 
 
 def test_int4_interpreted():
-    """The same kernel under Triton's interpreter, without a GPU; in its own process, since the choice is made at import."""
+    """The same kernel under Triton's interpreter, without a GPU. In a process of its own, because Triton reads
+    TRITON_INTERPRET at import."""
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=env)
     assert run.stdout.strip().endswith("same"), run.stderr[-2000:]
@@ -501,7 +511,7 @@ EXPANDED = """
 import torch, triton
 import triton.language as tl
 from wush_compile import formats
-from wush_compile.kernels import triton_expand
+from wush_compile.kernels.triton.linear import upcast
 
 @triton.jit
 def look_up(w, low, high):
@@ -517,26 +527,27 @@ def look_up(w, low, high):
             second = second | (byte << (8 * (i - 4)))
     return first, second
 
-triton_expand._look_up = look_up                       # the interpreter knows no assembly
+upcast._look_up = look_up                       # the interpreter knows no assembly
 torch.manual_seed(0)
 for m, n, k in ((3, 5, 256), (2, 7, 576)):
     octaves = torch.randint(-4, 4, (m, k // 32)).float().repeat_interleave(32, 1)
-    q, v = formats.quantize(torch.randn(m, k) * torch.exp2(octaves), "mxfp4", "absmax"), formats.quantize(
-        torch.randn(n, k), "mxfp4", "absmax")
+    q = formats.quantize(torch.randn(m, k) * torch.exp2(octaves), "mxfp4", "absmax")
+    v = formats.quantize(torch.randn(n, k), "mxfp4", "absmax")
     x, w = torch.zeros(m, k, dtype=torch.float8_e5m2), torch.zeros(n, k, dtype=torch.float8_e4m3fn)
     x_unit, w_unit, g = torch.zeros(m), torch.zeros(n), torch.tensor([4.0])
     words, groups = [t.view(torch.int32) for t in (q[0], x, v[0], w)], triton.next_power_of_2(k // 32)
-    triton_expand.expand_both_kernel[(m + n,)](
-        words[0], q[1], g, x_unit, words[1], words[2], v[1], None, w_unit, words[3], m, k, groups, True, False, groups, False)
+    both = (words[0], q[1], g, x_unit, words[1], words[2], v[1], None, w_unit, words[3])
+    upcast.upcast_both_kernel[(m + n,)](*both, m, k, groups, True, False, groups, False)
     order = torch.cat([c[h] for c in torch.arange(k).split(128) for h in (c % 8 < 4, c % 8 >= 4)])
     for out, unit, packed, scale in ((x, x_unit, q, g), (w, w_unit, v, None)):
-        assert torch.equal(out.float() * unit[:, None], formats.dequantize(*packed, "mxfp4", scale)[:, order]), (m, n, k)
+        want = formats.dequantize(*packed, "mxfp4", scale)[:, order]
+        assert torch.equal(out.float() * unit[:, None], want), (m, n, k)
 print("same")
 """
 
 
-def test_expansions_interpreted(tmp_path):
-    """Both operands of the library's product, each value exact, in the order that both have."""
+def test_upcasts_interpreted(tmp_path):
+    """Both operands of the library's product are exact, with their channels in the same order."""
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     script = tmp_path / "expanded.py"  # Triton reads a kernel's source from its file
     script.write_text(EXPANDED)

@@ -12,9 +12,9 @@ from wush_compile.formats import FORMATS
 from wush_compile.ops import core as ops
 
 pytest.importorskip("triton")
-from wush_compile.kernels import layouts
 from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
 from wush_compile.kernels.triton.quantize.tiles import Tile
+from wush_compile.ops import layouts
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"

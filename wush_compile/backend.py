@@ -1,12 +1,13 @@
-"""`torch.compile(model, backend="wush")` and `fuse(exported_program)`: our passes, then Inductor.
+"""`torch.compile(model, backend="wush")` and `fuse(exported_program)`: the execution passes, then Inductor.
 
-The backend holds no state and bakes nothing into a graph: weights, scales and transforms are graph inputs, so decoder
-layers that share one compiled graph (regional compilation) each run with their own.
+The backend bakes nothing into a graph: weights, scales and transforms are graph inputs, so decoder layers that share
+one compiled graph (regional compilation) each run with their own. Its only state is whether it has warned, and whether
+it has compiled a quantized linear; no graph depends on either.
 """
 
 import functools
 import hashlib
-import os
+import itertools
 import warnings
 from pathlib import Path
 
@@ -21,24 +22,27 @@ from .ops import fused as fused_ops  # noqa: F401  (registers the ops that passe
 from .passes import pipeline as passes
 
 _ROOT = Path(__file__).parent
-SOURCES = (  # what a graph's code depends on; kernels: what they refuse
-    *(path for folder in ("passes", "kernels", "ops") for path in sorted((_ROOT / folder).rglob("*.py"))),
-    *(_ROOT / name for name in ("backend.py", "formats.py")),
-)
 _LINEAR_OPS = ("linear", "mm", "addmm", "matmul", "bmm")
-_state = {"warned": False, "quantized": False}
+_seen = {"warning": False, "quantized": False}
 
 
-@functools.lru_cache
-def _sources_digest(sources: tuple[Path, ...]) -> str:
+def _sources(root: Path) -> list[Path]:
+    """The files that decide what a graph becomes, those in sub-folders too; `kernels` decides by what it refuses."""
+    folders = (sorted((root / folder).rglob("*.py")) for folder in ("passes", "kernels", "ops"))
+    return [*itertools.chain(*folders), root / "backend.py", root / "formats.py"]
+
+
+@functools.cache
+def _digest(root: Path) -> str:
+    """sha256 of the names and contents of the sources below `root`."""
     digest = hashlib.sha256()
-    for path in sources:
-        digest.update(os.path.relpath(path, _ROOT).encode() + path.read_bytes())
+    for path in _sources(root):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def _providers() -> tuple:
-    """Who computes each op on the devices here: part of a cached graph's identity."""
+    """The providers of each op on this machine's GPUs. A cached graph is only valid for these."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     tables = (kernels.resolve(device) for device in devices)
     return kernels.forced(), *(
@@ -48,11 +52,14 @@ def _providers() -> tuple:
 
 @functools.cache
 def _pass_class() -> type:
-    # Inductor is imported on first use: it takes seconds, and eager users never need it.
+    # Inductor is imported on first use: the import takes seconds, and eager users do not need it.
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class ExecutionPasses(CustomGraphPass):
-        """Our passes as Inductor's `post_grad_custom_pre_pass`; `names` and `recorder` only serve tracing."""
+        """The execution passes as Inductor's `post_grad_custom_pre_pass`, behind `first`, the user's own pass.
+
+        `names` and `recorder` only serve `trace_graphs`.
+        """
 
         def __init__(self, first=None, names=None, recorder=None):
             self.steps, self.first, self.names, self.recorder = passes.EXECUTION, first, names, recorder
@@ -68,9 +75,9 @@ def _pass_class() -> type:
 
         def uuid(self):
             if self.first is not None and not hasattr(self.first, "uuid"):
-                return None  # somebody's plain function: Inductor must not cache
+                return None  # a plain function has no key: Inductor must not cache
             return (
-                _sources_digest(SOURCES),
+                _digest(_ROOT),
                 tuple(s.__name__ for s in self.steps),
                 _providers(),
                 None if self.first is None else self.first.uuid(),
@@ -80,7 +87,7 @@ def _pass_class() -> type:
 
 
 def _options(mode: str | None, options: dict | None) -> dict:
-    """Inductor's settings for `mode=` and `options=`, as `torch.compile` itself reads them."""
+    """Inductor's settings for `mode=` and `options=`, read as `torch.compile` reads them."""
     from torch._inductor import config, list_mode_options
 
     patches = dict(list_mode_options(mode)) if mode else {}
@@ -106,24 +113,25 @@ def _has_linear(gm: GraphModule) -> bool:
 
 
 def wush(gm: GraphModule, example_inputs, *, mode: str | None = None, options: dict | None = None):
-    """The `torch.compile` backend: Inductor, with our passes in front of its own.
+    """The `torch.compile` backend: Inductor, with the execution passes in front of its own.
 
-    mode, options: as `torch.compile`'s. Without a quantized linear this is plain Inductor, and one warning says so.
+    mode, options: as for `torch.compile`. A model without a quantized linear is compiled by plain Inductor, with one
+    warning.
     """
     from torch._inductor.compile_fx import compile_fx
 
     patches = _options(mode, options)
     if not has_wush_ops(gm):
-        # A graph break may leave a quantized model's embedding or head in a graph of its own: that is no mistake.
-        if _has_linear(gm) and not _state["quantized"] and not _state["warned"]:
-            _state["warned"] = True
+        # Not a mistake: a graph break may leave a quantized model's embedding or head in a graph of its own.
+        if _has_linear(gm) and not _seen["quantized"] and not _seen["warning"]:
+            _seen["warning"] = True
             warnings.warn(
                 "backend='wush' found no quantized linear and compiles with plain Inductor: "
                 "call wush_compile.quantize(model) before torch.compile",
                 stacklevel=2,
             )
         return compile_fx(gm, example_inputs, config_patches=patches)
-    _state["quantized"] = True
+    _seen["quantized"] = True
     from torch._inductor import config
 
     recorder = Recorder()
@@ -137,9 +145,9 @@ def wush(gm: GraphModule, example_inputs, *, mode: str | None = None, options: d
 
 
 def preview(model: torch.nn.Module, *args, **kwargs) -> GraphTrace:
-    """The graph that the backend hands to Inductor for a model on these inputs, step by step, without generating code.
+    """The graph that the backend hands to Inductor for a model on these inputs, step by step. Generates no code.
 
-    The model runs once, on ATen's kernels. Raises Dynamo's error if the model does not trace as one graph.
+    The model runs once, on ATen's kernels. If the model does not trace as one graph, Dynamo's error is raised.
     """
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
@@ -163,11 +171,11 @@ def preview(model: torch.nn.Module, *args, **kwargs) -> GraphTrace:
 
 
 def fuse(program: torch.export.ExportedProgram, *, inline: bool = False) -> torch.export.ExportedProgram:
-    """Runs the execution passes on an exported program, in place, and returns it; its signature stays as it is.
+    """Runs the execution passes on an exported program, in place, and returns it. Its signature does not change.
 
-    inline: also replace every wush op by what needs no Python at run time, the arithmetic that defines it or launches of
-    Triton kernels, so that what is packaged from the program (`torch._inductor.aoti_compile_and_package`) runs where
-    wush_compile is not installed, C++ included. Package it in the same process: kernels are not saved with a program.
+    inline: also replace every wush op by launches of Triton kernels, or by the arithmetic that defines it. A package of
+    the program (`torch._inductor.aoti_compile_and_package`) then runs without wush_compile and without Python. Make the
+    package in the same process: kernels are not saved with a program.
     """
     recorder = Recorder()
     names = None

@@ -28,6 +28,10 @@ class CheckpointError(WushError, ValueError):
     """A directory or file that is not a whole, readable wush checkpoint."""
 
 
+class SignatureError(WushError, TypeError):
+    """A function that computes an op, but does not take the op's arguments."""
+
+
 def one_of(kind: str, value: object, allowed: Iterable[str]) -> str:
     """`value` if it is one of `allowed`; else a `ConfigError` with the nearest match."""
     allowed = tuple(allowed)

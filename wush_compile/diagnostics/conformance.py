@@ -1,12 +1,11 @@
-"""Conformance of every provider, op by op, against the reference and float64: what `wush-compile doctor --deep` runs.
+"""Conformance of every provider, op by op, with the reference and with float64: part of `wush-compile doctor --deep`.
 
-Unlike the plain self-test it asks every provider that runs on the device, not only the first, through its own
-implementation, at odd shapes, in every dtype and with every argument. Memory that outputs will get is filled with 0xEE
-before each call, so that a byte nobody writes is seen.
+The plain self-test asks only the first provider. This suite calls every provider that runs on the device, at odd
+shapes, in every dtype and with every argument. Before each call, memory for the outputs is filled with 0xEE: a byte
+that the call does not write is seen.
 """
 
 import functools
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -16,13 +15,14 @@ from torch import Tensor
 
 from .. import formats
 from ..formats import FORMATS
-from ..kernels import layouts
 from ..kernels.dispatch import PROVIDERS
-from ..kernels.provider import Implementation
+from ..kernels.provider import Implementation, implementations
 from ..ops import core as ops
 from ..ops import fused as fused_ops
+from ..ops import layouts
+from ..ops.schema import bind
 
-# (rows, K): a single group, odd counts of groups, no whole tile of anything, and sizes that fill a GPU.
+# (rows, K): a single group, odd numbers of groups, sizes that are no multiple of a tile, sizes that fill a GPU.
 SHAPES = ((1, 32), (3, 96), (37, 576), (128, 1024), (257, 4096))
 # (rows, N, K) of products.
 PRODUCTS = (
@@ -34,13 +34,15 @@ PRODUCTS = (
     (130, 136, 544),
     (300, 1040, 1024),
 )
-# A product rounded once to bf16 has 1.7e-3; fp8 accumulators on Hopper add up to 4e-4.
-PRODUCT_ERROR = {torch.bfloat16: 2.2e-3, torch.float32: 5e-4}
 POISON = 0xEE
 
 
 class Result(NamedTuple):
-    """One call compared. `error`: share of values that differ, or a product's relative error. `refused`: why not."""
+    """One compared call.
+
+    error      share of values that differ, or a product's relative error; None if the call was refused
+    refused    the provider's reason
+    """
 
     provider: str
     op: str
@@ -53,7 +55,7 @@ class Result(NamedTuple):
 
 
 def poison(device: torch.device, *tensors: Tensor) -> None:
-    """Allocates blocks of these tensors' sizes, fills them, frees them: the next outputs of those sizes lie there."""
+    """Fills and frees blocks of these tensors' sizes; the allocator gives them to the next outputs of these sizes."""
     blocks = [
         torch.empty(t.numel() * t.element_size(), dtype=torch.uint8, device=device).fill_(POISON)
         for t in tensors
@@ -63,7 +65,7 @@ def poison(device: torch.device, *tensors: Tensor) -> None:
 
 
 def share_different(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
-    """Largest share of differing values, NaN being equal to NaN; 1 where shape or dtype differs."""
+    """Largest share of differing values, where NaN equals NaN; 1 where shape or dtype differs."""
     same = all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
     if not same:
         return 1.0
@@ -72,7 +74,7 @@ def share_different(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Of the finite entries of `want` (float64); infinite where NaN or Inf are not in the same places."""
+    """Relative error over the finite entries of `want` (float64); infinite if other entries are finite in `got`."""
     finite = want.isfinite()
     if not torch.equal(got.isfinite(), finite):
         return float("inf")
@@ -84,7 +86,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def spread(rows: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Values over many octaves, zeros of both signs, tiny rows; some rows not finite."""
+    """Values over many octaves, zeros of both signs, tiny rows, and some rows that are not finite."""
     generator = torch.Generator().manual_seed(rows * 1000 + k)
     octaves = torch.randint(-9, 9, (rows, k // 16), generator=generator).float().repeat_interleave(16, 1)
     x = torch.randn(rows, k, generator=generator) * torch.exp2(octaves)
@@ -96,7 +98,7 @@ def spread(rows: int, k: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def whole(shape: tuple[int, ...], largest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Small integers: sums of their products have no order."""
+    """Small integers: every order of summation gives the same sums of their products."""
     generator = torch.Generator().manual_seed(shape[0])
     return torch.randint(-largest, largest + 1, shape, generator=generator).to(dtype).to(device)
 
@@ -111,8 +113,10 @@ Case = tuple[str, str, tuple, Callable[[], object]]
 
 
 def quantizer_cases(device: torch.device) -> Iterator[Case]:
-    """Values without a transform, small integers with one: a matrix a block and one for all. Every dtype and rule at
-    one shape, bf16 with absmax and mse at all."""
+    """Any values without a transform; small integers with one, of a matrix for each block or one for all blocks.
+
+    One shape has every dtype and rule, the others bf16 with absmax and mse.
+    """
     reference = ops.REFERENCE["transform_quantize"]
     for format, fmt in FORMATS.items():
         group = fmt.group_size
@@ -145,7 +149,7 @@ def silu_mul_cases(device: torch.device) -> Iterator[Case]:
 
 
 def rms_norm_cases(device: torch.device) -> Iterator[Case]:
-    """Integers: sums of squares have no order."""
+    """Integers: every order of summation gives the same sum of squares."""
     reference = fused_ops.FUSED_REFERENCE["rms_norm_transform_quantize"]
     for format in FORMATS:
         for rows, k in SHAPES:
@@ -157,13 +161,13 @@ def rms_norm_cases(device: torch.device) -> Iterator[Case]:
 
 
 def _reference_of_fused(reference: Callable, args: tuple) -> tuple[Tensor, Tensor]:
-    """A fused reference calls the quantizer as an op, and so a provider: here the CPU's, which is the reference."""
+    """Runs a fused reference on the CPU: on a GPU its inner quantizer would be a provider's."""
     cpu = [a.cpu() if isinstance(a, Tensor) else a for a in args]
     return tuple(t.to(args[0].device) for t in reference(*cpu))
 
 
 def product_cases(device: torch.device) -> Iterator[Case]:
-    """Two quantized operands, groups that are not finite among them; with every other argument and without."""
+    """Two quantized operands, with groups that are not finite; with and without all other arguments."""
     generator = torch.Generator().manual_seed(0)
     for format in FORMATS:
         for rows, n, k in PRODUCTS:
@@ -197,7 +201,7 @@ CASES = {
     "rms_norm_transform_quantize": rms_norm_cases,
     "fp4_linear": product_cases,
 }
-# A norm's last bit may differ where an implementation divides or takes the root in another way; few codes show it.
+# An implementation may divide or take the root in another way: a norm's last bit then differs, and with it few codes.
 TOLERATED = {"rms_norm_transform_quantize": 1e-3}
 
 
@@ -205,19 +209,26 @@ TOLERATED = {"rms_norm_transform_quantize": 1e-3}
 
 
 def _compare(op: str, implementation: Implementation, args: tuple, want, device: torch.device) -> tuple[float, float]:
-    """(error, limit) of one call."""
+    """(error, limit) of one call; where swizzled scales are taken too, the larger error of both layouts."""
+    call = bind(op, args)
+    swizzled = call | {"scale_layout": "swizzled"}
     if op == "fp4_linear":
-        dtype = args[-1]
-        poison(device, torch.empty(want.shape, dtype=dtype, device=device))
-        roundings = 1 if args[7] is None else 2  # of a residual's sum too
-        return relative_error(implementation.run(*args), want), roundings * PRODUCT_ERROR[dtype]
-    poison(device, *want)
-    error = share_different(implementation.run(*args), want)
-    if "swizzled" in inspect.signature(implementation.run).parameters:
-        swizzled = want[0], layouts.swizzle_scales(want[1].flatten(0, -2))
-        poison(device, *swizzled)
-        error = max(error, share_different(implementation.run(*args, swizzled=True), swizzled))
-    return error, TOLERATED.get(op, 0.0)
+        dtype = call["out_dtype"]
+        swizzled["scales"] = layouts.lay_out(call["scales"], "swizzled")
+        outputs = [(torch.empty(want.shape, dtype=dtype, device=device),)] * 2
+        compare = lambda got, _: relative_error(got, want)  # noqa: E731
+        roundings = 1 if call["residual"] is None else 2  # of a residual's sum too
+        limit = roundings * ops.PRODUCT_ERROR[dtype]
+    else:
+        outputs = [want, (want[0], layouts.lay_out(want[1], "swizzled"))]
+        compare, limit = share_different, TOLERATED.get(op, 0.0)
+    error = 0.0
+    for named, expected in zip((call, swizzled), outputs):
+        given = tuple(named.values())
+        if named is call or implementation.refuses(*given) is None:
+            poison(device, *expected)
+            error = max(error, compare(implementation.run(*given), expected))
+    return error, limit
 
 
 def check(
@@ -227,7 +238,7 @@ def check(
     device: torch.device,
     mine: Callable[[int], bool] = lambda index: True,
 ) -> Iterator[Result]:
-    """The cases of an op through one implementation; what it refuses and what it fails at are results too."""
+    """Runs an op's cases through one implementation. Refusals and failures are results too."""
     for index, (format, case, args, reference) in enumerate(CASES[op](device)):
         if not mine(index):
             continue
@@ -244,16 +255,16 @@ def check(
 
 
 def available(device: torch.device) -> dict[str, dict[str, Implementation]]:
-    """Provider -> its ops, of those that run on a CUDA device; the reference too."""
+    """Provider -> its ops, for the providers that run on a CUDA device and the reference."""
     capability = torch.cuda.get_device_capability(device)
-    table = {p.name: p.load() for p in PROVIDERS if p.unavailable(capability) is None}
+    table = {p.name: implementations(p) for p in PROVIDERS if p.unavailable(capability) is None}
     takes_all = {op: Implementation(run, lambda *args: None) for op, run in ops.REFERENCE.items()}
     return table | {"reference": takes_all}
 
 
 def conformance(device: torch.device, mine: Callable[[int], bool] = lambda index: True) -> Iterator[Result]:
-    """Every provider of a CUDA device, op by op; of each op's cases those whose number is `mine`."""
-    for provider, implementations in available(device).items():
+    """Runs every provider of a CUDA device, op by op; of each op's cases those with `mine(number)`."""
+    for provider, table in available(device).items():
         for op in CASES:
-            if op in implementations:
-                yield from check(provider, op, implementations[op], device, mine)
+            if op in table:
+                yield from check(provider, op, table[op], device, mine)

@@ -1,4 +1,4 @@
-"""`wush-compile doctor --deep`: conformance, then times, of every provider of a GPU, in one report to send back."""
+"""`wush-compile doctor --deep`: conformance and times of every provider of a GPU, in one report that can be sent."""
 
 import concurrent.futures
 import datetime
@@ -17,12 +17,12 @@ from .timing import Plan, Time, benchmark, machine, run_once
 
 logger = logging.getLogger("wush_compile")
 
-# Kernels are compiled by so many processes at a time; each takes a core and some hundred MiB of the GPU's memory.
+# Number of processes that compile kernels at a time. Each takes a core and a few hundred MiB of GPU memory.
 PROCESSES = 12
 
 
 def _compile_part(device: str, part: int, parts: int) -> None:
-    """Runs every so manieth case once, so that its kernels are in Triton's cache; failures show when it counts."""
+    """Runs every `parts`-th case once to fill Triton's cache. Failures are reported in the real run."""
 
     def mine(index: int) -> bool:
         return index % parts == part
@@ -35,18 +35,22 @@ def _compile_part(device: str, part: int, parts: int) -> None:
 
 
 def compile_all(device: torch.device) -> None:
-    """All kernels that the conformance suite and the benchmark will ask for, side by side: it is most of their time."""
+    """Compiles the kernels of the conformance suite and the benchmark in parallel: this takes most of their time."""
     parts = max(1, min(PROCESSES, (os.cpu_count() or 1) - 1))
     with concurrent.futures.ProcessPoolExecutor(parts, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(_compile_part, str(device), part, parts) for part in range(parts)]
         for job in tqdm(concurrent.futures.as_completed(jobs), desc="compiling", unit="process", total=parts):
             if job.exception():
-                logger.warning("compiling ahead failed (%s): it happens one by one instead", job.exception())
+                logger.warning(
+                    "compiling kernels in parallel failed (%s): each is compiled when it is first used", job.exception()
+                )
 
 
 def run(device: torch.device, report: dict, out: Path) -> tuple[list[Result], list[Time]]:
-    """`report`: what `doctor.examine` found. Writes everything to `out` (JSON), at once after the conformance and again
-    with the times: a crash of a kernel leaves what was known before."""
+    """Runs conformance and times, and writes them to `out` (JSON) with `report`, the result of `doctor.examine`.
+
+    The file is written after the conformance and again with the times, so that a crash of a kernel loses little.
+    """
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     results, times = [], []
@@ -98,7 +102,7 @@ def summary(results: list[Result]) -> list[tuple]:
 
 
 def side_by_side(times: list[Time]) -> list[list[str]]:
-    """A row for each op, format and shape: the baseline, and each provider's microseconds and share of the baseline."""
+    """A row for each op, format and shape: the baseline, then each provider's microseconds and speed against it."""
     providers = list(dict.fromkeys(t.provider for t in times))
     rows = {}
     for t in times:

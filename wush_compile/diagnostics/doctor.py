@@ -1,4 +1,4 @@
-"""What runs where: device, versions, providers, what is native and what emulated, and a short self-test of each op."""
+"""What computes each op here: device, versions, providers, native or emulated arithmetic, and a short self-test."""
 
 import importlib.metadata
 import time
@@ -13,7 +13,7 @@ from ..kernels.dispatch import PROVIDERS, forced, resolve
 from ..ops import core as ops
 
 VERSIONS = ("torch", "triton", "transformers", "wush-compile")
-# Rows that reach every kind of kernel, and the width of the operands.
+# Numbers of rows that reach every kind of kernel, and the width of the operands.
 ROWS = (1, 5, 64, 300)
 WIDTH = 512
 
@@ -50,7 +50,7 @@ class Check(NamedTuple):
 
 
 def _checked(op: str, format: str, case: str, limit: float, error: Callable[[], float]) -> Check:
-    """`error()` timed, good up to `limit`; a failure of the op itself is a result too."""
+    """Times `error()`, which passes up to `limit`. If the op itself fails, that is a result too."""
     start = time.perf_counter()
     try:
         found = error()
@@ -60,7 +60,7 @@ def _checked(op: str, format: str, case: str, limit: float, error: Callable[[], 
 
 
 def check_transform_quantize(device: torch.device) -> Iterator[Check]:
-    """Codes and scales of small integers, whose sums have no order, bit for bit."""
+    """Codes and scales of small integers, bit for bit: every order of summation gives the same sums."""
     generator = torch.Generator().manual_seed(0)
     for format, fmt in FORMATS.items():
         group = fmt.group_size
@@ -90,7 +90,9 @@ def check_fp4_linear(device: torch.device) -> Iterator[Check]:
             return ((got.double() - want).norm() / want.norm()).item()
 
         for rows in ROWS:
-            yield _checked("fp4_linear", format, f"{rows} rows", 3e-3, lambda: relative(rows))
+            yield _checked(
+                "fp4_linear", format, f"{rows} rows", ops.PRODUCT_ERROR[torch.bfloat16], lambda: relative(rows)
+            )
 
 
 def check_observe(device: torch.device) -> Iterator[Check]:
@@ -118,18 +120,22 @@ def self_test(device: torch.device, op: str) -> list[Check]:
 
 
 def why_no_gpu() -> str:
-    """Why kernels of a GPU do not run in this process on the CPU, with the remedy where there is one."""
+    """Why a report about the CPU uses no GPU kernels, with the remedy if there is one."""
     if torch.version.cuda is None:
-        return "not used: this torch is built without CUDA; on a machine with a GPU install one with it (pytorch.org)"
+        return "not used: this torch is built without CUDA; on a machine with a GPU install one with CUDA (pytorch.org)"
     if not torch.cuda.is_available():
         return f"not used: torch {torch.__version__} finds no NVIDIA driver or no GPU; nvidia-smi says which is missing"
     return "not used: the device is the CPU"
 
 
 def examine(device: torch.device | str | None = None) -> dict:
-    """Everything the report has: `device`, `capability`, `versions`, `forced`, `providers` (name -> used or why not),
-    `ops` (op -> names in the order in which they are asked), `arithmetic` (format -> words), `self_test` (list of
-    `Check`). Default: the current GPU, else the CPU."""
+    """The report on a device (default: the current GPU, else the CPU).
+
+    device, capability, versions    what there is
+    forced, providers               WUSH_PROVIDER; provider -> "used" or why not
+    ops, arithmetic                 op -> providers in the order in which they are asked; format -> how it is multiplied
+    self_test                       a list of `Check`
+    """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     capability, providers, table = None, {}, {}
     if device.type == "cuda":

@@ -1,7 +1,7 @@
-"""Times of every provider's quantizer and product on a GPU: CUDA-graph replays, operands rotated out of the L2 cache.
+"""Times of every provider's quantizers and products on a GPU: replays of CUDA graphs, operands outside the L2 cache.
 
-Baselines are measured in the same run: a copy of the quantizer's input (its own bytes at that shape's copy rate are the
-`ideal` time), and cuBLAS in bf16.
+The same run measures the baselines. A quantizer's baseline is the time to move its bytes at the rate at which its input
+is copied (`ideal`); a product's is cuBLAS in bf16.
 """
 
 import itertools
@@ -19,12 +19,12 @@ from .conformance import available
 QUANTIZER_SHAPES = ((1, 4096), (16, 4096), (1024, 4096), (4096, 4096), (8192, 14336))  # (rows, K)
 WEIGHTS = ((4096, 4096), (28672, 4096))  # (N, K)
 ROWS = (1, 16, 128, 1024, 4096)
-COLD_BYTES = 2.5e8  # more than any L2: a replay touches this much before it comes back to a buffer
+COLD_BYTES = 2.5e8  # more than any L2 cache: a replay touches so many bytes before it returns to a buffer
 QUANTIZERS = ("transform_quantize", "rms_norm_transform_quantize", "silu_mul_transform_quantize")
 
 
 class Time(NamedTuple):
-    """Microseconds of one call; `baseline`: of the copy-rate ideal (quantizers) or of bf16 cuBLAS (products)."""
+    """Microseconds of one call; `baseline`: of a copy of the same bytes (quantizers) or of bf16 cuBLAS (products)."""
 
     provider: str
     op: str
@@ -36,8 +36,8 @@ class Time(NamedTuple):
 
 
 def time_us(calls: list[Callable[[], object]], replays: int = 7, least: int = 10) -> float:
-    """Median over replays of a CUDA graph of all of `calls`, per call."""
-    for call in calls:  # all of them: what is remembered of a weight is found out in its first call
+    """Microseconds of one call: the median over replays of a CUDA graph that holds all calls."""
+    for call in calls:  # all of them: the first call with a weight also caches facts about it
         call()
     torch.cuda.synchronize()
     calls = (calls * (least // len(calls) + 1))[: max(least, len(calls))]
@@ -59,12 +59,12 @@ def time_us(calls: list[Callable[[], object]], replays: int = 7, least: int = 10
 
 
 def copies(nbytes: float, limit: int = 64) -> int:
-    """How many buffers of so many bytes to rotate among, so that none is still in L2 at its next turn."""
+    """The number of buffers of this size to rotate among, so that none is in the L2 cache at its next turn."""
     return max(2, min(limit, int(COLD_BYTES / nbytes) + 1))
 
 
 class Plan(NamedTuple):
-    """How calls are measured, how many operands they rotate among, which of the cases are done."""
+    """How calls are measured, the number of operands that they rotate among, and which cases run."""
 
     measure: Callable[[list[Callable[[], object]]], float] = time_us
     copies: Callable[[float], int] = copies
@@ -72,7 +72,7 @@ class Plan(NamedTuple):
 
 
 def run_once(calls: list[Callable[[], object]]) -> float:
-    """In place of a measurement, where kernels are only to be compiled."""
+    """Replaces a measurement where kernels are only compiled."""
     calls[0]()
     return 1.0
 
@@ -80,7 +80,7 @@ def run_once(calls: list[Callable[[], object]]) -> float:
 def _timed(plan: Plan, provider, op, format, shape, baseline, calls) -> Time:
     try:
         return Time(provider, op, format, shape, plan.measure(calls), baseline, "")
-    except Exception as failure:  # the other rows are worth having
+    except Exception as failure:  # the other cases still run
         note = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
         return Time(provider, op, format, shape, None, baseline, note)
 
@@ -93,7 +93,7 @@ def _quantizer_arguments(op: str, x, up, weight, transform, g, format: str) -> t
 
 
 def quantizers(device: torch.device, providers: dict, plan: Plan = Plan()) -> Iterator[Time]:
-    """bf16 rows, a matrix a block, absmax; the fused ops too."""
+    """Times quantizers and fused ops: bf16 rows, a matrix for each block, absmax."""
     for index, (rows, k) in enumerate(QUANTIZER_SHAPES):
         if not plan.mine(index):
             continue
@@ -115,7 +115,7 @@ def quantizers(device: torch.device, providers: dict, plan: Plan = Plan()) -> It
 
 
 def products(device: torch.device, providers: dict, plan: Plan = Plan()) -> Iterator[Time]:
-    """bf16 out; activations are quantized already."""
+    """Times products of quantized activations, to bf16."""
     for index, ((n, k), rows) in enumerate(itertools.product(WEIGHTS, ROWS)):
         if not plan.mine(index):
             continue
@@ -150,7 +150,7 @@ def benchmark(device: torch.device, plan: Plan = Plan()) -> Iterator[Time]:
 
 
 def machine() -> str | None:
-    """Driver, clocks and power as nvidia-smi sees them now; None where it is not."""
+    """Driver, clocks and power as nvidia-smi reports them now; None without nvidia-smi."""
     query = "name,driver_version,clocks.sm,clocks.mem,power.draw,memory.total"
     try:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]

@@ -1,5 +1,5 @@
 """Reading graphs.
 
-printing.py   a graph as text that does not change from run to run
-log.py        what each pass of a compile did
+printing.py   a graph as text, the same in every run
+log.py        a record of what each pass of a compile did
 """

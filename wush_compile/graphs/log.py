@@ -1,8 +1,10 @@
-"""Reading graphs: a printer whose text does not change from run to run, and a log of what each pass did.
+"""A log of compiles: the graph after each pass, and the kernels that Inductor made of it.
 
-with wush_compile.trace_graphs() as log:
-    torch.compile(model, backend="wush")(ids)
-log.print()
+    with wush_compile.trace_graphs() as log:
+        torch.compile(model, backend="wush")(ids)
+    log.print()
+
+Compile inside the block: `trace_graphs` sees no graph that was compiled before.
 """
 
 import contextlib
@@ -20,15 +22,9 @@ from .printing import count_ops, print_graph
 _LOGS: list["GraphLog"] = []
 
 
-# -- printer ---------------------------------------------------------------------------------------------------------
-
-
-# -- log -------------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Snapshot:
-    """A graph as it stood after one step."""
+    """A graph after one step."""
 
     step: str
     graph: Graph
@@ -41,7 +37,11 @@ class Snapshot:
 
 @dataclass
 class GraphTrace:
-    """One graph on its way through the backend: `dynamo`, `incoming`, then one snapshot a pass; Inductor's kernels."""
+    """One graph on its way through the backend.
+
+    snapshots   steps `dynamo` and `incoming`, then one for each pass
+    kernels     Inductor's kernels, a line each
+    """
 
     snapshots: list[Snapshot] = field(default_factory=list)
     kernels: list[str] = field(default_factory=list)
@@ -53,7 +53,7 @@ class GraphTrace:
         raise KeyError(f"no step {step!r}: the steps are {', '.join(s.step for s in self.snapshots)}")
 
     def text(self, after: str | None = None, layer: int | None = None) -> str:
-        """The graph after one step; without `after`, the incoming graph, the last, and what happened between."""
+        """The graph after one step. Without `after`: counts of all steps, the incoming graph, and the last one."""
         if after is not None:
             return self[after].text(layer)
         first, last = self["incoming"], self.snapshots[-1]
@@ -69,7 +69,7 @@ def _counts(counts: Counter) -> str:
 
 
 class GraphLog:
-    """What `trace_graphs` recorded: one `GraphTrace` a graph, in the order they were compiled."""
+    """What `trace_graphs` recorded: one `GraphTrace` for each graph, in the order of compilation."""
 
     def __init__(self):
         self.graphs: list[GraphTrace] = []
@@ -83,7 +83,7 @@ class GraphLog:
             rich.get_console().print(text, markup=False, highlight=False, soft_wrap=True)
 
     def save(self, directory: str | Path) -> None:
-        """One file a graph and step: `graph0/02_cse.txt`; `graph0/kernels.txt` is what Inductor made of it."""
+        """Writes each graph after each step (`graph0/02_cse.txt`), and Inductor's kernels (`graph0/kernels.txt`)."""
         for i, graph in enumerate(self.graphs):
             folder = Path(directory) / f"graph{i}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -109,11 +109,11 @@ class Recorder:
             shot = Snapshot(step, copy, names, count_ops(graph))
             for log, trace in zip(self.logs, self.traces):
                 trace.snapshots.append(shot)
-                if step == "incoming":  # earlier, Dynamo may still start over
+                if step == "incoming":  # before this step Dynamo may still start over
                     log.graphs.append(trace)
 
     def scheduled(self, nodes: list) -> list:
-        """Inductor's hook behind fusion: a line for each kernel, with the ops it came from."""
+        """Inductor's hook behind fusion: records a line for each kernel, with the ops that it computes."""
         lines = [f"{i:<4}{line}" for i, line in enumerate(filter(None, map(_kernel, nodes)))]
         for trace in self.traces:
             trace.kernels = lines
@@ -121,13 +121,13 @@ class Recorder:
 
 
 def _op_names(node) -> list[str]:
-    """The ops a buffer of Inductor's came from."""
+    """The ops that a buffer of Inductor comes from."""
     origins = (o for o in getattr(node, "origins", None) or () if isinstance(o.target, torch._ops.OpOverload))
     return sorted({f"{o.target.namespace}.{o.target._opname}" for o in origins})
 
 
 def _kernel(scheduled) -> str | None:
-    """`fused   aten.add, aten.mul` or `extern  wush.fp4_linear`, of a scheduler's node; None if it runs nothing."""
+    """`fused   aten.add, aten.mul` or `extern  wush.fp4_linear` for a scheduler's node; None if it runs nothing."""
     kind = type(scheduled).__name__
     node = scheduled.node
     if kind.startswith("Nop") or type(node).__name__ == "MultiOutput":
@@ -142,9 +142,9 @@ def _kernel(scheduled) -> str | None:
 
 @contextlib.contextmanager
 def trace_graphs() -> Iterator[GraphLog]:
-    """Records every graph that is compiled by the wush backend, or fused by `wush_compile.fuse`, inside the block.
+    """Records every graph that the wush backend compiles, or `wush_compile.fuse` fuses, inside the block.
 
-    Compile caches are off inside: a graph served from a cache passes no pass, so there would be nothing to see.
+    Compile caches are off inside the block: no pass runs on a graph that comes from a cache.
     """
     from torch._inductor import config
 

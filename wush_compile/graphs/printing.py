@@ -21,14 +21,14 @@ _DTYPES = {
 
 
 def readable_name(placeholder: str) -> str:
-    """Dynamo's mangled name of an input -> the path of the parameter, as far as it can be told."""
+    """Dynamo's mangled name of an input -> the path of the parameter, where the name still shows it."""
     name = re.sub(r"^(p|b|c)_|^l_(self_|args_|kwargs_)?|_$", "", placeholder, flags=re.IGNORECASE)
     name = re.sub(r"^modules_|_(modules|parameters|buffers)_", lambda m: "." if m[1] else "", name)
     return re.sub(r"_group_0\b", ".group", name)
 
 
 def layer_of(node: Node) -> int | None:
-    """The first number in the path of the module a node came from: its decoder layer."""
+    """The decoder layer of a node: the first number in the path of its module."""
     for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values()):
         if number := re.search(r"\.(\d+)(?=\.|$)", path):
             return int(number[1])
@@ -43,11 +43,11 @@ def _node_name(target) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._opname
     name = _callable_name(target)
-    return f"size_{name}" if isinstance(target, BuiltinFunctionType) else name  # Python's mul is not that of tensors
+    return f"size_{name}" if isinstance(target, BuiltinFunctionType) else name  # Python's mul works on sizes
 
 
 class _Printer:
-    """Names nodes by their op, symbols by their order of appearance; within a layer, tensors by their path in it."""
+    """Names nodes by op, symbols by order of appearance, and a layer's tensors by their path in the layer."""
 
     def __init__(self, graph: Graph, names: list[str] | None, layer: int | None):
         self.names: dict[Node, str] = {}
@@ -101,7 +101,7 @@ class _Printer:
         return repr(argument)
 
     def _launch(self, node: Node) -> str:
-        """A packaged launch: `kernel[grid](argument=.., ..)`, without the numbers under which this process keeps it."""
+        """A packaged launch, `kernel[grid](argument=.., ..)`, without the process's own numbers for kernels."""
         from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
         kernel, (grid,) = kernel_side_table.get_kernel(node.kwargs["kernel_idx"]), node.kwargs["grid"]
@@ -127,9 +127,10 @@ class _Printer:
 
 
 def print_graph(graph: Graph, names: list[str] | None = None, layer: int | None = None) -> str:
-    """A graph as text, one call a line with dtype and shape; the same graph gives the same text in every process.
+    """A graph as text, one call a line with dtype and shape. The same graph gives the same text in every process.
 
-    names: of the placeholders, in order. layer: only the nodes of this decoder layer, with names relative to it.
+    names   of the placeholders, in order
+    layer   print only the nodes of this decoder layer, with names relative to it
     """
     printer = _Printer(graph, names, layer)
     shown = (n for n in graph.nodes if n.op != "placeholder" and n.target is not operator.getitem)
@@ -137,6 +138,6 @@ def print_graph(graph: Graph, names: list[str] | None = None, layer: int | None 
 
 
 def count_ops(graph: Graph) -> Counter:
-    """Name of each wush op in a graph -> how often it is called."""
+    """Name of each wush op in a graph -> number of its calls."""
     targets = (n.target for n in graph.nodes if n.op == "call_function")
     return Counter(t._opname for t in targets if isinstance(t, torch._ops.OpOverload) and t.namespace == "wush")

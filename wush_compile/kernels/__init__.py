@@ -1,10 +1,9 @@
-"""Who computes a `wush::` op on a GPU. The reference in `ops/` stays in place for every call that no provider takes.
+"""Who computes a `wush::` op on a GPU. The reference in `ops/` computes every call that no provider takes.
 
 provider.py    what a provider is
-dispatch.py    the table of providers, and which one gets a call
+dispatch.py    the table of providers, and the choice of one for a call
 register.py    puts `dispatch` behind the ops
 triton/        the Triton provider: Ampere and newer
 cuda.py        the CUDA C++ provider (`csrc/`): Blackwell
 scaled_mm.py   cuBLASLt's FP4 product through torch: Blackwell
-layouts.py     the swizzled layout of scales that Blackwell's products read
 """

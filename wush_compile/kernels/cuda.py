@@ -1,7 +1,7 @@
 """The CUDA provider: the kernels of csrc/, one library for each GPU architecture, built by `make cuda`.
 
-A wheel or a checkout may hold any of the libraries, or none. The one of a device is loaded when its providers are
-resolved; where it is not there, or does not run, `unavailable` says in one sentence why and how to get it.
+A wheel or a checkout may hold any of the libraries, or none. A device's library is loaded when its providers are
+resolved. Where it is missing or does not run, `unavailable` gives the reason and the remedy in one sentence.
 """
 
 import ctypes
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from ..formats import FORMATS
-from .provider import Implementation, Mendable
+from .provider import FixableReason, Implementation
 
 TARGETS = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a", (12, 0): "sm_120a", (12, 1): "sm_121a"}
-# Where libraries lie: in an installed package, in a checkout.
+# Where libraries are: in an installed package, and in a checkout.
 DIRECTORIES = (Path(__file__).parent / "lib", Path(__file__).resolve().parents[2] / "build" / "csrc")
 
 
 def libraries() -> dict[str, Path]:
-    """Target -> library, of those that were built."""
+    """Target -> path of its library, for the targets that are built."""
     found = {}
     for directory in DIRECTORIES:
         for path in sorted(directory.glob("libwush_sm_*.so")):
@@ -31,7 +31,7 @@ def libraries() -> dict[str, Path]:
 
 @functools.cache
 def load(target: str) -> ModuleType:
-    """The ops of a target's library, `torch.ops.wush_<target>`; OSError or RuntimeError if it cannot be used here."""
+    """The ops of a target's library, `torch.ops.wush_<target>`; OSError or RuntimeError if it does not run here."""
     path = libraries()[target]
     torch.ops.load_library(str(path))
     problem = ctypes.CDLL(str(path)).wush_problem
@@ -43,25 +43,25 @@ def load(target: str) -> ModuleType:
 
 
 def unavailable(capability: tuple[int, int]) -> str | None:
-    """Why there are no CUDA kernels for a device of this capability, or None. What the user can mend is `Mendable`."""
+    """Why a device of this capability has no CUDA kernels, a `FixableReason` if the user can help; None if it has."""
     target = TARGETS.get(capability)
     if target is None:
         known = ", ".join(f"{major}.{minor}" for major, minor in TARGETS)
-        return f"has no kernels for compute capability {capability[0]}.{capability[1]} (it has for {known})"
+        return f"has no kernels for compute capability {capability[0]}.{capability[1]}, only for {known}"
     built = libraries()
     remedy = f"`python csrc/build.py --targets {target}` in a checkout builds it (nvcc 12.9 or newer)"
     if not built:
         return f"not built: {remedy}"
     if target not in built:
-        return Mendable(f"built for {', '.join(built)}, not for this GPU's {target}: {remedy}")
+        return FixableReason(f"built for {', '.join(built)}, not for this GPU's {target}: {remedy}")
     try:
         load(target)
     except (OSError, RuntimeError) as error:
-        return Mendable(f"{built[target].name} does not run here: {str(error).splitlines()[0]}")
+        return FixableReason(f"{built[target].name} does not run here: {str(error).splitlines()[0]}")
     return None
 
 
-# Rows from which the SiLU variant is the fastest on Hopper too; the others are not, at any size (docs/csrc.md).
+# From this many rows on the SiLU variant is the fastest on Hopper too. The other variants never are (docs/csrc.md).
 HOPPER_SILU_ROWS = 1024
 
 
@@ -77,12 +77,12 @@ def _target(x: Tensor) -> str:
     return _device_target(x.device.index)
 
 
-def yields(x, *args) -> bool:
-    """On Hopper Triton's quantizers are faster. On Blackwell nothing was measured: the kernels made for it go first."""
+def prefer_others(x, *others) -> bool:
+    """True on Hopper, where Triton's quantizers are faster. Nothing is measured on Blackwell: these go first there."""
     return _target(x) == "sm_90a"
 
 
-def yields_silu_mul(gate, *args) -> bool:
+def prefer_others_silu_mul(gate, *others) -> bool:
     return _target(gate) == "sm_90a" and gate.numel() < HOPPER_SILU_ROWS * gate.shape[-1]
 
 
@@ -96,20 +96,22 @@ def _refuses(x: Tensor, transform: Tensor | None, format: str) -> str | None:
     return None
 
 
-def refuses_transform_quantize(x, transform, global_scale, format, scale_rule) -> str | None:
+def refuses_transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
     return _refuses(x, transform, format)
 
 
-def transform_quantize(x, transform, global_scale, format, scale_rule, swizzled: bool = False) -> tuple[Tensor, Tensor]:
-    """`wush::transform_quantize` for bf16 and fp16 with transform blocks of the format's group size (SPEC §4, §6).
-
-    swizzled: scales as `layouts.swizzle_scales` gives them, written by the same kernel."""
+def transform_quantize(
+    x, transform, global_scale, format, scale_rule, scale_layout: str = "rows"
+) -> tuple[Tensor, Tensor]:
+    """`wush::transform_quantize` for bf16 and fp16 with transform blocks of the format's group size."""
     ops = load(_target(x))
     transform = None if transform is None else transform.contiguous()
-    return ops.transform_quantize(x, transform, global_scale, format, scale_rule, swizzled)
+    return ops.transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout == "swizzled")
 
 
-def refuses_rms_norm(x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule) -> str | None:
+def refuses_rms_norm(
+    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> str | None:
     if weight is not None and weight.dtype != x.dtype:
         return f"gain is {weight.dtype}"
     if eps_tensor is not None and not eps_tensor.is_cuda:
@@ -118,39 +120,51 @@ def refuses_rms_norm(x, weight, eps, eps_tensor, gain, transform, global_scale, 
 
 
 def rms_norm_transform_quantize(
-    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, swizzled: bool = False
+    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout: str = "rows"
 ) -> tuple[Tensor, Tensor]:
-    """`wush::rms_norm_transform_quantize`; the sum of squares has an order of its own."""
+    """`wush::rms_norm_transform_quantize`; it sums squares in another order than the reference."""
     ops = load(_target(x))
     transform = None if transform is None else transform.contiguous()
     eps_tensor = None if eps_tensor is None else eps_tensor.to(torch.float32)
     return ops.rms_norm_transform_quantize(
-        x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, swizzled
+        x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout == "swizzled"
     )
 
 
-def refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule) -> str | None:
+def refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
     return "gate and up differ in dtype" if gate.dtype != up.dtype else _refuses(gate, transform, format)
 
 
 def silu_mul_transform_quantize(
-    gate, up, transform, global_scale, format, scale_rule, swizzled: bool = False
+    gate, up, transform, global_scale, format, scale_rule, scale_layout: str = "rows"
 ) -> tuple[Tensor, Tensor]:
-    """`wush::silu_mul_transform_quantize`, bit for bit."""
+    """`wush::silu_mul_transform_quantize`, with the bits of the reference."""
     ops = load(_target(gate))
     transform = None if transform is None else transform.contiguous()
-    return ops.silu_mul_transform_quantize(gate, up, transform, global_scale, format, scale_rule, swizzled)
+    return ops.silu_mul_transform_quantize(
+        gate, up, transform, global_scale, format, scale_rule, scale_layout == "swizzled"
+    )
 
 
 LINEAR_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def refuses_fp4_linear(
-    codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype
+    codes,
+    scales,
+    global_scale,
+    weight_codes,
+    weight_scales,
+    weight_global_scale,
+    bias,
+    residual,
+    format,
+    out_dtype,
+    scale_layout="rows",
 ) -> str | None:
     target = _target(codes)
     if target == "sm_90a":
-        return "the FP4 instruction is only emulated there, for tests"
+        return "the FP4 instruction is emulated on Hopper, for tests only"
     if format not in ("mxfp4", "nvfp4"):
         return f"{format} has no CUDA kernel"
     if out_dtype not in (LINEAR_DTYPES[:1] if target in ("sm_100a", "sm_103a") else LINEAR_DTYPES):
@@ -172,12 +186,9 @@ def fp4_linear(
     residual,
     format,
     out_dtype,
-    swizzled: bool = False,
-    weight_swizzled: bool = False,
+    scale_layout: str = "rows",
 ) -> Tensor:
-    """`wush::fp4_linear` by Blackwell's block-scaled FP4 instructions; the order of the fp32 sum is the instruction's.
-
-    swizzled, weight_swizzled: these scales are as `layouts.swizzle_scales` gives them."""
+    """`wush::fp4_linear` by Blackwell's block-scaled FP4 instructions, which decide the order of the fp32 sum."""
 
     def dense(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.contiguous()
@@ -193,14 +204,16 @@ def fp4_linear(
         dense(residual),
         format,
         out_dtype,
-        swizzled,
-        weight_swizzled,
+        scale_layout == "swizzled",
+        False,  # the weight's scales are in rows
     )
 
 
 IMPLEMENTATIONS = {
     "fp4_linear": Implementation(fp4_linear, refuses_fp4_linear),
-    "transform_quantize": Implementation(transform_quantize, refuses_transform_quantize, yields),
-    "rms_norm_transform_quantize": Implementation(rms_norm_transform_quantize, refuses_rms_norm, yields),
-    "silu_mul_transform_quantize": Implementation(silu_mul_transform_quantize, refuses_silu_mul, yields_silu_mul),
+    "transform_quantize": Implementation(transform_quantize, refuses_transform_quantize, prefer_others),
+    "rms_norm_transform_quantize": Implementation(rms_norm_transform_quantize, refuses_rms_norm, prefer_others),
+    "silu_mul_transform_quantize": Implementation(
+        silu_mul_transform_quantize, refuses_silu_mul, prefer_others_silu_mul
+    ),
 }

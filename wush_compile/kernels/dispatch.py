@@ -1,10 +1,10 @@
-"""Providers: who computes an op on a GPU. One table, resolved once a process and device; the reference is always there.
+"""Chooses who computes an op on a GPU, from one table of providers that is resolved once a process and device.
 
-A provider has for each op a function and a predicate that says, from the arguments alone, why it does not take a call.
-`dispatch` asks the providers in order. One that fails at run time is left out from then on, with one warning that names
-it.
-`WUSH_PROVIDER=reference` (or `scaled_mm`, `cuda`, `triton`) forces one: then nothing else is asked first, and its
-errors are raised.
+For each op, a provider has a function, and a predicate that says from the arguments alone why it does not take a call.
+`dispatch` asks the providers in order; the reference computes what none takes. A provider that fails at run time is
+dropped for that op, with one warning.
+`WUSH_PROVIDER=reference` (or `scaled_mm`, `cuda`, `triton`) leaves only that provider in front of the reference, and
+raises its errors.
 """
 
 import functools
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from ..errors import one_of
-from .provider import Implementation, Mendable, Provider
+from .provider import FixableReason, Implementation, Provider, implementations
 
 logger = logging.getLogger("wush_compile")
 
@@ -64,32 +64,32 @@ PROVIDERS = (
     Provider("cuda", _cuda_unavailable, _load_cuda),
     Provider("triton", _triton_unavailable, _load_triton),
 )
-# What writes into its arguments cannot be tried a second time.
+# Ops that write into their arguments: they cannot be computed a second time after a failure.
 IN_PLACE = ("observe",)
 NAMES = (*(p.name for p in PROVIDERS), "reference")
 
 
 def forced() -> str | None:
-    """The provider that `WUSH_PROVIDER` names, None if it is not set; another name is a `ConfigError`."""
+    """The provider that `WUSH_PROVIDER` names; None if it is not set; `ConfigError` for an unknown name."""
     name = os.environ.get("WUSH_PROVIDER")
     return one_of("WUSH_PROVIDER", name, NAMES) if name else None
 
 
 @functools.cache
 def resolve(device: int) -> dict[str, list[tuple[str, Implementation]]]:
-    """Op -> (provider's name, implementation) in the order in which they are asked, for a CUDA device; logged once."""
+    """Op -> (provider's name, implementation), in the order in which they are asked, for a CUDA device; logs them."""
     capability = torch.cuda.get_device_capability(device)
     name = forced()
     table, lines, faults = {}, [], []
     for provider in PROVIDERS:
         reason = provider.unavailable(capability)
-        if isinstance(reason, Mendable) and name in (None, provider.name):
+        if isinstance(reason, FixableReason) and name in (None, provider.name):
             faults.append(f"{provider.name} {reason}")
         if reason is None and name not in (None, provider.name):
             reason = f"WUSH_PROVIDER is {name}"
         lines.append(f"{provider.name}: {reason or 'used'}")
         if reason is None:
-            for op, implementation in provider.load().items():
+            for op, implementation in implementations(provider).items():
                 table.setdefault(op, []).append((provider.name, implementation))
     if faults:
         used = sorted({entries[0][0] for entries in table.values()}) or ["reference"]
@@ -98,10 +98,21 @@ def resolve(device: int) -> dict[str, list[tuple[str, Implementation]]]:
     return table
 
 
+def candidates(op: str, device: int, args: tuple) -> list[tuple[str, Implementation]]:
+    """The providers of an op on a CUDA device, in the order in which they are asked to compute this call."""
+    entries = resolve(device).get(op, ())
+    return sorted(entries, key=lambda entry: entry[1].prefer_others(*args)) if len(entries) > 1 else list(entries)
+
+
+def chosen(op: str, device: int, args: tuple) -> str | None:
+    """The name of the provider that computes a call on a CUDA device; None where the reference does."""
+    return next((name for name, kernel in candidates(op, device, args) if kernel.refuses(*args) is None), None)
+
+
 def dispatch(op: str, reference: Callable, *args):
-    """`op` by the first provider of the first argument's device that takes the call, else by `reference`."""
-    entries = resolve(args[0].device.index).get(op, ())
-    for entry in sorted(entries, key=lambda entry: entry[1].yields(*args)) if len(entries) > 1 else list(entries):
+    """Computes `op` by the first provider that takes the call on the first argument's device, else by `reference`."""
+    device = args[0].device.index
+    for entry in candidates(op, device, args):
         name, implementation = entry
         if implementation.refuses(*args) is not None:
             continue
@@ -114,13 +125,13 @@ def dispatch(op: str, reference: Callable, *args):
                 raise
             if op in IN_PLACE:
                 raise RuntimeError(
-                    f"{name} failed in {op}, which may have changed its state by then: set "
+                    f"{name} failed in {op} and may have left its state half written: set "
                     "WUSH_PROVIDER=reference and start again"
                 ) from error
-            result = reference(*args)  # raises if the caller's arguments are at fault; then no provider is
-            resolve(args[0].device.index)[op].remove(entry)
+            result = reference(*args)  # raises if the arguments are at fault; then the provider is not
+            resolve(device)[op].remove(entry)
             logger.warning(
-                "%s failed in %s and is left out of it from now on: %s: %s",
+                "%s failed in %s and is no longer used for it: %s: %s",
                 name,
                 op,
                 type(error).__name__,

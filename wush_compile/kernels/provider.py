@@ -1,25 +1,44 @@
-"""What a provider is: a set of kernels, and which calls they accept."""
+"""What a provider is: kernels, and the calls that they accept."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ..ops import fused, schema  # noqa: F401  (fused: every op is defined)
+
 
 class Implementation(NamedTuple):
-    """An op of a provider; `refuses(*args)` is a sentence, or None if it takes the call. Where `yields(*args)`, others are
-    known to be faster: it is asked after them."""
+    """One op of a provider. All three functions take the arguments of the op.
+
+    run            computes the op
+    refuses        why this provider does not take the call, in a sentence; None if it does
+    prefer_others  True where other providers are known to be faster; then this one is asked last
+    """
 
     run: Callable
     refuses: Callable[..., str | None]
-    yields: Callable[..., bool] = lambda *args: False
+    prefer_others: Callable[..., bool] = lambda *args: False
 
 
-class Mendable(str):
-    """Why a provider is unavailable, where that is a fault of the installation and not of the device: a warning."""
+class FixableReason(str):
+    """Why a provider is unavailable, where the user can fix the installation. `dispatch` logs such a reason as a warning."""
 
 
 class Provider(NamedTuple):
-    """Kernels of one kind; `unavailable(capability)` is a sentence, or None if they run on such a device."""
+    """A set of kernels.
+
+    unavailable    why they do not run on a device of this compute capability, in a sentence; None if they do
+    load           imports them: op -> implementation
+    """
 
     name: str
     unavailable: Callable[[tuple[int, int]], str | None]
     load: Callable[[], dict[str, Implementation]]
+
+
+def implementations(provider: Provider) -> dict[str, Implementation]:
+    """Op -> implementation of a provider, loaded and checked: `SignatureError` where a function does not fit its op."""
+    table = provider.load()
+    for op, implementation in table.items():
+        for role, function in implementation._asdict().items():
+            schema.check(op, f"{provider.name}'s `{role}`", function)
+    return table

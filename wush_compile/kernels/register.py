@@ -1,17 +1,18 @@
-"""Puts the providers behind the ops on CUDA devices; elsewhere, and for what no provider takes, the reference stays."""
+"""Puts the providers behind the ops on CUDA devices. The reference serves other devices, and calls that none takes."""
 
 import functools
 
 from ..ops import core as ops
 from ..ops.fused import FUSED_REFERENCE
+from ..ops.schema import lib
 from .dispatch import dispatch
 
 
 @functools.cache
 def register() -> None:
-    """Registers `dispatch` as the CUDA implementation of every op; once a process."""
+    """Registers `dispatch` as the CUDA implementation of every op, once a process."""
     for name, reference in (ops.REFERENCE | FUSED_REFERENCE).items():
-        ops.lib.impl(name, functools.partial(dispatch, name, reference), "CUDA")
+        lib.impl(name, functools.partial(dispatch, name, reference), "CUDA")
 
 
 register()

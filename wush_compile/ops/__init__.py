@@ -1,5 +1,7 @@
-"""The `wush::` ops: schemas, fakes, and the reference that defines each op on every device (docs/spec.md §6).
+"""The `wush::` ops: schemas, fake kernels, and the reference that defines each op on every device (docs/spec.md §6).
 
-core.py    observe, transform_quantize, fp4_linear
-fused.py   a norm or a gated activation in front of transform_quantize; only passes emit these
+core.py      observe, transform_quantize, fp4_linear
+fused.py     a norm or a gated activation in front of transform_quantize; only passes emit these ops
+schema.py    one signature an op, and the check that every function of the op has it
+layouts.py   how scales lie in memory
 """

@@ -1,11 +1,12 @@
-"""The ops: schemas, fake kernels, and the reference that defines them on every device (SPEC §6).
+"""The ops: fake kernels, and the reference that defines each op and its schema on every device (docs/spec.md §6).
 
     wush::observe             adds rows to a second moment and to a sample (calibration)
     wush::transform_quantize  x -> blockwise x Tᵀ -> codes and scales, in one op
     wush::fp4_linear          quantized x times quantized weight, fp32 accumulation, one rounding
 
-Codes and scales cross op boundaries as uint8 (int4 scales: bf16); the format string gives them meaning. A row is one
-position of the leading dimensions, which are free; no rows at all is fine.
+Codes and scales cross op boundaries as uint8 (int4 scales: bf16); the format string gives them meaning, and
+`scale_layout` says how an activation's scales lie in memory (layouts.py). Leading dimensions are free: each position in
+them is a row. There may be no rows.
 """
 
 from collections.abc import Callable
@@ -16,29 +17,23 @@ from torch import Tensor
 from .. import formats
 from ..formats import get_format
 from ..phases import phase
+from .layouts import in_rows, lay_out, scale_shape
+from .schema import check, define
 
-lib = torch.library.Library("wush", "DEF")
-lib.define("observe(Tensor x, Tensor? mask, Tensor(a!) moment, Tensor(b!) count, Tensor(c!) sample, int seed=0) -> ()")
-lib.define(
-    "transform_quantize(Tensor x, Tensor? transform, Tensor? global_scale, str format, str scale_rule)"
-    " -> (Tensor codes, Tensor scales)"
-)
-lib.define(
-    "fp4_linear(Tensor codes, Tensor scales, Tensor? global_scale, Tensor weight_codes, Tensor weight_scales,"
-    " Tensor? weight_global_scale, Tensor? bias, Tensor? residual, str format, ScalarType out_dtype) -> Tensor"
-)
-
-# A CPU quantizes this many values at a time: temporaries that stay in cache make it 4x faster.
+# A CPU quantizes this many values at a time. It is 4x faster when the temporaries stay in its cache.
 CHUNK_ELEMENTS = 2**16
-# Of the rows a group's sample holds, this share is kept for the rows of largest norm; the rest is a uniform sample.
+# One in this many rows of a group's sample is kept for the rows of largest norm. The others are a uniform sample.
 LARGEST_SHARE = 8
+# Largest relative error (Frobenius norm) of a provider's product. Rounding to bf16 costs at most 2^-9 = 1.95e-3, and
+# 1.7e-3 on random numbers; Hopper's fp8 accumulators add up to 4e-4.
+PRODUCT_ERROR = {torch.bfloat16: 2.2e-3, torch.float32: 5e-4}
 
 
 # -- observe ---------------------------------------------------------------------------------------------------------
 
 
 def _uniform(index: Tensor, seed: int) -> Tensor:
-    """Row numbers (int64) -> reproducible pseudo-random float64 in [0, 1): a 31-bit integer hash, the same everywhere."""
+    """Row numbers (int64) -> pseudo-random float64 in [0, 1): a 31-bit integer hash, equal on every device."""
     h = (index + 1) * 747796405 + (seed % 65521) * 2891336453
     for factor in (277803737, 1103515245):
         h = h & 0x7FFFFFFF
@@ -48,13 +43,16 @@ def _uniform(index: Tensor, seed: int) -> Tensor:
 
 
 def _sample_uniform(rows: Tensor, reservoir: Tensor, seen: Tensor, seed: int) -> None:
-    """Reservoir sampling: row i goes to a random slot below i + 1, if the reservoir has it; rows [n, K], seen int64 []."""
+    """Reservoir sampling of rows [n, K]; seen int64 [] counts the rows before them.
+
+    Row i draws a random slot below i + 1, and enters the reservoir if the reservoir has that slot.
+    """
     capacity = reservoir.shape[0]
     position = torch.arange(rows.shape[0], device=rows.device)
     index = position + seen
     slot = torch.where(index < capacity, index, (_uniform(index, seed) * (index + 1)).floor().to(torch.int64))
-    # Of the rows that want one slot the last one keeps it, as if they had come one after the other; slot `capacity` takes
-    # those that none gets. Nothing here has a size that depends on the data: a GPU need not be waited for.
+    # The last row that draws a slot keeps it, as if the rows came one after the other. Slot `capacity` takes the rows
+    # that do not enter. No size here depends on the data, so the host need not wait for a GPU.
     last = torch.full((capacity + 1,), -1, dtype=torch.int64, device=rows.device)
     last.scatter_reduce_(0, slot.clamp(max=capacity), position, "amax")
     last = last[:capacity]
@@ -81,15 +79,16 @@ def _add_moment(rows: Tensor, moment: Tensor) -> None:
         moment.baddbmm_(blocks.transpose(1, 2), blocks)  # [K/B, B, B]
 
 
-def _observe(
+def observe_with(
+    add_moment: Callable[[Tensor, Tensor], None],
     x: Tensor,
     mask: Tensor | None,
     moment: Tensor,
     count: Tensor,
     sample: Tensor,
     seed: int = 0,
-    add_moment: Callable[[Tensor, Tensor], None] = _add_moment,
 ) -> None:
+    """`wush::observe`, with `add_moment(rows [n, K], moment)` to compute the second moments."""
     rows = x.reshape(-1, x.shape[-1])  # [n, K]
     if mask is not None:
         rows = rows[mask.reshape(-1) != 0]
@@ -105,6 +104,10 @@ def _observe(
             if largest:
                 _sample_largest(rows, sample[uniform:])
     count.add_(rows.shape[0])
+
+
+def _observe(x: Tensor, mask: Tensor | None, moment: Tensor, count: Tensor, sample: Tensor, seed: int = 0) -> None:
+    observe_with(_add_moment, x, mask, moment, count, sample, seed)
 
 
 def _observe_fake(x, mask, moment, count, sample, seed=0):
@@ -134,13 +137,30 @@ def block_transform(x: Tensor, transform: Tensor | None) -> Tensor:
     t = transform.to(torch.float32)
     if transform.shape[0] == 1:
         return (x.unflatten(-1, (-1, size)).flatten(0, -2) @ t[0].T).view(x.shape)
-    # unflatten, unlike reshape alone, refuses a transform made for another width.
+    # `unflatten` refuses a transform made for another width; `reshape` alone would not.
     blocks = x.unflatten(-1, (transform.shape[0], size)).reshape(-1, transform.shape[0], size)  # [M, K/B, B]
     return torch.bmm(blocks.transpose(0, 1), t.transpose(1, 2)).transpose(0, 1).reshape(x.shape)
 
 
+def _transform_quantize_at_once(
+    x: Tensor,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+    scale_layout: str = "rows",
+) -> tuple[Tensor, Tensor]:
+    codes, scales = formats.quantize(block_transform(x, transform), format, scale_rule, global_scale)
+    return codes, lay_out(scales, scale_layout)
+
+
 def _transform_quantize(
-    x: Tensor, transform: Tensor | None, global_scale: Tensor | None, format: str, scale_rule: str
+    x: Tensor,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+    scale_layout: str = "rows",
 ) -> tuple[Tensor, Tensor]:
     fmt = _check_format(format, scale_rule)
     k = x.shape[-1]
@@ -150,13 +170,14 @@ def _transform_quantize(
     step = max(1, CHUNK_ELEMENTS // max(k, 1)) if x.device.type == "cpu" else max(1, rows.shape[0])
     for start in range(0, rows.shape[0], step):
         chunk = slice(start, start + step)
-        codes[chunk], scales[chunk] = formats.quantize(
-            block_transform(rows[chunk], transform), format, scale_rule, global_scale
+        codes[chunk], scales[chunk] = _transform_quantize_at_once(
+            rows[chunk], transform, global_scale, format, scale_rule
         )
-    return codes.view(*x.shape[:-1], k // 2), scales.view(*x.shape[:-1], k // fmt.group_size)
+    scales = scales.view(scale_shape(x.shape[:-1], k // fmt.group_size, "rows"))
+    return codes.view(*x.shape[:-1], k // 2), lay_out(scales, scale_layout)
 
 
-def _transform_quantize_fake(x, transform, global_scale, format, scale_rule):
+def _transform_quantize_fake(x, transform, global_scale, format, scale_rule, scale_layout="rows"):
     fmt = _check_format(format, scale_rule)
     k = x.shape[-1]
     torch._check(
@@ -174,7 +195,7 @@ def _transform_quantize_fake(x, transform, global_scale, format, scale_rule):
     lead = x.shape[:-1]
     return (
         x.new_empty((*lead, k // 2), dtype=torch.uint8),
-        x.new_empty((*lead, k // fmt.group_size), dtype=fmt.scale_dtype),
+        x.new_empty(scale_shape(lead, k // fmt.group_size, scale_layout), dtype=fmt.scale_dtype),
     )
 
 
@@ -182,7 +203,7 @@ def _transform_quantize_fake(x, transform, global_scale, format, scale_rule):
 
 
 def _operand(codes: Tensor, scales: Tensor, format: str) -> Tensor:
-    """Packed [.., K/2] -> fp32 [.., K] without the global scale, by a table of the 256 bytes: fast in eager mode."""
+    """Packed [.., K/2] -> fp32 [.., K] without the global scale; a table of the 256 bytes is fast in eager mode."""
     byte = torch.arange(256, device=codes.device, dtype=torch.uint8)
     group = get_format(format).group_size
     if format == "int4":
@@ -193,37 +214,59 @@ def _operand(codes: Tensor, scales: Tensor, format: str) -> Tensor:
     return groups.mul_(formats.decode_scales(scales, format)[..., None]).flatten(-2)
 
 
-def _fp4_linear(
-    codes: Tensor,
-    scales: Tensor,
-    global_scale: Tensor | None,
-    weight_codes: Tensor,
-    weight_scales: Tensor,
-    weight_global_scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    format: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    x = _operand(codes, scales, format)  # [.., K]
-    w = _operand(weight_codes, weight_scales, format)  # [N, K]
-    y = torch.nn.functional.linear(x, w)  # [.., N]
-    product = None
-    for g in (global_scale, weight_global_scale):
-        if g is not None:
-            product = g if product is None else product * g
-    if product is not None:
-        y = y * (1.0 / product)
-    if bias is not None:
-        y = y + bias.to(torch.float32)
-    y = y.to(out_dtype)
-    return y if residual is None else y + residual.to(out_dtype)
+def _fp4_linear_by(decode: Callable[[Tensor, Tensor, str], Tensor]) -> Callable[..., Tensor]:
+    """`wush::fp4_linear`, its operands made fp32 by `decode(codes, scales, format)`."""
+
+    def fp4_linear(
+        codes: Tensor,
+        scales: Tensor,
+        global_scale: Tensor | None,
+        weight_codes: Tensor,
+        weight_scales: Tensor,
+        weight_global_scale: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        format: str,
+        out_dtype: torch.dtype,
+        scale_layout: str = "rows",
+    ) -> Tensor:
+        groups = 2 * codes.shape[-1] // get_format(format).group_size
+        x = decode(codes, in_rows(scales, codes.shape[:-1], groups, scale_layout), format)  # [.., K]
+        w = decode(weight_codes, weight_scales, format)  # [N, K]
+        y = torch.nn.functional.linear(x, w)  # [.., N]
+        factors = [g for g in (global_scale, weight_global_scale) if g is not None]
+        if factors:
+            y = y * (1.0 / (factors[0] if len(factors) == 1 else factors[0] * factors[1]))
+        if bias is not None:
+            y = y + bias.to(torch.float32)
+        y = y.to(out_dtype)
+        return y if residual is None else y + residual.to(out_dtype)
+
+    return fp4_linear
+
+
+_fp4_linear = _fp4_linear_by(_operand)
 
 
 def _fp4_linear_fake(
-    codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype
+    codes,
+    scales,
+    global_scale,
+    weight_codes,
+    weight_scales,
+    weight_global_scale,
+    bias,
+    residual,
+    format,
+    out_dtype,
+    scale_layout="rows",
 ):
-    _check_format(format)
+    fmt = _check_format(format)
+    if scale_layout != "rows":
+        shape = scale_shape(codes.shape[:-1], 2 * codes.shape[-1] // fmt.group_size, scale_layout)
+        torch._check(scales.dim() == len(shape), lambda: f"scales have {scales.dim()} dimensions, {scale_layout} has 4")
+        for have, want in zip(scales.shape, shape):
+            torch._check(have == want, lambda: f"{scale_layout} scales are {tuple(scales.shape)}, not {shape}")
     torch._check(
         codes.shape[-1] == weight_codes.shape[-1],
         lambda: f"activation has {2 * codes.shape[-1]} channels, weight {2 * weight_codes.shape[-1]}",
@@ -238,6 +281,9 @@ def _fp4_linear_fake(
 
 REFERENCE = {"observe": _observe, "transform_quantize": _transform_quantize, "fp4_linear": _fp4_linear}
 FAKE = {"observe": _observe_fake, "transform_quantize": _transform_quantize_fake, "fp4_linear": _fp4_linear_fake}
-for name, kernel in REFERENCE.items():
-    lib.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"wush::{name}", FAKE[name], lib=lib)
+# The same numbers without a table and without chunks: a graph can hold neither constants nor loops.
+ARITHMETIC = {"transform_quantize": _transform_quantize_at_once, "fp4_linear": _fp4_linear_by(formats.dequantize)}
+for name, reference in REFERENCE.items():
+    define(name, reference, FAKE[name], mutates=("moment", "count", "sample") if name == "observe" else ())
+for name, function in ARITHMETIC.items():
+    check(name, "the arithmetic", function)

@@ -1,42 +1,33 @@
-"""Fused variants of `wush::transform_quantize`: the quantizer with the norm or activation that feeds it as prologue.
+"""Fused variants of `wush::transform_quantize`: the norm or activation in front of a quantizer becomes its prologue.
 
     wush::rms_norm_transform_quantize     RMSNorm(x)            then transform_quantize
     wush::layer_norm_transform_quantize   LayerNorm(x)          then transform_quantize
     wush::silu_mul_transform_quantize     SiLU(gate) · up       then transform_quantize
     wush::gelu_mul_transform_quantize     GELU(gate) · up       then transform_quantize
 
-Only passes emit them. The reference below defines each: it rounds to the model dtype exactly where the graph it
-replaces rounds, so fusing changes no bit. The inner quantizer is called as an op, so that a device's own provider of
-`transform_quantize` serves here too until it has one for the fused variant.
+Only passes emit these ops. The reference below defines each of them. It rounds to the model dtype exactly where the
+replaced graph rounds, so fusing changes no bit. It calls the quantizer as an op, so that a device without a kernel for
+the fused variant still uses its kernel for `transform_quantize`.
 
-`gain` says where RMSNorm's gain w meets the model dtype; x̂ = x · rsqrt(mean(x²) + eps) in fp32:
+`gain` says where RMSNorm rounds to the model dtype, with its gain w and x̂ = x · rsqrt(mean(x²) + eps) in fp32:
 
     "none"           round(x̂)
     "rounded"        w · round(x̂), in the model dtype                      (Llama, Qwen)
     "wide"           round(x̂ · w), the product in fp32                     (torch.nn.RMSNorm in low precision)
     "wide_plus_one"  round(x̂ · (1 + w)), both in fp32                      (Gemma)
 
-`eps` is a number, or a scalar tensor in `eps_tensor` (then `eps` is not read): with `dynamic=True` Dynamo lifts Python
-floats into graph inputs.
+`eps` is a number. With `dynamic=True` Dynamo turns Python floats into graph inputs: then `eps_tensor` is a scalar
+tensor, and `eps` is ignored.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import FAKE, lib
+from .core import FAKE
+from .schema import define
 
 GAINS = ("none", "rounded", "wide", "wide_plus_one")
-_QUANTIZER = "Tensor? transform, Tensor? global_scale, str format, str scale_rule) -> (Tensor codes, Tensor scales)"
-
-lib.define(
-    "rms_norm_transform_quantize(Tensor x, Tensor? weight, float eps, Tensor? eps_tensor, str gain, " + _QUANTIZER
-)
-lib.define(
-    "layer_norm_transform_quantize(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? eps_tensor, " + _QUANTIZER
-)
-lib.define("silu_mul_transform_quantize(Tensor gate, Tensor up, " + _QUANTIZER)
-lib.define("gelu_mul_transform_quantize(Tensor gate, Tensor up, str approximate, " + _QUANTIZER)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float | Tensor, gain: str) -> Tensor:
@@ -54,55 +45,98 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float | Tensor, gain: str) -
     raise ValueError(f"gain {gain!r} is not one of {', '.join(GAINS)}")
 
 
-def _rms_norm_transform_quantize(x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule):
+def _rms_norm_transform_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    eps_tensor: Tensor | None,
+    gain: str,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+    scale_layout: str = "rows",
+) -> tuple[Tensor, Tensor]:
     eps = eps if eps_tensor is None else eps_tensor.to(torch.float32)
     normed = rms_norm(x, weight, eps, gain)
-    return torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule)
+    return torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule, scale_layout)
 
 
-def _layer_norm_transform_quantize(x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule):
+def _layer_norm_transform_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    eps_tensor: Tensor | None,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+    scale_layout: str = "rows",
+) -> tuple[Tensor, Tensor]:
     eps = eps if eps_tensor is None else float(eps_tensor)
     normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule)
+    return torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule, scale_layout)
 
 
-def _silu_mul_transform_quantize(gate, up, transform, global_scale, format, scale_rule):
-    return torch.ops.wush.transform_quantize(F.silu(gate) * up, transform, global_scale, format, scale_rule)
+def _silu_mul_transform_quantize(
+    gate: Tensor,
+    up: Tensor,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+    scale_layout: str = "rows",
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.wush.transform_quantize(
+        F.silu(gate) * up, transform, global_scale, format, scale_rule, scale_layout
+    )
 
 
-def _gelu_mul_transform_quantize(gate, up, approximate, transform, global_scale, format, scale_rule):
+def _gelu_mul_transform_quantize(
+    gate: Tensor,
+    up: Tensor,
+    approximate: str,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+    scale_layout: str = "rows",
+) -> tuple[Tensor, Tensor]:
     activated = F.gelu(gate, approximate=approximate) * up
-    return torch.ops.wush.transform_quantize(activated, transform, global_scale, format, scale_rule)
+    return torch.ops.wush.transform_quantize(activated, transform, global_scale, format, scale_rule, scale_layout)
 
 
-def _norm_fake(x, vectors, transform, global_scale, format, scale_rule):
+def _norm_fake(x, vectors, transform, global_scale, format, scale_rule, scale_layout="rows"):
     for vector in vectors:
         if vector is not None:
             torch._check(vector.device == x.device, lambda: f"x is on {x.device}, its norm is on {vector.device}")
             torch._check(vector.shape[-1] == x.shape[-1], lambda: "the norm does not have the width of x")
-    return FAKE["transform_quantize"](x, transform, global_scale, format, scale_rule)
+    return FAKE["transform_quantize"](x, transform, global_scale, format, scale_rule, scale_layout)
 
 
-def _rms_norm_fake(x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule):
+def _rms_norm_fake(x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"):
     torch._check(gain in GAINS, lambda: f"gain {gain!r} is not one of {', '.join(GAINS)}")
     torch._check((weight is None) == (gain == "none"), lambda: f"gain {gain!r} does not fit the weight")
-    return _norm_fake(x, (weight,), transform, global_scale, format, scale_rule)
+    return _norm_fake(x, (weight,), transform, global_scale, format, scale_rule, scale_layout)
 
 
-def _layer_norm_fake(x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule):
-    return _norm_fake(x, (weight, bias), transform, global_scale, format, scale_rule)
+def _layer_norm_fake(
+    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows"
+):
+    return _norm_fake(x, (weight, bias), transform, global_scale, format, scale_rule, scale_layout)
 
 
-def _mul_fake(gate, up, transform, global_scale, format, scale_rule):
+def _mul_fake(gate, up, transform, global_scale, format, scale_rule, scale_layout="rows"):
     torch._check(gate.device == up.device, lambda: f"gate is on {gate.device}, up on {up.device}")
     torch._check(gate.dim() == up.dim(), lambda: "gate and up differ in rank")
     for a, b in zip(gate.shape, up.shape):
         torch._check(a == b, lambda: "gate and up differ in shape")
-    return FAKE["transform_quantize"](gate, transform, global_scale, format, scale_rule)
+    return FAKE["transform_quantize"](gate, transform, global_scale, format, scale_rule, scale_layout)
 
 
-def _gelu_mul_fake(gate, up, approximate, transform, global_scale, format, scale_rule):
-    return _mul_fake(gate, up, transform, global_scale, format, scale_rule)
+def _gelu_mul_fake(gate, up, approximate, transform, global_scale, format, scale_rule, scale_layout="rows"):
+    return _mul_fake(gate, up, transform, global_scale, format, scale_rule, scale_layout)
 
 
 FUSED_REFERENCE = {
@@ -117,6 +151,5 @@ FUSED_FAKE = {
     "silu_mul_transform_quantize": _mul_fake,
     "gelu_mul_transform_quantize": _gelu_mul_fake,
 }
-for name, kernel in FUSED_REFERENCE.items():
-    lib.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"wush::{name}", FUSED_FAKE[name], lib=lib)
+for name, reference in FUSED_REFERENCE.items():
+    define(name, reference, FUSED_FAKE[name])

@@ -1,16 +1,16 @@
-"""Patterns over ATen graphs, small enough to read: `match(pattern, node)` gives the bindings, or None.
+"""Patterns over ATen graphs: `match(pattern, node)` returns the bindings, or None.
 
 A pattern is built of
 
     Var(name)              any node; the same name twice must be the same node
     Num(name)              a Python number, or a node that holds a scalar tensor
     Op(op, *args)          a call of the ATen or prims op of that name, whatever its overload; mul and add commute
-    Cast(p)                p, or one dtype conversion of p (one: of two in a row the first may round)
+    Cast(p)                p, or one dtype conversion of p (not two in a row: the first may round)
     Either(p, q, ..)       the first that matches
     ANY                    anything
     anything else          a literal that must be equal
 
-`bind=` on Op and Cast names the node itself. Every step returns a new dict, so that a failed attempt leaves no trace.
+`bind=` on Op and Cast names the node itself. Every step returns a new dict, so a failed attempt leaves no bindings.
 """
 
 import operator
@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..ops.schema import bind, positional
 
 ANY = object()
 CASTS = ("convert_element_type", "to", "_to_copy", "type_as")
@@ -50,7 +52,7 @@ class Either:
 
 
 def op_name(node: object) -> str:
-    """`mul` for a call of aten.mul.Tensor, `getitem` for one of that; "" for whatever is not ATen's or prims'."""
+    """Op name of a node: "mul" for aten.mul.Tensor, "getitem" for operator.getitem, "" outside aten and prims."""
     target = getattr(node, "target", None)
     if target is operator.getitem:
         return "getitem"
@@ -65,7 +67,7 @@ def value(node: Node):
 
 
 def is_cast(node: object) -> bool:
-    """A conversion of dtype that leaves the device alone."""
+    """Whether a node converts the dtype of a tensor and leaves it on its device."""
     if op_name(node) not in CASTS or not isinstance(value(node), torch.Tensor):
         return False
     source = value(node.args[0])
@@ -81,7 +83,7 @@ def _bind(bound: dict, name: str | None, what: object) -> dict | None:
 
 
 def match(pattern: object, what: object, bound: dict | None = None) -> dict | None:
-    """`what` (a node or a literal argument) against a pattern: name -> node or number, or None."""
+    """Matches `what` (a node or a literal argument): name -> node or number, or None if it does not match."""
     bound = {} if bound is None else bound
     if pattern is ANY:
         return bound
@@ -135,11 +137,8 @@ def is_wush(node: object, *ops: str) -> bool:
 
 
 def arguments(node: Node) -> dict:
-    """The arguments of a node by name, defaults filled in: the order of the op's schema."""
-    schema = node.target._schema
-    named = dict(zip((a.name for a in schema.arguments), node.args))
-    named.update(node.kwargs)
-    return {a.name: named.get(a.name, a.default_value) for a in schema.arguments}
+    """The arguments of a call of a wush op by name, in the order of its schema, with its defaults filled in."""
+    return bind(node.target._opname, node.args, node.kwargs)
 
 
 def same_layout(a: Node, b: Node) -> bool:
@@ -160,14 +159,19 @@ def _same(x: object, y: object) -> bool:
 
 
 def only_user(node: Node, user: Node) -> bool:
-    """Whether nothing else reads `node`; export's assertions about its dtype do not count."""
+    """Whether `user` alone reads `node`, apart from export's assertions about its dtype."""
     return all(u is user or op_name(u) == "_assert_tensor_metadata" for u in node.users)
+
+
+def fakes(args: object) -> object:
+    """Arguments with each node replaced by what tracing recorded of it."""
+    return torch.fx.map_arg(args, value)
 
 
 def insert(graph: Graph, where: Node, target, args: tuple, val: object = None) -> Node:
     """A new call before `where`, with `where`'s place in the module tree.
 
-    val: what is recorded of it, where that is known; else its fake kernel is asked, which takes longer.
+    val: what is recorded of the new node, if it is known. Otherwise its fake kernel runs, which takes longer.
     """
     with graph.inserting_before(where):
         node = graph.call_function(target, args)
@@ -176,13 +180,20 @@ def insert(graph: Graph, where: Node, target, args: tuple, val: object = None) -
         node.meta["val"] = val
     else:
         with torch.no_grad():
-            node.meta["val"] = target(*torch.fx.map_arg(args, value))
+            node.meta["val"] = target(*fakes(args))
     return node
 
 
+def insert_op(graph: Graph, where: Node, op: str, named: dict, val: object = None) -> Node:
+    """As `insert`, a call of `wush::op` with arguments by name; names that the op does not have are left out."""
+    return insert(graph, where, getattr(torch.ops.wush, op).default, positional(op, named), val)
+
+
 def freeze(argument: object, tensor: Callable = lambda node: node) -> object:
-    """An argument as a dictionary key, its nodes as `tensor` says. Literals keep their type: 1, 1.0 and True differ, yet
-    are equal in Python."""
+    """An argument as a dictionary key; `tensor` gives the key of a node.
+
+    Literals keep their type, because 1, 1.0 and True are equal in Python but not to an op.
+    """
     if isinstance(argument, Node):
         return tensor(argument)
     if isinstance(argument, dict):
@@ -193,8 +204,10 @@ def freeze(argument: object, tensor: Callable = lambda node: node) -> object:
 
 
 def layout(node: Node) -> object:
-    """What the code of an op depends on of a tensor: nodes of one layout are interchangeable. Other nodes stand for
-    themselves."""
+    """What the code of an op depends on in a tensor; nodes with equal layouts are interchangeable.
+
+    A node that is not a tensor is its own layout.
+    """
     fake = value(node)
     if not isinstance(fake, torch.Tensor):
         return node
@@ -202,12 +215,12 @@ def layout(node: Node) -> object:
 
 
 def refresh(graph: Graph, changed: set[Node]) -> None:
-    """Brings `meta["val"]` up to date behind nodes whose strides changed; a view that no longer is one reshapes."""
+    """Updates `meta["val"]` behind nodes whose strides changed; a view that is no longer possible becomes a reshape."""
     aten, unchanged = torch.ops.aten, set()
     for node in graph.nodes:
         if changed.isdisjoint(node.all_input_nodes) or not (op_name(node) or is_wush(node)):
             continue
-        # Decoder layers are alike, and what an op returns is found by running its fake kernel, which is slow.
+        # A fake kernel is slow, and decoder layers are alike: run it once for each signature.
         signature = node.target, freeze((node.args, node.kwargs), layout), layout(node)
         if signature in unchanged:
             continue
@@ -228,11 +241,11 @@ def refresh(graph: Graph, changed: set[Node]) -> None:
 
 
 def replace(node: Node, by: Node) -> None:
-    """Every use of `node` becomes one of `by`; what only `node` read goes with it."""
+    """Replaces every use of `node` by `by`, and erases `node` with the nodes that only it read."""
     node.replace_all_uses_with(by, propagate_meta=False)
     dead, erased = [node], set()
     while dead:
-        node = dead.pop()  # it may stand there twice: for two that read it
+        node = dead.pop()  # a node that two erased nodes read is listed twice
         if node not in erased and not node.users and node.op == "call_function" and not node.is_impure():
             dead += node.all_input_nodes
             node.graph.erase_node(node)

@@ -1,6 +1,6 @@
-"""Graph passes. Each takes an FX graph of ATen and wush ops, edits it, and returns how much it changed.
+"""The ordered lists of execution passes, which `torch.compile(backend="wush")` and `wush_compile.fuse` run.
 
-Execution passes, run in this order by `torch.compile(backend="wush")` and by `wush_compile.fuse`:
+A pass takes an FX graph of ATen and wush ops, edits it in place, and returns the number of its changes.
 """
 
 from collections.abc import Callable
@@ -12,21 +12,29 @@ from .execution.cse import cse
 from .execution.fuse_activation import fuse_activation
 from .execution.fuse_epilogue import fuse_epilogue
 from .execution.fuse_norm import fuse_norm
+from .execution.lay_out_scales import lay_out_scales
 from .execution.lower import lower
 from .execution.merge_siblings import merge_siblings
 from .execution.package import package
 
-EXECUTION: tuple[Callable[[Graph], int], ...] = (
-    cse,  # one transform-quantize per distinct input
-    merge_siblings,  # one matmul per group of siblings
+_ALWAYS: tuple[Callable[[Graph], int], ...] = (
+    cse,  # one quantizer for each distinct input
+    merge_siblings,  # one matmul for each group of siblings
     fuse_epilogue,  # bias and residual adds into the matmul
     fuse_norm,  # RMSNorm, LayerNorm into the quantizer
     fuse_activation,  # SiLU·up, GELU·up into the quantizer
     cleanup,  # no-op views, paddings, dead code
-    lower,  # the variant of each fused op that the target device has
+    lower,  # fused ops that the target device has no kernel for
 )
-# For a program that has to run without Python: the same, then no wush op is left.
-PACKAGING = (*EXECUTION, package)
+EXECUTION = (
+    *_ALWAYS,
+    lay_out_scales,  # scales as the products of the target device read them
+)
+# For a program that has to run without Python: packaged kernels read scales in rows.
+PACKAGING = (
+    *_ALWAYS,
+    package,  # no wush op is left
+)
 
 
 def run(
@@ -34,7 +42,7 @@ def run(
     passes: tuple[Callable[[Graph], int], ...] = EXECUTION,
     after: Callable[[str, Graph], None] | None = None,
 ) -> dict[str, int]:
-    """Runs passes in order, in place; `after(name, graph)` is called behind each. Pass name -> number of changes."""
+    """Runs passes in order, in place, and calls `after(name, graph)` behind each. Pass name -> number of changes."""
     changes = {}
     for step in passes:
         changes[step.__name__] = step(graph)

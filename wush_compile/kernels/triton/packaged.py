@@ -1,10 +1,11 @@
 """The ops as graphs of Triton launches, for programs without Python: AOTInductor compiles the kernels into the package.
 
-A program serves every number of rows M, while a kernel is chosen for one. So the graph holds a launch for every band of
-M that wants a kernel of its own, each with a grid that is empty outside its band: what has an empty grid is not
-launched. Bands that the program's shapes rule out are left out. cuBLAS has no place here, since a library call cannot
-be skipped: the fused product takes the bands that are the library's at run time.
+A kernel suits a band of row counts M, while a program serves every M. So the graph holds one launch for each band, with
+a grid that is empty outside the band; an empty grid is not launched. Bands that the program's shapes exclude have no
+launch. A library call cannot be skipped in this way, so the fused product takes the bands that cuBLAS takes otherwise.
 """
+
+import functools
 
 import torch
 import triton
@@ -17,31 +18,35 @@ from torch._higher_order_ops.triton_kernel_wrap import (
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...formats import FORMATS
+from ...ops.schema import bind, check
 from .common.memory import Workspace
-from .linear.choose import WIDE, Fused, Gemv, Scaled, choose
-from .linear.expand import expand_bf16_kernel, expand_fp8_kernel
+from .linear.choose import FUSED_MANY_ROWS, GROUP_M, Fused, Gemv, Scaled, choose
 from .linear.gemm import fused_gemm_kernel
 from .linear.gemv import gemv_kernel
 from .linear.scaled import scaled_gemm_kernel
+from .linear.upcast import upcast_bf16_kernel, upcast_fp8_kernel
 from .provider import IMPLEMENTATIONS
 from .quantize.spec import make_spec
 from .quantize.tiles import choose_tile, instructions
 from .quantize.transform_quantize import dense_rows, flat_transform_quantize_kernel
 
-# (first, last) number of rows; the kernel that suits the last serves the band.
+# (first, last) number of rows of each band. The kernel chosen for the last number serves the whole band.
 BANDS = ((1, 1), (2, 16), (17, 64), (65, 128), (129, None))
-# Stands for "many rows" where a kernel is chosen.
+# The number of rows for which the kernel of the last, open band is chosen.
 MANY = 4096
-# NVFP4 for many rows: decoded on both sides.
-WIDE_NVFP4 = Fused(128, 128, 128, 1, 8, 3, True)
-# Parameters of kernels that a packaged launch leaves alone: starting behind a kernel that still runs, stores in
-# assembly, which Inductor cannot see through, sums in smaller steps.
-PLAIN = {"PDL": False, "AHEAD": 0, "EARLY": False, "WORDS": 0, "PROMOTE": 0}
+# The product for many rows in NVFP4: both operands are decoded first.
+FUSED_MANY_ROWS_NVFP4 = Fused(128, 128, 128, 1, 8, 3, True)
+# Kernel parameters that every packaged launch switches off: the overlap with the previous kernel (PDL), stores in
+# assembly, which Inductor cannot analyse (WORDS), and sums in smaller steps (PROMOTE).
+PLAIN = {"PDL": False, "WORDS": 0, "PROMOTE": 0}
 
 
 class _Functional(TracingTritonHOPifier):
-    """What `torch.library.wrap_triton` traces, in functional form from the start: `writes` names the kernel's outputs,
-    so that nothing has to be inferred from its code, and dead-code elimination sees what a launch is good for."""
+    """Traces a launch as `torch.library.wrap_triton` does, but as a functional call.
+
+    writes    the kernel's outputs by name. Nothing is inferred from its code, and dead-code elimination knows what the
+              launch computes.
+    """
 
     def __init__(self, writes: tuple[str, ...]):
         self.writes = writes
@@ -61,7 +66,7 @@ class _Functional(TracingTritonHOPifier):
 def _launch(
     kernel, writes: tuple[str, ...], grid: tuple, warps: int, stages: int = 3, **arguments
 ) -> dict[str, Tensor]:
-    """A launch as a node of the graph that is traced: what it writes, by the parameter's name."""
+    """Adds a launch to the graph that is traced; parameter's name -> tensor, for the parameters that it writes."""
     arguments = {name: PLAIN[name] for name in kernel.arg_names if name in PLAIN} | arguments
     if sorted(arguments) != sorted(kernel.arg_names):
         raise TypeError(f"{kernel.__name__} takes {kernel.arg_names}, not {sorted(arguments)}")
@@ -72,10 +77,10 @@ def _launch(
 
 
 def _in_band(rows, first: int, last: int | None):
-    """1 where first <= rows <= last, else 0; a number where `rows` is one, else an expression.
+    """1 if first <= rows <= last, else 0: a number if `rows` is one, else an expression.
 
-    Of a dimension that can vary, only an upper bound is believed: tracing takes every dimension for at least 2, and yet
-    the program must be right for 0 and 1. No rows at all is left to the tiles, of which there are none then.
+    A traced dimension is assumed to be at least 2, but the program must be right for 0 and 1. So only upper bounds of a
+    dynamic dimension are used. For rows = 0 the number of tiles is 0, which already empties the grid.
     """
     if isinstance(rows, int):
         return 1
@@ -88,7 +93,7 @@ def _in_band(rows, first: int, last: int | None):
 
 
 def _bands(rows, kernel_for) -> list[tuple]:
-    """(first, last, kernel) of the bands that `rows` can be in, neighbours of one kernel joined."""
+    """(first, last, kernel) of the bands that `rows` can be in; neighbours with the same kernel are joined."""
     bands: list[tuple] = []
     for first, last in BANDS:
         if isinstance(rows, int) and not first <= rows <= (last or rows) or statically_known_true(rows < first):
@@ -114,8 +119,9 @@ def transform_quantize(
     global_scale: Tensor | None,
     format: str,
     scale_rule: str,
+    scale_layout: str = "rows",
 ) -> tuple[Tensor, Tensor]:
-    """`wush::transform_quantize` for a device of that compute capability."""
+    """`wush::transform_quantize` for a device of that compute capability, with scales in rows."""
     width, lead = x.shape[-1], x.shape[:-1]
     rows = dense_rows(x)
     m = rows.shape[0]
@@ -147,7 +153,7 @@ def transform_quantize(
 
 
 def _kernel(format: str, rows: int, n: int, k: int, capability: tuple[int, int]) -> Gemv | Fused | Scaled | None:
-    """What `choose` says, or the fused product where that is the library; None if none fits."""
+    """The kernel that `choose` names; the fused product in place of the library; None if no kernel fits."""
     if format == "int4":
         return None
     kernel = choose(format, rows, n, k, capability, portable=True)
@@ -155,7 +161,7 @@ def _kernel(format: str, rows: int, n: int, k: int, capability: tuple[int, int])
         return kernel
     if k % 128 or (capability < (9, 0) and format == "mxfp4"):
         return None
-    return WIDE if format == "mxfp4" else WIDE_NVFP4
+    return FUSED_MANY_ROWS if format == "mxfp4" else FUSED_MANY_ROWS_NVFP4
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -175,8 +181,9 @@ def fp4_linear(
     residual: Tensor | None,
     format: str,
     out_dtype: torch.dtype,
+    scale_layout: str = "rows",
 ) -> Tensor:
-    """`wush::fp4_linear` for a device of that compute capability."""
+    """`wush::fp4_linear` for a device of that compute capability, for scales in rows."""
     lead, half = codes.shape[:-1], codes.shape[-1]
     n, k, mx = weight_codes.shape[0], 2 * half, format == "mxfp4"
     x, xs = codes.reshape(-1, half), scales.reshape(-1, scales.shape[-1])
@@ -185,8 +192,8 @@ def fp4_linear(
     out = x.new_empty((m, n), dtype=out_dtype)
     late = residual if residual is not None and residual.dtype != out_dtype else None
     added = None if residual is None or late is not None else residual.reshape(-1, n).contiguous()
-    space = Workspace(x.device)  # its constants; equal ones of a program become one
-    top = ws.amax(-1) if mx else None  # uint8 [N]: see `triton_memory.row_facts`
+    space = Workspace(x.device)  # the package pass merges equal constants of a program
+    top = ws.amax(-1) if mx else None  # uint8 [N]: see `row_facts` in common/memory.py
     x_words = x.view(torch.int32)
     ws_words = ws.view(torch.int32) if k % 128 == 0 else None
     common = dict(
@@ -203,43 +210,43 @@ def fp4_linear(
     for first, last, kernel in _bands(m, lambda rows: _kernel(format, rows, n, k, capability)):
         here = _in_band(m, first, last)
         if isinstance(kernel, Gemv):
-            bk = min(kernel.bk, max(triton.next_power_of_2(k), 128))
+            block_k = min(kernel.block_k, max(triton.next_power_of_2(k), 128))
             out = _launch(
                 gemv_kernel,
                 ("out",),
-                (here * _tiles(n, kernel.bn), m),
+                (here * _tiles(n, kernel.block_n), m),
                 kernel.warps,
                 **common | {"w": w.view(torch.int32)},
                 x=x_words,
-                xs=xs,
+                x_scales=xs,
                 gx=global_scale,
-                ws=ws,
+                w_scales=ws,
                 out=out,
                 M=1,
-                MX=mx,
+                FORMAT=format,
                 SCALED_X=global_scale is not None,
-                BN=kernel.bn,
-                BK=bk,
+                BLOCK_N=kernel.block_n,
+                BLOCK_K=block_k,
             )["out"]
         elif isinstance(kernel, Scaled):
             kind = torch.uint8 if mx else torch.float8_e4m3fn
             out = _launch(
                 scaled_gemm_kernel,
                 ("out",),
-                (here * _tiles(m, kernel.bm) * _tiles(n, kernel.bn),),
+                (here * _tiles(m, kernel.block_m) * _tiles(n, kernel.block_n),),
                 kernel.warps,
                 **common,
                 x=x,
-                xs=xs.view(kind),
+                x_scales=xs.view(kind),
                 gx=global_scale,
-                ws=ws.view(kind),
+                w_scales=ws.view(kind),
                 out=out,
                 M=m,
                 G=32 if mx else 16,
                 SCALED_X=global_scale is not None,
-                BM=kernel.bm,
-                BN=kernel.bn,
-                BK=kernel.bk,
+                BLOCK_M=kernel.block_m,
+                BLOCK_N=kernel.block_n,
+                BLOCK_K=kernel.block_k,
                 STAGES=kernel.stages,
             )["out"]
         else:
@@ -252,13 +259,13 @@ def fp4_linear(
 def _fused(
     tile: Fused, here, most, x, x_words, xs, gx, ws_words, top, space: Workspace, out: Tensor, common: dict
 ) -> Tensor:
-    """`out` as the fused product of at most `most` rows leaves it."""
+    """`out` after the fused product of at most `most` rows."""
     m, n, k, mx = x.shape[0], common["N"], common["K"], top is not None
-    unit = parts = count = None
+    unit = partials = arrivals = None
     if not tile.packed and mx:
         groups = triton.next_power_of_2(k // 32)
         expanded = _launch(
-            expand_fp8_kernel,
+            upcast_fp8_kernel,
             ("out", "unit"),
             (here * m,),
             4,
@@ -268,17 +275,17 @@ def _fused(
             unit=x.new_empty(m, dtype=torch.float32),
             out=x.new_empty((m, k // 4), dtype=torch.int32),
             K=k,
-            KG=groups,
-            E4=False,
+            ROW_GROUPS=groups,
+            E4M3=False,
             SCALED=gx is not None,
-            C=min(groups, 128),
-            LANES=True,
+            GROUPS=min(groups, 128),
+            LANE_ORDER=True,
         )
         x, unit, gx = expanded["out"].view(torch.float8_e5m2), expanded["unit"], None
     elif not tile.packed:
         block = 1 if most is not m and most <= 64 else 8
         x = _launch(
-            expand_bf16_kernel,
+            upcast_bf16_kernel,
             ("out",),
             (here * _tiles(m, block), _tiles(k, 1024)),
             4,
@@ -288,57 +295,62 @@ def _fused(
             out=x.new_empty((m, k), dtype=torch.bfloat16),
             rows=m,
             K=k,
-            MX=False,
+            FORMAT="nvfp4",
             SCALED=False,
-            R=block,
-            C=512,
-            PANELS=True,
+            ROWS=block,
+            BYTES=512,
+            LANE_ORDER=True,
         )["out"]
-    if tile.split > 1:  # as large as the band needs: M may be far beyond it
-        parts = x.new_empty((tile.split, most, n), dtype=torch.float32)
-        count = torch.zeros(_tiles(n, tile.bn) * _tiles(most, tile.bm), dtype=torch.int32, device=x.device)
-    # `count` is zero again when the kernel ends, so it is no output, and all products of a program can share it.
+    if tile.split_k > 1:  # sized for the band: M may be far larger
+        partials = x.new_empty((tile.split_k, most, n), dtype=torch.float32)
+        arrivals = torch.zeros(_tiles(n, tile.block_n) * _tiles(most, tile.block_m), dtype=torch.int32, device=x.device)
+    # `arrivals` is zero again when the kernel ends. So it is not an output, and all products of a program can share it.
     return _launch(
         fused_gemm_kernel,
-        ("out", "parts"),
-        (here * _tiles(n, tile.bn) * _tiles(m, tile.bm), tile.split),
+        ("out", "partials"),
+        (here * _tiles(n, tile.block_n) * _tiles(m, tile.block_m), tile.split_k),
         tile.warps,
         tile.stages,
         **common,
         x=x,
-        xs=xs.view(torch.int32) if tile.packed else None,
+        x_scales=xs.view(torch.int32) if tile.packed else None,
         x_unit=unit,
         gx=gx,
-        ws=ws_words,
+        w_scales=ws_words,
         w_top=top,
         selectors=space.selectors if mx else space.pairs,
         out=out,
-        parts=parts,
-        count=count,
+        partials=partials,
+        arrivals=arrivals,
         M=m,
-        MX=mx,
+        FORMAT="mxfp4" if mx else "nvfp4",
         PACKED=tile.packed,
         SCALED_X=gx is not None,
-        BN=tile.bn,
-        BM=tile.bm,
-        BK=tile.bk,
-        SPLIT=tile.split,
+        BLOCK_N=tile.block_n,
+        BLOCK_M=tile.block_m,
+        BLOCK_K=tile.block_k,
+        SPLIT_K=tile.split_k,
         STAGES=tile.stages,
-        GROUP=8,
+        GROUP_M=GROUP_M,
     )["out"]
 
 
 # -- which ops -------------------------------------------------------------------------------------------------------
 
 PACKAGED = {"transform_quantize": transform_quantize, "fp4_linear": fp4_linear}
+for op, function in PACKAGED.items():
+    check(op, "the packaged function", functools.partial(function, (0, 0)))  # the capability comes first
 
 
 def refuses(op: str, capability: tuple[int, int], *args) -> str | None:
-    """Why a call is not packaged as Triton launches; None if it is."""
+    """Why a call cannot be packaged as Triton launches; None if it can."""
+    call = bind(op, args)
+    if call["scale_layout"] != "rows":
+        return "packaged kernels take scales in rows"
     reason = IMPLEMENTATIONS[op].refuses(*args)
     if reason is None and op == "fp4_linear":
-        codes, weight_codes, format = args[0], args[3], args[8]
-        n, k = weight_codes.shape[0], 2 * codes.shape[-1]
+        format, (n, half) = call["format"], call["weight_codes"].shape
+        k = 2 * half
         if any(_kernel(format, last or MANY, n, k, capability) is None for _, last in BANDS):
             return f"width {k} in {format} has no kernel without a library at compute capability {capability}"
     return reason

@@ -1,4 +1,4 @@
-"""The Triton provider's ops and what they refuse: pure functions of the arguments."""
+"""The ops of the Triton provider, and the calls that it refuses, from the arguments alone."""
 
 import functools
 from collections.abc import Callable
@@ -7,16 +7,18 @@ import torch
 
 from ...formats import FORMATS
 from ...ops.fused import GAINS
+from ...ops.layouts import rows_only
 from ..provider import Implementation
 from .calibration import moments as triton_gram
 from .linear import fp4_linear as triton_linear
 from .quantize import fused as triton_fused
 from .quantize import transform_quantize as triton_quantize
 
+NORM_LAYOUT = "the norms' kernels write scales in rows only"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def refuses_transform_quantize(x, transform, global_scale, format, scale_rule) -> str | None:
+def refuses_transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
     if format not in ("mxfp4", "nvfp4"):
         return f"{format} has no Triton kernel"
     if x.dtype not in FLOATS:
@@ -63,31 +65,53 @@ def _refuses_norm(x, vectors, eps_tensor, transform, global_scale, format, scale
     return _refuses_prologue(x, transform, global_scale, format, scale_rule, vectors)
 
 
-def refuses_rms_norm(x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule) -> str | None:
+def refuses_rms_norm(
+    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> str | None:
+    if scale_layout != "rows":
+        return NORM_LAYOUT
     if gain not in GAINS or (weight is None) != (gain == "none"):
-        return f"gain {gain} does not fit the weight"
+        return f"gain {gain} does not fit the presence of a weight"
     return _refuses_norm(x, (weight,), eps_tensor, transform, global_scale, format, scale_rule)
 
 
-def refuses_layer_norm(x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule) -> str | None:
+def refuses_layer_norm(
+    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> str | None:
+    if scale_layout != "rows":
+        return NORM_LAYOUT
     return _refuses_norm(x, (weight, bias), eps_tensor, transform, global_scale, format, scale_rule)
 
 
-def refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule) -> str | None:
+def refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
     if gate.shape != up.shape:
         return "gate and up differ in shape"
     return _refuses_prologue(gate, transform, global_scale, format, scale_rule, (up,))
 
 
-def refuses_gelu_mul(gate, up, approximate, transform, global_scale, format, scale_rule) -> str | None:
+def refuses_gelu_mul(
+    gate, up, approximate, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> str | None:
     if approximate not in ("none", "tanh"):
         return f"approximation {approximate}"
     return refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule)
 
 
 def refuses_fp4_linear(
-    codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual, format, out_dtype
+    codes,
+    scales,
+    global_scale,
+    weight_codes,
+    weight_scales,
+    weight_global_scale,
+    bias,
+    residual,
+    format,
+    out_dtype,
+    scale_layout="rows",
 ) -> str | None:
+    if scale_layout != "rows":
+        return f"products read scales in rows, not {scale_layout}"
     return triton_linear.supports(format, 2 * weight_codes.shape[-1])
 
 
@@ -97,8 +121,43 @@ def refuses_observe(x, mask, moment, count, sample, seed=0) -> str | None:
     return None
 
 
+def transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows"):
+    """`wush::transform_quantize` in Triton."""
+    swizzled = scale_layout == "swizzled"
+    return triton_quantize.transform_quantize(x, transform, global_scale, format, scale_rule, swizzled=swizzled)
+
+
+def fp4_linear(
+    codes,
+    scales,
+    global_scale,
+    weight_codes,
+    weight_scales,
+    weight_global_scale,
+    bias,
+    residual,
+    format,
+    out_dtype,
+    scale_layout="rows",
+):
+    """`wush::fp4_linear` in Triton, for scales in rows."""
+    rows_only(scale_layout)
+    return triton_linear.fp4_linear(
+        codes,
+        scales,
+        global_scale,
+        weight_codes,
+        weight_scales,
+        weight_global_scale,
+        bias,
+        residual,
+        format,
+        out_dtype,
+    )
+
+
 def _there(run: Callable) -> Callable:
-    """`run` with its first argument's device current: a kernel is launched on the current one."""
+    """Makes the first argument's device current while `run` runs: Triton launches kernels on the current device."""
 
     @functools.wraps(run, updated=())
     def guarded(first, *args, **options):
@@ -112,12 +171,12 @@ def _there(run: Callable) -> Callable:
 
 IMPLEMENTATIONS = {
     "observe": Implementation(_there(triton_gram.observe), refuses_observe),
-    "transform_quantize": Implementation(_there(triton_quantize.transform_quantize), refuses_transform_quantize),
+    "transform_quantize": Implementation(_there(transform_quantize), refuses_transform_quantize),
     "rms_norm_transform_quantize": Implementation(_there(triton_fused.rms_norm_transform_quantize), refuses_rms_norm),
     "layer_norm_transform_quantize": Implementation(
         _there(triton_fused.layer_norm_transform_quantize), refuses_layer_norm
     ),
     "silu_mul_transform_quantize": Implementation(_there(triton_fused.silu_mul_transform_quantize), refuses_silu_mul),
     "gelu_mul_transform_quantize": Implementation(_there(triton_fused.gelu_mul_transform_quantize), refuses_gelu_mul),
-    "fp4_linear": Implementation(_there(triton_linear.fp4_linear), refuses_fp4_linear),
+    "fp4_linear": Implementation(_there(fp4_linear), refuses_fp4_linear),
 }

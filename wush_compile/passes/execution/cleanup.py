@@ -1,26 +1,26 @@
-"""What the other passes leave behind: dead nodes, views and paddings that change nothing, assertions about them."""
+"""Removes what the other passes leave: dead nodes, views and paddings that change nothing, assertions of dtypes."""
 
 from torch.fx import Graph
 
 from ..pattern import is_wush, op_name, replace, same_layout
 
 _VIEWS = ("view", "reshape", "_unsafe_view", "expand", "slice", "alias")
-_COPIES = ("constant_pad_nd", "contiguous", "clone")  # a copy may be needed by whoever returns or changes it
+_COPIES = ("constant_pad_nd", "contiguous", "clone")  # the copy matters if it is returned or written to
 
 
 def _ours(node: object) -> bool:
-    """A wush call, or a part of what one returned."""
+    """Whether a node is a wush call, or a part of its result."""
     while op_name(node) in ("getitem", "split_with_sizes"):
         node = node.args[0]
     return is_wush(node)
 
 
 def cleanup(graph: Graph) -> int:
-    """Drops no-op views around wush ops, dtype assertions, and dead code; does nothing to a graph without wush ops."""
+    """Drops no-op views around wush ops, dtype assertions and dead code. Leaves a graph without wush ops as it is."""
     if not any(is_wush(node) for node in graph.nodes):
         return 0
     before, changed = len(graph.nodes), True
-    while changed:  # what a removed view read may now be one of ours
+    while changed:  # removing a view may uncover another
         changed = False
         for node in list(graph.nodes):
             if op_name(node) in _VIEWS + _COPIES and same_layout(node, node.args[0]):

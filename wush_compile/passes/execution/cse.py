@@ -1,6 +1,6 @@
-"""Common subexpressions: our ops are pure, so equal calls become one.
+"""Common subexpressions: the ops are pure, so equal calls become one call.
 
-AOTAutograd does not merge custom ops in inference graphs, so q, k and v each arrive with their own quantizer.
+AOTAutograd does not merge custom ops in inference graphs: q, k and v each arrive with a quantizer of their own.
 """
 
 import operator

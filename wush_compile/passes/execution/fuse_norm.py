@@ -1,22 +1,22 @@
-"""RMSNorm and LayerNorm into the quantizer they feed.
+"""Fuses RMSNorm and LayerNorm into the quantizer that they feed.
 
     transform_quantize(rms_norm(x, w), T, ..)  ->  rms_norm_transform_quantize(x, w, eps, .., T, ..)
 
-The norm arrives decomposed (Inductor, or a model that spells it out) or as one ATen op (export). Where the graph
-rounds to the model dtype, the fused op rounds too; anything else is left alone.
+The norm is decomposed (Inductor, or a model that spells it out) or one ATen op (export). The fused op rounds to the
+model dtype where the graph does. A graph that rounds elsewhere is not fused.
 """
 
 import torch
 from torch.fx import Graph, Node
 
-from ..pattern import ANY, Cast, Either, Num, Op, Var, arguments, insert, is_wush, match, only_user, replace, value
+from ..pattern import ANY, Cast, Either, Num, Op, Var, arguments, insert_op, is_wush, match, only_user, replace, value
 
 _X = Cast(Var("x"), bind="wide")
 _W = Cast(Var("weight"))
 _EPS = Cast(Num("eps"))
 _SQUARE = Either(Op("pow", _X, 2), Op("mul", _X, _X), Op("square", _X))
 _RMS = Op("mul", _X, Op("rsqrt", Op("add", Op("mean", _SQUARE, ANY, True, bind="reduction"), _EPS)))
-# gain -> pattern, tried in this order. In fp32, where nothing rounds, some coincide and the first will do.
+# gain -> pattern, tried in this order. In fp32 nothing rounds, some patterns coincide, and the first match is right.
 RMS_NORM = {
     "wide_plus_one": Cast(Op("mul", _RMS, Op("add", _W, 1))),
     "rounded": Op("mul", Var("weight"), Cast(_RMS, bind="rounded")),
@@ -37,7 +37,7 @@ LAYER_NORM = Either(
 
 
 def _fits(root: Node, found: dict) -> bool:
-    """Whether the norm is over the last dimension, with parameters of its width, in fp32, and rounded to x's dtype."""
+    """Whether a norm is over the last dimension, has parameters of its width, works in fp32 and rounds to x's dtype."""
     out, dtype = value(root), value(found["x"]).dtype
     wide, reduction = found.get("wide"), found.get("reduction")
     if out.dtype != dtype or wide is not None and value(wide).dtype != torch.float32:
@@ -50,52 +50,47 @@ def _fits(root: Node, found: dict) -> bool:
     return all(v.dim() == 1 and v.shape[0] == out.shape[-1] for v in vectors)
 
 
-def _split_eps(eps: Node | float) -> tuple[float, Node | None]:
-    return (0.0, eps) if isinstance(eps, Node) else (float(eps), None)
+def _arguments(found: dict, **others) -> dict:
+    """The arguments of a fused op that come from the norm."""
+    eps = found.get("eps", 1e-5)
+    number, tensor = (0.0, eps) if isinstance(eps, Node) else (float(eps), None)
+    vectors = {name: found.get(name) for name in ("weight", "bias")}
+    return {"x": found["x"], "eps": number, "eps_tensor": tensor, **vectors, **others}
 
 
-def _rms_norm(root: Node) -> tuple | None:
+def _rms_norm(root: Node) -> tuple[str, dict] | None:
     for gain, pattern in RMS_NORM.items():
         found = match(pattern, root)
         if found is None or not _fits(root, found):
             continue
         if gain == "rounded" and not value(found["rounded"]).dtype == value(found["weight"]).dtype == value(root).dtype:
             continue
-        return torch.ops.wush.rms_norm_transform_quantize.default, (
-            found["x"],
-            found.get("weight"),
-            *_split_eps(found["eps"]),
-            gain,
-        )
+        return "rms_norm_transform_quantize", _arguments(found, gain=gain)
     return None
 
 
-def _layer_norm(root: Node) -> tuple | None:
+def _layer_norm(root: Node) -> tuple[str, dict] | None:
     found = match(LAYER_NORM, root)
     if found is None or not _fits(root, found):
         return None
     if any(value(found[name]).dtype != value(root).dtype for name in ("weight", "bias") if name in found):
         return None
-    return torch.ops.wush.layer_norm_transform_quantize.default, (
-        found["x"],
-        found.get("weight"),
-        found.get("bias"),
-        *_split_eps(found.get("eps", 1e-5)),
-    )
+    return "layer_norm_transform_quantize", _arguments(found)
 
 
 def fuse_norm(graph: Graph) -> int:
-    """Quantizers that take over the norm before them; a norm that something else reads too stays where it is."""
+    """Fuses each quantizer with the norm before it, unless something else reads the norm; the number fused."""
     fused = 0
     for node in list(graph.nodes):
         if not is_wush(node, "transform_quantize"):
             continue
-        x, *quantizer = arguments(node).values()
+        quantizer = arguments(node)
+        x = quantizer["x"]
         if not only_user(x, node):
             continue
         found = _rms_norm(x) or _layer_norm(x)
         if found is not None:
-            target, prologue = found
-            replace(node, insert(graph, node, target, (*prologue, *quantizer), val=value(node)))
+            op, norm = found
+            replace(node, insert_op(graph, node, op, quantizer | norm, val=value(node)))
             fused += 1
     return fused

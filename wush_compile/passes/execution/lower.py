@@ -1,34 +1,36 @@
-"""Chooses the variant of each fused op for the target device.
+"""Takes fused ops apart for which the target device has no kernel.
 
-The dispatcher picks an op's provider at run time, so ops usually stay as they are. Where a GPU's provider has a kernel
-for the quantizer but none for the fused variant, the fused op is taken apart: Inductor compiles the norm or activation.
+The dispatcher picks an op's provider at run time, so an op usually stays as it is. But if a GPU has a kernel for the
+quantizer and none for the fused op, the fused op becomes a norm or activation, which Inductor compiles, and the
+quantizer.
 """
 
-import torch
 from torch.fx import Graph, Node
 
 from ...kernels import dispatch as kernels
 from ...ops.fused import FUSED_REFERENCE
-from ..pattern import arguments, is_wush, value
+from ...ops.schema import bind, schema
+from ..pattern import arguments, fakes, is_wush, value
 from .paste import replace_by
 
 
-def fakes(node: Node) -> tuple:
-    return torch.fx.map_arg(tuple(arguments(node).values()), value)
+def _quantizer(op: str, args: tuple) -> tuple:
+    """The arguments of `transform_quantize` after a fused op is taken apart.
 
-
-def _taken(op: str, device: int, args: tuple) -> bool:
-    return any(kernel.refuses(*args) is None for _, kernel in kernels.resolve(device).get(op, ()))
+    The result of the norm or activation has the shape, dtype and strides of the fused op's first argument.
+    """
+    call = bind(op, args)
+    return args[0], *(call[p.name] for p in schema("transform_quantize").arguments[1:])
 
 
 def _without_kernel(node: Node) -> bool:
     """Whether a fused op's GPU has a kernel for the quantizer, and none for the fused op."""
-    device, args = value(node.all_input_nodes[0]).device, fakes(node)
-    return (
-        device.type == "cuda"
-        and not _taken(node.target._opname, device.index, args)
-        and _taken("transform_quantize", device.index, (args[0], *args[-4:]))
-    )
+    op, device = node.target._opname, value(node.all_input_nodes[0]).device
+    if device.type != "cuda":
+        return False
+    args = fakes(tuple(arguments(node).values()))
+    quantizer = "transform_quantize", device.index, _quantizer(op, args)
+    return kernels.chosen(op, device.index, args) is None and kernels.chosen(*quantizer) is not None
 
 
 def fused_ops(graph: Graph) -> list[Node]:
@@ -36,7 +38,7 @@ def fused_ops(graph: Graph) -> list[Node]:
 
 
 def lower(graph: Graph) -> int:
-    """Takes fused ops apart where their GPU's provider has a kernel for the quantizer only; how many."""
+    """Takes apart the fused ops whose GPU has a kernel for the quantizer only; the number taken apart."""
     nodes = [node for node in fused_ops(graph) if _without_kernel(node)]
     if nodes:
         from torch._inductor.decomposition import select_decomp_table

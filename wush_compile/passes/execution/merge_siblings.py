@@ -1,6 +1,6 @@
-"""Siblings: matmuls of one activation with row ranges of one buffer become one matmul and a split.
+"""Merges siblings: matmuls of one activation with row ranges of one buffer become one matmul and a split.
 
-The members of a group share their buffers (q/k/v; gate/up), so nothing is concatenated and no weight is copied.
+The members of a group share their buffers (q/k/v; gate/up). So no weight is concatenated or copied.
 """
 
 import operator
@@ -8,7 +8,7 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
-from ..pattern import arguments, insert, is_wush, op_name, refresh, replace, value
+from ..pattern import arguments, insert, insert_op, is_wush, op_name, refresh, replace, value
 
 ROWS = ("weight_codes", "weight_scales", "bias")
 
@@ -26,7 +26,7 @@ def _range(node: Node | None) -> tuple[Node, int, int] | None:
 
 
 def _member(node: Node) -> tuple[tuple, tuple[int, int]] | None:
-    """(what siblings have in common, the rows of this one)."""
+    """(arguments that siblings share, (first row, end) of this one); None if the call cannot have siblings."""
     named = arguments(node)
     if named["residual"] is not None:
         return None
@@ -34,12 +34,12 @@ def _member(node: Node) -> tuple[tuple, tuple[int, int]] | None:
     if None in ranges.values() or len({r[1:] for r in ranges.values()}) != 1:
         return None
     bases = {name: r[0] for name, r in ranges.items()}
-    common = tuple(bases.get(name) if name in ROWS else v for name, v in named.items())
+    common = tuple((name, bases.get(name) if name in ROWS else v) for name, v in named.items())
     return common, ranges["weight_codes"][1:]
 
 
 def _chain(members: list[tuple[int, int, Node]]) -> bool:
-    """Whether the members, by their first row, cover the base's rows from 0 to the end without gap or overlap."""
+    """Whether members, sorted by first row, cover all rows of the base without a gap or an overlap."""
     stops = [0] + [stop for _, stop, _ in members]
     rows = value(_range(arguments(members[0][2])["weight_codes"])[0]).shape[0]
     return [start for start, _, _ in members] == stops[:-1] and stops[-1] == rows
@@ -54,13 +54,13 @@ def merge_siblings(graph: Graph) -> int:
             siblings.setdefault(common, []).append((start, stop, node))
     removed, parted = 0, set()
     for common, members in siblings.items():
-        first = members[0][2]  # in graph order: every argument exists here
+        first = members[0][2]  # first in the graph: all arguments are defined before it
         members = sorted(members, key=lambda m: m[0])
         if not _chain(members):
             continue
         *lead, _ = value(first).shape
         y = value(first).new_empty((*lead, members[-1][1]))  # [.., N]
-        merged = insert(graph, first, torch.ops.wush.fp4_linear.default, common, val=y)
+        merged = insert_op(graph, first, "fp4_linear", dict(common), val=y)
         if len(members) > 1:
             sizes = [stop - start for start, stop, _ in members]
             split = insert(graph, first, torch.ops.aten.split_with_sizes.default, (merged, sizes, -1))
@@ -73,5 +73,5 @@ def merge_siblings(graph: Graph) -> int:
         parted.update(parts)
         removed += len(members) - 1
     if parted:
-        refresh(graph, parted)  # a part is a strided view where its own matmul was dense
+        refresh(graph, parted)  # a part is a strided view; the matmul that it replaces was dense
     return removed

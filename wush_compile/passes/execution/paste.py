@@ -20,13 +20,13 @@ def _trace(body: Callable, args: tuple, decompositions: dict | None) -> Graph:
         return body(*(next(given) if isinstance(a, Node) else a for a in args))
 
     fakes = [value(n) for n in tensors]
-    # Tensors that the body makes are fake too; shapes stay symbols in what ATen composes in C++.
+    # New tensors of the body are fake too. The dispatcher keeps shapes symbolic in ops that ATen composes in C++.
     with torch.no_grad(), detect_fake_mode(fakes), enable_python_dispatcher():
         return make_fx(on_tensors, decompositions)(*fakes).graph
 
 
 def _paste(graph: Graph, node: Node, traced: Graph) -> list[Node]:
-    """Replaces a call by a traced graph on the same tensors; the new nodes."""
+    """Replaces a call by a traced graph on the same tensors; returns the new nodes."""
     tensors = [a for a in arguments(node).values() if isinstance(a, Node)]
     copied: dict[Node, Node] = {}
     given = iter(tensors)
@@ -53,8 +53,8 @@ def _paste(graph: Graph, node: Node, traced: Graph) -> list[Node]:
 def replace_by(
     graph: Graph, nodes: list[Node], body_of: Callable[[Node], Callable], decompositions: dict | None = None
 ) -> list[Node]:
-    """Replaces each node by the graph of its body; the new nodes."""
-    traced: dict[tuple, Graph] = {}  # decoder layers are alike: trace one
+    """Replaces each node by the traced graph of its body; returns the new nodes."""
+    traced: dict[tuple, Graph] = {}  # decoder layers are alike: each call is traced once
     new: list[Node] = []
     for node in nodes:
         key = node.target, freeze(arguments(node), layout)

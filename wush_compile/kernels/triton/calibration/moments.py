@@ -86,4 +86,4 @@ def add_moment(rows: Tensor, moment: Tensor) -> None:
         torch.baddbmm(moment, blocks.transpose(1, 2), blocks, out_dtype=torch.float32, out=moment)
 
 
-observe = functools.partial(ops._observe, add_moment=add_moment)
+observe = functools.partial(ops.observe_with, add_moment)

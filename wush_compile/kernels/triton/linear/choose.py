@@ -1,4 +1,4 @@
-"""Which kernel multiplies which shape: tiles, and a table of them made from measurements (docs/kernels.md)."""
+"""Which kernel multiplies which shape: tiles, and tables of them made from measurements (docs/kernels.md)."""
 
 import functools
 import logging
@@ -11,43 +11,43 @@ logger = logging.getLogger("wush_compile")
 
 
 class Fused(NamedTuple):
-    """Tile of the fused product: weight rows, activation rows, channels, parts of K; whether it decodes x itself."""
+    """Tile of the fused product: weight rows, activation rows, channels; parts of K; warps, depth of the load pipeline;
+    whether the kernel decodes x itself."""
 
-    bn: int
-    bm: int
-    bk: int
-    split: int
+    block_n: int
+    block_m: int
+    block_k: int
+    split_k: int
     warps: int
     stages: int
     packed: bool
 
 
 class Hopper(NamedTuple):
-    """Tile of Hopper's product for many rows: weight rows, activation rows, warpgroups that share the former (2 or 4), parts
-    of K in the tiles that are left when every multiprocessor has had as many whole ones as the others, steps that are copied
-    ahead."""
+    """Tile of Hopper's product for many rows: weight rows; activation rows; warpgroups that share the weight rows (2 or
+    4); parts of K for the tiles of the last, incomplete wave; steps that are copied ahead."""
 
-    bn: int
-    bm: int
+    block_n: int
+    block_m: int
     warpgroups: int
-    split: int
+    split_k: int
     stages: int
 
 
 class Gemv(NamedTuple):
     """Weight rows of a program, channels of a step, warps."""
 
-    bn: int
-    bk: int
+    block_n: int
+    block_k: int
     warps: int
 
 
 class Scaled(NamedTuple):
     """Tile of Blackwell's product: activation rows, weight rows, channels; warps, depth of the load pipeline."""
 
-    bm: int
-    bn: int
-    bk: int
+    block_m: int
+    block_n: int
+    block_k: int
     warps: int
     stages: int
 
@@ -55,23 +55,28 @@ class Scaled(NamedTuple):
 class Int4(NamedTuple):
     """Tile of the int4 product: weight rows, activation rows; warps, depth of the load pipeline."""
 
-    bn: int
-    bm: int
+    block_n: int
+    block_m: int
     warps: int
     stages: int
 
 
+# Tiles are numbered in bands of so many tiles of M: the programs that run at the same time then share weight tiles and
+# tiles of x in L2. 8 is the usual value of Triton's matmul examples; no kept run compares others.
+GROUP_M = 8
 # The fused kernel for many rows, where the library cannot be used.
-WIDE = Fused(128, 128, 128, 1, 8, 4, False)
+FUSED_MANY_ROWS = Fused(128, 128, 128, 1, 8, 4, False)
 
+# The tables below rest on tuning runs on H100s (`benchmarks/kernel_speed.py tune-linear`). The kept run,
+# benchmarks/results/tune_linear_h100.json, has 64 rows and more. GEMV, FUSED[16], FUSED[32], FUSED[256], and every
+# figure whose comment says so, rest on runs that were not kept. `benchmarks/fit_tiles.py` fits or checks the rest.
+# Above 64 rows it finds every choice within 5 % of the fastest candidate. At 64 rows NVFP4's FUSED[64] is up to 26 %
+# slower.
 
-def _power_of_two_divisor(n: int, limit: int) -> int:
-    return min(n & -n, limit)
-
-
-# Widths above which a weight fills the GPU without splitting K, and above which `gemv` walks a row in several steps.
-FEW, SHORT = 8192, 4096
-# (format, rows) -> (for short rows, for long ones).
+# Weight rows above which a weight fills the GPU without split-K, and channels above which `gemv` walks a row in several
+# steps.
+NARROW_N, SHORT_K = 8192, 4096
+# (format, rows) -> (tile for K <= SHORT_K, tile for longer rows).
 GEMV = {
     ("mxfp4", 1): (Gemv(8, 4096, 4), Gemv(16, 2048, 8)),
     ("nvfp4", 1): (Gemv(8, 4096, 4), Gemv(16, 2048, 8)),
@@ -80,7 +85,7 @@ GEMV = {
     ("mxfp4", 4): (Gemv(16, 1024, 4), Gemv(16, 1024, 4)),
     ("nvfp4", 4): (Gemv(16, 1024, 4), Gemv(16, 1024, 4)),
 }
-# Rows up to -> (for at most FEW weight rows, for more).
+# Most rows -> (tile for N <= NARROW_N, tile for more weight rows).
 FUSED = {
     "mxfp4": {
         16: (Fused(64, 16, 256, 4, 4, 4, True), Fused(128, 16, 256, 1, 8, 3, False)),
@@ -98,10 +103,8 @@ FUSED = {
     },
 }
 
-
-# Hopper's product for many rows: tiles, and microseconds that a step of 128 channels takes with one of them on every
-# multiprocessor of an H100. These and the figures below are fitted (benchmarks/fit_tiles.py) to what was measured there
-# (benchmarks/results/tune_linear_h100.json); they choose what it found fastest, or what is within 5 % of it.
+# Hopper's product for many rows: tiles, and the microseconds that a step of 128 channels takes with the tile on every
+# multiprocessor of an H100.
 HOPPER = {
     "mxfp4": {
         Hopper(128, 64, 2, 1, 8): 0.284,
@@ -117,53 +120,82 @@ HOPPER = {
         Hopper(128, 128, 2, 1, 5): 0.745,
         Hopper(128, 192, 2, 1, 3): 1.011,
         Hopper(128, 256, 2, 1, 3): 1.207,
-        Hopper(256, 32, 4, 1, 7): 0.95,
+        Hopper(256, 32, 4, 1, 7): 0.95,  # from a run that was not kept
         Hopper(256, 64, 4, 1, 6): 1.105,
         Hopper(256, 128, 4, 1, 4): 1.480,
     },
 }
-# It is faster above so many rows, for at most FEW weight rows and for more.
+# Microseconds of a tile, or of a part of one, besides its steps.
+TILE_US = 3.4
+# Microseconds of handing sums from one part to the next: a constant, and for each value of the tile.
+HANDOVER_US, HANDOVER_US_PER_VALUE = 0.9, 1.3e-4
+# Hopper's product is faster above so many rows: for N <= NARROW_N, for more weight rows. The second figure rests on a
+# run that was not kept.
 LEAST_ROWS = {"mxfp4": (64, 16), "nvfp4": (64, 16)}
-# Microseconds: of a tile or part besides its steps; of handing sums from part to part, and of each value of a tile that does.
-LAUNCH, HAND, VALUE = 3.4, 0.9, 1.3e-4
 MULTIPROCESSORS = 132  # of an H100 or H200 with HBM3; an H100 for PCIe has 114
 
 
-def parts(tiles: int, split: int, multiprocessors: int) -> tuple[int, int]:
-    """(tiles of the tail, parts of each), at most `split`. A program hands sums on to the next one, which waits: if a GPU has no
-    place for all of them, it has one for the lower numbers. So a tile's parts must lie in one round of the programs, one after
-    the other, which they do if that is the only round or their number divides the programs'."""
+class Library(NamedTuple):
+    """Microseconds of the library's product: a constant, for each weight value that is upcast, for each product."""
+
+    name: str
+    launch: float
+    weight: float
+    product: float
+
+
+# The kept run gives 0.66e-6 and 1.08e-9 for MXFP4, 1.23e-6 and 2.09e-9 for NVFP4, and a constant of 0.3. NVFP4's
+# figures and the constants rest on a run that was not kept.
+LIBRARY = {"mxfp4": Library("library", 2.0, 0.65e-6, 1.15e-9), "nvfp4": Library("bf16", 2.0, 1.14e-6, 2.42e-9)}
+LIBRARY_ROWS = 512  # with fewer rows, Hopper's product is always taken
+
+
+def _power_of_two_divisor(n: int, limit: int) -> int:
+    return min(n & -n, limit)
+
+
+def split_tail(tiles: int, split_k: int, multiprocessors: int) -> tuple[int, int]:
+    """(tiles of the last, incomplete wave, parts of each): at most `split_k` parts; (0, 1) if no split is possible.
+
+    A program hands its sums to the next one, which waits for them. If the GPU cannot hold all programs at once, it
+    holds those with lower numbers. So all parts of a tile must lie in one round of the programs. They do if there is
+    only one round, or if the number of parts divides the number of programs."""
     tail = tiles % multiprocessors
-    while tiles + tail * (split - 1) > multiprocessors and multiprocessors % split:
-        split -= 1
-    return (tail, split) if split > 1 else (0, 1)
+    while tiles + tail * (split_k - 1) > multiprocessors and multiprocessors % split_k:
+        split_k -= 1
+    return (tail, split_k) if split_k > 1 else (0, 1)
 
 
 def hopper_times(format: str, rows: int, n: int, k: int, multiprocessors: int = MULTIPROCESSORS) -> dict[Hopper, float]:
-    """Microseconds that the product for many rows takes with each tile, and each number of parts worth thinking of."""
+    """Microseconds of the product for many rows with each tile and each number of parts that can be worth it."""
     steps, times = k // 128, {}
-    for tile, step in HOPPER[format].items():
-        tiles = -(-n // tile.bn) * -(-rows // tile.bm)
+    for tile, step_us in HOPPER[format].items():
+        tiles = -(-n // tile.block_n) * -(-rows // tile.block_m)
         waves, tail = divmod(tiles, multiprocessors)
-        whole = LAUNCH + step * steps
+        whole = TILE_US + step_us * steps
         times[tile] = (waves + (tail > 0)) * whole
         # Four warpgroups have no registers left for what a part needs.
-        for split in range(2, min(8, steps) + 1 if tail and tile.warpgroups == 2 else 0):
-            if parts(tiles, split, multiprocessors)[1] < split:
+        for split_k in range(2, min(8, steps) + 1 if tail and tile.warpgroups == 2 else 0):
+            if split_tail(tiles, split_k, multiprocessors)[1] < split_k:
                 continue
-            part = LAUNCH + step * -(-steps // split)
-            handing = (split - 1) * (HAND + VALUE * tile.bn * tile.bm)
-            times[tile._replace(split=split)] = waves * whole + -(-tail * split // multiprocessors) * part + handing
+            part = TILE_US + step_us * -(-steps // split_k)
+            handover = (split_k - 1) * (HANDOVER_US + HANDOVER_US_PER_VALUE * tile.block_n * tile.block_m)
+            rounds = -(-tail * split_k // multiprocessors)
+            times[tile._replace(split_k=split_k)] = waves * whole + rounds * part + handover
     return times
 
 
+def library_time(format: str, rows: int, n: int, k: int) -> float:
+    """Microseconds of the library's product, the upcast of the weight included."""
+    _, launch, weight, product = LIBRARY[format]
+    return launch + weight * n * k + product * rows * n * k
+
+
 def _hopper(format: str, rows: int, n: int, k: int, library: bool, multiprocessors: int) -> "Hopper | str":
-    """The tile for many rows that takes least time; or, if `library`, "library" or "bf16", where expanding the weight first
-    takes less."""
+    """The fastest tile for many rows; with `library`, the library's name where the library is faster."""
     times = hopper_times(format, rows, n, k, multiprocessors)
-    if library and rows >= 512:
-        name, value, product = ("library", 0.65e-6, 1.15e-9) if format == "mxfp4" else ("bf16", 1.14e-6, 2.42e-9)
-        times[name] = 2 + value * n * k + product * rows * n * k
+    if library and rows >= LIBRARY_ROWS:
+        times[LIBRARY[format].name] = library_time(format, rows, n, k)
     return min(times, key=times.get)
 
 
@@ -171,17 +203,17 @@ _failures: list[Exception] = []
 
 
 def has_gluon() -> bool:
-    """Whether this Triton has what Hopper's product for many rows is written in: an interface that still changes."""
+    """Whether this Triton has the Gluon that Hopper's product for many rows needs. Gluon's interface still changes."""
     if not _failures:
         try:
-            from . import hopper as triton_hopper  # noqa: F401
+            from . import hopper  # noqa: F401
         except (ImportError, AttributeError) as error:
             give_up_gluon(error)
     return not _failures
 
 
 def give_up_gluon(error: Exception) -> None:
-    """Hopper's product for many rows failed: from now on the others do its work, as one warning says."""
+    """Takes other kernels from now on, after Hopper's product for many rows failed. One warning says so."""
     _failures.append(error)
     choose.cache_clear()
     logger.warning(
@@ -206,38 +238,46 @@ def choose(
 ) -> "Gemv | Fused | Hopper | Scaled | Int4 | str":
     """The kernel for [rows, k] times [n, k] on a device of that compute capability: a tile, "library" or "bf16".
 
-    Measured on H100s and H200s over the linear groups of Llama-3.1-8B (docs/kernels.md). Ampere and Ada take what needs no
-    layout of theirs to have been tested. precise: channels are added up in fp32 at least every 128. portable: no kernel that
-    a package cannot hold. library: False if "library" cannot compute the call.
+    Measured on H100s and H200s over the linear groups of Llama-3.1-8B (docs/kernels.md). Ampere and Ada get only
+    kernels that do not depend on a layout which would have to be tested there.
+
+    precise: channels are summed in fp32 at least every 128. portable: no kernel that a package cannot hold. library:
+    False if "library" cannot compute the call.
     """
     if format == "int4":
         return Int4(64, 16, 4, 4) if rows <= 16 else Int4(64, 64, 4, 4) if rows <= 64 else Int4(128, 128, 8, 3)
-    if rows in (1, 2) or rows == 4 and (capability[0] != 9 or k % 128 or n <= FEW and k <= SHORT):
-        return GEMV[format, rows][k > SHORT]
+    if rows in (1, 2) or rows == 4 and (capability[0] != 9 or k % 128 or n <= NARROW_N and k <= SHORT_K):
+        return GEMV[format, rows][k > SHORT_K]
     if capability >= (10, 0):
-        if capability == (12, 1) and triton_version() < (3, 9):  # Triton 3.6 emulates there
+        if capability == (12, 1) and triton_version() < (3, 9):  # Triton 3.6 emulates FP4 there
             return "bf16"
         return Scaled(128, 64 if rows <= 128 else 128, 256 if k % 256 == 0 else 128, 4, 3)
     if k % 128 or (capability < (9, 0) and (format == "mxfp4" or rows > 128)):
         return "bf16"
     precise = precise and format == "mxfp4"
-    if capability == (9, 0) and rows > LEAST_ROWS[format][n > FEW] and not precise and not portable and has_gluon():
+    if (
+        capability == (9, 0)
+        and rows > LEAST_ROWS[format][n > NARROW_N]
+        and not precise
+        and not portable
+        and has_gluon()
+    ):
         return _hopper(format, rows, n, k, library, multiprocessors)
     if precise and rows > 64:
-        # A second accumulator fits beside this tile's; above, cuBLASLt's own is faster.
-        tile = FUSED["mxfp4"][128][n > FEW] if rows <= 512 else None
+        # A second accumulator fits beside this tile's. Above 512 rows cuBLASLt's own accumulator is faster.
+        tile = FUSED["mxfp4"][128][n > NARROW_N] if rows <= 512 else None
     else:
-        tile = next((tiles[n > FEW] for most, tiles in FUSED[format].items() if rows <= most), None)
+        tile = next((tiles[n > NARROW_N] for most, tiles in FUSED[format].items() if rows <= most), None)
     if tile is None:
-        return "bf16" if format == "nvfp4" else "library" if library else WIDE
-    bk = tile.bk if k % tile.bk == 0 else 128
+        return "bf16" if format == "nvfp4" else "library" if library else FUSED_MANY_ROWS
+    block_k = tile.block_k if k % tile.block_k == 0 else 128
     # A part of fewer than 32 channels for each row of the tile costs more to add to the others than it saves.
-    most = max(1, min(tile.split, k // (32 * tile.bm)))
-    return tile._replace(bk=bk, split=_power_of_two_divisor(k // bk, 1 << most.bit_length() - 1))
+    most = max(1, min(tile.split_k, k // (32 * tile.block_m)))
+    return tile._replace(block_k=block_k, split_k=_power_of_two_divisor(k // block_k, 1 << most.bit_length() - 1))
 
 
 def precise_by_default() -> bool:
-    """Whether `WUSH_PRECISE` asks for sums in fp32 (1, or anything but 0)."""
+    """Whether `WUSH_PRECISE` asks for sums in fp32: 1, or anything but 0."""
     return os.environ.get("WUSH_PRECISE", "0") not in ("", "0")
 
 

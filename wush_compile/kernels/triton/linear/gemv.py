@@ -1,23 +1,24 @@
-"""Few rows times packed weights: exact integer products of whole groups, one fp32 multiply-add a group.
+"""1, 2 or 4 rows times packed weights: exact integer products of whole groups, one fp32 multiply-add a group.
 
-A code is an integer, twice its e2m1 value. Four weights times four activations are one `dp4a`; a group's sum is exact
-in int32 and meets its two scales in fp32. Nothing is folded into a format of fewer bits, so every scale byte is
-allowed."""
+A code stands for an integer, twice its e2m1 value. One `dp4a` multiplies four weights by four activations. The sum of a
+group is exact in int32 and is then multiplied by its two scales in fp32. No narrower format is involved, so every scale
+byte is allowed."""
 
 import triton
 import triton.language as tl
 
+from ..common.epilogue import finish
 from ..common.formats import e4m3_factor, e8m0_factor
 from ..common.overlap import start_next, wait_inputs
 
 
 @triton.jit
 def _weight_bytes(w):
-    """8 codes -> (integers of codes 0..3 that are not negative, minus those that are; the same of codes 4..7), four
-    int8 each, 0 where the other has the value.
+    """8 codes -> (integers of the positive codes among 0..3, minus the negative ones; the same of codes 4..7), four
+    int8 each, 0 where the code has the other sign.
 
-    `prmt` looks four codes up at once; where a code's sign bit is set it gives the sign of the table's byte, which is
-    0: one look-up for either sign, and none for the sign itself."""
+    One `prmt` looks up four codes. Where a code's sign bit is set, `prmt` gives the sign of the table's byte, which is
+    0. So each sign takes one look-up, and the sign itself costs nothing."""
     return tl.inline_asm_elementwise(
         """{ .reg .b32 n, t, h;
         mov.b32 t, 0x03020100;
@@ -39,8 +40,9 @@ def _weight_bytes(w):
 
 @triton.jit
 def _activation_bytes(x):
-    """8 codes -> their integers, codes 0..3 and 4..7, as four int8 each: tables of 12 plus and 12 minus the magnitude,
-    then minus 12 without a borrow between bytes."""
+    """8 codes -> their integers, codes 0..3 and codes 4..7, four int8 each.
+
+    The tables hold 12 plus and 12 minus the magnitude; 12 is then subtracted without a borrow between bytes."""
     return tl.inline_asm_elementwise(
         """{ .reg .b32 n, p, q;
         xor.b32 n, $2, 0x88888888;
@@ -66,7 +68,7 @@ def _activation_bytes(x):
 
 @triton.jit
 def _dot8(p0, n0, p1, n1, x0, x1):
-    """Eight products of integers, summed: four times the product of the values."""
+    """The sum of eight products of integers: four times the sum of the values' products."""
     return tl.inline_asm_elementwise(
         """{ .reg .b32 d, s;
         dp4a.s32.s32 d, $1, $5, 0;
@@ -84,90 +86,56 @@ def _dot8(p0, n0, p1, n1, x0, x1):
 
 @triton.jit
 def _row(
-    parts,
+    weights,
     x,
-    xs,
+    x_scales,
     m,
     first,
     K: tl.constexpr,
     G: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    MX: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):
-    """fp32 [BN, BK/G]: a row's integer group sums with its weights' bytes, times its own scales."""
-    words = first // 8 + tl.arange(0, BK // 8)
-    groups = first // G + tl.arange(0, BK // G)
-    if K % BK == 0:
+    """fp32 [BLOCK_N, BLOCK_K/G]: the integer group sums of x's row m with `_weight_bytes`, times the row's scales."""
+    words = first // 8 + tl.arange(0, BLOCK_K // 8)
+    groups = first // G + tl.arange(0, BLOCK_K // G)
+    if K % BLOCK_K == 0:
         code = tl.load(x + m * (K // 8) + words)
-        byte = tl.load(xs + m * (K // G) + groups).to(tl.int32)
+        byte = tl.load(x_scales + m * (K // G) + groups).to(tl.int32)
     else:
         code = tl.load(x + m * (K // 8) + words, mask=words < K // 8, other=0)
-        byte = tl.load(xs + m * (K // G) + groups, mask=groups < K // G, other=1).to(tl.int32)
+        byte = tl.load(x_scales + m * (K // G) + groups, mask=groups < K // G, other=1).to(tl.int32)
     x0, x1 = _activation_bytes(code)
-    p0, n0, p1, n1 = parts
-    x0 = tl.broadcast_to(x0[None, :], (BN, BK // 8))
-    x1 = tl.broadcast_to(x1[None, :], (BN, BK // 8))
-    d = tl.sum(tl.reshape(_dot8(p0, n0, p1, n1, x0, x1), (BN, BK // G, G // 8)), axis=2)
-    factor = e8m0_factor(byte) if MX else e4m3_factor(byte)
+    p0, n0, p1, n1 = weights
+    x0 = tl.broadcast_to(x0[None, :], (BLOCK_N, BLOCK_K // 8))
+    x1 = tl.broadcast_to(x1[None, :], (BLOCK_N, BLOCK_K // 8))
+    d = tl.sum(tl.reshape(_dot8(p0, n0, p1, n1, x0, x1), (BLOCK_N, BLOCK_K // G, G // 8)), axis=2)
+    factor = e8m0_factor(byte) if FORMAT == "mxfp4" else e4m3_factor(byte)
     return d.to(tl.float32) * (factor * 0.25)[None, :]
 
 
 @triton.jit
-def finish(
-    y,
-    n,
-    m,
-    N,
-    gx,
-    gw,
-    bias,
-    residual,
-    out,
-    SCALED_X: tl.constexpr,
-    SCALED_W: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    mask,
-):
-    """y / (gx*gw) + bias in fp32, one rounding to out's dtype, plus the residual in that dtype (SPEC §6)."""
-    if SCALED_X and SCALED_W:
-        y = y * tl.div_rn(1.0, tl.load(gx) * tl.load(gw))
-    elif SCALED_X:
-        y = y * tl.div_rn(1.0, tl.load(gx))
-    elif SCALED_W:
-        y = y * tl.div_rn(1.0, tl.load(gw))
-    if BIAS:
-        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    offset = m.to(tl.int64) * N + n
-    r = y.to(out.dtype.element_ty)
-    if RESIDUAL:
-        added = tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
-        r = (r.to(tl.float32) + added).to(out.dtype.element_ty)
-    tl.store(out + offset, r, mask=mask)
-
-
-@triton.jit
-def _load_weights(w, ws, row, first, K: tl.constexpr, G: tl.constexpr, BK: tl.constexpr):
-    """Codes int32 [BN, BK/8] and scale bytes int32 [BN, BK/G] of BK channels; beyond K codes 0 and bytes 1."""
-    words = first // 8 + tl.arange(0, BK // 8)
-    groups = first // G + tl.arange(0, BK // G)
-    if K == BK:
+def _load_weights(w, w_scales, row, first, K: tl.constexpr, G: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Codes int32 [BLOCK_N, BLOCK_K/8] and scale bytes int32 [BLOCK_N, BLOCK_K/G]; beyond K codes are 0, bytes 1."""
+    words = first // 8 + tl.arange(0, BLOCK_K // 8)
+    groups = first // G + tl.arange(0, BLOCK_K // G)
+    if K == BLOCK_K:
         code = tl.load(w + row * (K // 8) + words[None, :])
-        byte = tl.load(ws + row * (K // G) + groups[None, :])
+        byte = tl.load(w_scales + row * (K // G) + groups[None, :])
     else:
         code = tl.load(w + row * (K // 8) + words[None, :], mask=(words < K // 8)[None, :], other=0)
-        byte = tl.load(ws + row * (K // G) + groups[None, :], mask=(groups < K // G)[None, :], other=1)
+        byte = tl.load(w_scales + row * (K // G) + groups[None, :], mask=(groups < K // G)[None, :], other=1)
     return code, byte.to(tl.int32)
 
 
 @triton.jit
 def gemv_kernel(
     x,
-    xs,
+    x_scales,
     gx,
     w,
-    ws,
+    w_scales,
     gw,
     bias,
     residual,
@@ -175,40 +143,40 @@ def gemv_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
-    MX: tl.constexpr,
+    FORMAT: tl.constexpr,
     SCALED_X: tl.constexpr,
     SCALED_W: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x int32 [M, K/8], xs uint8 [M, K/G], w int32 [N, K/8], ws uint8 [N, K/G] -> out [M, N], M = 1, 2 or 4; grid
-    (N/BN). Weights are read before the kernel waits for its inputs."""
-    G: tl.constexpr = 32 if MX else 16
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    """x int32 [M, K/8], x_scales uint8 [M, K/G], w int32 [N, K/8], w_scales uint8 [N, K/G] -> out [M, N]; M is 1, 2 or
+    4. Grid (tiles of N). Weights are read before the kernel waits for its inputs."""
+    G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
-    acc0 = tl.zeros((BN, BK // G), tl.float32)
+    acc0 = tl.zeros((BLOCK_N, BLOCK_K // G), tl.float32)
     acc1 = acc0
     acc2 = acc0
     acc3 = acc0
-    code, byte = _load_weights(w, ws, row, 0, K, G, BK)
+    code, byte = _load_weights(w, w_scales, row, 0, K, G, BLOCK_K)
     wait_inputs(PDL)
     start_next(PDL)
-    for i in tl.range(0, tl.cdiv(K, BK), num_stages=1):
-        first = i * BK
-        factor = e8m0_factor(byte) if MX else e4m3_factor(byte)
-        parts = _weight_bytes(code)
-        if BK < K:  # the next step's, while this one computes
-            code, byte = _load_weights(w, ws, row, first + BK, K, G, BK)
-        acc0 += _row(parts, x, xs, 0, first, K, G, BN, BK, MX) * factor
+    for i in tl.range(0, tl.cdiv(K, BLOCK_K), num_stages=1):
+        first = i * BLOCK_K
+        factor = e8m0_factor(byte) if FORMAT == "mxfp4" else e4m3_factor(byte)
+        weights = _weight_bytes(code)
+        if BLOCK_K < K:  # load the next step while this one computes
+            code, byte = _load_weights(w, w_scales, row, first + BLOCK_K, K, G, BLOCK_K)
+        acc0 += _row(weights, x, x_scales, 0, first, K, G, BLOCK_N, BLOCK_K, FORMAT) * factor
         if M > 1:
-            acc1 += _row(parts, x, xs, 1, first, K, G, BN, BK, MX) * factor
+            acc1 += _row(weights, x, x_scales, 1, first, K, G, BLOCK_N, BLOCK_K, FORMAT) * factor
         if M > 2:
-            acc2 += _row(parts, x, xs, 2, first, K, G, BN, BK, MX) * factor
-            acc3 += _row(parts, x, xs, 3, first, K, G, BN, BK, MX) * factor
-    zero = tl.zeros((BN,), tl.int32)
+            acc2 += _row(weights, x, x_scales, 2, first, K, G, BLOCK_N, BLOCK_K, FORMAT) * factor
+            acc3 += _row(weights, x, x_scales, 3, first, K, G, BLOCK_N, BLOCK_K, FORMAT) * factor
+    zero = tl.zeros((BLOCK_N,), tl.int32)
     finish(tl.sum(acc0, 1), n, zero, N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL, n < N)
     if M > 1:
         finish(tl.sum(acc1, 1), n, zero + 1, N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL, n < N)

@@ -2,35 +2,50 @@
 
 from torch import Tensor
 
+from ....ops.layouts import rows_only
 from .norm import norm_quantize
 from .prologue import Prologue
 from .transform_quantize import transform_quantize
 
 
 def rms_norm_transform_quantize(
-    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule
+    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
 ) -> tuple[Tensor, Tensor]:
     """`wush::rms_norm_transform_quantize`. The sum of squares has another order than PyTorch's."""
+    rows_only(scale_layout)
     eps = eps if eps_tensor is None else eps_tensor
     return norm_quantize(x, weight, None, eps, f"rms_{gain}", transform, global_scale, format, scale_rule)
 
 
 def layer_norm_transform_quantize(
-    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule
+    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows"
 ) -> tuple[Tensor, Tensor]:
     """`wush::layer_norm_transform_quantize`. The sums have another order than PyTorch's."""
+    rows_only(scale_layout)
     eps = eps if eps_tensor is None else eps_tensor
     return norm_quantize(x, weight, bias, eps, "layer_norm", transform, global_scale, format, scale_rule)
 
 
-def silu_mul_transform_quantize(gate, up, transform, global_scale, format, scale_rule) -> tuple[Tensor, Tensor]:
+def silu_mul_transform_quantize(
+    gate, up, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> tuple[Tensor, Tensor]:
     """`wush::silu_mul_transform_quantize`."""
-    return transform_quantize(gate, transform, global_scale, format, scale_rule, prologue=Prologue("silu_mul", up))
+    return transform_quantize(
+        gate,
+        transform,
+        global_scale,
+        format,
+        scale_rule,
+        swizzled=scale_layout == "swizzled",
+        prologue=Prologue("silu_mul", up),
+    )
 
 
 def gelu_mul_transform_quantize(
-    gate, up, approximate, transform, global_scale, format, scale_rule
+    gate, up, approximate, transform, global_scale, format, scale_rule, scale_layout="rows"
 ) -> tuple[Tensor, Tensor]:
     """`wush::gelu_mul_transform_quantize`; approximate: none or tanh."""
     prologue = Prologue("gelu_mul" if approximate == "none" else "gelu_tanh_mul", up)
-    return transform_quantize(gate, transform, global_scale, format, scale_rule, prologue=prologue)
+    return transform_quantize(
+        gate, transform, global_scale, format, scale_rule, swizzled=scale_layout == "swizzled", prologue=prologue
+    )

@@ -1,6 +1,6 @@
 """Tiles by the shape of x, and instructions by the device. Pure Python without a kernel; runs once a launch.
 
-The thresholds come from runs of `python benchmarks/quantizer_speed.py tune` on one H100, for the shapes in that
+The thresholds come from runs of `python benchmarks/speed_quantize_kernel.py tune` on one H100, for the shapes in that
 script. The output of those runs was not kept.
 """
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....formats import FORMATS
-from ...layouts import swizzled_shape
+from ....ops.layouts import swizzled_shape
 from ..common.overlap import overlaps, start_next, wait_inputs
 from .prologue import Prologue
 from .rows import quantize_rows

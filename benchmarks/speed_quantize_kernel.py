@@ -1,8 +1,8 @@
 """Times the Triton quantizer, its fused variants and the second moments: CUDA-graph replays, inputs rotated out of L2.
 
-    python benchmarks/quantizer_speed.py quantize fused moments --out results     the tables, as Markdown and JSON
-    python benchmarks/quantizer_speed.py tune --out results                       tiles, for `choose_tile`
-    python benchmarks/quantizer_speed.py tune-norm --out results                  norms, for `choose_plan`
+    python benchmarks/speed_quantize_kernel.py quantize fused moments --out results     the tables, as Markdown and JSON
+    python benchmarks/speed_quantize_kernel.py tune --out results                       tiles, for `choose_tile`
+    python benchmarks/speed_quantize_kernel.py tune-norm --out results                  norms, for `choose_plan`
 
 "share" is the time of a copy of the same bytes, at the rate measured for a copy of that shape, over the kernel's time.
 """

@@ -1,21 +1,22 @@
-"""Time and memory of `wush_compile.quantize` on Llama shapes: random weights in CPU memory, one GPU, phase by phase.
+"""Time and memory of `wush_compile.quantize` on Llama shapes: random weights in CPU memory, phase by phase.
 
-    python benchmarks/quantize_speed.py --model 8b --solver gptq --out results/quantize_speed.json
-    python benchmarks/quantize_speed.py --model 8b --solver rtn gptq --layers 2        a few layers, and what all would take
-    python benchmarks/quantize_speed.py --model 8b --solver gptq gptq      twice: the second finds the process warm
-    torchrun --standalone --nproc-per-node 2 benchmarks/quantize_speed.py --model 8b --out two.json --against one.json
+    python benchmarks/speed_quantize_model.py --model 8b --solver gptq --out quantize_model.json
+    python benchmarks/speed_quantize_model.py --model 8b --solver rtn gptq --layers 2      two layers, scaled to all
+    python benchmarks/speed_quantize_model.py --model 8b --solver gptq gptq                the second run finds a warm process
+    torchrun --standalone --nproc-per-node 2 benchmarks/speed_quantize_model.py --model 8b --out two.json --against one.json
 
-Under torchrun every process makes the model, and quantizes it together with the others; the phases of each are shown, whether
-all hold the same bytes, and with `--against` how much faster that was than the runs in another file, of one process. Give each
-command a TRITON_CACHE_DIR of its own: kernels that an earlier one compiled are found there.
+Under torchrun each process makes the model and quantizes it together with the others. The script prints the phases of
+each process and whether all hold the same bytes. With `--against` it also prints how much faster that was than the runs
+of one process in another file. Give each command a TRITON_CACHE_DIR of its own, or it finds the kernels that an earlier
+one compiled.
 
-Everything from the model in CPU memory to the quantized one in CPU memory is timed. Beside each phase stands its floor: its
-floating-point operations at the rate of a large matrix product of the library, or its bytes at the rate of a large copy,
-whichever is longer, both measured at the start. Phases are separated by waiting for the GPU, which costs a little;
-`--no-phases` measures without. With `--layers`, one layer is quantized first, so that compiling kernels is not scaled.
+The time covers everything from the model in CPU memory to the quantized model in CPU memory. Each phase has a floor:
+its floating-point operations at the rate of a large matrix product, or its bytes at the rate of a large copy, whichever
+takes longer. Both rates are measured at the start. Phases are separated by waiting for the GPU, which costs a little;
+`--no-phases` measures without. With `--layers`, one layer is quantized first, so that compilation is not scaled.
 
-Shapes are the published configurations. Weights are normal, their input channels scaled over two decades and a few of them
-tenfold again, norms likewise: made layer by layer on the GPU.
+Shapes are the published configurations. Weights are normal, with input channels scaled over two decades and a few of
+them tenfold again; norms likewise. They are made layer by layer on the GPU.
 """
 
 import argparse
@@ -77,7 +78,7 @@ OUTLIER = 10.0
 
 
 def channel_scales(channels: int, generator: torch.Generator) -> Tensor:
-    """fp32 [channels], log-uniform over two decades, a few of them tenfold, of mean square 1."""
+    """fp32 [channels], log-uniform over two decades, a few of them tenfold; mean square 1."""
     scales = 10 ** (2 * torch.rand(channels, device=generator.device, generator=generator) - 1)
     scales[torch.randperm(channels, device=generator.device, generator=generator)[:OUTLIERS]] *= OUTLIER
     return scales / scales.square().mean().sqrt()
@@ -92,7 +93,7 @@ def build(name: str, layers: int | None, device: torch.device) -> nn.Module:
     config = LlamaConfig(**settings, max_position_embeddings=8192, rope_theta=500000.0, bos_token_id=1, eos_token_id=2)
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    rotary = type(model.model.rotary_emb)(config)  # its frequencies are no parameters
+    rotary = type(model.model.rotary_emb)(config)  # its frequencies are not parameters
     model = model.to_empty(device="cpu").eval()
     model.model.rotary_emb = rotary
     model.tie_weights()
@@ -136,7 +137,7 @@ def best(work, repeats: int = 5) -> float:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """Measured rates: FLOP/s of matrix products, bytes/s of a copy on the device and from pageable and pinned memory."""
+    """Measured rates: FLOP/s of matrix products; bytes/s of copies on the device, from pageable and pinned memory."""
     n = 8192
     half = [torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2)]
     wide = [torch.randn(n // 2, n // 2, device=device, dtype=torch.float64) for _ in range(2)]
@@ -156,7 +157,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 
 def floors(shape: dict, layers: int, tokens: int, length: int, config: wc.WushConfig, rates: dict[str, float]) -> dict:
-    """Seconds by phase. FLOP are counted with symmetry where the result has it."""
+    """Seconds by phase. Of a symmetric result only half is counted."""
     seconds = dict.fromkeys(
         ("forwards", "moments", "samples", "Cholesky", "transforms", "GPTQ", "packing", "layer losses", "transfers"),
         0.0,
@@ -200,7 +201,7 @@ def measure(
     options: dict,
     separate: bool,
 ) -> dict:
-    """Seconds by phase, in all, and peak memory of one quantization."""
+    """Seconds by phase and in total, and peak memory, of one quantization."""
     start = time.perf_counter()
     model = build(name, layers, device)
     made = time.perf_counter() - start
@@ -208,7 +209,7 @@ def measure(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
-    together(None)  # nobody waits for another's model in what is timed
+    together(None)  # the timed part waits for no other process to make its model
     start = time.perf_counter()
     with phases.timing(synchronize=separate) as seconds:
         wc.quantize(model, windows, progress=False, device=device, solver=solver, **options)
@@ -233,7 +234,7 @@ def measure(
 
 
 def together(mine: object) -> list:
-    """What all processes give, by rank; waits for them. On the CPU: NCCL connects in what is timed."""
+    """The values of all processes, by rank; waits for them. Over the CPU, so that NCCL connects in the timed part."""
     if not dist.is_initialized():
         return [mine]
     everybody = [None] * dist.get_world_size()
@@ -242,7 +243,7 @@ def together(mine: object) -> list:
 
 
 def digest(model: nn.Module) -> str:
-    """sha256 over those of all tensors of the quantized groups, which are read by several threads."""
+    """sha256 over the sha256 of each tensor of the quantized groups; several threads read them."""
 
     def one(item: tuple[str, Tensor]) -> bytes:
         return hashlib.sha256(item[1].contiguous().reshape(-1).view(torch.uint8).numpy()).digest()
@@ -282,7 +283,7 @@ def show(result: dict) -> None:
 
 
 def alike(run: dict, result: dict) -> bool:
-    """Whether a recorded run of one process is of the same work."""
+    """Whether a recorded run did the same work in one process."""
     return run["processes"] == 1 and all(
         run[key] == result[key] for key in ("model", "solver", "format", "layers", "tokens")
     )
@@ -294,7 +295,7 @@ def main() -> None:
     parser.add_argument("--solver", nargs="+", choices=("rtn", "gptq"), default=["gptq"])
     parser.add_argument("--format", default="mxfp4")
     parser.add_argument("--moments", default="marginal")
-    parser.add_argument("--layers", type=int, help="quantize only so many, after a warm-up with one")
+    parser.add_argument("--layers", type=int, help="quantize only so many layers, after a warm-up with one")
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch-size", type=int)
@@ -339,7 +340,7 @@ def main() -> None:
             "projected": result["seconds"] * shape["num_hidden_layers"] / layers,
         }
         if args.against is not None:
-            # The first with the first, the second, in a process that is warm by then, with the second.
+            # The first run is compared with the first; the second, in a warm process, with the second.
             before = sum(run["solver"] == solver for run in results)
             ones = [run for run in json.loads(args.against.read_text())["runs"] if alike(run, result)][before:]
             result |= {"faster": ones[0]["seconds"] / result["seconds"]} if ones else {}

@@ -1,0 +1,381 @@
+"""Renderers of the tables and numbers that documents show: a result of benchmarks/results/ in, Markdown out.
+
+A renderer is a small function decorated with `@figure`; documents call it by name (figures.py). Its arguments are
+strings, the first ones names of results. All rounding is done by `shown`.
+"""
+
+import json
+from collections.abc import Callable
+from decimal import ROUND_HALF_UP, Decimal
+from functools import cache
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+FIGURES: dict[str, Callable[..., str]] = {}
+
+
+def figure(function: Callable[..., str]) -> Callable[..., str]:
+    FIGURES[function.__name__] = function
+    return function
+
+
+@cache
+def result(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def shown(value: float, digits: int = 0) -> str:
+    """`value` with that many decimals. Halves are rounded up, as they are on paper."""
+    return str(Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
+def percent(share: float, digits: int = 0) -> str:
+    return f"{shown(100 * share, digits)} %"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "|" + "|".join(cell if cell == "---" else f" {cell} ".replace("  ", " ") for cell in line) + "|"
+        for line in lines
+    )
+
+
+# -- numbers in sentences --------------------------------------------------------------------------------------------
+
+
+def at(name: str, path: str) -> float:
+    """The number at `path`, keys separated by slashes, of a result."""
+    value = result(name)
+    for key in path.split("/"):
+        value = value[int(key) if isinstance(value, list) else key]
+    return value
+
+
+@figure
+def number(name: str, path: str, digits: str = "0", scale: str = "1") -> str:
+    return shown(at(name, path) * float(scale), int(digits))
+
+
+@figure
+def ratio(name: str, path: str, over: str, digits: str = "2") -> str:
+    return shown(at(name, path) / at(name, over), int(digits))
+
+
+@figure
+def change(name: str, path: str, over: str) -> str:
+    """By which share the number at `path` differs from the one at `over`, without its sign."""
+    return percent(abs(at(name, path) / at(name, over) - 1))
+
+
+# -- accuracy --------------------------------------------------------------------------------------------------------
+
+
+@figure
+def accuracy(name: str, format: str) -> str:
+    """All rows of a format, as benchmarks/accuracy.py measured them; the default stands out."""
+    lines = []
+    for key, row in result(name)["rows"].items():
+        if key.startswith(f"{format} ") and "error" not in row:
+            cells = [row["title"], shown(row["perplexity"], 2), shown(row["ratio"], 3), shown(row["kl"], 3)]
+            cells.append(percent(row["top1"], 1))
+            lines.append([f"**{cell}**" for cell in cells] if key.endswith(" default") else cells)
+    return table([format.upper(), "perplexity", "/ bf16", "KL", "top-1"], lines)
+
+
+@figure
+def accuracy_summary(name: str) -> str:
+    titles = {
+        "rtn-identity": "rounding to nearest",
+        "rtn-hadamard": "rounding after a Hadamard transform",
+        "gptq-hadamard": "GPTQ after a Hadamard transform",
+        "paper": "the WUSH authors' setting",
+        "default": "**wush_compile's default**",
+    }
+    lines = []
+    for key, title in titles.items():
+        cells = [title]
+        for format in ("mxfp4", "nvfp4"):
+            row = result(name)["rows"].get(f"{format} {key}")
+            cells += ["", ""] if row is None else [shown(row["perplexity"], 1), shown(row["kl"], 3)]
+        lines.append([f"**{c.strip('*')}**" for c in cells] if key == "default" else cells)
+    header = ["MXFP4 perplexity", "KL to bf16", "NVFP4 perplexity", "KL to bf16"]
+    return table(["W4A4, all decoder linears", *header], lines)
+
+
+@figure
+def layer_losses(name: str) -> str:
+    """Relative losses in percent, the mean over seeds; the seven linears in the order of the paper's Table 1."""
+    letters = {"identity": "I", "random": "R", "hadamard": "H", "wus": "WUS", "wush": "WUSH"}
+    lines = []
+    for format in ("mxfp4", "nvfp4", "int4"):
+        for transform, letter in letters.items():
+            means = []
+            for losses in result(name)["relative"].values():
+                values = [loss for key, loss in losses.items() if key.startswith(f"{format} {transform} ")]
+                means.append(f"{100 * sum(values) / len(values):#.3g}")
+            lines.append([format, letter, *means])
+    return table(["relative loss, %", "", *"QKVOGUD"], lines)
+
+
+@figure
+def demo(name: str) -> str:
+    lines = []
+    for row in result(name)["rows"]:
+        kl, top1 = ("", "") if row["kl"] is None else (shown(row["kl"], 4), percent(row["top1"], 1))
+        lines.append([row["title"], shown(row["perplexity"], 2), kl, top1, f"{shown(row['weights MiB'], 1)} MiB"])
+    return table([result(name)["text"], "perplexity", "KL to bf16", "top-1", "weights"], lines)
+
+
+@figure
+def global_scale(name: str, rule: str) -> str:
+    """The trial of candidates for NVFP4's global scale: errors over those of the best candidate."""
+    lines = []
+    for candidate, row in result(name)["summary"][rule].items():
+        errors = [shown(row[f"{side} {how}"], 2) for side in ("ordinary", "outlying") for how in ("mean", "worst")]
+        lines.append([candidate, *errors, percent(row["saturated"], 3), percent(row["subnormal"], 1)])
+    return table(
+        ["candidate", "ordinary tokens, mean", "worst", "outlying tokens, mean", "worst", "saturated", "subnormal"],
+        lines,
+    )
+
+
+@figure
+def global_scale_position(name: str, rule: str) -> str:
+    errors = {int(e): error for e, error in result(name)["position"][rule].items() if int(e) <= -6 or int(e) >= 8}
+    return table(["e", *map(str, errors)], [["error", *(shown(error, 4) for error in errors.values())]])
+
+
+@figure
+def global_scale_layers(name: str) -> str:
+    """Relative losses of SmolLM2's linears in percent."""
+    rows = result(name)["layers"]
+    lines = [[candidate, *(f"{100 * loss:#.3g}" for loss in row.values())] for candidate, row in rows.items()]
+    return table(["relative loss, %", *(linear.removesuffix("_proj") for linear in next(iter(rows.values())))], lines)
+
+
+@figure
+def files() -> str:
+    """All results with what they were measured on."""
+    lines = []
+    for path in sorted(RESULTS.glob("*.json")):
+        run = result(path.stem)
+        lines.append([f"`{path.name}`", run["device"], run["date"], f"`{run['command']}`"])
+    return table(["file", "device", "date", "command"], lines)
+
+
+# -- speed: products and whole models --------------------------------------------------------------------------------
+
+
+def layers_of(name: str) -> dict[int, dict]:
+    """Rows of x -> microseconds of a whole decoder layer."""
+    return {row["M"]: row for row in result(name)["rows"] if row["group"] == "layer"}
+
+
+def gain(row: dict, format: str, digits: int = 2) -> str:
+    return shown(row["bf16 us"] / row[f"{format} us"], digits)
+
+
+@figure
+def linear(name: str) -> str:
+    lines = []
+    for count, row in layers_of(name).items():
+        ours = [f"{shown(row[f'{format} us'])} ({gain(row, format)}×)" for format in ("mxfp4", "nvfp4")]
+        lines.append([str(count), shown(row["bf16 us"]), shown(row["fp8 ceiling us"]), *ours])
+    return table(["rows", "bf16", "fp8 ceiling", "MXFP4", "NVFP4"], lines)
+
+
+@figure
+def linear_summary(name: str, rows: str) -> str:
+    counts, measured = rows.split(","), layers_of(name)
+    lines = [[f.upper(), *(f"{gain(measured[int(count)], f)}x" for count in counts)] for f in ("mxfp4", "nvfp4")]
+    return table(["rows", *counts], lines)
+
+
+@figure
+def linear_range(name: str, format: str, first: str, unit: str = "x") -> str:
+    """The least and the largest gain from `first` rows on."""
+    gains = sorted(gain(row, format) for count, row in layers_of(name).items() if count >= int(first))
+    return f"{gains[0]}{unit} to {gains[-1]}{unit}"
+
+
+@figure
+def libraries(name: str) -> str:
+    """The product beside other libraries' products, µs a layer."""
+    columns = {
+        "bf16": "bf16",
+        "mxfp4": "ours, MXFP4",
+        "torchao float8": "torchao float8",
+        "torchao int4": "torchao int4 weights",
+        "FP-Quant MXFP4": "FP-Quant MXFP4",
+        "torchao NVFP4 weights": "torchao NVFP4 weights",
+        "torchao MXFP4 emulated, eager": "torchao MXFP4, emulated (eager)",
+    }
+    lines = [[str(row["M"]), *(shown(row[f"{key} us"]) for key in columns)] for row in result(name)["rows"]]
+    return table(["rows", *columns.values()], lines)
+
+
+def cases(name: str) -> dict[tuple, dict[str, dict]]:
+    """(what, attention, batch, context) -> model -> row."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in result(name)["rows"]:
+        found.setdefault((row["what"], row["attention"], row["batch"], row["context"]), {})[row["model"]] = row
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], -ord(item[0][1][0]), *item[0][2:])))
+
+
+@figure
+def whole_models(name: str) -> str:
+    lines = []
+    for (what, attention, batch, context), row in cases(name).items():
+        title = f"prefill of {context} tokens"
+        cells = [f"decode, batch {batch}, context {context}, `{attention}`" if what == "decode" else title]
+        for time in ("ms", "queued ms"):
+            bf16, ours = row["bf16"][time], row["mxfp4"][time]
+            cells += [shown(bf16, 2), shown(ours, 2), f"{shown(bf16 / ours, 2)}×"]
+        lines.append(cells)
+    return table(["", "bf16 waited ms", "MXFP4", "speed-up", "bf16 queued ms", "MXFP4", "speed-up"], lines)
+
+
+@figure
+def whole_model(name: str, what: str, attention: str, batch: str, context: str, time: str, digits: str) -> str:
+    """The speed-up of MXFP4 in one case; time is "waited" or "queued"."""
+    row, key = cases(name)[what, attention, int(batch), int(context)], {"waited": "ms", "queued": "queued ms"}[time]
+    return f"{shown(row['bf16'][key] / row['mxfp4'][key], int(digits))}x"
+
+
+@figure
+def weights(name: str, model: str, digits: str = "2", over: str = "") -> str:
+    """GiB of a model's weights on the device, or their ratio to those of the model `over`."""
+    gib = {row["model"]: row["memory GiB"] for row in result(name)["rows"]}
+    return shown(gib[model] / (gib[over] if over else 1), int(digits))
+
+
+@figure
+def projected_floors() -> str:
+    """Computed by benchmarks/projection.py: floors of a decoder layer's products in µs."""
+    import projection
+
+    def total(device, m: int, format: str) -> str:
+        shapes = projection.GROUPS.values()
+        if format == "bf16":
+            seconds = sum(projection.bf16_floor(device, m, n, k) for n, k in shapes)
+        else:
+            seconds = sum(projection.count(device, format, m, n, k).floor for n, k in shapes)
+        return shown(1e6 * seconds, 1 if seconds < 1e-4 else 0)
+
+    columns = [(device, format) for device in projection.DEVICES for format in ("mxfp4", "nvfp4", "bf16")]
+    lines = [[str(m), *(total(device, m, format) for device, format in columns)] for m in projection.ROWS]
+    titles = [f"{device.name} {format if format == 'bf16' else format.upper()}" for device, format in columns]
+    return table(["rows", *titles], lines)
+
+
+# -- speed: quantizers and moments -----------------------------------------------------------------------------------
+
+
+def shape(row: dict) -> str:
+    return f"{row['M']} × {row['K']}"
+
+
+@figure
+def quantizer(name: str) -> str:
+    columns = (("mxfp4", "none absmax"), ("mxfp4", "blocks absmax"), ("mxfp4", "blocks mse"))
+    columns += (("nvfp4", "blocks absmax"), ("nvfp4", "blocks mse"))
+    lines: dict[str, list[str]] = {}
+    for row in result(name)["rows"]:
+        for format, column in columns:
+            if row["format"] == format:
+                share = f" ({percent(row[f'{column} share'])})" if row["M"] >= 4096 else ""
+                lines.setdefault(shape(row), []).append(f"{shown(row[f'{column} us'], 1)} µs{share}")
+    titles = ["none, MXFP4", "MXFP4 `absmax`", "MXFP4 `mse`", "NVFP4 `absmax`", "NVFP4 `mse`"]
+    return table(["rows × K", *titles], [[key, *cells] for key, cells in lines.items()])
+
+
+@figure
+def prologues(name: str) -> str:
+    """The quantizer behind a norm or an activation; the factor of RMSNorm, and SiLU·mul's share of a copy's rate."""
+    lines = []
+    for row in result(name)["rows"]:
+        us = {key: f"{shown(row[f'{key} us'], 1)} µs" for key in ("quantizer", "rms_norm", "layer_norm", "silu_mul")}
+        us["rms_norm"] += f" ({shown(row['rms_norm us'] / row['quantizer us'], 2)}×)"
+        us["silu_mul"] += f" ({percent(row['silu_mul share'])})" if row["M"] >= 4096 else ""
+        lines.append([shape(row), *us.values(), f"{shown(row['gelu_mul us'], 1)} µs"])
+    return table(
+        ["rows × K", "quantizer", *(f"with {p}" for p in ("RMSNorm", "LayerNorm", "SiLU·mul", "GELU·mul"))], lines
+    )
+
+
+@figure
+def csrc_quantizer(name: str) -> str:
+    """The CUDA quantizer beside Triton's, µs."""
+    header, lines = ["rows × K"], []
+    for format in ("MXFP4", "NVFP4"):
+        header += [f"{format} cuda (share), Triton", "mse", "RMSNorm", "SiLU·mul"]
+    for row in result(name)["rows"]:
+        cells = [shape(row)]
+        for format in ("mxfp4", "nvfp4"):
+            for kind in ("absmax", "mse", "rms_norm", "silu_mul"):
+                cuda, triton, *share = row[format][kind]
+                cells.append(f"{shown(cuda, 1)}{f' ({percent(share[0])})' if share else ''}, {shown(triton, 1)}")
+        lines.append(cells)
+    return table(header, lines)
+
+
+@figure
+def moments(name: str) -> str:
+    rows = result(name)["rows"]
+    whole = [f"{shown(r['whole us'])} µs ({shown(r['whole TFLOP/s'])} TFLOP/s)" for r in rows]
+    lines = [["whole moment", *whole]]
+    for title, key in (("the same in fp32", "whole fp32 us"), ("diagonal blocks of 32", "blocks us")):
+        lines.append([title, *(f"{shown(r[key])} µs" for r in rows)])
+    return table(["", *(f"K = {r['K']}" for r in rows)], lines)
+
+
+# -- speed: calibration ----------------------------------------------------------------------------------------------
+
+
+@figure
+def calibration(whole: str, parts: str) -> str:
+    """Seconds of whole models. `whole`: a run of all layers; `parts`: two layers each, scaled to all."""
+    paper = {("8b", "rtn"): "19 min, 19 GB", ("3b", "rtn"): "9 min, 10 GB"}
+    names = {"8b": "Llama-3.1-8B", "3b": "Llama-3.2-3B"}
+    lines = []
+    for run in [result(whole)["runs"][0], *(r for r in result(parts)["runs"] if r["layers"] < r["all_layers"])]:
+        if run["layers"] < run["all_layers"] and (run["model"], run["solver"]) == ("8b", "gptq"):
+            continue  # measured whole
+        complete = run["layers"] == run["all_layers"]
+        how = (
+            f"all {run['layers']} layers"
+            if complete
+            else f"{run['layers']} layers, before: {shown(run['seconds'], 1)} s"
+        )
+        seconds = f"**{shown(run['seconds'])} s**" if complete else f"{shown(run['projected'])} s"
+        title = f"{names[run['model']]} shape, {run['solver'].upper()}-WUSH"
+        gigabytes = f"{shown(run['peak_allocated'] / 1e9, 1)} GB"
+        lines.append([title, how, seconds, paper.get((run["model"], run["solver"]), ""), gigabytes])
+    return table(["", "measured", "all layers", "the paper, one H100", "peak GPU memory"], lines)
+
+
+def phase_table(header: list[str], columns: list[dict], floors: dict, totals: list[float]) -> str:
+    """Seconds by phase, the longest in the second last column first."""
+    names = sorted({name for column in columns for name in column}, key=lambda name: -columns[-1].get(name, 0.0))
+    lines = []
+    for name in names:
+        cells = [shown(column[name], 1) if name in column else "" for column in columns]
+        lines.append([name, *cells, *([shown(floors[name], 1) if name in floors else ""] if floors else [])])
+    total = [f"**{shown(seconds, 1)}**" for seconds in totals]
+    return table(header, [*lines, ["**all**", *total, *([""] if floors else [])]])
+
+
+@figure
+def phases(before: str, now: str) -> str:
+    old, new = result(before)["runs"][0], result(now)["runs"][0]
+    header = ["phase", "before", "now", "floor"]
+    return phase_table(header, [old["phases"], new["phases"]], new["floors"], [old["seconds"], new["seconds"]])
+
+
+@figure
+def ranks(name: str) -> str:
+    one, two = result(name)["runs"]
+    columns = [*(rank["phases"] for rank in two["ranks"]), one["phases"]]
+    header = ["phase, seconds", *(f"rank {rank}" for rank in range(len(two["ranks"]))), "one process"]
+    return phase_table(header, columns, {}, [*(two["seconds"] for _ in two["ranks"]), one["seconds"]])

@@ -1,0 +1,41 @@
+"""The end of every product: global scales, bias, one rounding, residual."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def finish(
+    y,
+    n,
+    m,
+    N,
+    gx,
+    gw,
+    bias,
+    residual,
+    out,
+    SCALED_X: tl.constexpr,
+    SCALED_W: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    mask,
+):
+    """Stores y / (gx * gw) + bias, computed in fp32 and rounded once to out's dtype; the residual is then
+    added in that dtype (docs/spec.md §6).
+
+    y: fp32 sums. n, m: columns and rows of `out` [M, N], int32, of shapes that broadcast to y's."""
+    if SCALED_X and SCALED_W:
+        y = y * tl.div_rn(1.0, tl.load(gx) * tl.load(gw))
+    elif SCALED_X:
+        y = y * tl.div_rn(1.0, tl.load(gx))
+    elif SCALED_W:
+        y = y * tl.div_rn(1.0, tl.load(gw))
+    if BIAS:
+        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    offset = m.to(tl.int64) * N + n
+    r = y.to(out.dtype.element_ty)
+    if RESIDUAL:
+        added = tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
+        r = (r.to(tl.float32) + added).to(out.dtype.element_ty)
+    tl.store(out + offset, r, mask=mask)

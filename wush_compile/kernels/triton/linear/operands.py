@@ -1,0 +1,64 @@
+"""Arguments of `wush::fp4_linear` as the launches take them, and the checks that keep a kernel inside its operands."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....formats import FORMATS
+
+
+class Operands(NamedTuple):
+    """Dense arguments; the leading dimensions of the activation and of the residual are one dimension M."""
+
+    codes: Tensor  # uint8 [M, K/2]
+    scales: Tensor  # uint8 [M, K/G]; int4: bf16
+    global_scale: Tensor | None  # fp32 [1]
+    weight_codes: Tensor  # uint8 [N, K/2]
+    weight_scales: Tensor  # [N, K/G], as scales
+    weight_global_scale: Tensor | None
+    bias: Tensor | None  # [N]
+    residual: Tensor | None  # [M, N]
+    format: str
+    precise: bool = False  # see `fp4_linear`
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(M, N, K)."""
+        return self.codes.shape[0], self.weight_codes.shape[0], 2 * self.codes.shape[1]
+
+    @property
+    def given(self) -> tuple[bool, bool, bool, bool]:
+        """Which optional operands there are: SCALED_X, SCALED_W, BIAS, RESIDUAL of the kernels."""
+        optional = self.global_scale, self.weight_global_scale, self.bias, self.residual
+        return tuple(t is not None for t in optional)
+
+
+def dense(t: Tensor) -> Tensor:
+    """`t` contiguous and aligned for 16-byte loads."""
+    return t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
+
+
+def check(o: Operands, out_dtype: torch.dtype) -> None:
+    """ValueError if an operand's shape, dtype or device would make a kernel read memory that is not its own."""
+    (m, n, k), fmt = o.sizes, FORMATS[o.format]
+    expected = {
+        "codes": ((m, k // 2), torch.uint8),
+        "scales": ((m, k // fmt.group_size), fmt.scale_dtype),
+        "weight_codes": ((n, k // 2), torch.uint8),
+        "weight_scales": ((n, k // fmt.group_size), fmt.scale_dtype),
+        "global_scale": ((1,), torch.float32),
+        "weight_global_scale": ((1,), torch.float32),
+        "bias": ((n,), None),
+        "residual": ((m, n), out_dtype),
+    }
+    for name, (shape, dtype) in expected.items():
+        t = getattr(o, name)
+        if t is None:
+            continue
+        if t.device != o.codes.device:
+            raise ValueError(f"{name} is on {t.device}, the activation on {o.codes.device}")
+        if tuple(t.shape) != shape and not (shape == (1,) and t.numel() == 1):
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, the product needs {shape}")
+        if t.dtype != dtype and (dtype is not None or not t.is_floating_point()):
+            raise ValueError(f"{name} is {t.dtype}, {o.format} needs {dtype or 'a floating-point type'}")
