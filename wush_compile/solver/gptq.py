@@ -83,7 +83,7 @@ def round_group(
 
     w float64 [G, N]: the weights. z float64 [G, N]: the value that each channel would be rounded from if no later
     channel of the group had an error; overwritten by the value that it is rounded from. unit float64 [G, G]: the
-    group's block of U. codes uint8 [G, N], one a byte. scales [N] in the format's dtype. error float64 [G, N]: w − Q(w).
+    group's block of U. codes uint8 [G, N], one a byte; scales [N], the format's dtype; error float64 [G, N]: w − Q(w).
     """
     # The optimal weights of this group, given the channels already quantized: w + A_g L̃_gg⁻¹.
     shift = torch.linalg.solve_triangular(unit.mT, z - w, upper=True, unitriangular=True)

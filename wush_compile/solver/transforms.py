@@ -33,11 +33,11 @@ def random_orthogonal(blocks: int, size: int, seed: int, name: str) -> Tensor:
 
 
 def cholesky_(a: Tensor, panel: int = PANEL) -> tuple[Tensor, Tensor]:
-    """Cholesky by panels: a float64 [K, K] -> L in its place, and info, int32 [], not 0 if a is not positive definite.
+    """Cholesky by panels: a float64 [K, K] -> L in its place, and info int32 []: 0 if a is positive definite.
 
     Entries of the result above the diagonal blocks of `panel` channels have no meaning. Beside `a` the function holds
-    only a panel of columns in memory. The library's function needs another K² values; it factors matrices no larger than
-    a panel.
+    only a panel of columns in memory. The library's function needs another K² values, so it only factors matrices no
+    larger than a panel.
     """
     size, info = a.shape[0], torch.zeros((), dtype=torch.int32, device=a.device)
     if size <= panel:
