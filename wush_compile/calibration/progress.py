@@ -29,7 +29,7 @@ class Progress:
 
     bar     whether to show the bar
     log     a file that gets one JSON object a line: `event` (run, stage, group, batch_size, resumed, finished, failed), `time`
-            in seconds since the start, and what docs/large_models.md says of each event
+            in seconds since the start, and what docs/guide/large_models.md says of each event
     """
 
     def __init__(self, bar: bool = True, log: str | os.PathLike | None = None):
