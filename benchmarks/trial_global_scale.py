@@ -79,8 +79,8 @@ REAL = (
     Candidate("median"),
     Candidate("median", median_scale=2.0**-5),
     Candidate("median", 4.0),
-    CANDIDATES[9],
-    CANDIDATES[-1],
+    Candidate("amax", 1.0),
+    Candidate("rms"),
 )
 
 

@@ -21,17 +21,26 @@ log = logging.getLogger("wush_compile")
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
+def lock(descriptor: int, wait: bool = True) -> bool | None:
+    """Takes an advisory lock on an open file or directory. Closing the descriptor releases the lock.
+
+    Returns True if it was acquired, False if another process holds it, None if the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
 @contextlib.contextmanager
 def _locked(directory: Path, wait: bool = True) -> Iterator[bool]:
-    """Takes an advisory lock on a directory. Yields True if it was acquired; some file systems have no locks."""
+    """Holds an advisory lock on a directory during the block. Yields True if it was acquired."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
-        except OSError:
-            held = False
-        yield held
+        yield lock(descriptor, wait) is True
     finally:
         os.close(descriptor)
 

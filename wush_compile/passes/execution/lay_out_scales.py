@@ -57,6 +57,7 @@ def lay_out_scales(graph: Graph) -> int:
             continue
         for call in (node, *products):
             call.args, call.kwargs = positional(call.target._opname, _swizzled(call)), {}
+            call.meta.pop("eager_input_vals", None)  # Inductor matches them with the arguments, one by one
         with torch.no_grad():
             node.meta["val"] = node.target(*fakes(node.args))
         for part in node.users:
