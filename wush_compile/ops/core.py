@@ -282,7 +282,9 @@ def _fp4_linear_fake(
 ):
     fmt = _check_format(format)
     if activation_format not in ("same", *formats.ACTIVATION_FORMATS):
-        raise ValueError(f"activation format {activation_format!r} is not same, {', '.join(formats.ACTIVATION_FORMATS)}")
+        raise ValueError(
+            f"activation format {activation_format!r} is not same, {', '.join(formats.ACTIVATION_FORMATS)}"
+        )
     if scale_layout != "rows":
         torch._check(activation_format == "same", lambda: f"{activation_format} has scales in rows only")
         shape = scale_shape(codes.shape[:-1], 2 * codes.shape[-1] // fmt.group_size, scale_layout)

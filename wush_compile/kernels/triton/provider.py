@@ -109,9 +109,12 @@ def refuses_fp4_linear(
     format,
     out_dtype,
     scale_layout="rows",
+    activation_format="same",
 ) -> str | None:
     if scale_layout != "rows":
         return f"products read scales in rows, not {scale_layout}"
+    if activation_format != "same":
+        return f"{activation_format} activations have no Triton kernel"
     return triton_linear.supports(format, 2 * weight_codes.shape[-1])
 
 
@@ -139,6 +142,7 @@ def fp4_linear(
     format,
     out_dtype,
     scale_layout="rows",
+    activation_format="same",
 ):
     """`wush::fp4_linear` in Triton, for scales in rows."""
     rows_only(scale_layout)
