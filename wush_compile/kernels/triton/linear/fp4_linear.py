@@ -120,7 +120,7 @@ def fp4_linear(
     activation_format: fp8 or none for codes [.., K] (`formats.operand_layout`).
     ValueError if an operand's shape, dtype or device does not fit."""
     precise = precise_by_default() if precise is None else precise
-    n, k = weight_codes.shape[0], 2 * weight_codes.shape[1]
+    n = weight_codes.shape[0]
     shape = (*codes.shape[:-1], n)
     if codes.shape[:-1].numel() == 0 or n == 0:
         return torch.empty(shape, dtype=out_dtype, device=codes.device)

@@ -27,9 +27,7 @@ def _select_byte(words, selector):
 
 
 @triton.jit
-def _scale_words(
-    scales, row, word, selectors, WORDS: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr = 4
-):
+def _scale_words(scales, row, word, selectors, WORDS: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr = 4):
     """(words, selectors), each int32 [ROWS, EACH*WORDS]: where the bytes of EACH*WORDS groups are; selectors [EACH].
 
     The selectors come from memory. The compiler pass that moves the decoding into the operand's layout looks through
@@ -65,8 +63,8 @@ def _over_lanes(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr
 
 @triton.jit
 def _decode(w, words, selectors, top, FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Packed tile [ROWS, BLOCK_K/2] and its scale words [ROWS, BLOCK_K/G], G = 16 in bf16 -> two operand tiles [ROWS, BLOCK_K/2], which
-    hold the same channels for x as for w."""
+    """Packed tile [ROWS, BLOCK_K/2] and its scale words [ROWS, BLOCK_K/G] (G = 16 where FORMAT is mxfp4_bf16 too) -> two
+    operand tiles [ROWS, BLOCK_K/2], which hold the same channels for x as for w."""
     HALF: tl.constexpr = BLOCK_K // 2
     if FORMAT == "mxfp4":
         e = tl.maximum(_select_byte(words, selectors) - top[:, None], -26)

@@ -340,8 +340,8 @@ def hopper_gemm_kernel(
     """out [M, N].
 
     Tensor descriptors: w int32 [N, K/8] in tiles [BLOCK_N, 16]; x [M, K] in tiles [BLOCK_M, 128], in lane order: e5m2
-    or e4m3 where FORMAT is mxfp4, bf16 where FORMAT is mxfp4_bf16 or nvfp4. A tile has BLOCK_M + EXTRA_M rows of x; if EXTRA_M > 0, x_extra is x in tiles
-    [EXTRA_M, 128].
+    or e4m3 where FORMAT is mxfp4, bf16 where FORMAT is mxfp4_bf16 or nvfp4. A tile has BLOCK_M + EXTRA_M rows of x; if
+    EXTRA_M > 0, x_extra is x in tiles [EXTRA_M, 128].
     w_scales: uint8 [N, K/G]. MXFP4: w_top uint8 [N]. x_unit: fp32 [M], factors of x's rows, or None.
     prefetch: whether the weight and its scales may be read before the kernels in front have ended.
 

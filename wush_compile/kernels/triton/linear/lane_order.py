@@ -68,5 +68,6 @@ def fp8_order(codes: Tensor, lane_order: bool = True) -> Tensor:
 
 
 def bf16_order(x: Tensor) -> Tensor:
-    """bf16 [M, K], or e4m3 bytes uint8 [M, K] -> bf16 [M, K], exact, in the lane order of `upcast_bf16`. K % 128 = 0."""
+    """bf16 [M, K], or e4m3 bytes uint8 [M, K] -> bf16 [M, K], exact, in the lane order of `upcast_bf16`.
+    K % 128 = 0."""
     return _launch(x, torch.empty(x.shape, dtype=torch.bfloat16, device=x.device), "bf16")

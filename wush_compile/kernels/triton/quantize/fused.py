@@ -33,9 +33,7 @@ def _gated(prologue, gate, transform, global_scale, format, scale_rule, scale_la
         rows_only(scale_layout)
         return quantize_tokens(gate, transform, format, prologue)
     swizzled = scale_layout == "swizzled"
-    return transform_quantize(
-        gate, transform, global_scale, format, scale_rule, swizzled=swizzled, prologue=prologue
-    )
+    return transform_quantize(gate, transform, global_scale, format, scale_rule, swizzled=swizzled, prologue=prologue)
 
 
 def silu_mul_transform_quantize(
