@@ -128,6 +128,10 @@ def quantize(
     activation_scale_rule: Annotated[
         str, typer.Option(help="As the weights' rule.")
     ] = WushConfig.activation_scale_rule,
+    activation_format: Annotated[
+        str,
+        typer.Option(help="Activations: same (4 bits, as the weights), fp8 (e4m3, a scale a token) or none (16 bits)."),
+    ] = "same",
     transform_block_size: Annotated[int | None, typer.Option(help="Default: the format's group.")] = None,
     share_transform: Annotated[bool, typer.Option(help="One transform for linears with the same input.")] = True,
     ignore: Annotated[
@@ -170,6 +174,7 @@ def quantize(
             moments=moments,
             weight_scale_rule=weight_scale_rule,
             activation_scale_rule=activation_scale_rule,
+            activation_format=None if activation_format == "none" else activation_format,
             transform_block_size=transform_block_size,
             share_transform=share_transform,
             ignore=tuple(ignore or ()),
