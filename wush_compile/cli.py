@@ -86,7 +86,7 @@ def _value(name: str, text: str) -> object:
     """A setting from its text, in the type of its default."""
     default = getattr(Recipe, one_of("setting in --override", name, RECIPE_FIELDS))
     if isinstance(default, str):
-        return text
+        return None if text == "none" else text
     try:
         return json.loads(text.lower().replace("none", "null"))
     except ValueError:
