@@ -17,7 +17,7 @@ from transformers import (
 
 
 class Pair(nn.Module):
-    """Two siblings, a linear behind them, a residual: nothing in it that Inductor could round differently from eager."""
+    """Two siblings, a linear behind them, a residual: Inductor can round nothing here differently from eager."""
 
     def __init__(self, width: int = 256):
         super().__init__()

@@ -75,7 +75,7 @@ def test_gpu_blocks_are_eager_up_to_flipped_codes():
     for lead in ((1, 1), (64, 8)):
         x = rows(*lead).cuda()
         expected = run(x).clone()
-        actual, replayed, flipped = with_equal_codes(lambda: run(x), lambda: model(x), watch_gpu)  # noqa: B023
+        actual, replayed, flipped = with_equal_codes(lambda: run(x), lambda: model(x), watch_gpu)
         assert max(flipped) <= 0.05, flipped
         assert torch.equal(actual, expected)
         assert (actual.double() - replayed.double()).norm() <= 2**-8 * replayed.double().norm()

@@ -165,7 +165,7 @@ def test_the_benchmark_asks_every_provider(monkeypatch):
 
 def test_deep_needs_a_gpu():
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("needs a machine without a CUDA GPU")
     run = CliRunner().invoke(app, ["doctor", "--deep"])
     assert run.exit_code == 1 and "leave --deep out" in run.output
 

@@ -230,7 +230,7 @@ def test_merged_samples(counts):
 
 
 def test_groups_are_spread():
-    """Of a layer of Llama-3.1-8B, the down projection takes as long as the other three; then gate and up, for its rows."""
+    """In Llama-3.1-8B the down projection costs as much as the other three groups of a layer; gate and up come next."""
     layer = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
     costs = {i: solve_cost(wc.WushConfig(), *shape) for i, shape in enumerate(layer)}
     assert assign(costs, 2) == {3: 0, 2: 1, 0: 1, 1: 1}

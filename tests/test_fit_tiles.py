@@ -16,7 +16,7 @@ ROWS = (*range(1, 70), 96, 128, 129, 192, 256, 300, 384, 511, 512, 768, 1000, 10
 OPTIONS = ({}, {"precise": True}, {"portable": True}, {"library": False})
 
 
-@pytest.mark.skipif(not tiles.has_gluon(), reason="this Triton has no Gluon, so the choices are others")
+@pytest.mark.skipif(not tiles.has_gluon(), reason="this Triton has no Gluon, so it chooses other tiles")
 def test_choices_stay():
     """A change of a table or a rule shows here. If it is meant, replace the digest; fit_tiles.py should say why."""
     lines = []

@@ -230,7 +230,7 @@ def test_the_environment_may_name_the_file(cache, monkeypatch, file):
 def test_smollm2_itself():
     path = smollm2.cached()
     if path is None:
-        pytest.skip("SmolLM2 is not in the cache")
+        pytest.skip("needs SmolLM2 in the cache: `make demo` fetches it")
     model, tokenizer = smollm2.load()
     assert tokenizer.eos_token == "<|im_end|>" and model.generation_config.eos_token_id == 2
     assert tokenizer.convert_ids_to_tokens(tokenizer("In 1984,")["input_ids"]) == ["In", "Ġ", "1", "9", "8", "4", ","]

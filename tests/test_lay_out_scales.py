@@ -237,5 +237,5 @@ fp4_linear = wush.fp4_linear(rms_norm_transform_quantize[0], rms_norm_transform_
 fp4_linear_1 = wush.fp4_linear(rms_norm_transform_quantize[0], rms_norm_transform_quantize[1], None, up_codes, up_scales, None, None, None, 'mxfp4', bf16, 'swizzled')  # bf16[s0, 160]
 silu_mul_transform_quantize = wush.silu_mul_transform_quantize(fp4_linear, fp4_linear_1, None, None, 'mxfp4', 'absmax', 'swizzled')  # (u8[s0, 80], u8[-(((-s0)//128)), 2, 32, 16])
 fp4_linear_2 = wush.fp4_linear(silu_mul_transform_quantize[0], silu_mul_transform_quantize[1], None, down_codes, down_scales, None, None, x, 'mxfp4', bf16, 'swizzled')  # bf16[s0, 96]
-return (fp4_linear_2)""",
+return (fp4_linear_2)""",  # noqa: E501
         )

@@ -61,7 +61,7 @@ def test_siblings_that_disagree_form_groups_of_their_own(quantized):
 
 
 def test_a_group_is_what_it_would_be_alone():
-    """Rounding to nearest: a linear's tensors depend on its own recipe and on what runs before it, which is the same."""
+    """With rounding to nearest, a linear's tensors depend on its own recipe and on the layers before it."""
     mixed = quantize(plain("llama", layers=1), tokens(2, 16), overrides={"*.down_proj": {"format": "nvfp4"}})
     other = quantize(plain("llama", layers=1), tokens(2, 16), overrides={"*.[oudgkqv]*_proj": {"seed": 0}})
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj"):

@@ -25,7 +25,7 @@ def traced(model: nn.Module, batches: list, monkeypatch) -> tuple[fx.GraphModule
 
 
 def lines(graph_module: fx.GraphModule) -> list[tuple]:
-    """Op, operands by place, layer and shape of every node; but of attributes the name alone: where they stand is nothing."""
+    """Op, operands by place, layer and shape of every node. Attributes count by name, not by position."""
     places: dict[fx.Node, object] = {}
     found = []
 
