@@ -33,7 +33,7 @@ class Branches(nn.Module):
 
 
 def branches(dtype: torch.dtype = torch.float32, **settings) -> tuple[nn.Module, Tensor]:
-    """A quantized `Branches` and an input of it."""
+    """A quantized `Branches` and its input."""
     torch.manual_seed(0)
     model, x = Branches(dtype), torch.randn(5, 7, 64, dtype=dtype)
     return quantize(model, x, **settings), x

@@ -1,4 +1,4 @@
-"""Tiny random language models, quantized; each kind is made once a process and handed out as a copy."""
+"""Tiny random language models, quantized. Each kind is made once a process; callers get a copy."""
 
 import copy
 import functools

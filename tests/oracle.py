@@ -1,8 +1,9 @@
-"""The formats once more, from docs/spec.md §4 alone: tables and float64, in numpy; the library must agree bit for bit.
+"""A second implementation of the formats, from docs/spec.md §4 alone: tables and float64 in numpy.
 
-Values are found by searching a table of what the format can hold; exponents come from `frexp`. Only what the
-specification defines as an fp32 operation is one here: `a·fp32(g/6)`, `fp32(g/scale)`, `x·inv`, the products of
-decoding, and the sums of the `mse` rule (neighbours 2i and 2i + 1, until one is left). Codes are one a byte.
+The library must agree bit for bit. Values are found by search in a table of what the format can hold; exponents come
+from `frexp`. Only what the specification defines as an fp32 operation is one here: `a·fp32(g/6)`, `fp32(g/scale)`,
+`x·inv`, the products of decoding, and the sums of the `mse` rule (neighbours 2i and 2i + 1, until one is left).
+Codes are one a byte.
 """
 
 from collections.abc import Callable

@@ -28,7 +28,7 @@ EMULATED = emulates_rounding()
 
 
 class Mlp(nn.Module):
-    """Norm, gate, up, down, residual: what fuses into four ops, so that compiling it takes no C++ compiler."""
+    """Norm, gate, up, down, residual: fuses into four ops, so that Inductor needs no C++ compiler."""
 
     def __init__(self, dtype=torch.bfloat16):
         super().__init__()
@@ -287,7 +287,7 @@ def cache_counts(model, x) -> tuple[int, int]:
 
 
 def copy_of_the_package(root: Path, changed: str | None = None) -> Path:
-    """The package's sources once more, one of them with a line added, or made."""
+    """A copy of the package's sources; a line is added to `changed`, which may be a new file."""
     shutil.copytree(backend._ROOT, root, ignore=shutil.ignore_patterns("__pycache__"))
     if changed is not None:
         (root / changed).parent.mkdir(exist_ok=True)
@@ -313,7 +313,7 @@ def copy_of_the_package(root: Path, changed: str | None = None) -> Path:
     ],
 )
 def test_the_cache_key_depends_on_every_source(path, tmp_path):
-    """Sub-folders too, at any depth; the same sources in another place have the same key."""
+    """Sources in sub-folders count, at any depth. The same sources in another place have the same key."""
     assert backend._digest(copy_of_the_package(tmp_path / "same")) == backend._digest(backend._ROOT)
     assert backend._digest(copy_of_the_package(tmp_path / "other", path)) != backend._digest(backend._ROOT)
 

@@ -1,4 +1,4 @@
-"""csrc: that it builds for every target, what its machine code holds, and, on a GPU, its quantizers bit for bit."""
+"""csrc: builds for every target, their machine code, and, on a GPU, the quantizers bit for bit."""
 
 import functools
 import importlib.util
@@ -182,7 +182,7 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
 
 
 def test_a_faulty_installation_is_one_warning(monkeypatch, caplog):
-    """It names what is used instead and how to get the better one."""
+    """The warning names the provider in use and how to get the better one."""
     faulty = kernels.Provider("cuda", lambda c: kernels.FixableReason("built for sm_120a: build it"), dict)
     product = kernels.Implementation(lambda *args: None, lambda *args: None)
     works = kernels.Provider("triton", lambda c: None, lambda: {"fp4_linear": product})

@@ -1,4 +1,4 @@
-"""What users give as data becomes batches without padding, or one clear error."""
+"""The data that users give becomes batches without padding, or one clear error."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Several processes: two of gloo on the CPU against one, and what they do when one of them fails or dies."""
+"""Several processes: two ranks of gloo on the CPU against one process; failures and deaths of a rank."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SETTINGS = {"solver": "gptq", "progress": False}
 
 
 def data():
-    """Batches of unequal size: the border between the two ranks cuts one of them."""
+    """Batches of unequal size: the border between the two ranks cuts one batch."""
     windows = tokens(WINDOWS, LENGTH, seed=3)
     return [windows[:4], windows[4:8], windows[8:]]
 
@@ -59,7 +59,7 @@ def broken(*args):
 
 
 def errors(rank: int, monkeypatch) -> list[str]:
-    """What each process says of data that cannot be dealt out, and of failures of the second one alone."""
+    """The errors of each process: for data that cannot be shared out, and for failures of the second process alone."""
 
     def attempt(work, *arguments, **settings) -> str:
         with pytest.raises(WushError) as caught:
@@ -169,7 +169,7 @@ def test_two_processes_are_one(two, monkeypatch):
     watch = Watch(monkeypatch)
     alone = wc.quantize(plain("llama", torch.float32), data(), **SETTINGS)
     forwarded = [report["forwarded"] for report in reports]
-    # The embedding once, the first layer twice, the last one, which nobody reads, once.
+    # The embedding once, the first layer twice, the last layer once, since nothing reads its output.
     assert sum(forwarded) == watch.forwarded == 4 * WINDOWS * LENGTH
     assert forwarded[0] == forwarded[1]
 

@@ -96,7 +96,7 @@ def test_fuse_leaves_an_unquantized_program_alone():
 
 
 def make_package(folder: Path, *arguments: str) -> tuple[Path, str]:
-    """What `examples/export_aoti.py` writes: (path, its output)."""
+    """Runs `examples/export_aoti.py`: (path of the package, printed output)."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
     done = subprocess.run(
         [sys.executable, EXAMPLES / "export_aoti.py", folder / "model.pt2", *arguments],

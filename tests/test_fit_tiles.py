@@ -1,4 +1,4 @@
-"""The tables of `choose.py`: what they choose stays, and what the kept tuning run can say of them is so."""
+"""The tables of `choose.py`: their choices are pinned, and agree with the kept tuning run."""
 
 import hashlib
 import importlib

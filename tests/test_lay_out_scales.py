@@ -1,4 +1,4 @@
-"""`lay_out_scales`: swizzled scales between a quantizer and its products, on a Blackwell GPU that is only pretended.
+"""`lay_out_scales`: swizzled scales between a quantizer and its products, on a pretended Blackwell GPU.
 
 The graph is lowered for fake tensors on that GPU, and then run on the CPU, where the reference defines every layout.
 """
@@ -185,7 +185,7 @@ def test_the_layout_does_not_change_who_computes(blackwell, monkeypatch):
 
 @pytest.mark.parametrize("rows, swizzled", [(64, True), (63, False), (None, False)])
 def test_scaled_mm_is_asked_without_a_guess_at_the_number_of_rows(blackwell, monkeypatch, rows, swizzled):
-    """It refuses few rows: a graph for any number of rows keeps rows, and gets no guard."""
+    """The provider refuses few rows: a graph for any number of rows keeps the row layout, and gets no guard."""
     monkeypatch.setattr(scaled_mm, "problem", lambda *args: None)
     blackwell(fp4_linear=scaled_mm.refuses_fp4_linear)
     model, x = Mlp("mxfp4"), sample(rows or 100)

@@ -1,4 +1,4 @@
-"""Several recipes in one model: groups by recipe, and every way that a quantized model goes from there."""
+"""Several recipes in one model: groups by recipe; then saved, loaded, resumed, compiled and exported."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Models that repeat a layer: the graph is that of the whole trace, or the whole trace is taken."""
+"""Models that repeat a layer: the graph equals that of a whole trace, or the model is traced whole."""
 
 import threading
 
@@ -160,7 +160,7 @@ def test_layers_that_differ_are_all_traced(make, monkeypatch):
     model, batches = make().eval(), [(torch.randn(4, 32),)]
     by_layers, whole = traced(model, batches, monkeypatch)
     assert by_layers is None
-    # What a model does to itself is done to the graph's copy too: compare with a model in the state before.
+    # A model that changes itself changes the graph's copy too, so compare with a model in the earlier state.
     with torch.no_grad():
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         got = whole(*batches[0])

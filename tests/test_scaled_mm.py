@@ -1,4 +1,4 @@
-"""torch's scaled_mm as a provider: what it is given, on a CPU with a stand-in that reads operands as cuBLASLt would."""
+"""torch's scaled_mm as a provider: its operands are right for a CPU stand-in that reads them as cuBLASLt does."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ both = pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 
 @pytest.fixture
 def library(monkeypatch):
-    """F.scaled_mm in float64, which insists on the recipe, the dtypes and the swizzle."""
+    """F.scaled_mm in float64; checks the recipe, the dtypes and the swizzle."""
     calls = []
 
     def product(a, b, scale_a, recipe_a, scale_b, recipe_b, swizzle_a, swizzle_b, bias, output_dtype):
@@ -71,7 +71,7 @@ def test_swizzled_weight_scales_follow_the_weight():
 
 
 def test_a_product_that_fails_or_is_wrong_is_refused(monkeypatch):
-    """Found out once, by a small product."""
+    """A small product tries the provider once."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(scaled_mm, "_found", {})
     monkeypatch.setattr(scaled_mm, "_place", lambda device: torch.device("cpu"))

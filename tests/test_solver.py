@@ -159,7 +159,7 @@ def test_random_transforms_are_orthogonal_and_named():
 
 
 def test_conditional_moments_are_the_paper_s():
-    """T of block b sees the moment given the channels quantized later, and the weights at their updated optimum."""
+    """T of block b depends on the moment given the channels quantized later, and on the updated weights."""
     x, w = problem(n=80, dtype=torch.float64)
     config = WushConfig(moments="conditional")
     solution = run(x, w, config)

@@ -1,4 +1,4 @@
-"""A norm in front of the quantizer: who computes the statistics changes no bit, and nobody waits for ever."""
+"""A norm in front of the quantizer: which program computes the statistics changes no bit, and no program deadlocks."""
 
 import os
 import subprocess

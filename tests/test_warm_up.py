@@ -85,7 +85,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize(("settings", "more"), [({}, 1), ({"activations_dir": "values"}, 0)], ids=str)
 def test_memory_is_pinned_for_values_that_wait_in_it(settings, more):
-    """For half of six windows in two processes, two at a time: two values, and two on their way."""
+    """Half of six windows for each of two processes, two at a time: two values, and two in flight."""
     batches = [{"input_ids": window} for window in tokens(6, 16).split(2)]
     cuda = torch.device("cuda", 0)
     ranks = SingleProcess()
