@@ -99,15 +99,19 @@ def test_nothing_is_known_of_other_inputs():
     assert tasks(torch.nn.Linear(32, 32), [(torch.zeros(2, 32),)], wc.WushConfig()) == []
 
 
-def test_a_task_that_fails_is_logged_and_the_others_run(monkeypatch, caplog):
-    """Without a GPU: its tasks are threads, and here they compute nothing."""
+@pytest.fixture
+def ran(monkeypatch):
+    """What `torch.cuda` and the tasks below do, in order. No GPU is needed: the tasks compute nothing."""
     ran = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: ran.append("cache emptied"))
+    return ran
 
+
+def test_a_task_that_fails_is_logged_and_the_others_run(ran, caplog):
     def broken():
         raise RuntimeError("made up")
 
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: ran.append("cache emptied"))
     tasks = [broken, lambda: ran.append("task")]
     with caplog.at_level("DEBUG", "wush_compile"), run_during(lambda: None, tasks, torch.device("cuda")):
         pass
@@ -115,8 +119,7 @@ def test_a_task_that_fails_is_logged_and_the_others_run(monkeypatch, caplog):
     assert ran == ["task", "cache emptied"]
 
 
-def test_a_cpu_runs_the_check_alone():
-    ran = []
+def test_a_cpu_runs_the_check_alone(ran):
     with run_during(lambda: ran.append("check"), [lambda: ran.append("task")], CPU):
         pass
     assert ran == ["check"]
