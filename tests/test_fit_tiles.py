@@ -17,7 +17,7 @@ OPTIONS = ({}, {"precise": True}, {"portable": True}, {"library": False})
 
 
 @pytest.mark.skipif(not tiles.has_gluon(), reason="this Triton has no Gluon, so it chooses other tiles")
-def test_choices_stay():
+def test_choices_are_pinned():
     """A change of a table or a rule shows here. If it is meant, replace the digest; fit_tiles.py should say why."""
     lines = []
     for format, (n, k), rows in itertools.product(("mxfp4", "nvfp4", "int4"), SHAPES, ROWS):

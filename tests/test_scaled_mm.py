@@ -87,7 +87,7 @@ def test_a_product_that_fails_or_is_wrong_is_refused(monkeypatch):
     assert "wrong" in scaled_mm.problem("nvfp4", False, 0)  # not tried again
 
 
-def test_what_it_does_not_take():
+def test_unsupported_calls_are_refused():
     def refuses(m=64, n=64, k=64, format="nvfp4", dtype=torch.bfloat16, bias=None):
         codes, w = torch.zeros(m, k // 2, dtype=torch.uint8), torch.zeros(n, k // 2, dtype=torch.uint8)
         return scaled_mm.refuses_fp4_linear(codes, codes, None, w, w, None, bias, None, format, dtype)

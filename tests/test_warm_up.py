@@ -95,7 +95,7 @@ def test_memory_is_pinned_for_values_that_wait_in_it(settings, more):
     assert pins == [(2 + 2, 2 * 16 * 64 * 2)] * more
 
 
-def test_nothing_is_known_of_other_inputs():
+def test_other_inputs_have_no_tasks():
     assert tasks(torch.nn.Linear(32, 32), [(torch.zeros(2, 32),)], wc.WushConfig()) == []
 
 
