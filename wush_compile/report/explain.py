@@ -13,7 +13,8 @@ from rich.table import Table
 from torch import nn
 
 from ..backend import preview
-from ..capture.export import capture, meta_copy
+from ..capture.export import capture
+from ..capture.meta import meta_copy
 from ..checkpoint.record import quantization_of
 from ..data import Batch
 from ..errors import WushError, one_of
