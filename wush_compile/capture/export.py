@@ -79,7 +79,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _constants(model: nn.Module) -> dict[str, object]:
+def constant_inputs(model: nn.Module) -> dict[str, object]:
     """Inputs that keep a Hugging Face decoder from building a cache it would only throw away."""
     config = getattr(model, "config", None)
     named = "use_cache" in inspect.signature(model.forward).parameters  # export refuses what only **kwargs takes
@@ -145,10 +145,15 @@ def _failing_module(model: nn.Module, example: Batch, constants: dict[str, objec
     return failed[-1] if failed and failed[-1] else type(model).__name__
 
 
+def largest_batch(batches: list[Batch]) -> Batch:
+    """The batch with the most elements, on which a model is traced."""
+    return max(batches, key=lambda b: sum(t.numel() for t in pytree.tree_leaves(b) if isinstance(t, Tensor)))
+
+
 def capture(model: nn.Module, batches: list[Batch]) -> Captured:
     """Traces the model's forward on the largest of the batches; `CaptureError` says what export could not follow."""
-    largest = max(batches, key=lambda b: sum(t.numel() for t in pytree.tree_leaves(b) if isinstance(t, Tensor)))
-    example, constants = _example(largest), _constants(model) if isinstance(largest, dict) else {}
+    largest = largest_batch(batches)
+    example, constants = _example(largest), constant_inputs(model) if isinstance(largest, dict) else {}
     with evaluating(model), torch.no_grad():
         graph_module = _by_layers(model, example, constants)
         try:

@@ -23,16 +23,18 @@ class Quantization:
     """What was quantized, how, and what was left alone.
 
     config   the settings of the run
-    groups   one dict a group: `members` (module names, in row order), `transform_block_size`, and `recipe` (the settings
-             in which the group differs from `config`)
+    groups   one dict a group: `members` (module names, in row order), `transform_block_size`, and `recipe` (the
+             settings in which the group differs from `config`)
     ignored  module or parameter name -> why it was not quantized
     report   path of a group's first member -> measurements of the run (tokens, losses, seconds); in `wush_report.json`
+    example  names, dtypes and shapes of the inputs that the model was traced on (`capture.example`); in the same file
     """
 
     config: WushConfig
     groups: list[dict]
     ignored: dict[str, str]
     report: dict[str, dict] = field(default_factory=dict)
+    example: dict | None = None
 
     def describe(self, members: list[str], transform_block_size: int, recipe: Recipe) -> dict:
         """The entry of a group in `groups`."""
@@ -103,22 +105,30 @@ def quantization_of(model: nn.Module) -> Quantization:
 
 
 def write_report(record: Quantization, directory: Path) -> None:
-    """Writes the report of every group; nothing where there is none."""
+    """Writes the report of every group and the example inputs; nothing where there is no report."""
     if record.report:
-        text = json.dumps({"report_version": 1, "groups": record.report}, indent=1, sort_keys=True)
+        contents = {"report_version": 1, "groups": record.report, "example": record.example}
+        text = json.dumps(contents, indent=1, sort_keys=True)
         (directory / REPORT).write_text(text + "\n", encoding="utf-8")
 
 
-def read_report(directory: Path) -> dict[str, dict]:
-    """The report of a checkpoint. A missing one is empty; so is a damaged one, with a warning: no weight depends on it."""
+def read_report(record: Quantization, directory: Path) -> None:
+    """Reads the report of a checkpoint into its record.
+
+    A missing report is empty; so is a damaged one, with a warning: no weight depends on it.
+    """
     path = directory / REPORT
+    record.report, record.example = {}, None
     try:
-        groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        groups, example = contents["groups"], contents.get("example")
         if not isinstance(groups, dict) or not all(isinstance(report, dict) for report in groups.values()):
             raise ValueError("its groups are no reports")
+        if example is not None and not isinstance(example, dict):
+            raise ValueError("its example is no description of inputs")
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s cannot be read (%s): explain shows no losses", path, error)
-        return {}
-    return groups
+        return
+    record.report, record.example = groups, example

@@ -34,7 +34,7 @@ def solve(
     if moment is None and (recipe.solver == "gptq" or recipe.transform in CLOSED_FORM):
         raise DataError(f"{name}: {recipe.solver} with transform {recipe.transform} needs calibration data")
     w = weight.T.contiguous().to(torch.float64)  # Wᵀ [K, N]
-    report = {"rows": int(count), "damping_tries": 0}
+    report = {"damping_tries": 0}
     rule, conditional = recipe.weight_scale_rule, uses_conditional_moments(recipe)
 
     def mean_moment() -> Tensor | None:  # H: [K, K], [K/B, B, B] or None
