@@ -1,6 +1,5 @@
 """Prints FX graphs: the same graph gives the same text in every process."""
 
-import itertools
 import operator
 import re
 from collections import Counter
@@ -57,10 +56,13 @@ class _Printer:
         self.names: dict[Node, str] = {}
         self.symbols: dict[str, str] = {}
         taken: set[str] = set()
+        counts: Counter = Counter()
 
         def unique(base: str) -> str:
-            numbered = itertools.chain([base], (f"{base}_{i}" for i in itertools.count(1)))
-            name = next(n for n in numbered if n not in taken)
+            name = base
+            while name in taken:
+                counts[base] += 1
+                name = f"{base}_{counts[base]}"
             taken.add(name)
             return name
 
