@@ -159,14 +159,14 @@ def main() -> None:
     print(", ".join(f"{key}: {value}" for key, value in head.items()))
     print("\n| | perplexity | / bf16 | KL | top-1 % | quantize s | evaluate s |\n|---|---|---|---|---|---|---|")
     for name, format in jobs:
-        key, config = f"{format} {name}", configuration(name, format).to_dict()
-        if result["rows"].get(key, {}).get("config") != config:
+        key, config = f"{format} {name}", configuration(name, format)
+        if result["rows"].get(key, {}).get("config") != config.to_dict():
             try:
-                row = measure(reference, list(calibration.split(CALIBRATION_BATCH)), test, wc.WushConfig(**config))
+                row = measure(reference, list(calibration.split(CALIBRATION_BATCH)), test, config)
             except Exception as error:  # the other rows are worth having
                 traceback.print_exc()
                 row = {"error": f"{type(error).__name__}: {error}"}
-            result["rows"][key] = {"title": ROWS[name].title, "config": config, **row}
+            result["rows"][key] = {"title": ROWS[name].title, "config": config.to_dict(), **row}
             common.write_json(args.out, result)
             gc.collect()
         print(line(key, result["rows"][key]), flush=True)

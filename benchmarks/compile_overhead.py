@@ -81,9 +81,9 @@ def call_microseconds() -> dict[str, float]:
     }
     library, result = torch.library.Library("wush_overhead", "DEF"), {}
     for name, args in calls.items():
-        schema = str(getattr(torch.ops.wush, name).default._schema).removeprefix("wush::")
-        library.define(schema)
-        output = (torch.empty(0), torch.empty(0)) if "Tensor codes, Tensor scales)" in schema else torch.empty(0)
+        schema = getattr(torch.ops.wush, name).default._schema
+        library.define(str(schema).removeprefix("wush::"))
+        output = (torch.empty(0), torch.empty(0)) if len(schema.returns) == 2 else torch.empty(0)
 
         def nothing(*_, output=output):
             return output

@@ -1,9 +1,9 @@
 """Time and memory of `wush_compile.quantize` on Llama shapes: random weights in CPU memory, phase by phase.
 
     python benchmarks/speed_quantize_model.py --model 8b --solver gptq --out quantize_model.json
-    python benchmarks/speed_quantize_model.py --model 8b --solver rtn gptq --layers 2      two layers, scaled to all
-    python benchmarks/speed_quantize_model.py --model 8b --solver gptq gptq                the second run finds a warm process
-    torchrun --standalone --nproc-per-node 2 benchmarks/speed_quantize_model.py --model 8b --out two.json --against one.json
+    python benchmarks/speed_quantize_model.py --model 8b --solver rtn gptq --layers 2  two layers, scaled to all
+    python benchmarks/speed_quantize_model.py --model 8b --solver gptq gptq            the second finds a warm process
+    torchrun --standalone --nproc-per-node 2 benchmarks/speed_quantize_model.py --out two.json --against one.json
 
 Under torchrun each process makes the model and quantizes it together with the others. The script prints the phases of
 each process and whether all hold the same bytes. With `--against` it also prints how much faster that was than the runs

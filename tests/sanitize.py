@@ -4,8 +4,8 @@
     python tests/sanitize.py --part 0/16                          compiles what Triton needs, one process a part
     compute-sanitizer --error-exitcode 1 --tool memcheck python tests/sanitize.py --part 0/16
 
-and with `--tool racecheck`, `--tool initcheck`. Operands are made on the CPU, so that the sanitizer sees little but these
-kernels. Results are copied back, so that initcheck reports any byte that was never written.
+and with `--tool racecheck`, `--tool initcheck`. Operands are made on the CPU, so that the sanitizer sees little but
+these kernels. Results are copied back, so that initcheck reports any byte that was never written.
 """
 
 import argparse

@@ -16,6 +16,7 @@ from torch.export import Dim
 import wush_compile as wc
 from wush_compile.formats import FORMATS
 from wush_compile.graphs.printing import count_ops, print_graph
+from wush_compile.passes import pipeline as passes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHAPES = [(2, 9), (3, 7), (1, 1), (1, 40)]
@@ -58,7 +59,7 @@ def test_fuse_in_place_keeps_signature_and_bits(model, tmp_path):
     counts = count_ops(program.graph)
     assert counts["fp4_linear"] == 4 and counts["rms_norm_transform_quantize"] == 2 and sum(counts.values()) == 8
     assert str(program.graph_signature) == signature
-    assert [s.step for s in log.graphs[0].snapshots] == ["incoming", *(p.__name__ for p in wc.passes.EXECUTION)]
+    assert [s.step for s in log.graphs[0].snapshots] == ["incoming", *(p.__name__ for p in passes.EXECUTION)]
     assert_same_logits(program, model)
 
     torch.export.save(program, tmp_path / "model.pt2")

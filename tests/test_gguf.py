@@ -147,7 +147,7 @@ def test_files_that_are_no_gguf(file, tmp_path):
         load_gguf(tmp_path / "nowhere.gguf")
     other = tmp_path / "other.gguf"
     other.write_bytes(b"PK\x03\x04 not at all")
-    with pytest.raises(CheckpointError, match="other.gguf is no GGUF file"):
+    with pytest.raises(CheckpointError, match="other.gguf is not a GGUF file"):
         load_gguf(other)
     whole = file.read_bytes()
     for length in (6, 300, 4000, len(whole) - 100):

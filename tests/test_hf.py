@@ -366,7 +366,7 @@ def test_other_refusals(saved, tmp_path):
     with pytest.raises(CheckpointError, match="HomeMadeLM, which transformers does not have"):
         wc.load(directory)
     llama().save_pretrained(tmp_path / "plain")
-    with pytest.raises(CheckpointError, match="no wush checkpoint"):
+    with pytest.raises(CheckpointError, match="not a wush checkpoint"):
         wc.load(tmp_path / "plain")
     with pytest.raises(CheckpointError, match="empty it first"):
         wc.save(model, tmp_path / "plain")

@@ -115,6 +115,17 @@ def test_recorded_shapes_are_what_the_ops_return(blackwell):
             assert node.meta["val"].shape == before[node].shape
 
 
+def test_recorded_arguments_of_changed_calls_are_forgotten(blackwell):
+    """Inductor pairs `eager_input_vals` with the arguments: those of the old call are too few."""
+    _, graph = lowered(Mlp("nvfp4"), sample(5))
+    calls = [node for node in graph.nodes if is_wush(node, *QUANTIZERS, "fp4_linear")]
+    for node in calls:
+        node.meta["eager_input_vals"] = (), {}
+    passes.lay_out_scales(graph)
+    changed = [node for node in calls if arguments(node)["scale_layout"] == "swizzled"]
+    assert changed and all(("eager_input_vals" in node.meta) == (node not in changed) for node in calls)
+
+
 class Reads(Mlp):
     """The scales of one activation, read by a product and by something else."""
 

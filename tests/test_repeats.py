@@ -1,4 +1,4 @@
-"""Models that repeat a layer: the graph is that of the whole trace, or the whole trace is taken."""
+"""Models that repeat a layer: the graph equals that of the whole trace, or the model is traced as a whole."""
 
 import threading
 
@@ -9,23 +9,23 @@ from torch import fx, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import wush_compile as wc
-from wush_compile.capture import export as capture
 from wush_compile.capture import repeats
+from wush_compile.capture.export import capture
 
 BATCHES = [{"input_ids": tokens(2, 16)}, {"input_ids": tokens(1, 24)}]
 
 
 def traced(model: nn.Module, batches: list, monkeypatch) -> tuple[fx.GraphModule | None, fx.GraphModule]:
     """The graph by layers, if there is one, and the whole one."""
-    made, by_layers = [], capture._by_layers
+    made, by_layers = [], repeats.export_by_layers
     with monkeypatch.context() as patch:
-        patch.setattr(capture, "_by_layers", lambda *a: made.append(by_layers(*a)))
-        whole = capture.capture(model, batches).graph_module
+        patch.setattr(repeats, "export_by_layers", lambda *a: made.append(by_layers(*a)))
+        whole = capture(model, batches).graph_module
     return made[0], whole
 
 
 def lines(graph_module: fx.GraphModule) -> list[tuple]:
-    """Op, operands by place, layer and shape of every node; but of attributes the name alone: where they stand is nothing."""
+    """Op, operands by place, layer and shape of every node. An attribute is its name alone: its place means nothing."""
     places: dict[fx.Node, object] = {}
     found = []
 
@@ -65,8 +65,8 @@ def test_one_layer_of_each_kind_is_traced(monkeypatch):
         monkeypatch.setattr(
             layer.self_attn, "forward", lambda *a, original=original, **k: calls.append(1) or original(*a, **k)
         )
-    monkeypatch.setattr(repeats, "verify", lambda kinds, skeleton: None)
-    capture.capture(model, BATCHES)
+    monkeypatch.setattr(repeats, "verify", lambda kinds, meta: None)
+    capture(model, BATCHES)
     assert len(calls) == 1
 
 
@@ -194,8 +194,8 @@ def test_a_scale_by_the_layers_number_is_seen(monkeypatch):
 def test_the_quantized_model_is_the_same(monkeypatch):
     """Bytes of every tensor, with one layer traced and with all."""
     states = []
-    for by_layers in (capture._by_layers, lambda *a: None):
-        monkeypatch.setattr(capture, "_by_layers", by_layers)
+    for by_layers in (repeats.export_by_layers, lambda *a: None):
+        monkeypatch.setattr(repeats, "export_by_layers", by_layers)
         model = wc.quantize(plain("llama", layers=5), [b["input_ids"] for b in BATCHES], solver="rtn", progress=False)
         states.append(model.state_dict())
     assert states[0].keys() == states[1].keys()

@@ -258,7 +258,7 @@ def rotated_factor(device):
         expected = torch.linalg.cholesky(wide @ h @ wide.T)
         with pytest.MonkeyPatch.context() as patch:
             for chunk in (2**25, 64 * 192):
-                patch.setattr(sys.modules["wush_compile.solver.gptq"], "CHUNK_ELEMENTS", chunk)
+                patch.setattr(sys.modules["wush_compile.solver.gptq"], "ROTATED_ELEMENTS", chunk)
                 unit = rotate_(torch.linalg.cholesky(h), t, block)
                 torch.testing.assert_close(unit.tril(), expected / expected.diagonal(), rtol=1e-8, atol=1e-10)
                 assert not diagonal_blocks(unit, block).triu(1).any()

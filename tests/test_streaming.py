@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import wush_compile as wc
 from wush_compile.calibration.activations import Activations
-from wush_compile.calibration.microbatch import TOKENS, choose_batch_size, regroup
+from wush_compile.calibration.microbatch import MAX_TOKENS, choose_batch_size, regroup
 from wush_compile.calibration.streaming import CheckpointTensors, open_checkpoint
 from wush_compile.capture.export import capture
 from wush_compile.checkpoint.files import Shards
@@ -254,7 +254,7 @@ def test_the_micro_batch_follows_free_memory(monkeypatch):
         return choose_batch_size(batches, stages, placeholders, torch.device(device))
 
     assert chosen(2**40) == 64 and chosen(1) == 1
-    assert chosen(2**40, normalize([tokens(99, 32)] * 9, model=model)) == TOKENS // 32
+    assert chosen(2**40, normalize([tokens(99, 32)] * 9, model=model)) == MAX_TOKENS // 32
     sizes = [chosen(free * 2**16) for free in range(1, 200)]
     assert sizes == sorted(sizes) and set(sizes) == {1, 2, 4, 8, 16, 32, 64}
     assert chosen(2**21) == chosen(2**20) * 2

@@ -235,7 +235,7 @@ INTERPRETED = """
 import torch
 import triton
 import triton.language as tl
-from wush_compile.kernels import layouts
+from wush_compile.ops import layouts
 from wush_compile.kernels.triton.quantize import fused, prologue, transform_quantize as tq
 from wush_compile.kernels.triton.quantize.tiles import Tile
 from wush_compile.ops import core as ops

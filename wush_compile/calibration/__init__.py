@@ -1,13 +1,17 @@
-"""The run of `quantize`: stages one after the other, in bounded memory, resumable, on one process or several.
+"""Runs `quantize`: stages one after another, in bounded memory, resumable, on one process or several.
 
 run.py            `quantize` and `quantize_checkpoint`: from a model and data to a quantized model
+context.py        `Run`: the devices, processes and directories of one run
+inputs.py         the batches: the user's data, or text that the model samples
+warm_up.py        one-time work, done in threads while the model is traced
 loop.py           the stage loop: observe, solve, commit, propagate
-solve_group.py    one group of a stage
-tensors.py        where a stage's weights come from: a model in memory, or
-streaming.py      sharded safetensors of a model that is never loaded as a whole
-activations.py    every batch's values between two stages
+solve_group.py    solves one group of a stage
+tensors.py        a stage's weights from a model in memory, and transfers to and from the compute device
+streaming.py      a stage's weights from safetensors files, for a model that is never in memory as a whole
+activations.py    the values of every batch between two stages
 microbatch.py     how many sequences go through a stage at once
-journal.py        finished stages in the output directory, so that a killed run goes on
-ranks.py          what other processes do: windows and solves dealt out over torch.distributed
-progress.py       bar, log, table of groups
+journal.py        finished stages in the output directory, so that a killed run can resume
+fingerprint.py    sha256 of the data and the model, by which a run recognizes its journal
+ranks.py          several processes: shares the windows and the solves over torch.distributed
+progress.py       the bar and the log
 """

@@ -1,8 +1,8 @@
-"""Every batch's live values between two stages, and their way to the compute device and back.
+"""Keeps the live values of every batch between two stages, and moves them to the compute device and back.
 
-They stay where they are computed, or are offloaded: to CPU memory (pinned, if a GPU computes), or to files that are mapped
-and already unlinked, so that the disk is free again as soon as a value is dropped or the process dies. The next batch's
-values travel while a GPU computes this one's.
+Values stay on the compute device, or they are offloaded to CPU memory or to files. CPU memory is pinned if a GPU
+computes. The files are mapped and already unlinked: the disk space is free again as soon as a value is dropped or the
+process dies. While a GPU computes one batch, the values of the next batch are copied.
 """
 
 import os
@@ -18,19 +18,19 @@ from ..errors import WushError
 
 
 class _Stored(NamedTuple):
-    """An offloaded tensor; dimensions it only repeats along (of masks) are stored once."""
+    """An offloaded tensor. A dimension that only repeats values, as in an expanded mask, is stored with size 1."""
 
     tensor: Tensor
     shape: torch.Size
 
 
 class Activations:
-    """The live values of each batch, by name: tensors, or plain numbers.
+    """The live values of each batch by name: tensors or plain numbers.
 
-    values      one dict a batch, of the model's inputs
+    values      one dict for each batch: the model's inputs
     device      where stages compute
     offload     whether values leave the device between stages
-    directory   for offloading to files there instead of CPU memory
+    directory   offloads to files there instead of to CPU memory
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class Activations:
     ):
         self._values, self.device, self.directory = values, device, None if directory is None else Path(directory)
         self.offload = offload or directory is not None
-        # One stream for both ways: a value is read only after it has been written.
+        # One stream for both directions, so that a value is read only after it has been written.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
         return len(self._values)
 
     def read(self, names: Iterable[str]) -> Iterator[list[object]]:
-        """The values of these names on the compute device, batch after batch."""
+        """Yields the values of these names on the compute device, batch after batch."""
         names = list(names)
         if self._stream is None:
             for values in self._values:
@@ -76,12 +76,12 @@ class Activations:
         )
 
     def drop(self, index: int, dead: Iterable[str]) -> None:
-        """Forgets values of a batch."""
+        """Frees values of a batch."""
         for name in dead:
             self._values[index].pop(name, None)
 
     def names(self, index: int) -> list[str]:
-        """What is alive of a batch."""
+        """Returns the names of the live values of a batch."""
         return list(self._values[index])
 
     def _to_device(self, value: object, wait: bool = True) -> object:
@@ -109,17 +109,17 @@ class Activations:
         return _Stored(home, value.shape)
 
     def _mapped(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """An empty tensor whose memory is a file without a name."""
+        """Returns an uninitialized tensor that is mapped to an unlinked file."""
         if shape.numel() == 0:
             return torch.empty(shape, dtype=dtype)
         size = shape.numel() * dtype.itemsize
         try:
             with tempfile.NamedTemporaryFile(prefix="activations-", dir=self.directory) as file:
-                # Reserved here, not while it is written: a full disk is then an error and not a bus error.
+                # Reserve the space now: on a full disk this raises an OSError; a later write would be a bus error.
                 os.posix_fallocate(file.fileno(), 0, size)
                 return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype).view(shape)
         except OSError as error:
             raise WushError(
-                f"{self.directory} cannot take {size} bytes of the values between layers ({error.strerror}): "
-                "make room, or give another activations_dir"
+                f"{self.directory} cannot take {size} bytes of values between layers ({error.strerror}): "
+                "free some space, or give another activations_dir"
             ) from error

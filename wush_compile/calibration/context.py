@@ -1,4 +1,4 @@
-"""`Run`: what one quantization works with, beside the model, the data and the configuration."""
+"""`Run`: the devices, processes and directories of one quantization run."""
 
 import os
 from dataclasses import dataclass, field
@@ -13,15 +13,15 @@ from .tensors import ModelTensors
 
 @dataclass
 class Run:
-    """The devices, processes and directories of one run.
+    """What a run uses besides the model, the data and the configuration.
 
     tensors         where the weights of a stage come from
     device          where stages compute
     progress        the bar and the log
     ranks           the other processes of the run; by default there are none
-    journal         the output directory; None where nothing is written before the end
+    journal         the output directory; None writes nothing
     batch_size      sequences in one forward; None lets the run choose
-    activations_dir directory for the values between layers; None keeps them in memory
+    activations_dir the directory for values between layers; None keeps them in memory
     """
 
     tensors: ModelTensors
@@ -34,5 +34,5 @@ class Run:
 
     @property
     def offloads(self) -> bool:
-        """Whether the model stays on another device than the one that computes."""
+        """Whether the model stays on another device than the compute device."""
         return self.device != self.tensors.device

@@ -1,4 +1,4 @@
-"""What a run is of: sha256 of its data and of its model. A journal goes on only with the same ones."""
+"""Hashes the data and the model of a run. A journal can only resume with the same data and the same model."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ def _hash(tensor: Tensor) -> str:
 
 
 def fingerprint_of_data(batches: Iterable[Batch] | None) -> str:
-    """sha256 of calibration inputs; "none" without."""
+    """Returns the sha256 of the calibration inputs, or "none" without inputs."""
     if batches is None:
         return "none"
     sha = hashlib.sha256()
@@ -29,7 +29,7 @@ def fingerprint_of_data(batches: Iterable[Batch] | None) -> str:
 
 
 def fingerprint_of_model(model: nn.Module, names: Iterable[str], tensors: ModelTensors) -> str:
-    """sha256 of a model's class, settings and tensors of these names; the same from memory and from disk."""
+    """Returns the sha256 of a model's class, settings and named tensors. It is the same from memory and from disk."""
     config = getattr(model, "config", None)
     settings = (
         {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}

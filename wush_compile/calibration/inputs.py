@@ -1,4 +1,4 @@
-"""The batches that a run traces the model with, and calibrates on: the user's data, or text the model samples itself."""
+"""Prepares the batches for the trace and for calibration: the user's data, or text that the model samples."""
 
 import contextlib
 import logging
@@ -14,7 +14,7 @@ from ..errors import DataError
 from .journal import Journal
 
 log = logging.getLogger("wush_compile")
-# (windows, tokens in each) that a language model samples for itself where it gets no data.
+# (windows, tokens in each window) that a language model samples if there are no data.
 SELF_WINDOWS = (64, 512)
 
 
@@ -27,7 +27,7 @@ def prepare_batches(
     device: torch.device,
     journal: Journal | None,
 ) -> tuple[list[Batch], bool]:
-    """(batches on the model's device, whether to calibrate on them)."""
+    """Returns (batches on the model's device, whether to calibrate on them)."""
     if data is None:
         batches, calibrates = _without_data(model, config, tokenizer, progress, device, journal)
     else:
@@ -40,7 +40,7 @@ def prepare_batches(
 
 
 def moved(batches: list[Batch], device: torch.device) -> list[Batch]:
-    """The batches on a device."""
+    """Returns the batches on a device."""
 
     def move(value: object) -> object:
         return value.to(device) if isinstance(value, Tensor) else value
@@ -49,7 +49,7 @@ def moved(batches: list[Batch], device: torch.device) -> list[Batch]:
 
 
 def _needs_data(model: nn.Module, config: WushConfig) -> bool:
-    """Whether the recipe of any module that may be quantized needs calibration data."""
+    """Tells whether the recipe of any module that may be quantized needs calibration data."""
     names = (name for name, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor))
     recipes = {config.recipe_of(name) for name in names if not ignored_by(name, config.ignore)}
     return any(recipe.needs_data for recipe in recipes | {config.recipe})
@@ -58,7 +58,7 @@ def _needs_data(model: nn.Module, config: WushConfig) -> bool:
 def _without_data(
     model: nn.Module, config: WushConfig, tokenizer, progress: bool, device: torch.device, journal: Journal | None
 ) -> tuple[list[Batch], bool]:
-    """(batches to trace with, whether to calibrate on them) where the user gave no data."""
+    """Returns (batches for the trace, whether to calibrate on them) if the user gave no data."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if isinstance(embeddings, nn.Embedding) and not _needs_data(model, config):
         return [{"input_ids": torch.zeros((2, 8), dtype=torch.int64)}], False
@@ -82,7 +82,7 @@ def _without_data(
 
 @contextlib.contextmanager
 def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Moves the model to a device for the block, if it fits there as a whole: generation needs all layers at once."""
+    """Moves the model to a device for the block if all of it fits, because generation needs all layers at once."""
     home = next(model.parameters()).device
     if home == device:
         yield

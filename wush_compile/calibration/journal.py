@@ -1,17 +1,17 @@
-"""A directory that is at first the journal of a run, and at its end the checkpoint.
+"""The output directory of a run: a journal while the run works, the checkpoint once it has finished.
 
-    DIR/.wush/manifest.json           what the run is of: configuration, sha256 of data and model, micro-batch, environment
-    DIR/.wush/stage-00003.json        the groups of a finished stage, their reports, its shard and that one's sha256
-    DIR/.wush/model-00003-of-*        the stage's shard: its quantized linears, and its other tensors as they are
-    DIR/.wush/final/                  config.json and all else, written when every stage is finished
+    DIR/.wush/manifest.json       the run: configuration, sha256 of data and model, micro-batch, environment
+    DIR/.wush/stage-00003.json    a finished stage: its groups, their reports, the name and the sha256 of its shard
+    DIR/.wush/model-00003-of-*    the stage's shard: its quantized linears, and its other tensors unchanged
+    DIR/.wush/final/              config.json and the other settings, written when every stage is finished
 
-Every file appears whole or not at all, and a stage is finished once its JSON is there. In the end the shards move up into
-DIR, then the rest, the index, and config.json last: a DIR that is not finished does not load. The manifest and the stages'
-JSON stay, for who runs the same command again. Whoever works on DIR holds a lock on `DIR/.wush/lock`, which dies with him.
+Every file appears whole or not at all. A stage is finished once its JSON exists. At the end, the shards move up into
+DIR, then the other files, then the index, and config.json last. So a DIR that is not finished does not load. The
+manifest and the stages' JSON stay for a later run of the same command. The running process holds a lock on
+DIR/.wush/lock; the system releases it when the process exits.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checkpoint.atomic import flush, replaced_file
+from ..checkpoint.atomic import flush, lock, replaced_file
 from ..checkpoint.files import CONFIG, DIGEST, INDEX, JOURNAL, WEIGHT_FILE, Shards, digest, read_config, sha256_of
 from ..checkpoint.layout import build_groups, join_rows, parts, split_group
 from ..checkpoint.record import Quantization
@@ -41,11 +41,14 @@ MANIFEST, LOCK, FINAL = "manifest.json", "lock", "final"
 
 
 class Journal:
-    """The journal in a directory, to be used as a context: locked in it, and removed if it fails before anything is kept.
+    """A run's journal, a context manager.
 
-    directory   of the checkpoint to be
-    restart     forget what an earlier run left
-    writes      whether this process writes; others of its team only read
+    The journal holds its lock during the block. If the block fails before a stage with groups is finished, the journal
+    is removed.
+
+    directory   the directory of the future checkpoint
+    restart     whether to delete what an earlier run left
+    writes      whether this process writes; the other ranks only read
     """
 
     def __init__(self, directory: str | os.PathLike, restart: bool = False, writes: bool = True):
@@ -83,7 +86,7 @@ class Journal:
                 if self._made:
                     self.target.rmdir()
         except (OSError, CheckpointError):
-            pass  # the error of the run counts
+            pass  # the error of the run is the one to report
         finally:
             self._unlock()
 
@@ -104,16 +107,13 @@ class Journal:
     def _locked(self) -> int:
         while True:
             descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                raise CheckpointError(
-                    f"another run is writing {self.target}: wait for it, or give another directory"
-                ) from None
-            except OSError:
+            held = lock(descriptor, wait=False)
+            if held is None:
                 return descriptor  # a file system without locks
-            # A run that failed removes its journal: what is locked here may be gone.
+            if not held:
+                os.close(descriptor)
+                raise CheckpointError(f"another run is writing {self.target}: wait for it, or give another directory")
+            # A run that failed removes its journal, so the locked file may no longer be the one at this path.
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(self.path / LOCK).st_ino == os.fstat(descriptor).st_ino:
                     return descriptor
@@ -138,15 +138,15 @@ class Journal:
             yield
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(
-                f"{self.target} could not be written ({getattr(error, 'strerror', None) or error}); finished layers are "
-                "kept: make room and give the same command again"
+                f"{self.target} could not be written ({getattr(error, 'strerror', None) or error}); finished layers "
+                "are kept: free some space and give the same command again"
             ) from error
 
     def _write_json(self, path: Path, value: object) -> None:
         with self._writing(), replaced_file(path) as partial:
             partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
-    # -- the manifest ----------------------------------------------------------------------------------------------------
+    # -- the manifest ------------------------------------------------------------------------------------------------
 
     def begin(
         self,
@@ -157,11 +157,11 @@ class Journal:
         environment: Mapping[str, object],
         batch_size: int | None,
     ) -> None:
-        """Compares with what the journal is of, or writes that down.
+        """Checks that an existing journal belongs to this run. Otherwise starts one.
 
-        names        every parameter's and buffer's name -> its name in the checkpoint, without those not saved
-        identity     `data` and `model`, as sha256; a difference is a `ConfigError` that names it
-        environment  what may change the last bit of a result: a difference is a warning
+        names        the name of every saved parameter and buffer -> its name in the checkpoint
+        identity     the sha256 of `data` and of `model`; a difference raises a `ConfigError` that names it
+        environment  what may change the last bit of a result; a difference is logged as a warning
         """
         self._model, self._config, self._names = model, config, names
         identity = {"config": config.to_dict(), **identity}
@@ -185,7 +185,7 @@ class Journal:
         for name, value in environment.items():
             if found["environment"].get(name) != value:
                 log.warning(
-                    "%s was begun with %s %s, now it is %s: the rest may differ in the last bit",
+                    "%s was begun with %s %s, now it is %s: the remaining layers may differ in the last bit",
                     self.target,
                     name,
                     found["environment"].get(name),
@@ -214,7 +214,7 @@ class Journal:
             raise CheckpointError(f"{path} is not JSON: start over with --restart (restart=True)") from None
 
     def remember(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that is kept in the journal; made where it is not there yet."""
+        """Returns a tensor from the journal, or calls `make` and keeps the result in the journal."""
         path = self.path / f"{name}.safetensors"
         if path.exists():
             return Shards([path]).tensor(name)
@@ -225,7 +225,7 @@ class Journal:
         return tensor
 
     def micro_batch(self, choose: Callable[[], int | None]) -> int | None:
-        """The recorded micro-batch; before the first stage what `choose` says, which is recorded."""
+        """Returns the recorded micro-batch size. If none has been recorded yet, records what `choose` returns."""
         if self._manifest["micro_batch"] is None and "chosen" not in self._manifest:
             self._manifest |= {"micro_batch": choose(), "chosen": True}
             if self._writes:
@@ -233,19 +233,21 @@ class Journal:
         return self._manifest["micro_batch"]
 
     def shrink(self, stage: str, batch_size: int) -> None:
-        """Records a smaller micro-batch from this stage on, and that memory was short."""
+        """Records that memory ran out, and the smaller micro-batch size from this stage on."""
         self._manifest["micro_batch"] = batch_size
         self._manifest["events"].append({"stage": stage, "micro_batch": batch_size, "reason": "out of memory"})
         if self._writes:
             self._write_json(self.path / MANIFEST, self._manifest)
 
-    # -- stages ----------------------------------------------------------------------------------------------------------
+    # -- stages ------------------------------------------------------------------------------------------------------
 
     def lay_out(self, uses: list[set[str]], groups: list[list[LinearGroup]], tensors: ModelTensors) -> None:
-        """Gives every tensor of the checkpoint to the shard of the first stage that uses it, or the last.
+        """Assigns every tensor of the checkpoint to the shard of the first stage that uses it.
 
-        uses    for each stage, names of the parameters and buffers in its graph
-        groups  for each stage, the groups it solves
+        A tensor that no stage uses goes to the last shard.
+
+        uses    for each stage, the names of the parameters and buffers in its graph
+        groups  for each stage, the groups that it solves
         """
         quantized = tuple(f"{m.name}." for own in groups for group in own for m in group.linears)
         left = dict.fromkeys(name for name in self._names.values() if not name.startswith(quantized))
@@ -264,12 +266,12 @@ class Journal:
         return self.path / f"stage-{number:05d}.json"
 
     def _file(self, name: str) -> Path:
-        """Where a shard is: in the journal, or already in its place."""
+        """Returns the path of a shard, which is in the journal or already in the checkpoint."""
         waiting = self.path / name
         return waiting if waiting.exists() else self.target / name
 
     def finished(self) -> int:
-        """How many stages are finished, checked by their sha256."""
+        """Returns how many stages are finished. Checks the sha256 of their files."""
         before = ""
         for number in range(self._stages):
             record = self._read(self._record(number))
@@ -278,14 +280,14 @@ class Journal:
             if record["file"] is not None:
                 path = self._file(record["file"])
                 if not path.exists() or sha256_of(path) != record["sha256"]:
-                    log.warning("%s is damaged or missing: its stage is done again", path)
+                    log.warning("%s is damaged or missing: its stage runs again", path)
                     return number
                 self._shards.add(path)
             before = sha256_of(self._record(number))
         return self._stages
 
     def restore(self, group: LinearGroup, number: int, home: torch.device) -> tuple[WushGroup, dict]:
-        """A solved group of a finished stage on `home` (the meta device: without values), and its report."""
+        """Returns a solved group of a finished stage on `home`, and its report. On the meta device it has no values."""
         entry = self._read(self._record(number))["groups"][group.name]
         record = Quantization(self._config, [], {})
         members = [m.name for m in group.linears]
@@ -297,15 +299,17 @@ class Journal:
         return solved, entry["report"]
 
     def buffers(self, group: WushGroup) -> list[tuple[str, Tensor]]:
-        """(name, values) of a committed group's buffers, on the CPU."""
+        """Returns (name, values) of a committed group's buffers, on the CPU."""
         return [
-            (buffer, join_rows(group, buffer, self._shards.tensors([name for name, _ in pieces])))
-            for buffer, pieces in parts(group)
+            (buffer, join_rows(group, buffer, self._shards.tensors([name for name, _ in stored])))
+            for buffer, stored in parts(group)
         ]
 
     def commit(self, number: int, solved: Mapping[str, object]) -> None:
-        """Begins to write a stage's shard and then its record, while the caller goes on. `solved`: its groups by name, with
-        their reports."""
+        """Starts to write a stage's shard and then its record, in a thread.
+
+        solved   the stage's `Solved` groups by name
+        """
         self._pending = number
         if self._writes:
             tensors = self._tensors.load(self._others[number], torch.device("cpu"))
@@ -326,7 +330,7 @@ class Journal:
         self._write_json(self._record(number), {"after": after, "file": name, "sha256": sha, "groups": groups})
 
     def settle(self, ranks: SingleProcess) -> None:
-        """Waits until the committed stage is finished, for all processes."""
+        """Waits, on every rank, until the committed stage is finished."""
         if self._written is not None:
             self._written.result()
         ranks.smallest(self._pending)
@@ -334,11 +338,13 @@ class Journal:
         if name is not None and (self.path / name).exists():
             self._shards.add(self.path / name)
 
-    # -- the end ---------------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------------------------
 
     def finish(self, record: Quantization, write: Callable[[Path, str], None]) -> None:
-        """Turns the journal of a finished run into the checkpoint. `write(directory, digest)` writes config.json and all
-        else that is no weight."""
+        """Turns the journal of a finished run into the checkpoint.
+
+        write   write(directory, digest) writes config.json and every other file that holds no weights
+        """
         if not self._writes or self._complete():
             return
         shards = [name for name in map(self._file_names.get, range(self._stages)) if name is not None]
@@ -380,7 +386,7 @@ class Journal:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """Contiguous, in a storage of its own size."""
+    """Returns a contiguous tensor whose storage holds nothing else."""
     tensor = tensor.contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone()

@@ -6,10 +6,10 @@
 3. Commit the solved groups to the journal, if there is one. It writes them during step 4.
 4. Propagate: run every batch through the rewritten stage. The next stage sees what the *quantized* model produces.
 
-The loop installs nothing in the model. A stage's weights come to the compute device when the loop reaches the stage, and
-leave it with the stage. The live values of every batch wait in `Activations`. The moments of one stage are in memory at
-a time. Where a micro-batch does not fit, or a run resumes, the loop replays the finished stages from the inputs: step 4
-alone, with the groups that the journal holds.
+The loop installs nothing in the model. It loads a stage's weights to the compute device when it reaches the stage, and
+frees them after the stage. `Activations` holds the live values of every batch. Only one stage's moments are in memory
+at a time. If a micro-batch does not fit, or if a run resumes, the loop replays the finished stages from the inputs: it
+repeats step 4 alone, with the solved groups.
 """
 
 import logging
@@ -38,7 +38,7 @@ from .tensors import Loader, ResultMover
 
 T = TypeVar("T")
 log = logging.getLogger("wush_compile")
-# Stands for "no limit" where ranks compare their micro-batches.
+# Stands for "no limit" when ranks compare their micro-batch sizes.
 UNLIMITED = 2**31
 
 
@@ -46,15 +46,15 @@ UNLIMITED = 2**31
 def calibrate(
     captured: Captured, groups: list[LinearGroup], batches: list[Batch] | None, run: Run
 ) -> tuple[list[Solved], list[Stage]]:
-    """Solves every group on the batches; None solves without data. The model stays as it is.
+    """Solves every group on the batches, or without data if `batches` is None. Does not change the model.
 
-    Returns the solved groups, in the order of `groups`, and the stages with rewritten graphs.
+    Returns the solved groups in the order of `groups`, and the stages with rewritten graphs.
     """
     return Calibration(captured, groups, batches, run).calibrate()
 
 
 def _warn_if_short(groups: list[LinearGroup], tokens: int) -> None:
-    """Warns where the whole second moment of a group has fewer tokens than channels."""
+    """Warns if a group uses its whole second moment and has more channels than there are tokens."""
     whole = [g for g in groups if g.recipe.solver == "gptq" or g.recipe.moments == "conditional"]
     wide = max(whole, key=lambda g: g.width, default=None)
     if wide is not None and tokens < wide.width:
@@ -69,12 +69,12 @@ def _warn_if_short(groups: list[LinearGroup], tokens: int) -> None:
 
 
 def _used(stage: Stage) -> set[str]:
-    """Names of the tensors in a stage's graph."""
+    """Returns the names of the tensors in a stage's graph."""
     return {n.target for n in stage.graph_module.graph.nodes if n.op == "get_attr"}
 
 
 def _groups_by_stage(stages: list[Stage], groups: list[LinearGroup]) -> list[list[int]]:
-    """For each stage, the numbers of the groups whose linears the stage runs."""
+    """Returns, for each stage, the numbers of the groups whose linears it runs."""
     stage_of = {
         node.name: number
         for number, stage in enumerate(stages)
@@ -119,7 +119,7 @@ class Calibration:
     # -- batches -----------------------------------------------------------------------------------------------------
 
     def _choose_batch_size(self) -> int | None:
-        """Sequences in a micro-batch: the caller's number, or on a GPU that the model is not on, what fits."""
+        """Returns the micro-batch size: the caller's, or what fits a GPU that does not hold the model."""
         if self.windows is None or self.run.batch_size is not None or not self.run.offloads:
             return self.run.batch_size
         stages = self.stages[: self.last + 1]
@@ -127,7 +127,7 @@ class Calibration:
         return None if size is None else self.ranks.smallest(size)
 
     def _start(self) -> None:
-        """Goes back to the inputs, before the first stage."""
+        """Regroups the windows and resets the activations to the model's inputs."""
         if self.windows is None:
             self.batches, self.activations = [], None
             return
@@ -136,7 +136,7 @@ class Calibration:
         self.activations = Activations(values, self.device, self.run.offloads, self.run.activations_dir)
 
     def _halved(self) -> int:
-        """The next smaller micro-batch, after the current one did not fit."""
+        """Returns half the micro-batch size, after the current size did not fit."""
         counts = [sequences(batch.inputs) for batch in self.batches]
         most = self.batch_size or max((c for c in counts if c is not None), default=1)
         if None in counts or most < 2:
@@ -147,8 +147,11 @@ class Calibration:
         return most // 2
 
     def _retry_smaller(self, number: int, work: Callable[[], T], replay: bool = False) -> T:
-        """Runs work() at stage `number`. If memory runs out on any rank: halves the micro-batch, recomputes the
-        stage's inputs from the start, tries again. `replay` recomputes first."""
+        """Runs work() for stage `number`, with a smaller micro-batch if memory runs out on any rank.
+
+        In that case it halves the micro-batch, recomputes the stage's inputs from the start, and tries again.
+        replay=True recomputes the inputs before the first try.
+        """
         while True:
             size = self.batch_size or UNLIMITED
             try:
@@ -178,18 +181,18 @@ class Calibration:
     # -- a stage -----------------------------------------------------------------------------------------------------
 
     def _names(self, number: int) -> list[str]:
-        """The model's tensors that a stage uses."""
+        """Returns the names of the model's tensors that a stage uses."""
         return [name for name in _used(self.stages[number]) if name in self.run.tensors]
 
     def _load(self, number: int) -> dict[str, Tensor]:
-        """A stage's weights and solved groups on the compute device. Those of another stage are dropped."""
+        """Returns a stage's weights and solved groups on the compute device, and drops those of another stage."""
         if self._loaded is None or self._loaded[0] != number:
             self._loaded = None
             with phase("transfers"):
                 loaded = self.loader.take(number, self._names(number))
                 for i in self.groups_in[number]:
                     if self.solved[i] is not None:
-                        self.mover.wait()  # in a replay, the stage's groups may still be moving
+                        self.mover.wait()  # in a replay, the stage's groups may still be in transfer
                         group = self.solved[i].group
                         buffers = self.journal.buffers(group) if group.weight_packed.is_meta else group.named_buffers()
                         loaded |= {f"wush_group_{i}.{name}": buffer.to(self.device) for name, buffer in buffers}
@@ -197,20 +200,20 @@ class Calibration:
         return self._loaded[1]
 
     def _forwards(self, number: int) -> Iterator[tuple[int, tuple]]:
-        """(index, outputs) of every batch through the stage."""
+        """Runs every batch through a stage. Yields (index, outputs)."""
         stage, loaded = self.stages[number], self._load(number)
         for index, inputs in enumerate(self.activations.read(stage.inputs)):
             yield index, functional_call(stage.graph_module, loaded, tuple(inputs))
             self.progress.advance(self.batches[index].tokens())
 
     def _observe(self, number: int) -> dict[int, Observation]:
-        """What the observers of a stage saw in all batches, by group number."""
+        """Runs every batch through a stage. Returns what its observers saw, by group number."""
         graph_module = self.stages[number].graph_module
         with phase("forwards"):
             self._load(number)
             seen = {i: allocate(graph_module, i, self.device) for i in observed(graph_module)}
             finite = [
-                # A NaN or Inf in an input shows on the diagonal of its moment: K values to check instead of all.
+                # A NaN or Inf in an input reaches the diagonal of its moment, so checking K values is enough.
                 torch.stack([s.moment.diagonal(dim1=-2, dim2=-1).isfinite().all() for s in seen.values()])
                 for _ in self._forwards(number)
             ]
@@ -218,7 +221,10 @@ class Calibration:
         return seen
 
     def _check_finite(self, numbers: list[int], finite: Tensor) -> None:
-        """finite: bool [batches, groups], of the moments after each batch."""
+        """Raises `NonFiniteError` unless all moments are finite.
+
+        finite   bool [batches, groups]: whether a group's moment is finite after each batch
+        """
         if not finite.all():
             batch, group = (~finite).nonzero()[0].tolist()
             where = f"{self.batches[batch]}" + (f" of rank {self.ranks.rank}" if self.ranks.size > 1 else "")
@@ -274,7 +280,7 @@ class Calibration:
         )
 
     def _propagate(self, number: int) -> None:
-        """Runs every batch through a stage, keeps its outputs, and drops values that no later stage reads."""
+        """Runs every batch through a stage, keeps the outputs, and drops values that no later stage reads."""
         stage = self.stages[number]
         with phase("forwards"):
             for index, outputs in self._forwards(number):
@@ -285,7 +291,7 @@ class Calibration:
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def _resume(self) -> int:
-        """Restores the stages that the journal holds; the number of the first stage to do."""
+        """Restores the stages that the journal holds. Returns the number of the first stage to run."""
         number = self.ranks.smallest(0 if self.journal is None else self.journal.finished())
         for k in range(min(number, self.last + 1)):
             remove_observers(self.stages[k].graph_module)
@@ -297,7 +303,7 @@ class Calibration:
         return number
 
     def _steps(self, first: int) -> int:
-        """Steps of the progress bar, if the loop begins at stage `first`."""
+        """Returns the steps of the progress bar if the loop starts at stage `first`."""
         if self.activations is None:
             return sum(map(len, self.groups_in))
         replayed = first if first <= self.last else 0
@@ -305,7 +311,7 @@ class Calibration:
         return (replayed + todo) * len(self.batches)
 
     def calibrate(self) -> tuple[list[Solved], list[Stage]]:
-        """Runs all stages up to the last that has a group. With a journal, the tensors of the rest are copied into it."""
+        """Runs the stages up to the last one with a group. A journal also gets the tensors of later stages."""
         first = self._resume()
         self.progress.begin(self._steps(first), self.device, "batch" if self.batches else "group")
         if 0 < first <= self.last and self.activations is not None:

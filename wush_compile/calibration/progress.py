@@ -1,4 +1,4 @@
-"""What a run shows while it works: one bar and a machine-readable log."""
+"""Shows the progress of a run: one bar and a machine-readable log."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 
 def memory(device: torch.device) -> int:
-    """Bytes at the peak so far: allocated on a GPU, resident for a CPU."""
+    """Returns the peak memory so far in bytes: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Kilobytes on Linux, bytes on macOS.
@@ -23,8 +23,8 @@ class Progress:
     """The bar and the log of one run.
 
     bar     whether to show the bar
-    log     a file that gets one JSON object a line: `event` (run, stage, group, batch_size, resumed, finished, failed),
-            `time` in seconds since the start, and what docs/guide/large_models.md says of each event
+    log     a file that gets one JSON object per line: `event` (run, stage, group, batch_size, resumed, finished,
+            failed), `time` in seconds since the start, and the fields that docs/guide/large_models.md lists
     """
 
     def __init__(self, bar: bool = True, log: str | os.PathLike | None = None):
@@ -34,24 +34,24 @@ class Progress:
         self._device, self._at = torch.device("cpu"), ""
 
     def begin(self, steps: int, device: torch.device, unit: str) -> None:
-        """Starts the bar, or gives it another length."""
+        """Starts the bar, or restarts it with another length."""
         self._device = device
         if self._bar is None:
-            # smoothing=0: the solver's pauses count for the time left as much as the forwards.
+            # With smoothing=0, the estimate of the time left also counts the solver's pauses.
             self._bar = tqdm(total=steps, desc="quantizing", unit=unit, disable=not self.shown, smoothing=0)
             self._since = time.perf_counter()
         else:
             self._bar.reset(steps)
 
     def advance(self, tokens: int = 0) -> None:
-        """One step of the bar."""
+        """Advances the bar by one step, and counts tokens."""
         self._tokens += tokens
         if self._bar is not None:
             self._describe(refresh=False)
             self._bar.update()
 
     def at(self, stage: str, group: str | None = None, loss: float | None = None) -> None:
-        """Where the run is; `loss` is the last group's relative loss."""
+        """Shows where the run is. `loss` is the last group's relative loss."""
         parts = [stage] + ([group.rpartition(".")[2]] if group else [])
         if loss is not None and not math.isnan(loss):
             parts.append(f"loss {loss:.2e}")
@@ -59,18 +59,18 @@ class Progress:
         self._describe(refresh=True)
 
     def tokens_per_second(self) -> float:
-        """Tokens through a stage, forwards and solves included."""
+        """Returns the tokens that went through a stage per second of forwards and solves."""
         return self._tokens / max(time.perf_counter() - self._since, 1e-9) if self._since else 0.0
 
     def event(self, event: str, **fields: object) -> None:
-        """A line of the log."""
+        """Writes a line of the log."""
         if self._log is not None:
             fields = {"event": event, "time": round(time.perf_counter() - self._start, 4), **fields}
             self._log.write(json.dumps(fields, default=str) + "\n")
             self._log.flush()
 
     def close(self) -> None:
-        """Ends the bar and the log."""
+        """Closes the bar and the log."""
         if self._bar is not None:
             self._bar.close()
         if self._log is not None:

@@ -1,8 +1,8 @@
-"""One calibration by several processes, each with a device of its own: `torchrun --nproc-per-node 2 script.py`.
+"""Runs one calibration on several processes, each with its own device: `torchrun --nproc-per-node 2 script.py`.
 
-The windows are dealt out, moments are summed where their group will be solved, a stage's groups are solved on different
-ranks, and every rank gets the bytes of all. Processes meet between these steps: a rank that failed says so there, and
-the others stop with its error instead of waiting for it.
+Each rank runs a share of the windows. The moments of a group are summed on the rank that will solve it. The ranks solve
+different groups of a stage, and every rank then gets all solutions, byte for byte. The processes synchronize between
+these steps. A rank that has failed reports its error there, so the others stop with it and do not wait.
 """
 
 import atexit
@@ -26,43 +26,46 @@ from .microbatch import sequences
 
 T = TypeVar("T")
 log = logging.getLogger("wush_compile")
-# What torchrun and accelerate tell each process.
+# Environment variables that torchrun and accelerate set for each process.
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class SingleProcess:
-    """The team of one process. Others have the same methods and attributes."""
+    """A run on one process. `Ranks` has the same methods and attributes."""
 
     rank, size = 0, 1
 
     def connect(self) -> None:
-        """Makes the connections to the others that `reduce` and `solve` use, so that these need not; may be left out."""
+        """Opens the connections in advance. Optional: `reduce` and `solve` open them on demand."""
 
     def share(self, batches: list[Batch]) -> list[Batch]:
-        """The batches that this rank runs; together the ranks run each batch once."""
+        """Returns the batches that this rank runs. Together the ranks run each batch once."""
         return batches
 
     def smallest(self, number: int) -> int:
-        """The least of all ranks' numbers; waits for every rank."""
+        """Returns the smallest number of all ranks. Waits for every rank."""
         return number
 
     def reduce(self, seen: Mapping[int, Observation], costs: Mapping[int, float]) -> None:
-        """Makes the observations of a stage those of all ranks' batches, in place. By group number: what was seen, and what
-        solving the group costs, in any unit."""
+        """Combines the observations of a stage over all ranks, in place.
+
+        seen    group number -> what this rank observed
+        costs   group number -> cost of solving the group, in any unit
+        """
 
     def solve(self, numbers: Iterable[int], solve: Callable[[int], T]) -> dict[int, T]:
-        """`solve(number)` of each group of a stage, from one rank each; every rank gets identical results of all."""
+        """Calls `solve(number)` for each group of a stage, each on one rank. All ranks get identical results."""
         return {number: solve(number) for number in numbers}
 
     def fail(self, error: Exception) -> None:
-        """Tells the others, who wait in one of the calls above, that this rank stops with an error."""
+        """Tells the other ranks, which wait in one of the calls above, that this rank stops with an error."""
 
 
 SINGLE_PROCESS = SingleProcess()
 
 
 def launched() -> bool:
-    """Whether this process is one of several, by its process group or by the environment that torchrun sets."""
+    """Tells whether this process is one of several, by its process group or by the environment from torchrun."""
     if not dist.is_available():
         return False
     if dist.is_initialized():
@@ -71,35 +74,38 @@ def launched() -> bool:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The device of this process, where `device` is all that is asked for: `cuda` becomes the GPU of its local rank."""
+    """Resolves `cuda` without an index to the GPU of this process (LOCAL_RANK)."""
     if launched() and device.type == "cuda" and device.index is None:
-        # Some launchers show each process its own GPU alone.
+        # Some launchers make only one GPU visible to each process, hence the remainder.
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % max(torch.cuda.device_count(), 1))
     return device
 
 
 def join(device: torch.device) -> SingleProcess:
-    """The team of this process, which computes on `device`; SINGLE_PROCESS where there is only one. Makes the process group of a
-    launched process that has none."""
+    """Returns the ranks of a run that computes on `device`, or SINGLE_PROCESS if there is only one process.
+
+    Creates the process group if a launched process has none.
+    """
     if not launched():
         return SINGLE_PROCESS
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group()  # both backends: gloo for CPU tensors, NCCL for a GPU's
+        dist.init_process_group()  # both backends: gloo for CPU tensors, NCCL for GPU tensors
         atexit.register(_leave)
     return Ranks(device)
 
 
 def _leave() -> None:
-    with contextlib.suppress(Exception):  # the other processes may be gone, or who has launched this one left
+    with contextlib.suppress(Exception):  # another process or the launcher may be gone
         dist.destroy_process_group()
 
 
 def merge_samples(samples: list[Tensor], counts: list[int]) -> Tensor:
-    """One sample [R, K] of several, each of `counts` rows: shares of the uniform part by rows, the largest of the rest.
+    """Merges the ranks' samples [R, K] into one. `counts` has the number of rows that each rank observed.
 
-    A function of its arguments alone. Ranks alternate in the uniform part, so that every stretch of it is of all.
+    In the uniform part, each rank's share is proportional to its count. The other rows are the largest of all ranks.
+    The result is deterministic. The ranks alternate in the uniform part, so that any stretch of it has rows of all.
     """
     rows = samples[0].shape[0]
     kept = rows // LARGEST_SHARE
@@ -107,7 +113,7 @@ def merge_samples(samples: list[Tensor], counts: list[int]) -> Tensor:
     merged = torch.zeros_like(samples[0])
     slots = min(capacity, total)
     ends = [slots * sum(counts[: r + 1]) // max(total, 1) for r in range(len(counts))]
-    picks = []  # (place among the rank's own, rank, its slot)
+    picks = []  # (relative place in the rank's share, rank, the rank's slot)
     for r, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
         filled, share = min(counts[r], capacity), end - begin
         picks += [((j + 0.5) / share, r, j * filled // share) for j in range(share)]
@@ -123,11 +129,11 @@ def merge_samples(samples: list[Tensor], counts: list[int]) -> Tensor:
 
 
 class Ranks(SingleProcess):
-    """The team of a process group, of which every process calls the same methods in the same order."""
+    """The processes of a process group. Every process must call the same methods in the same order."""
 
     def __init__(self, device: torch.device):
         self.device, self.rank, self.size = device, dist.get_rank(), dist.get_world_size()
-        # Short messages go by a group of their own on the CPU: there the death of a peer is an error at once.
+        # Short messages use a separate group on the CPU, where the death of a peer raises an error at once.
         self._control = dist.new_group(backend="gloo")
         self._owners: dict[int, int] = {}
         self._over = False
@@ -146,7 +152,7 @@ class Ranks(SingleProcess):
             ) from error
 
     def _exchange(self, mine: object, error: Exception | None = None) -> list:
-        """Every rank's `mine`; a WushError where a rank failed."""
+        """Returns every rank's `mine`. Raises this rank's `error`, or a `WushError` if another rank failed."""
         everybody: list = [None] * self.size
         with self._contact():
             dist.all_gather_object(everybody, (mine, None if error is None else str(error)), group=self._control)
@@ -160,20 +166,20 @@ class Ranks(SingleProcess):
         return [value for value, _ in everybody]
 
     def fail(self, error: Exception) -> None:
-        """Tells the others, who wait in `smallest` or `solve`, that this rank stops."""
+        """Tells the other ranks, which wait in `smallest` or `solve`, that this rank stops."""
         if not self._over:
             with contextlib.suppress(Exception):
                 self._exchange(None, error)
 
     def connect(self) -> None:
-        """NCCL's communicator is made in its first collective, and takes a second."""
+        """Creates NCCL's communicator, which takes a second, by a first collective."""
         dist.all_reduce(torch.zeros(1, device=self.device))
 
     def share(self, batches: list[Batch]) -> list[Batch]:
-        """This rank's stretch of all sequences; of batches, where they cannot be taken apart."""
+        """Returns this rank's contiguous share of all sequences, or of all batches if one cannot be split."""
         if len(set(self._exchange(fingerprint_of_data(batches)))) > 1:
             raise DataError(
-                "the processes have different calibration data: give each the same, of which it takes its part"
+                "the processes have different calibration data: give all the same data, and each runs its share"
             )
         counts = [sequences(batch) for batch in batches]
         cut = None not in counts
@@ -196,7 +202,7 @@ class Ranks(SingleProcess):
         return min(self._exchange(number))
 
     def reduce(self, seen: Mapping[int, Observation], costs: Mapping[int, float]) -> None:
-        """After it the moment and the sample of a group are on the rank that solves it, its count everywhere."""
+        """Leaves a group's moment and sample on the rank that solves it, and its count on every rank."""
         self._owners = assign(costs, self.size)
         counts = self._exchange([int(observation.count) for observation in seen.values()])
         with self._contact():
@@ -204,15 +210,15 @@ class Ranks(SingleProcess):
                 own, owner = [c[position] for c in counts], self._owners[i]
                 dist.reduce(observation.moment, owner)
                 samples = [torch.empty_like(observation.sample) for _ in range(self.size if owner == self.rank else 0)]
-                dist.gather(_bytes(observation.sample), list(map(_bytes, samples)) or None, owner)
+                dist.gather(_as_bytes(observation.sample), list(map(_as_bytes, samples)) or None, owner)
                 observation.count.fill_(sum(own))
                 if samples:
                     observation.sample = merge_samples(samples, own)
                 else:
-                    observation.moment = observation.sample = None  # nobody reads it here: memory for the solver
+                    observation.moment = observation.sample = None  # frees memory for the solver
 
     def solve(self, numbers: Iterable[int], solve: Callable[[int], T]) -> dict[int, T]:
-        """Each result is a dataclass whose `group` is a module: its buffers are broadcast, the rest is pickled."""
+        """Broadcasts the results. Each is a dataclass with a module `group`: buffers go as bytes, the rest pickled."""
         numbers = list(numbers)
         owners = {i: self._owners.get(i, position % self.size) for position, i in enumerate(numbers)}
         results, error = {}, None
@@ -231,12 +237,12 @@ class Ranks(SingleProcess):
                     for name, buffer in group.named_buffers():
                         setattr(group, name, torch.empty_like(buffer, device=self.device))
                 for buffer in results[i].group.buffers():
-                    dist.broadcast(_bytes(buffer), owners[i])
+                    dist.broadcast(_as_bytes(buffer), owners[i])
         return {i: results[i] for i in numbers}
 
 
 def assign(costs: Mapping[int, float], size: int) -> dict[int, int]:
-    """Group number -> the rank that solves it: the dearest first, each to the rank that has least to do."""
+    """Returns group number -> solving rank: the most expensive group first, each to the least loaded rank."""
     load, owners = [0.0] * size, {}
     for i in sorted(costs, key=lambda i: (-costs[i], i)):
         owners[i] = load.index(min(load))
@@ -244,13 +250,13 @@ def assign(costs: Mapping[int, float], size: int) -> dict[int, int]:
     return owners
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    """Its memory: collectives of bytes work for every dtype on every backend."""
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """Returns a flat uint8 view, because collectives of bytes work for every dtype on every backend."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
 def _without_values(result: T) -> T:
-    """A copy whose group has buffers without values, to be pickled."""
+    """Returns a copy to pickle, with the buffers of its group on the meta device."""
     light = copy.copy(result)
     light.group = copy.copy(result.group)
     light.group._buffers = {

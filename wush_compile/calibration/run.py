@@ -1,4 +1,4 @@
-"""`quantize` and `quantize_checkpoint`: from a model and data to its quantized version."""
+"""`quantize` and `quantize_checkpoint`: from a model and data to a quantized model."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..capture.example import describe_batch
-from ..capture.export import capture, largest_batch, meta_copy
+from ..capture.export import capture, largest_batch
+from ..capture.meta import meta_copy
 from ..checkpoint import hf
 from ..checkpoint.record import Quantization
 from ..checkpoint.save_load import saved_names, write_settings
@@ -57,25 +58,26 @@ def quantize(
     data
         Calibration inputs: an iterable of `input_ids` tensors, of dicts of model inputs, or of strings (with
         `tokenizer`); for other modules, of input tensors or tuples of them. 128 windows of 512 tokens are plenty for a
-        language model. Without data a causal language model samples its own text; plain rounding with data-free
-        transforms reads none.
+        language model. Without data, a causal language model samples its own text. Plain rounding with data-free
+        transforms needs no data.
     config, settings
-        A `WushConfig`, its fields by name, or both (a field by name wins).
+        A `WushConfig`, its fields by name, or both. A field by name wins.
     progress
-        Whether to show a bar; a `Progress` also writes a log.
+        Whether to show a bar. A `Progress` also writes a log.
     device
-        Where to compute. Default: where the model is. If the model is in CPU memory and `device` is a GPU, the GPU holds
-        one layer's weights at a time, and the result is in CPU memory again.
+        Where to compute. Default: where the model is. If the model is in CPU memory and `device` is a GPU, the GPU
+        holds one layer's weights at a time, and the result is in CPU memory.
     batch_size
-        Sequences in one forward. Default: the batches as they are; on a GPU that the model is not on, as many as fit.
+        Sequences in one forward. Default: the batches as they are; on a GPU that does not hold the model, as many as
+        fit.
     activations_dir
-        Directory for the values between layers (2 bytes × tokens × width of a layer). Default: memory.
+        Directory for the values between layers (2 bytes × tokens × width of a layer). Default: in memory.
     out, restart
-        Directory of the checkpoint, written layer by layer (with the tokenizer's files). After a kill or an error the
-        same call continues where it stopped; with other data, settings or weights that is a `ConfigError`, unless
-        `restart`.
+        Directory of the checkpoint, written layer by layer, with the tokenizer's files. After a kill or an error, the
+        same call continues where it stopped. A call with other data, settings or weights raises `ConfigError`;
+        `restart=True` starts over instead.
 
-    Nothing changes until every layer has been solved: an error or Ctrl-C leaves the model as it was. Raises a
+    The model does not change until every layer has been solved: an error or Ctrl-C leaves it as it was. Raises a
     `WushError` that names the layer and the remedy. `wush_compile.explain(model)` shows the result.
     """
     config = _resolve(config, settings)
@@ -105,18 +107,18 @@ def quantize_checkpoint(
     restart: bool = False,
     **settings,
 ) -> nn.Module:
-    """Quantizes a causal language model from one directory to another without ever holding it in memory.
+    """Quantizes a causal language model from one directory to another and never holds the whole model in memory.
 
     source
-        Directory of a Hugging Face model, its weights in safetensors files.
+        Directory of a Hugging Face model with weights in safetensors files.
     device
         Where to compute. Default: the CPU.
     the others
-        As for `quantize`. A streamed model cannot sample text: all but plain rounding with data-free transforms needs
-        data.
+        As for `quantize`. A streamed model cannot sample text, so it needs data, except for plain rounding with
+        data-free transforms.
 
-    At most two layers' weights, their moments and the values between layers are in memory. `out` holds the bytes that
-    `quantize(model, ..., out=out)` writes for the model in memory. Returns the model's structure (on the meta device)
+    At most two layers' weights, their moments and the values between layers are in memory. `out` gets the same bytes as
+    from `quantize(model, ..., out=out)` with the model in memory. Returns the model's structure on the meta device,
     with its `wush_quantization` record.
     """
     config = _resolve(config, settings)
@@ -142,8 +144,10 @@ def _quantize(model: nn.Module, data: Iterable | None, config: WushConfig, token
 def _solve(
     model: nn.Module, data: Iterable | None, config: WushConfig, tokenizer, run: Run
 ) -> tuple[list[Solved], Quantization]:
-    """Solves every group of a model and leaves the model as it is. It may be on the meta device: `run.tensors` has the
-    weights."""
+    """Solves every group of a model without changing the model, which may be on the meta device.
+
+    `run.tensors` has the weights.
+    """
     tensors, journal, ranks = run.tensors, run.journal, run.ranks
     if data is None:
         tensors.check()  # before the model samples its own text
@@ -152,7 +156,7 @@ def _solve(
     with run_during(tensors.check if data is not None else lambda: None, tasks, run.device):
         if journal is not None:
             names = saved_names(model)
-            ranks.smallest(0)  # by then the first process has locked the directory and cleared it
+            ranks.smallest(0)  # waits until the first process has locked and cleared the directory
             identity = {
                 "data": fingerprint_of_data(batches if calibrates else None),
                 "model": fingerprint_of_model(model, set(names.values()), tensors),
@@ -216,7 +220,7 @@ def _resolve(config: WushConfig | None, settings: dict) -> WushConfig:
 
 
 def _numbered(device: torch.device) -> torch.device:
-    """`cuda` as `cuda:0`, so that devices can be compared."""
+    """Resolves `cuda` to `cuda:0`, so that devices can be compared."""
     return torch.empty(0, device=device).device
 
 
@@ -239,7 +243,7 @@ def _nothing(model: nn.Module, ignored: dict[str, str]) -> CaptureError:
 
 
 def _environment(run: Run) -> dict[str, object]:
-    """What may change the last bit of a result."""
+    """Returns what may change the last bit of a result."""
     cuda = run.device.type == "cuda"
     return {
         "torch": torch.__version__,
@@ -255,7 +259,7 @@ def _journal(out: str | os.PathLike | None, restart: bool, ranks: SingleProcess)
 
 @contextlib.contextmanager
 def _shown(progress: bool | Progress, ranks: SingleProcess) -> Iterator[Progress]:
-    """The progress of a run. Only rank 0 shows and logs. A failure is logged, and told to the other ranks."""
+    """Yields the progress of a run, which only rank 0 shows. A failure is logged and told to the other ranks."""
     first = ranks.rank == 0
     shown = progress if isinstance(progress, Progress) and first else Progress(progress is True and first)
     try:

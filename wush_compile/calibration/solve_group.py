@@ -1,4 +1,4 @@
-"""Solves one group: from its weights and what its observer saw to its run-time module and a report."""
+"""Solves one group: computes its run-time module and a report from its weights and from what its observer saw."""
 
 import time
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ LOSS_ROWS = 512
 
 @dataclass
 class Solved:
-    """A group's run-time module and what its solution was measured to be."""
+    """A group's run-time module, and the measurements of its solution."""
 
     group: WushGroup
     report: dict
 
 
 def members_of(group: LinearGroup) -> list[Member]:
-    """Row ranges of the group's linears in its stacked buffers."""
+    """Returns the row ranges of the group's linears in its stacked buffers."""
     members, start = [], 0
     for linear in group.linears:
         members.append(Member(linear.name, start, start + linear.rows, linear.bias is not None))
@@ -34,13 +34,17 @@ def members_of(group: LinearGroup) -> list[Member]:
 
 
 def _loss_rows(sample: Tensor) -> Tensor:
-    """Rows of the uniform part of a sample, for layer losses; empty slots are zero and drop out."""
+    """Returns rows of the uniform part of a sample, for layer losses, without the zero rows of empty slots."""
     rows = sample[:LOSS_ROWS]
     return rows[rows.any(-1)]
 
 
 def solve_group(group: LinearGroup, tensors: Mapping[str, Tensor], seen: Observation | None) -> Solved:
-    """Transform, codes and scales of one group, from its weights by name and what its observer saw (None: data-free)."""
+    """Computes the transform, codes and scales of one group.
+
+    tensors   the model's tensors by name
+    seen      what the group's observer saw; None solves without data
+    """
     start = time.perf_counter()
     weight = group.stacked_weight(tensors)  # [N, K]
     solution = solve(

@@ -1,4 +1,4 @@
-"""Models that are never in memory as a whole: their weights come from sharded safetensors, a stage at a time."""
+"""Reads a model's weights from sharded safetensors, one stage at a time. The model is never in memory as a whole."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,9 +13,9 @@ from .tensors import finite
 
 
 class CheckpointTensors:
-    """The parameters and buffers of a transformers model on the meta device, read from its files when they are needed.
+    """The parameters and buffers of a transformers model on the meta device, read from its files on demand.
 
-    As `tensors.ModelTensors`; solved groups are left in the journal.
+    It has the interface of `tensors.ModelTensors`. Solved groups stay in the journal.
     """
 
     device = home = torch.device("meta")
@@ -34,10 +34,10 @@ class CheckpointTensors:
         return name in self._tensors
 
     def check(self) -> None:
-        """Nothing: `load` checks what it reads."""
+        """Does nothing, because `load` checks what it reads."""
 
     def load(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
-        """The tensors of these names in the model's dtype on a device; NaN or Inf in one is a `NonFiniteError`."""
+        """Returns the named tensors on a device, in the model's dtype. NaN or Inf in a weight is a `NonFiniteError`."""
         names = list(names)
         found = self._shards.tensors({self._sources[name] for name in names if name in self._sources})
         loaded = {}
@@ -55,7 +55,7 @@ class CheckpointTensors:
 
 
 def _sources(model: nn.Module, shards: Shards) -> dict[str, str]:
-    """Name in the model -> name in the files: its own, a tied one, or one with or without the model's prefix."""
+    """Maps each name in the model to a name in the files: the same, a tied one, or one with or without the prefix."""
     prefix, sources = f"{model.base_model_prefix}.", {}
     aliases: dict[int, list[str]] = {}
     for named in (model.named_parameters, model.named_buffers):
@@ -71,17 +71,17 @@ def _sources(model: nn.Module, shards: Shards) -> dict[str, str]:
         raise CheckpointError(
             f"the files have no tensor for {missing[0]}"
             + (f" and {len(missing) - 1} more" if missing[1:] else "")
-            + f": {type(model).__name__} gives its weights other names than they have, or some are missing; quantize it "
-            "without streaming"
+            + f": {type(model).__name__} uses other names than the files, or tensors are missing; quantize it without "
+            "streaming"
         )
     return sources
 
 
 def open_checkpoint(directory: str | Path) -> tuple[nn.Module, CheckpointTensors]:
-    """(a causal language model without its weights, where they come from) of a directory of safetensors."""
+    """Returns (a causal language model on the meta device, the tensors of its files)."""
     path = Path(directory)
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"{directory} is no directory with a config.json: streaming reads a local model")
+        raise CheckpointError(f"{directory} is not a directory with a config.json: give the directory of a local model")
     shards = Shards(weight_files(path))
     floats = [spec.dtype for spec in shards.specs.values() if spec.dtype.is_floating_point]
     model = hf.empty_hf_model(path, floats[0] if floats else torch.float32)

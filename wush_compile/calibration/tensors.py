@@ -1,4 +1,7 @@
-"""Where the weights of a stage come from, and how they get to the device. `streaming.py` has the former for a checkpoint."""
+"""Loads the weights of a stage from a model in memory, and moves tensors to the compute device and back.
+
+`streaming.py` loads the weights from a checkpoint instead.
+"""
 
 from collections.abc import Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,8 +13,10 @@ from ..errors import NonFiniteError
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether a tensor has no NaN and no Inf: its extremes would carry them, and a CPU finds those fifty times faster than
-    it tests every value."""
+    """Tells whether a tensor has no NaN and no Inf.
+
+    Its minimum or its maximum carries any of them. A CPU finds these two fifty times faster than it tests every value.
+    """
     return not tensor.is_floating_point() or tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
@@ -19,7 +24,7 @@ class ModelTensors:
     """The parameters and buffers of a model in memory, by name.
 
     device   where the model is
-    home     where solved groups wait until they are installed; the meta device: in the journal
+    home     where solved groups wait until they are installed; the meta device leaves their values in the journal
     """
 
     def __init__(self, model: nn.Module):
@@ -35,7 +40,7 @@ class ModelTensors:
         return name in self._tensors
 
     def check(self) -> None:
-        """NaN or Inf in a parameter is a `NonFiniteError` that names it."""
+        """Raises a `NonFiniteError` that names the first parameter with NaN or Inf."""
         for name, tensor in self._weights.items():
             if not finite(tensor):
                 raise NonFiniteError(
@@ -43,13 +48,15 @@ class ModelTensors:
                 )
 
     def load(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
-        """The tensors of these names on a device: the model's own where they are there already."""
+        """Returns the named tensors on a device. A tensor that is already there is not copied."""
         return {name: self._tensors[name].to(device) for name in names}
 
 
 class Loader:
-    """Brings tensors to a device; to a GPU also ahead of time, while it computes: from pageable memory or files that takes a
-    thread of its own."""
+    """Loads tensors to the compute device; to a GPU also ahead of time, while it computes.
+
+    Loading ahead runs in a thread, because a copy from pageable memory or from files blocks its thread.
+    """
 
     def __init__(self, tensors: ModelTensors, device: torch.device):
         self._tensors, self._device = tensors, device
@@ -58,13 +65,13 @@ class Loader:
         self._thread = ThreadPoolExecutor(1, "loader") if self._stream is not None else None
 
     def start(self, key: Hashable, names: list[str]) -> None:
-        """Begins to load what `take` will ask for by this key; one key at a time."""
+        """Starts to load what `take` will ask for by this key. Only one key is loaded ahead at a time."""
         if self._thread is not None:
             self._drop()
             self._ahead = key, self._thread.submit(self._load, names)
 
     def take(self, key: Hashable, names: list[str]) -> dict[str, Tensor]:
-        """The tensors of these names on the device. Errors are those of loading."""
+        """Returns the named tensors on the device. Raises the errors of loading."""
         if self._ahead is None or self._ahead[0] != key:
             self._drop()
             return self._tensors.load(names, self._device)
@@ -84,7 +91,7 @@ class Loader:
 
     def _drop(self) -> None:
         if self._ahead is not None:
-            self._ahead[1].exception()  # waits: what it loads is freed before more is
+            self._ahead[1].exception()  # waits, so that its tensors are freed before others are loaded
             self._ahead = None
 
     def _load(self, names: list[str]) -> tuple[dict[str, Tensor], torch.cuda.Event]:
@@ -93,29 +100,29 @@ class Loader:
 
 
 class ResultMover:
-    """Takes solved groups home, from a GPU in a thread of its own while it computes the next stage."""
+    """Moves solved groups to their home device; from a GPU in a thread, while it computes the next stage."""
 
     def __init__(self, home: torch.device, device: torch.device):
         self._home, self._device = home, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" and device != home else None
         self._thread = ThreadPoolExecutor(1, "mover") if self._stream is not None else None
-        self._begun: Future | None = None
+        self._moving: Future | None = None
 
     def start(self, groups: list[nn.Module]) -> None:
-        """Begins to move the groups of a stage, which nobody else may read before `wait`."""
+        """Starts to move the groups of a stage. Nobody else may read them before `wait` returns."""
         if self._thread is None:
             for group in groups:
                 group.to(self._home)
             return
         self.wait()
         computed = torch.cuda.current_stream(self._device).record_event()
-        self._begun = self._thread.submit(self._move, groups, computed)
+        self._moving = self._thread.submit(self._move, groups, computed)
 
     def wait(self) -> None:
-        """Returns when all groups are there."""
-        if self._begun is not None:
-            begun, self._begun = self._begun, None
-            begun.result()
+        """Waits until all groups have arrived."""
+        if self._moving is not None:
+            moving, self._moving = self._moving, None
+            moving.result()
 
     def close(self) -> None:
         """Waits, and ends the thread."""
@@ -127,4 +134,4 @@ class ResultMover:
         with torch.no_grad(), torch.cuda.stream(self._stream):
             self._stream.wait_event(computed)
             for group in groups:
-                group.to(self._home)  # returns when it is copied: what it frees is free indeed
+                group.to(self._home)  # blocks until the copy is done, so the freed memory can be reused at once

@@ -1,8 +1,8 @@
-"""Warm-up: work that a process does once, done in threads while the model is traced.
+"""Warms up: does the one-time work of a process in threads while the model is traced.
 
-Tracing keeps one CPU core busy and leaves the GPU idle. Meanwhile the threads check weights, compile kernels, load
-libraries and pin memory. Their results are dropped. They call no module, because tracing replaces the call of a module
-in every thread. A task that fails is only logged: the run reports the error when it gets there.
+Tracing keeps one CPU core busy and leaves the GPU idle. At the same time, the threads check weights, compile kernels,
+load libraries and pin memory. Their results are dropped. They call no module, because tracing replaces the call of a
+module in every thread. A task that fails is only logged: the run reports the error when it does the same work.
 """
 
 import contextlib
@@ -19,35 +19,35 @@ from ..config import WushConfig, ignored_by
 from ..data import Batch
 from ..kernels.dispatch import resolve
 from ..modules import stores_global_scale
-from ..passes.calibration.observe import SAMPLE_ROWS
+from ..passes.calibration.observe import GROUP_SAMPLE_ROWS
 from ..phases import phase
 from ..recipe import Recipe
 from ..solver.loss import layer_loss
 from ..solver.solution import block_size, moment_shape
-from ..solver.solve import CHUNK_ELEMENTS, solve
+from ..solver.solve import ROUNDED_ELEMENTS, solve
 from ..solver.transforms import PANEL
 from .context import Run
 from .microbatch import largest_batch, sequences
 
 log = logging.getLogger("wush_compile")
-# Weight rows of a group that is solved here. Compiled kernels do not depend on the number.
+# Weight rows of a group that the warm-up solves. Compiled kernels do not depend on the number.
 WARM_UP_ROWS = 256
 
 
 def _run(op: str, *args: object) -> object:
-    """`wush::op` by the provider that accepts the call. `dispatch` would drop a provider for good if it failed here."""
+    """Runs `wush::op` by the provider that accepts the call. `dispatch` would drop a provider for good if it failed."""
     entries = resolve(args[0].device.index).get(op, ()) if args[0].is_cuda else ()
     default = getattr(torch.ops.wush, op)
     return next((one.run for _, one in entries if one.refuses(*args) is None), default)(*args)
 
 
 def _input(tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[tokens, width], not all zeros."""
+    """Returns [tokens, width], not all zeros."""
     return (torch.arange(width, device=device) % 7 - 3).to(dtype).expand(tokens, width).contiguous()
 
 
 def _product(rows: int, width: int, tokens: int, recipe: Recipe, dtype: torch.dtype, device: torch.device) -> None:
-    """Runs a linear of [rows, width], unquantized and quantized."""
+    """Runs a linear with a weight of [rows, width], unquantized and quantized."""
     x = _input(tokens, width, dtype, device)
     torch.nn.functional.linear(x, _input(rows, width, dtype, device))
     fmt, one = formats.get_format(recipe.format), torch.ones(1, device=device)
@@ -64,7 +64,7 @@ def _product(rows: int, width: int, tokens: int, recipe: Recipe, dtype: torch.dt
     weight_scales = torch.ones(rows, width // fmt.group_size, dtype=fmt.scale_dtype, device=device)
     _run("fp4_linear", codes, scales, g[0], weight, weight_scales, g[1], None, None, recipe.format, dtype)
     if recipe.solver == "rtn":
-        chunk = _input(max(1, CHUNK_ELEMENTS // width), width, torch.float32, device)
+        chunk = _input(max(1, ROUNDED_ELEMENTS // width), width, torch.float32, device)
         _run("transform_quantize", chunk, None, g[1], recipe.format, recipe.weight_scale_rule)
 
 
@@ -78,20 +78,20 @@ def _solution(width: int, tokens: int, recipe: Recipe, dtype: torch.dtype, devic
     x, weight = _input(tokens, width, dtype, device), _input(WARM_UP_ROWS, width, dtype, device)
     moment = torch.zeros(moment_shape(recipe, width), device=device)
     count = torch.zeros((), dtype=torch.int64, device=device)
-    sample = torch.zeros(SAMPLE_ROWS, width, dtype=dtype, device=device)
+    sample = torch.zeros(GROUP_SAMPLE_ROWS, width, dtype=dtype, device=device)
     _run("observe", x, None, moment, count, sample, recipe.seed)
     solution = solve(weight, recipe, moment=moment, count=tokens, sample=sample, name="warm-up")
     layer_loss(sample[:WARM_UP_ROWS], weight, solution, recipe)
 
 
 def _pin(count: int, nbytes: int) -> None:
-    """Pins memory for `count` values. Freed here, the memory stays pinned for the next request."""
+    """Pins memory for `count` values and frees it. PyTorch keeps freed memory pinned for the next request."""
     blocks = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(count)]
     del blocks
 
 
 def warm_up_tasks(model: nn.Module, batches: list[Batch], config: WushConfig, run: Run) -> Iterator[Callable[[], None]]:
-    """Tasks that quantizing this model on these batches would otherwise do on its way, once each."""
+    """Yields the one-time tasks that quantizing this model on these batches would otherwise do later."""
     linears = {
         (module.out_features, module.in_features, module.weight.dtype, config.recipe_of(name))
         for name, module in model.named_modules()
@@ -110,7 +110,7 @@ def warm_up_tasks(model: nn.Module, batches: list[Batch], config: WushConfig, ru
         # One value for each micro-batch, and two in flight.
         nbytes = tokens * embeddings.embedding_dim * embeddings.weight.element_size()
         yield functools.partial(_pin, -(-own // batch_size) + 2, nbytes)
-    # A moment wider than a panel is factored in another way, which leaves other strides: the least width of both kinds.
+    # A moment wider than a panel is factored in another way, which leaves other strides. Take the least width of each.
     sizes = {(w > PANEL, recipe): (w, recipe) for _, w, _, recipe in sorted(linears, key=lambda x: -x[1])}
     dtype = next(iter(linears))[2]
     yield functools.partial(_solutions, sorted(sizes.values(), key=str), tokens, dtype, device)
@@ -128,9 +128,9 @@ def _attempt(task: Callable[[], None], device: torch.device) -> None:
 
 @contextlib.contextmanager
 def run_during(check: Callable[[], None], tasks: Iterable[Callable[[], None]], device: torch.device) -> Iterator[None]:
-    """Runs `check` and each of `tasks` in a thread while the block runs. Then waits, and raises the error of `check`.
+    """Runs `check` and each of `tasks` in a thread while the block runs. Then waits, and raises any error of `check`.
 
-    A CPU has nothing to warm up: there only `check` runs.
+    On a CPU only `check` runs, because there is nothing to warm up.
     """
     tasks = list(tasks) if device.type == "cuda" else []
     with ThreadPoolExecutor(1 + len(tasks), "warm-up") as pool:
@@ -142,4 +142,4 @@ def run_during(check: Callable[[], None], tasks: Iterable[Callable[[], None]], d
             pool.shutdown()
             checked.result()
             if tasks:
-                torch.cuda.empty_cache()  # the free memory decides the size of micro-batches
+                torch.cuda.empty_cache()  # because the size of micro-batches depends on the free memory

@@ -1,5 +1,6 @@
-"""A model and an example batch become one graph of the whole forward.
+"""Captures the whole forward of a model as one graph.
 
-export.py    torch.export, dynamic in every dimension, with weights by name
+export.py    calls torch.export: every dimension dynamic, weights by name
 repeats.py   traces one of several identical layers and copies its graph
+meta.py      copies a model's structure without its weights
 """

@@ -1,13 +1,11 @@
-"""model + example batch -> one graph of the whole forward, with `aten.linear` nodes and weights by name.
+"""Traces a model on an example batch: one graph of the whole forward, with `aten.linear` nodes and weights by name.
 
-The graph is `torch.export`'s (non-strict, every dimension automatic): no cache, dynamic batch and length, weights shared
-with the model, `nn_module_stack` on every node.
+`torch.export` makes the graph, non-strict and with every dimension `Dim.AUTO`. The graph has no KV cache. Its batch and
+its length are dynamic, it shares the weights with the model, and every node has an `nn_module_stack`.
 """
 
 import contextlib
-import copy
 import inspect
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,15 +18,13 @@ from ..data import Batch
 from ..errors import CaptureError, DataError
 from . import repeats
 
-log = logging.getLogger("wush_compile")
-
 
 @dataclass
 class Captured:
-    """The traced forward.
+    """A traced forward.
 
-    graph_module  placeholders are the flattened inputs, weights are `get_attr` nodes under their own names
-    keys          names of keyword inputs, in the order of the placeholders; None for positional inputs
+    graph_module  its placeholders are the flattened inputs; its weights are `get_attr` nodes under their own names
+    keys          names of the keyword inputs, in the order of the placeholders; None for positional inputs
     constants     keyword inputs that are the same for every batch (`use_cache=False`)
     """
 
@@ -37,11 +33,11 @@ class Captured:
     constants: dict[str, object]
 
     def placeholders(self) -> list[fx.Node]:
-        """The graph's inputs, in order."""
+        """Returns the graph's inputs in order."""
         return [n for n in self.graph_module.graph.nodes if n.op == "placeholder"]
 
     def flatten(self, index: int, batch: Batch) -> dict[str, object]:
-        """A batch -> value of each placeholder by name; `DataError` where its inputs are not the traced ones."""
+        """Returns the value of each placeholder by name. Raises `DataError` if the batch has other inputs."""
         if isinstance(batch, dict):
             if self.keys is None or set(batch) != set(self.keys):
                 raise DataError(
@@ -59,7 +55,7 @@ class Captured:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, every module's own mode restored afterwards."""
+    """Puts the model in eval mode for the block, then restores the mode of every module."""
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -69,25 +65,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model's structure on the meta device: no memory."""
-    tensors = [*model.parameters(), *model.buffers()]
-    memo = {
-        id(t): nn.Parameter(t.to("meta"), requires_grad=False) if isinstance(t, nn.Parameter) else t.to("meta")
-        for t in tensors
-    }
-    return copy.deepcopy(model, memo)
-
-
 def constant_inputs(model: nn.Module) -> dict[str, object]:
-    """Inputs that keep a Hugging Face decoder from building a cache it would only throw away."""
+    """Returns the inputs that stop a Hugging Face decoder from building a KV cache, which nothing here reads."""
     config = getattr(model, "config", None)
-    named = "use_cache" in inspect.signature(model.forward).parameters  # export refuses what only **kwargs takes
+    # Export refuses an input that only **kwargs accepts.
+    named = "use_cache" in inspect.signature(model.forward).parameters
     return {"use_cache": False} if named and getattr(config, "use_cache", None) is not None else {}
 
 
 def _example(batch: Batch) -> Batch:
-    """The batch with at least two rows: a dimension of size one would be traced as a constant."""
+    """Repeats a batch of one row to two rows, because export traces a dimension of size one as a constant."""
 
     def widen(t: object) -> object:
         return t.repeat_interleave(2, 0) if isinstance(t, Tensor) and t.dim() > 1 and t.shape[0] == 1 else t
@@ -105,26 +92,8 @@ def _export(model: nn.Module, example: Batch, constants: dict[str, object]) -> t
     return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
-def _by_layers(model: nn.Module, example: Batch, constants: dict[str, object]) -> fx.GraphModule | None:
-    """The graph of a model that repeats a layer, of which one is traced; None where that is not possible."""
-    layers = repeats.repeated(model)
-    if not layers:
-        return None
-    try:
-        meta = meta_copy(model)  # a copy of the model as it is, without marks
-        with repeats.marked(layers) as kinds:
-            program = _export(model, example, constants)
-        repeats.verify(kinds, meta)
-        graph_module = program.module()
-        repeats.inline(graph_module, kinds)
-    except Exception as error:
-        log.debug("traced as a whole: %s: %s", type(error).__name__, error)
-        return None
-    return graph_module
-
-
 def _failing_module(model: nn.Module, example: Batch, constants: dict[str, object]) -> str:
-    """Name of the innermost module that was running when the export failed."""
+    """Exports again and returns the name of the innermost module that runs when the export fails."""
     running, failed, handles = [], [], []
 
     def enter(name: str):
@@ -151,11 +120,11 @@ def largest_batch(batches: list[Batch]) -> Batch:
 
 
 def capture(model: nn.Module, batches: list[Batch]) -> Captured:
-    """Traces the model's forward on the largest of the batches; `CaptureError` says what export could not follow."""
+    """Traces the model's forward on the largest batch. Raises `CaptureError` if `torch.export` cannot trace it."""
     largest = largest_batch(batches)
     example, constants = _example(largest), constant_inputs(model) if isinstance(largest, dict) else {}
     with evaluating(model), torch.no_grad():
-        graph_module = _by_layers(model, example, constants)
+        graph_module = repeats.export_by_layers(model, lambda: _export(model, example, constants))
         try:
             if graph_module is None:
                 graph_module = _export(model, example, constants).module()
@@ -164,6 +133,6 @@ def capture(model: nn.Module, batches: list[Batch]) -> Captured:
             raise CaptureError(
                 f"torch.export cannot trace {type(model).__name__}: it stopped in module "
                 f"{_failing_module(model, example, constants)!r} with {type(error).__name__}: {reason}. "
-                "Make its forward traceable (no data-dependent Python control flow), or quantize the traceable submodule."
+                "Make its forward traceable (no data-dependent Python control flow), or quantize a traceable submodule."
             ) from error
     return Captured(graph_module, tuple(largest) if isinstance(largest, dict) else None, constants)

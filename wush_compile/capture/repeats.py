@@ -1,16 +1,18 @@
-"""Traces one of the layers that a model repeats, and copies its nodes for the others: tracing costs by the layer.
+"""Traces one of several identical layers and copies its graph, because tracing time grows with the number of layers.
 
-    trace    the first layer of a kind runs between `wush::enter` and `wush::leave`; each further one that the model gives
-             the same kind of arguments is a single node, `wush::again`
-    verify   such layers do the same: on the meta device, at two sizes of the inputs, they call the same ops with the same
-             arguments in the same order. Otherwise a `Different`, and the model is traced as a whole
-    inline   every `again` becomes a copy of the nodes between `enter` and `leave`, with its own layer's weights
+1. Trace. The first layer of a kind runs between the ops `wush::enter` and `wush::leave`. Every later layer that gets
+   the same kind of arguments becomes a single node, `wush::again`.
+2. Verify. The layers of a kind run on the meta device at two sizes of the inputs. They must call the same ops with the
+   same arguments in the same order. Otherwise the model is traced as a whole.
+3. Expand. A copy of the nodes between `enter` and `leave`, with the layer's own weights, replaces each `again`.
 
-The model itself runs as always, so that what it passes to a layer (masks, say, that alternate) is in the graph as it is.
+The model's own forward runs around the layers. So the graph holds what the model passes to each layer, such as masks
+that alternate from layer to layer.
 """
 
 import contextlib
 import functools
+import logging
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,10 +23,13 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Fewer layers are traced as fast as they are.
-LEAST = 4
-PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
-SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+from .meta import meta_copy
+
+log = logging.getLogger("wush_compile")
+# With fewer layers, tracing all of them takes no longer.
+MIN_LAYERS = 4
+PLAIN_TYPES = (type(None), bool, int, float, str, torch.dtype, torch.device)
+SYMBOLIC_TYPES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 lib = torch.library.Library("wush", "FRAGMENT")
 lib.define("enter(Tensor[] xs) -> Tensor[]")
@@ -32,8 +37,8 @@ lib.define("leave(Tensor[] xs) -> Tensor[]")
 lib.define("again(Tensor[] xs, int kind) -> Tensor[]")
 
 
-class Different(Exception):
-    """Layers that looked alike are not."""
+class LayersDiffer(Exception):
+    """One layer cannot stand for the others of its kind."""
 
 
 def _like(xs: list[Tensor]) -> list[Tensor]:
@@ -42,7 +47,14 @@ def _like(xs: list[Tensor]) -> list[Tensor]:
 
 @dataclass
 class Kind:
-    """Layers that get the same kind of arguments: the one that is traced, and what it returns."""
+    """Layers that get the same kind of arguments.
+
+    name      the traced layer
+    inputs    its arguments: the leaves and their tree
+    outputs   the tensors that it returns
+    assemble  puts such tensors into the tree that it returns
+    others    the layers that `wush::again` stands for, in the order of their calls
+    """
 
     name: str
     inputs: tuple[list, pytree.TreeSpec]
@@ -57,17 +69,39 @@ torch.library.register_fake("wush::leave", _like, lib=lib)
 torch.library.register_fake("wush::again", lambda xs, kind: _like(_kinds[kind].outputs), lib=lib)
 
 
+def export_by_layers(model: nn.Module, export: Callable[[], torch.export.ExportedProgram]) -> fx.GraphModule | None:
+    """Calls `export` with one layer of each kind traced. Returns None where this is not possible.
+
+    The caller then traces the whole model. That trace reports any real error.
+    """
+    layers = find_repeated_layers(model)
+    if not layers:
+        return None
+    try:
+        meta = meta_copy(model)  # copied before the layers' forwards are replaced
+        with mark_calls(layers) as kinds:
+            program = export()
+        verify(kinds, meta)
+        graph_module = program.module()
+        expand_repeats(graph_module, kinds)
+    except Exception as error:
+        log.debug("traced as a whole: %s: %s", type(error).__name__, error)
+        return None
+    return graph_module
+
+
 # -- trace -----------------------------------------------------------------------------------------------------------
 
 
-def repeated(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of the model's lists of at least `LEAST` modules of one class, by name; none of them inside another.
+def find_repeated_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns, by name, the layers of every `ModuleList` of at least `MIN_LAYERS` modules of one class.
 
-    Empty where a layer shares weights with another, or has hooks inside: what these see cannot be told.
+    Lists inside these layers do not count. The result is empty if a layer occurs twice or shares weights with
+    another. It is empty, too, if a module inside a layer has hooks, because the effect of a hook cannot be verified.
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) >= LEAST and len({type(m) for m in module}) == 1:
+        if isinstance(module, nn.ModuleList) and len(module) >= MIN_LAYERS and len({type(m) for m in module}) == 1:
             if not name.startswith(tuple(f"{other}." for other in found)):
                 found |= {f"{name}.{i}": layer for i, layer in enumerate(module)}
     owners: dict[int, int] = {}
@@ -75,11 +109,11 @@ def repeated(model: nn.Module) -> dict[str, nn.Module]:
         for tensor in {id(t) for t in (*layer.parameters(), *layer.buffers())} | {id(layer)}:
             owners[tensor] = owners.get(tensor, 0) + 1
     alone = all(count == 1 for count in owners.values())
-    return found if alone and not hooked(found) else {}
+    return found if alone and not has_inner_hooks(found) else {}
 
 
-def hooked(layers: dict[str, nn.Module]) -> bool:
-    """Whether anything inside the layers has a forward hook. The layers' own run at every call, marked or not."""
+def has_inner_hooks(layers: dict[str, nn.Module]) -> bool:
+    """Tells whether a module inside the layers has a forward hook. A layer's own hooks run at each of its calls."""
     inner = (module for layer in layers.values() for module in layer.modules() if module is not layer)
     return any(module._forward_hooks or module._forward_pre_hooks for module in inner)
 
@@ -91,7 +125,7 @@ def _signature(leaf: object) -> tuple:
 
 
 def _assembler(leaves: list, spec: pytree.TreeSpec) -> Callable[[list[Tensor]], object]:
-    """Tensors -> the tree whose other leaves are these."""
+    """Returns a function from tensors to the tree with these tensors and with the other leaves as in `leaves`."""
 
     def assemble(tensors: list[Tensor]) -> object:
         rest = iter(tensors)
@@ -105,28 +139,37 @@ def _tensors(leaves: list) -> list[Tensor]:
 
 
 def _state(layer: nn.Module) -> dict[tuple[int, str], object]:
-    """Every attribute of the modules in a layer."""
+    """Returns every attribute of every module in a layer."""
     return {(i, key): value for i, module in enumerate(layer.modules()) for key, value in vars(module).items()}
 
 
 def _same(one: dict | list, other: dict | list) -> bool:
-    """The same objects under the same keys."""
+    """Tells whether both hold the same objects under the same keys."""
     one, other = (dict(enumerate(x)) if isinstance(x, list) else x for x in (one, other))
     return one.keys() == other.keys() and all(value is other[key] for key, value in one.items())
 
 
 def _is_simple(value: object) -> bool:
-    """Tensors and plain values in tuples, lists and dicts: nothing else that a layer could leave its mark on."""
+    """Tells whether a value holds only tensors and plain values, in tuples, lists and dicts.
+
+    A layer could change any other object without a trace of this in the graph.
+    """
     if type(value) in (tuple, list):
         return all(map(_is_simple, value))
-    return all(map(_is_simple, value.values())) if type(value) is dict else isinstance(value, (Tensor, *PLAIN))
+    return all(map(_is_simple, value.values())) if type(value) is dict else isinstance(value, (Tensor, *PLAIN_TYPES))
 
 
 def _each_once(tensors: list[Tensor]) -> bool:
     return bool(tensors) and len({id(t) for t in tensors}) == len(tensors)
 
 
-def _call(layer: nn.Module, forward: Callable, name: str, kinds: dict[tuple, int], args: tuple, kwargs: dict) -> object:
+def _marked_call(
+    layer: nn.Module, forward: Callable, name: str, kinds: dict[tuple, int], args: tuple, kwargs: dict
+) -> object:
+    """Calls a layer: the first of its kind between `enter` and `leave`, a later one as `again`.
+
+    kinds   kind of arguments -> index in `_kinds`
+    """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     if not _is_simple((args, kwargs)) or not _each_once(_tensors(leaves)):
         return forward(*args, **kwargs)
@@ -142,30 +185,30 @@ def _call(layer: nn.Module, forward: Callable, name: str, kinds: dict[tuple, int
     result = forward(*args, **kwargs)
     outputs, out_spec = pytree.tree_flatten(result)
     if not _is_simple(result) or not _each_once(_tensors(outputs)):
-        raise Different(f"{name} returns more than tensors")
+        raise LayersDiffer(f"{name} returns more than tensors")
     if not _same(given, pytree.tree_leaves((args, kwargs))) or not _same(state, _state(layer)):
-        raise Different(f"{name} changes itself or its arguments")
+        raise LayersDiffer(f"{name} changes itself or its arguments")
     kind.outputs, kind.assemble = _tensors(outputs), _assembler(outputs, out_spec)
     return kind.assemble(torch.ops.wush.leave(kind.outputs))
 
 
 @contextlib.contextmanager
-def marked(layers: dict[str, nn.Module]) -> Iterator[list[Kind]]:
-    """While the block runs, calls of these layers leave their marks in a trace; the kinds found."""
+def mark_calls(layers: dict[str, nn.Module]) -> Iterator[list[Kind]]:
+    """Puts `enter`, `leave` and `again` in place of calls of these layers. Yields the list that the kinds go to."""
     global _kinds
     kinds: dict[tuple, int] = {}
     found = _kinds = []
     before = {name: vars(layer).get("forward") for name, layer in layers.items()}
     for name, layer in layers.items():
 
-        def marking(*args, layer=layer, forward=layer.forward, name=name, **kwargs):
-            return _call(layer, forward, name, kinds, args, kwargs)
+        def marked(*args, layer=layer, forward=layer.forward, name=name, **kwargs):
+            return _marked_call(layer, forward, name, kinds, args, kwargs)
 
-        layer.forward = functools.wraps(layer.forward)(marking)
+        layer.forward = functools.wraps(layer.forward)(marked)
     try:
         yield found
-        if hooked(layers):
-            raise Different("a hook was put into a layer")
+        if has_inner_hooks(layers):
+            raise LayersDiffer("the forward put a hook into a layer")
     finally:
         _kinds = []
         for name, layer in layers.items():
@@ -177,8 +220,8 @@ def marked(layers: dict[str, nn.Module]) -> Iterator[list[Kind]]:
 # -- verify ----------------------------------------------------------------------------------------------------------
 
 
-class _Log(TorchDispatchMode):
-    """The ops that run, their arguments by where these come from."""
+class _OpLog(TorchDispatchMode):
+    """Records each op with the origin of its arguments: a name in `known`, or the earlier op that made the tensor."""
 
     def __init__(self, known: dict[str, Tensor]):
         super().__init__()
@@ -190,7 +233,7 @@ class _Log(TorchDispatchMode):
         if isinstance(value, Tensor):
             if id(value) not in self._names:
                 if value.is_meta or value.numel() > 64:
-                    raise Different("a tensor from elsewhere")
+                    raise LayersDiffer("a layer reads a tensor that is neither its own nor an argument")
                 return "constant", str(value.tolist()), value.dtype
             return self._names[id(value)], tuple(value.shape), value.stride(), value.dtype
         if isinstance(value, list | tuple):
@@ -204,7 +247,7 @@ class _Log(TorchDispatchMode):
             value = args[i] if i < len(args) else kwargs.get(argument.name)
             written = argument.alias_info is not None and argument.alias_info.is_write
             if written and any(not self._names[id(t)].startswith("made") for t in _tensors(pytree.tree_leaves(value))):
-                raise Different(f"{function} writes into what is not the layer's own")
+                raise LayersDiffer(f"{function} writes into a tensor that the layer has not made")
         out = function(*args, **kwargs)
         for tensor in pytree.tree_leaves(out):
             if isinstance(tensor, Tensor) and id(tensor) not in self._names:
@@ -215,16 +258,17 @@ class _Log(TorchDispatchMode):
 
 
 def _concrete(size: int | torch.SymInt, scale: int) -> int:
-    """A traced size, at `scale` times the example's symbols."""
+    """Evaluates a traced size with every symbol at `scale` times its value in the example."""
     if isinstance(size, int):
         return size
     expression, environment = size.node.expr, size.node.shape_env
-    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # by version of PyTorch
+    # The name differs by PyTorch version.
+    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
     return int(expression.xreplace({s: scale * int(known[s]) for s in expression.free_symbols}))
 
 
 def _run(layer: nn.Module, leaves: list, spec: pytree.TreeSpec, scale: int) -> list[tuple]:
-    """What a layer on the meta device does with such arguments, and what it returns of it."""
+    """Runs a layer on the meta device with arguments of these sizes. Returns its ops and the origins of its results."""
     tensors = [
         torch.empty_strided(
             [_concrete(s, scale) for s in t.shape],
@@ -237,22 +281,25 @@ def _run(layer: nn.Module, leaves: list, spec: pytree.TreeSpec, scale: int) -> l
     known = {f"argument {i}": t for i, t in enumerate(tensors)}
     known |= dict(layer.named_parameters(remove_duplicate=False)) | dict(layer.named_buffers(remove_duplicate=False))
     args, kwargs = _assembler(leaves, spec)(tensors)
-    with _Log(known) as log:
+    with _OpLog(known) as ops:
         out = layer(*args, **kwargs)
-    return [*log.entries, log._describe(pytree.tree_leaves(out))]
+    return [*ops.entries, ops._describe(pytree.tree_leaves(out))]
 
 
-def verify(kinds: list[Kind], skeleton: nn.Module) -> None:
-    """`Different` where a layer of a kind does not do what the traced one does. `skeleton`: the model on the meta device."""
+def verify(kinds: list[Kind], meta: nn.Module) -> None:
+    """Raises `LayersDiffer` if a layer runs other ops than the traced layer of its kind.
+
+    meta   a copy of the model on the meta device
+    """
     for kind in kinds:
         for scale in (1, 3) if kind.others else ():
-            expected = _run(skeleton.get_submodule(kind.name), *kind.inputs, scale)
+            expected = _run(meta.get_submodule(kind.name), *kind.inputs, scale)
             for name in kind.others:
-                if _run(skeleton.get_submodule(name), *kind.inputs, scale) != expected:
-                    raise Different(f"{name} is not what {kind.name} is")
+                if _run(meta.get_submodule(name), *kind.inputs, scale) != expected:
+                    raise LayersDiffer(f"{name} runs other ops than {kind.name}")
 
 
-# -- inline ----------------------------------------------------------------------------------------------------------
+# -- expand ----------------------------------------------------------------------------------------------------------
 
 
 def _renamed(path: str, old: str, new: str) -> str:
@@ -260,7 +307,7 @@ def _renamed(path: str, old: str, new: str) -> str:
 
 
 def _moved_meta(node: fx.Node, old: str, new: str) -> dict:
-    """A node's meta in another layer. Module stacks are keyed by attribute paths, in one way or another."""
+    """Returns a node's meta for the layer `new`. The format of a stack's keys varies: a suffix tells layers apart."""
     meta = dict(node.meta)
     if stack := meta.get("nn_module_stack"):
         meta["nn_module_stack"] = {
@@ -270,8 +317,8 @@ def _moved_meta(node: fx.Node, old: str, new: str) -> dict:
     return meta
 
 
-def _take_out(graph: fx.Graph, node: fx.Node, values: list[fx.Node]) -> None:
-    """Replaces a mark, whose results are these values."""
+def _replace_marker(graph: fx.Graph, node: fx.Node, values: list[fx.Node]) -> None:
+    """Replaces the results of `enter`, `leave` or `again` by these values and erases the node."""
     for user in list(node.users):
         assert user.target is operator.getitem
         user.replace_all_uses_with(values[user.args[1]])
@@ -279,8 +326,8 @@ def _take_out(graph: fx.Graph, node: fx.Node, values: list[fx.Node]) -> None:
     graph.erase_node(node)
 
 
-def inline(graph_module: fx.GraphModule, kinds: list[Kind]) -> None:
-    """Replaces the marks in a traced graph by the nodes they stand for."""
+def expand_repeats(graph_module: fx.GraphModule, kinds: list[Kind]) -> None:
+    """Replaces every `again` by a copy of the traced layer's nodes, and removes `enter` and `leave`."""
     graph, ops = graph_module.graph, torch.ops.wush
     nodes = list(graph.nodes)
     enters = [i for i, node in enumerate(nodes) if node.target is ops.enter.default]
@@ -288,11 +335,11 @@ def inline(graph_module: fx.GraphModule, kinds: list[Kind]) -> None:
     bodies = [nodes[first + 1 : last] for first, last in zip(enters, leaves, strict=True)]
     names = [list(kind.others) for kind in kinds]
     if len(enters) != len(kinds) or sum(n.target is ops.again.default for n in nodes) != sum(map(len, names)):
-        raise Different("a layer is in a graph of its own, or not in the graph")
+        raise LayersDiffer("a layer is in a graph of its own, or not in the graph")
     if any(
         free_unbacked_symbols(node.meta["val"]) for body in bodies for node in body if node.meta.get("val") is not None
     ):
-        raise Different("a layer has sizes that depend on data")
+        raise LayersDiffer("a layer has sizes that depend on data")
     for node in nodes:
         if node.target is not ops.again.default:
             continue
@@ -310,12 +357,15 @@ def inline(graph_module: fx.GraphModule, kinds: list[Kind]) -> None:
             for member in bodies[number]:
                 if member.target is operator.getitem and member.args[0] is enter:
                     copies[member] = node.args[0][member.args[1]]
-                elif member.op == "call_function" and not isinstance(member.meta.get("val"), (int, float, *SYMBOLIC)):
-                    copies[member] = graph.node_copy(member, fetch)  # sizes are the same in all layers: not again
+                # Sizes are the same in all layers: the copies use the traced layer's.
+                elif member.op == "call_function" and not isinstance(
+                    member.meta.get("val"), (int, float, *SYMBOLIC_TYPES)
+                ):
+                    copies[member] = graph.node_copy(member, fetch)
                     copies[member].meta = _moved_meta(member, old, new)
-        _take_out(graph, node, [fetch(value) for value in leave.args[0]])
+        _replace_marker(graph, node, [fetch(value) for value in leave.args[0]])
     for first, last in zip(enters, leaves, strict=True):
-        _take_out(graph, nodes[last], nodes[last].args[0])
-        _take_out(graph, nodes[first], nodes[first].args[0])
+        _replace_marker(graph, nodes[last], nodes[last].args[0])
+        _replace_marker(graph, nodes[first], nodes[first].args[0])
     graph.lint()
     graph_module.recompile()

@@ -8,7 +8,8 @@ from torch import nn
 
 from ..backend import preview
 from ..capture.example import build_batch
-from ..capture.export import capture, constant_inputs, evaluating, meta_copy
+from ..capture.export import capture, constant_inputs, evaluating
+from ..capture.meta import meta_copy
 from ..checkpoint.record import quantization_of
 from ..data import Batch
 from ..errors import CaptureError, ConfigError, one_of

@@ -1,4 +1,4 @@
-"""Finds the linears of a graph and groups them by the tensor that feeds them: dataflow, not names."""
+"""Finds the linears of a graph and groups those that read the same tensor. Groups follow dataflow, not names."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,21 +18,32 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Linear:
-    """One quantizable linear: its node in the graph and its module in the model."""
+    """One linear that can be quantized.
+
+    node        its node in the graph
+    name        its module in the model
+    weight      the name of its weight
+    bias        the name of its bias, or None
+    rows        output channels N
+    transposed  whether the weight is stored as [K, N], as in GPT-2's Conv1D
+    """
 
     node: fx.Node
     name: str
     weight: str
     bias: str | None
     rows: int
-    transposed: bool  # Conv1D of GPT-2 keeps its weight as [K, N]
+    transposed: bool
 
 
 @dataclass(frozen=True)
 class LinearGroup:
     """Linears of a stage with the same input node and the same recipe, in graph order.
 
-    They have one second moment, one transform and one packed buffer.
+    They share one second moment, one transform and one packed buffer.
+
+    source    the input node
+    width     input channels K
     """
 
     source: fx.Node
@@ -42,16 +53,16 @@ class LinearGroup:
 
     @property
     def name(self) -> str:
-        """The first member's module name, by which the group goes everywhere."""
+        """The module name of the first member, which names the group everywhere."""
         return self.linears[0].name
 
     def stacked_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """All members' weights, [N, K], of `tensors` by name."""
+        """Stacks the members' weights from `tensors`: [N, K]."""
         weights = (tensors[m.weight] for m in self.linears)
         return torch.cat([w.T if m.transposed else w for m, w in zip(self.linears, weights, strict=True)])
 
     def stacked_bias(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """All members' biases [N], zeros where a member has none; None if none has."""
+        """Stacks the members' biases: [N], with zeros for a member without one. None if no member has a bias."""
         if all(m.bias is None for m in self.linears):
             return None
         like = tensors[self.linears[0].weight]
@@ -59,7 +70,7 @@ class LinearGroup:
 
 
 def _check_patterns(model: nn.Module, config: WushConfig) -> None:
-    """A pattern that names nothing is a typing error, except those of the default, which not every model has."""
+    """Raises `ConfigError` if a pattern matches no module. Patterns of the default `ignore` may match none."""
     names = [name for name, _ in model.named_modules() if name]
     for setting, patterns in (("ignore", config.ignore), ("overrides", config.overrides)):
         for pattern in patterns:
@@ -72,7 +83,7 @@ def _check_patterns(model: nn.Module, config: WushConfig) -> None:
 
 
 def _check_overrides(config: WushConfig, linears: Iterable[Linear], skipped: Mapping[str, str]) -> None:
-    """An override that changes no quantized linear is an error, too: it would have no effect."""
+    """Raises `ConfigError` if an override matches no quantized linear, because it would have no effect."""
     quantized = [linear.name for linear in linears]
     for pattern in config.overrides:
         if not any(matches(name, pattern) for name in quantized):
@@ -83,7 +94,7 @@ def _check_overrides(config: WushConfig, linears: Iterable[Linear], skipped: Map
 
 
 def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
-    """(input, weight, bias, transposed) of a linear node, else None."""
+    """Returns (input, weight, bias, transposed) of a linear node; None for any other node."""
     if node.op != "call_function":
         return None
     if node.target is aten.linear.default:
@@ -98,7 +109,7 @@ def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | N
 def find_groups(
     graph_module: fx.GraphModule, model: nn.Module, config: WushConfig
 ) -> tuple[list[LinearGroup], dict[str, str]]:
-    """The groups to quantize, in graph order, and `{name: reason}` of every other matrix of the model."""
+    """Returns the groups to quantize, in graph order, and `{name: reason}` of every other matrix of the model."""
     _check_patterns(model, config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names_of: dict[int, list[str]] = {}
@@ -110,7 +121,7 @@ def find_groups(
     for node in attributes:
         readers.setdefault(id(parameters[node.target]), []).extend(readers_of(node))
 
-    stage_of, _ = assign_stages(graph_module.graph)  # layers that read one tensor (cross-attention) share nothing
+    stage_of, _ = assign_stages(graph_module.graph)  # layers that read the same tensor (cross-attention) share no group
     skipped: dict[str, str] = {}
     by_source: dict[tuple, list[Linear]] = {}  # (.., recipe) -> linears
     done: set[int] = set()

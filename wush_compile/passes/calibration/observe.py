@@ -9,12 +9,18 @@ from torch import Tensor, fx
 from ...solver.solution import moment_shape
 from .group import LinearGroup
 
-SAMPLE_ROWS = 2048
+# Rows R that the sample of a group keeps.
+GROUP_SAMPLE_ROWS = 2048
 
 
 @dataclass
 class Observation:
-    """What an observer has seen: Σ xxᵀ [K, K] or its diagonal blocks [K/B, B, B], the row count, kept rows [R, K]."""
+    """What an observer has seen.
+
+    moment   fp32 Σ xxᵀ [K, K], or its diagonal blocks [K/B, B, B]
+    count    int64 [], the number of rows
+    sample   some of the rows [R, K], in the input's dtype
+    """
 
     moment: Tensor
     count: Tensor
@@ -26,27 +32,29 @@ def _buffers(index: int) -> dict[str, str]:
 
 
 def _traced_size(sizes: torch.Size) -> int:
-    """Product of sizes, symbols standing for what they were in the example the graph was traced on."""
+    """Returns the product of sizes, with symbolic sizes as in the example input."""
     return math.prod(s if isinstance(s, int) else s.node.hint for s in sizes)
 
 
 def _covers(mask: fx.Node, source: fx.Node) -> bool:
-    """Whether the mask has one entry for each row of the observed tensor (a pooler's input has fewer rows).
+    """Tells whether the mask has one entry for each row of the observed tensor. A pooler's input has fewer rows.
 
-    Symbols cannot tell: those of a mask and of the tokens differ, since a mask may be broadcast.
+    It compares the sizes in the example: the symbols of a mask and of the tokens differ, since a mask may be broadcast.
     """
     return _traced_size(source.meta["val"].shape[:-1]) == _traced_size(mask.meta["val"].shape)
 
 
 def insert_observers(graph_module: fx.GraphModule, groups: list[LinearGroup], mask: fx.Node | None = None) -> None:
-    """Puts an observer before the first member of every group. `mask` is the placeholder of the attention mask.
+    """Puts an observer before the first member of every group.
 
-    The observers' buffers stay on the meta device until `allocate`, so that only one stage's moments are ever in memory.
+    The observers' buffers are on the meta device until `allocate`, so that only one stage's moments are in memory.
+
+    mask   the placeholder of the attention mask, if the model has one
     """
     graph = graph_module.graph
     for index, group in enumerate(groups):
         names = _buffers(index)
-        shapes = (moment_shape(group.recipe, group.width), (), (SAMPLE_ROWS, group.width))
+        shapes = (moment_shape(group.recipe, group.width), (), (GROUP_SAMPLE_ROWS, group.width))
         dtypes = (torch.float32, torch.int64, group.source.meta["val"].dtype)
         for name, shape, dtype in zip(names.values(), shapes, dtypes, strict=True):
             graph_module.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
@@ -63,12 +71,12 @@ def insert_observers(graph_module: fx.GraphModule, groups: list[LinearGroup], ma
 
 
 def observed(graph_module: fx.GraphModule) -> list[int]:
-    """Numbers of the groups that this graph observes, in graph order."""
+    """Returns the numbers of the groups that this graph observes, in graph order."""
     return [n.meta["wush_group"] for n in graph_module.graph.nodes if n.target is torch.ops.wush.observe.default]
 
 
 def allocate(graph_module: fx.GraphModule, index: int, device: torch.device) -> Observation:
-    """Zeroed buffers for the observer of group `index`; they are freed by `remove_observers`."""
+    """Allocates zeroed buffers for the observer of group `index`. `remove_observers` frees them."""
     tensors = []
     for name in _buffers(index).values():
         tensors.append(torch.zeros_like(getattr(graph_module, name), device=device))
@@ -77,7 +85,7 @@ def allocate(graph_module: fx.GraphModule, index: int, device: torch.device) -> 
 
 
 def remove_observers(graph_module: fx.GraphModule) -> None:
-    """Takes every observer and its buffers out of the graph."""
+    """Removes every observer and its buffers from the graph."""
     graph = graph_module.graph
     for node in list(graph.nodes):
         if node.target is torch.ops.wush.observe.default:

@@ -1,4 +1,4 @@
-"""Moves a captured graph to another device: where its constants are and what its nodes create there."""
+"""Moves a captured graph to another device: its constants, and the tensors that its nodes create."""
 
 import torch
 from torch import fx
@@ -7,9 +7,9 @@ aten = torch.ops.aten
 
 
 def place(graph_module: fx.GraphModule, device: torch.device, loaded: set[str]) -> None:
-    """Makes the graph run on `device`. Attributes named in `loaded` are left alone: whoever runs it brings them.
+    """Makes the graph run on `device`. Leaves the attributes named in `loaded` alone: the caller provides them.
 
-    Views become reshapes: which of the two is possible depends on the strides that a device's kernels leave behind.
+    Views become reshapes, because a device's kernels may return strides that do not allow a view.
     """
     for module in graph_module.modules():
         if not isinstance(module, fx.GraphModule):

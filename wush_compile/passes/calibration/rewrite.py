@@ -1,4 +1,4 @@
-"""Replaces the linears of a group by one quantization of their input and one FP4 matmul each."""
+"""Replaces the linears of a group: their input is quantized once, and each linear becomes one FP4 matmul."""
 
 import operator
 from collections.abc import Iterable
@@ -13,9 +13,12 @@ aten, wush = torch.ops.aten, torch.ops.wush
 
 
 def rewrite(graph_module: fx.GraphModule, groups: Iterable[tuple[LinearGroup, WushGroup, str]]) -> None:
-    """Rewrites groups in a stage's graph: (group, what it was solved to, the name that this gets as a submodule).
+    """Rewrites groups in a stage's graph.
 
-    The matmuls read row ranges of the group's buffers, exactly as the installed modules do. The old weights' nodes disappear.
+    groups   (group, its solved module, the name that this module gets as a submodule) of each
+
+    The matmuls read row ranges of the group's buffers, exactly as the installed modules do. The nodes of the old
+    weights are erased.
     """
     for group, solved, label in groups:
         _rewrite(graph_module, group, solved, label)

@@ -22,7 +22,7 @@ def called_by(node: fx.Node) -> tuple[str, str]:
 
 def is_linear_layer(module: nn.Module) -> bool:
     """Whether a module is a Linear, a subclass of it, or GPT-2's Conv1D."""
-    # transformers' Conv1D, known by what it has: passes do not import transformers
+    # Conv1D of transformers, recognized without an import, because passes do not import transformers.
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 

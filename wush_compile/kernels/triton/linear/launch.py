@@ -120,8 +120,9 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
 
     m, n, k = o.sizes
     w_top = row_facts(o.weight_scales).top if o.format == "mxfp4" else None
-    # A list, so that `mark_used_and_was_settled` sees each of them and remembers its use. A capture may have just made w_top.
-    prefetch = all([mark_used_and_was_settled(t) for t in (o.weight_codes, o.weight_scales, w_top) if t is not None])  # noqa: C419
+    # A list, so that `mark_used_and_was_settled` sees each of them. A capture may have just made w_top.
+    read = [t for t in (o.weight_codes, o.weight_scales, w_top) if t is not None]
+    prefetch = all([mark_used_and_was_settled(t) for t in read])  # noqa: C419
     x, x_unit, gx = upcast_x(o)
     tiles = triton.cdiv(n, tile.block_n) * triton.cdiv(m, tile.block_m)
     wave = multiprocessors(out.device.index)

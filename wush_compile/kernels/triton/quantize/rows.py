@@ -20,11 +20,6 @@ from .dot import clean_dot, dot, load_operand
 from .load import apply_prologue, load_rows, load_tile, prefetch
 from .store import store_scales, store_values
 
-# An NVFP4 scale saturates where g * amax passes 448 * 6 = 2688, the largest e4m3 value times the largest e2m1 value.
-# The 0.3 % less are for the division by g, which is approximate. A limit too low costs time only: the second pass is
-# exact.
-NV_LIMIT = tl.constexpr(2680.0)
-
 
 @triton.jit
 def group_scales(y, amax, g, SPEC: tl.constexpr, SM: tl.constexpr):
@@ -162,7 +157,9 @@ def quantize_rows(
     # for any values, overwrites what the first one wrote.
     limit = MX_LIMIT
     if SPEC.format == "nvfp4":
-        limit = tl.minimum(float_bits(NV_LIMIT / g), INF_BITS)
+        # A scale saturates where g * amax passes 448 * 6 = 2688, the largest e4m3 value times the largest e2m1 value.
+        # 0.3 % less, for the division by g, which is approximate. A limit too low costs time only.
+        limit = tl.minimum(float_bits(2680.0 / g), INF_BITS)
     if TILES == 1:
         tile = load_rows(x, 0, left, stride, first, SPEC, True, EVEN, 0.0 if up is None else 1.0)
         if arrivals is not None:

@@ -8,8 +8,8 @@ from triton.language.extra import libdevice
 
 from ..common.overlap import start_next, wait_inputs
 
-DEPTH = tl.constexpr(10)  # of the tree that adds up a segment
-SEGMENT = 1 << DEPTH.value  # columns of a row that are added side by side: 16 bytes for 128 threads
+SEGMENT = 1024  # columns of a row that are added side by side: 16 bytes for 128 threads
+DEPTH = tl.constexpr(10)  # of the tree that adds up a segment: SEGMENT = 2^DEPTH
 LOADS = 16  # of 16 bytes each, that a thread of a statistics program has in flight
 
 
@@ -22,6 +22,7 @@ class Sums(NamedTuple):
     centered: bool  # mean and variance; else the mean of squares alone
     eps_tensor: bool  # eps is a pointer to one number
     sm: int  # as `Spec.sm`
+    segment: int = SEGMENT
 
 
 def steps(width: int, rows: int, warps: int) -> int:
@@ -39,7 +40,7 @@ def row_sum(pointers, shift, SQUARES: tl.constexpr, CENTERED: tl.constexpr, SUMS
     K: tl.constexpr = SUMS.width
     ROWS: tl.constexpr = SUMS.rows
     STEPS: tl.constexpr = SUMS.steps
-    WIDTH: tl.constexpr = 1 << DEPTH
+    WIDTH: tl.constexpr = SUMS.segment
     SPAN: tl.constexpr = WIDTH * STEPS
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     for k in tl.range(0, K, SPAN, num_stages=1):
