@@ -105,7 +105,7 @@ def quantization_of(model: nn.Module) -> Quantization:
 
 
 def write_report(record: Quantization, directory: Path) -> None:
-    """Writes `wush_report.json`: the report of every group and the example inputs. Without reports it writes no file."""
+    """Writes `wush_report.json`: the report of every group and the example inputs. Without reports there is no file."""
     if record.report:
         contents = {"report_version": 1, "groups": record.report, "example": record.example}
         text = json.dumps(contents, indent=1, sort_keys=True)
