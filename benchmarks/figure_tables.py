@@ -104,6 +104,42 @@ def accuracy_summary(name: str) -> str:
 
 
 @figure
+def activation_powers(name: str) -> str:
+    """KL by format and activations: no transform, Hadamard, and WUSH with each power of s."""
+    rows = result(name)["rows"]
+    powers = sorted({row["power"] for row in rows if row["power"] is not None})
+    lines = []
+    for format in ("mxfp4", "nvfp4"):
+        for activations, bits in (("same", "4"), ("fp8", "8"), ("none", "16")):
+            kl = {
+                (r["transform"], r["power"]): r["kl"]
+                for r in rows
+                if (r["format"], r["activations"]) == (format, activations)
+            }
+            keys = [("identity", None), ("hadamard", None), *(("wush", power) for power in powers)]
+            lines.append([format.upper(), bits, *(shown(kl[key], 3) if key in kl else "" for key in keys)])
+    return table(["weights", "bits of activations", "none", "Hadamard", *(f"s^{power:g}" for power in powers)], lines)
+
+
+@figure
+def ladder(name: str) -> str:
+    """Perplexity and KL of 4-bit weights by the bits of activations, each with the power of s that is the default."""
+    rows, lines = result(name)["rows"], []
+    for activations, power, title in (
+        ("same", 0.5, "4 (the default)"),
+        ("fp8", 0.875, '8: `"fp8"`'),
+        ("none", 0.875, "16: None"),
+    ):
+        cells = []
+        for format in ("mxfp4", "nvfp4"):
+            key = (format, activations, power)
+            (row,) = (r for r in rows if (r["format"], r["activations"], r["power"]) == key)
+            cells += [shown(row["perplexity"], 1), shown(row["kl"], 3)]
+        lines.append([title, *cells])
+    return table(["bits of activations", "MXFP4 perplexity", "KL to bf16", "NVFP4 perplexity", "KL to bf16"], lines)
+
+
+@figure
 def layer_losses(name: str) -> str:
     """Relative losses in percent, the mean over seeds; the seven linears in the order of the paper's Table 1."""
     letters = {"identity": "I", "random": "R", "hadamard": "H", "wus": "WUS", "wush": "WUSH"}
