@@ -62,8 +62,11 @@ def sass(compiled) -> str:
         return subprocess.run([tool, file.name], capture_output=True, text=True).stdout
 
 
-def compile_linear(format, n, k, kernel, cc, promote=0):
+def compile_linear(format, n, k, kernel, cc, promote=0, activation="same"):
+    """A product as launched. format: also mxfp4_bf16, MXFP4 weights decoded to bf16."""
     mx, pdl = format == "mxfp4", cc >= 90
+    tops, unit = format != "nvfp4", activation == "fp8" or activation == "same" and mx
+    fp8_x = "fp8e4nv" if activation == "fp8" else "fp8e5"
     if isinstance(kernel, triton_choose.Scaled):
         scale = "*u8" if mx else "*fp8e4nv"
         pointers = dict(x="*u8", w="*u8", x_scales=scale, w_scales=scale, out="*bf16", M="i32")
@@ -90,7 +93,7 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
 
         x_layout, w_layout = NVMMASharedLayout(128, 8 if mx else 16), NVMMASharedLayout(64, 32)
         block_m = 1 << kernel.block_m.bit_length() - 1
-        extra, x_type = kernel.block_m - block_m, "fp8e5" if mx else "bf16"
+        extra, x_type = kernel.block_m - block_m, fp8_x if mx else "bf16"
         pointers = {
             name: f"tensordesc<{x_type}[{rows}, 128],{x_layout!r}>"
             for name, rows in (("x", block_m), ("x_extra", extra))
@@ -106,7 +109,7 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
             split_k="i32",
             prefetch="i32",
         )
-        pointers |= dict(x_unit="*fp32", w_top="*u8") if mx else {}
+        pointers |= (dict(x_unit="*fp32") if unit else {}) | (dict(w_top="*u8") if tops else {})
         pointers |= dict(partials="*fp32", arrivals="*i32") if kernel.split_k > 1 else {}
         constants = dict(
             x_extra=None,
@@ -134,15 +137,15 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
         constants = dict(PLAIN, N=n, K=k, M=1, FORMAT=format, BLOCK_N=kernel.block_n, BLOCK_K=kernel.block_k, PDL=pdl)
         return compile_kernel(gemv_kernel, pointers, constants, cc, kernel.warps)
     pointers = dict(
-        x="*u8" if kernel.packed else "*fp8e5" if mx else "*bf16",
+        x="*u8" if kernel.packed else f"*{fp8_x}" if mx else "*bf16",
         w="*u8",
         w_scales="*i32",
         selectors="*i32",
         out="*bf16",
         M="i32",
     )
-    pointers |= dict(x_scales="*i32") if kernel.packed else dict(x_unit="*fp32") if mx else {}
-    pointers |= (dict(w_top="*u8") if mx else {}) | (
+    pointers |= dict(x_scales="*i32") if kernel.packed else dict(x_unit="*fp32") if unit else {}
+    pointers |= (dict(w_top="*u8") if tops else {}) | (
         dict(partials="*fp32", arrivals="*i32") if kernel.split_k > 1 else {}
     )
     constants = dict(
