@@ -122,20 +122,17 @@ def activation_powers(name: str) -> str:
 
 
 @figure
-def ladder(name: str) -> str:
-    """Perplexity and KL of 4-bit weights by the bits of activations, each with the power of s that is the default."""
-    rows, lines = result(name)["rows"], []
-    for activations, power, title in (
-        ("same", 0.5, "4 (the default)"),
-        ("fp8", 0.875, '8: `"fp8"`'),
-        ("none", 0.875, "16: None"),
-    ):
-        cells = []
-        for format in ("mxfp4", "nvfp4"):
-            key = (format, activations, power)
-            (row,) = (r for r in rows if (r["format"], r["activations"], r["power"]) == key)
-            cells += [shown(row["perplexity"], 1), shown(row["kl"], 3)]
-        lines.append([title, *cells])
+def ladder(accuracy: str, trial: str) -> str:
+    """Perplexity and KL of 4-bit weights by the bits of activations, each as by default."""
+    default = result(accuracy)["rows"]
+    rows = {f: {"same": default[f"{f} default"]} for f in ("mxfp4", "nvfp4")}
+    for row in result(trial)["rows"]:
+        if row["power"] == 0.875:
+            rows[row["format"]][row["activations"]] = row
+    lines = []
+    for activations, title in (("same", "4 (the default)"), ("fp8", '8: `"fp8"`'), ("none", "16: `None`")):
+        both = (rows[format][activations] for format in ("mxfp4", "nvfp4"))
+        lines.append([title, *(cell for row in both for cell in (shown(row["perplexity"], 1), shown(row["kl"], 3)))])
     return table(["bits of activations", "MXFP4 perplexity", "KL to bf16", "NVFP4 perplexity", "KL to bf16"], lines)
 
 

@@ -14,9 +14,9 @@ from .transforms import (
 )
 
 CLOSED_FORM = ("wus", "wush")
-# The power of s in T, by the activations' format (docs/spec.md §2). 1/2 is eq. 7: both sides get the same second moment.
-# 1 would give weights the moment I. Measured on SmolLM2 (docs/notebook/accuracy.md): for fp8 and 16 bits 7/8 has 7 %
-# less KL than 1/2 with MXFP4 weights, and 3 % less with NVFP4 weights.
+# The power of s in T, by the activations' format (docs/spec.md §2). 1/2 is eq. 7, where both sides get the same second
+# moment; 1 would give weights the moment I. On SmolLM2 (docs/notebook/accuracy.md) 7/8 has 7 % less KL than 1/2 for fp8
+# and 16 bits with MXFP4 weights, and 3 % less with NVFP4 weights.
 POWER = {"same": 0.5, "fp8": 0.875, None: 0.875}
 
 
