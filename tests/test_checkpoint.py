@@ -97,7 +97,7 @@ def test_names_on_disk(saved):
     ]
 
 
-def test_rows_on_disk_are_the_members_own(saved):
+def test_rows_on_disk_belong_to_their_members(saved):
     model, _, directory = saved
     tensors = load_file(directory / "model.safetensors")
     group = model.q.owner
@@ -115,7 +115,7 @@ def test_meta_skeleton(saved):
     assert same_tensors(model, loaded) and torch.equal(model(x), loaded(x))
 
 
-def test_loaded_tensors_are_not_the_files(saved):
+def test_loaded_tensors_do_not_map_the_files(saved):
     model, x, directory = saved
     loaded = wc.load(directory, model=Branches())
     with open(directory / "model.safetensors", "r+b") as file:  # as a careless writer would

@@ -14,7 +14,7 @@ from wush_compile.evaluation import language, layers
 
 
 class Bigram(nn.Module):
-    """A language model that is no transformers model: logits from the last token alone, returned as a tensor."""
+    """A language model outside transformers: its logits depend on the last token alone, and come as a tensor."""
 
     def __init__(self, seed: int, vocabulary: int = VOCABULARY):
         super().__init__()

@@ -1,6 +1,7 @@
 """Hugging Face models: from_pretrained and save_pretrained, exactly; offloading; refusals."""
 
 import copy
+import importlib
 import json
 import os
 
@@ -373,8 +374,13 @@ def test_other_refusals(saved, tmp_path):
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "plain").lm_head, torch.nn.Linear)
 
 
-def test_registering_twice():
-    import importlib
-
-    importlib.reload(hf)
-    importlib.reload(hf)
+def test_registering_twice(saved):
+    """A reloaded file replaces its classes in transformers' tables, and checkpoints load with the new ones."""
+    model, directory = saved
+    for _ in range(2):
+        old = hf.WushHfConfig, hf.WushHfQuantizer
+        importlib.reload(hf)
+        loaded = AutoModelForCausalLM.from_pretrained(directory)
+        used = type(loaded.config.quantization_config), type(loaded.hf_quantizer)
+        assert used == (hf.WushHfConfig, hf.WushHfQuantizer) and used != old
+        assert torch.equal(outputs(loaded), outputs(model))

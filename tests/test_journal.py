@@ -1,4 +1,4 @@
-"""quantize(out=DIR): killed at any moment it goes on, bit for bit; what is refused; what a failure leaves behind."""
+"""quantize(out=DIR): a killed run resumes bit for bit; what is refused; what a failure leaves behind."""
 
 import errno
 import json

@@ -103,7 +103,7 @@ class WushHfQuantizer(HfQuantizer):
         config = self.quantization_config
         weights = Weights(checkpoint_files) if checkpoint_files else None
         if checkpoint_files:
-            config.record.report = read_report(Path(checkpoint_files[0]).parent)
+            read_report(config.record, Path(checkpoint_files[0]).parent)
         groups = build_groups(model, config.record, weights and weights.specs)
         if weights is not None:
             self._check(model, groups, weights)

@@ -27,12 +27,14 @@ class Quantization:
              settings in which the group differs from `config`)
     ignored  name of a module or parameter -> why it was not quantized
     report   name of a group's first member -> what the run measured (tokens, losses, seconds); `wush_report.json`
+    example  names, dtypes and shapes of the inputs that the model was traced on (`capture.example`); in the same file
     """
 
     config: WushConfig
     groups: list[dict]
     ignored: dict[str, str]
     report: dict[str, dict] = field(default_factory=dict)
+    example: dict | None = None
 
     def describe(self, members: list[str], transform_block_size: int, recipe: Recipe) -> dict:
         """The entry of a group in `groups`."""
@@ -103,25 +105,30 @@ def quantization_of(model: nn.Module) -> Quantization:
 
 
 def write_report(record: Quantization, directory: Path) -> None:
-    """Writes `wush_report.json`: the report of every group. Without reports it writes no file."""
+    """Writes `wush_report.json`: the report of every group and the example inputs. Without reports there is no file."""
     if record.report:
-        text = json.dumps({"report_version": 1, "groups": record.report}, indent=1, sort_keys=True)
+        contents = {"report_version": 1, "groups": record.report, "example": record.example}
+        text = json.dumps(contents, indent=1, sort_keys=True)
         (directory / REPORT).write_text(text + "\n", encoding="utf-8")
 
 
-def read_report(directory: Path) -> dict[str, dict]:
-    """The reports of a checkpoint; empty if there is no file, or, with a warning, if the file is damaged.
+def read_report(record: Quantization, directory: Path) -> None:
+    """Reads the reports of a checkpoint into its record: none if there is no file, or, with a warning, a damaged one.
 
     No weight depends on them.
     """
     path = directory / REPORT
+    record.report, record.example = {}, None
     try:
-        groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        groups, example = contents["groups"], contents.get("example")
         if not isinstance(groups, dict) or not all(isinstance(report, dict) for report in groups.values()):
             raise ValueError("its groups are not reports")
+        if example is not None and not isinstance(example, dict):
+            raise ValueError("its example is not a description of inputs")
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s cannot be read (%s): explain shows no losses", path, error)
-        return {}
-    return groups
+        return
+    record.report, record.example = groups, example

@@ -138,7 +138,7 @@ def load(directory: str | os.PathLike, model: nn.Module | None = None) -> nn.Mod
     config = read_config(path)
     settings = config["quantization_config"]
     record = read_record(settings)
-    record.report = read_report(path)
+    read_report(record, path)
     weights = Weights(weight_files(path))
     if model is None:
         if not config.get("architectures"):

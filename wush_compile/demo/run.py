@@ -16,7 +16,7 @@ from ..config import WushConfig
 from ..data import python_topics, windows
 from ..evaluation.language import compare
 from ..modules import WushLinear
-from ..report.explain import quantized_bytes
+from ..report.summary import quantized_bytes
 from . import smollm2
 
 WINDOW = 512
