@@ -4,6 +4,7 @@
     wush::layer_norm_transform_quantize   LayerNorm(x)          then transform_quantize
     wush::silu_mul_transform_quantize     SiLU(gate) · up       then transform_quantize
     wush::gelu_mul_transform_quantize     GELU(gate) · up       then transform_quantize
+    wush::activation_transform_quantize   activation(x)         then transform_quantize
 
 Only passes emit these ops. The reference below defines each of them. It rounds to the model dtype exactly where the
 replaced graph rounds, so fusing changes no bit. It calls the quantizer as an op, so that a device without a kernel for
@@ -16,9 +17,15 @@ the fused variant still uses its kernel for `transform_quantize`.
     "wide"           round(x̂ · w), the product in fp32                     (torch.nn.RMSNorm in low precision)
     "wide_plus_one"  round(x̂ · (1 + w)), both in fp32                      (Gemma)
 
+`kind` names an activation without a gate, by `ACTIVATIONS`. `gelu_new` and `quick_gelu` are what transformers spells out
+in single ops, so each step rounds to the model dtype.
+
 `eps` is a number. With `dynamic=True` Dynamo turns Python floats into graph inputs: then `eps_tensor` is a scalar
 tensor, and `eps` is ignored.
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -107,6 +114,36 @@ def _gelu_mul_transform_quantize(
     return torch.ops.wush.transform_quantize(activated, transform, global_scale, format, scale_rule, scale_layout)
 
 
+def _gelu_new(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "gelu_new": _gelu_new,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+def _activation_transform_quantize(
+    x: Tensor,
+    kind: str,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+    scale_layout: str = "rows",
+) -> tuple[Tensor, Tensor]:
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"activation {kind!r} is not one of {', '.join(ACTIVATIONS)}")
+    activated = ACTIVATIONS[kind](x)
+    return torch.ops.wush.transform_quantize(activated, transform, global_scale, format, scale_rule, scale_layout)
+
+
 def _norm_fake(x, vectors, transform, global_scale, format, scale_rule, scale_layout="rows"):
     for vector in vectors:
         if vector is not None:
@@ -139,17 +176,24 @@ def _gelu_mul_fake(gate, up, approximate, transform, global_scale, format, scale
     return _mul_fake(gate, up, transform, global_scale, format, scale_rule, scale_layout)
 
 
+def _activation_fake(x, kind, transform, global_scale, format, scale_rule, scale_layout="rows"):
+    torch._check(kind in ACTIVATIONS, lambda: f"activation {kind!r} is not one of {', '.join(ACTIVATIONS)}")
+    return FAKE["transform_quantize"](x, transform, global_scale, format, scale_rule, scale_layout)
+
+
 FUSED_REFERENCE = {
     "rms_norm_transform_quantize": _rms_norm_transform_quantize,
     "layer_norm_transform_quantize": _layer_norm_transform_quantize,
     "silu_mul_transform_quantize": _silu_mul_transform_quantize,
     "gelu_mul_transform_quantize": _gelu_mul_transform_quantize,
+    "activation_transform_quantize": _activation_transform_quantize,
 }
 FUSED_FAKE = {
     "rms_norm_transform_quantize": _rms_norm_fake,
     "layer_norm_transform_quantize": _layer_norm_fake,
     "silu_mul_transform_quantize": _mul_fake,
     "gelu_mul_transform_quantize": _gelu_mul_fake,
+    "activation_transform_quantize": _activation_fake,
 }
 for name, reference in FUSED_REFERENCE.items():
     define(name, reference, FUSED_FAKE[name])

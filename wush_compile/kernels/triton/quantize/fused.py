@@ -37,7 +37,7 @@ def silu_mul_transform_quantize(
         format,
         scale_rule,
         swizzled=scale_layout == "swizzled",
-        prologue=Prologue("silu_mul", up),
+        prologue=Prologue("silu", up),
     )
 
 
@@ -45,7 +45,17 @@ def gelu_mul_transform_quantize(
     gate, up, approximate, transform, global_scale, format, scale_rule, scale_layout="rows"
 ) -> tuple[Tensor, Tensor]:
     """`wush::gelu_mul_transform_quantize`; approximate: none or tanh."""
-    prologue = Prologue("gelu_mul" if approximate == "none" else "gelu_tanh_mul", up)
+    prologue = Prologue("gelu" if approximate == "none" else "gelu_tanh", up)
     return transform_quantize(
         gate, transform, global_scale, format, scale_rule, swizzled=scale_layout == "swizzled", prologue=prologue
+    )
+
+
+def activation_transform_quantize(
+    x, kind, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> tuple[Tensor, Tensor]:
+    """`wush::activation_transform_quantize`; kind: a name in `ops.fused.ACTIVATIONS`."""
+    swizzled = scale_layout == "swizzled"
+    return transform_quantize(
+        x, transform, global_scale, format, scale_rule, swizzled=swizzled, prologue=Prologue(kind)
     )

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .prologue import gated, normed
+from .prologue import activated, gated, normed
 
 
 @triton.jit
@@ -53,6 +53,8 @@ def apply_prologue(tile, source, row, left, first, SPEC: tl.constexpr, MASKED: t
     if PROLOGUE is not None:
         if up is not None:
             tile = gated(tile, load_rows(up, row, left, up_stride, first, SPEC, MASKED, EVEN), PROLOGUE)
+        elif scale is None:
+            tile = activated(tile, PROLOGUE)
         else:
             rows = row + tl.arange(0, SPEC.rows)[:, None]
             inside = inside_mask(rows, left, 0, SPEC.width, MASKED, True)
