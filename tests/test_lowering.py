@@ -179,7 +179,9 @@ def compile_quantize(format, cc, block, tile, rule="absmax", words=None, pdl=Non
         words=triton_tiles.words(tile, spec.fp32_dot, block, 4096) if words is None else words,
         pdl=cc >= 90 if pdl is None else pdl,
     )
-    constants = dict.fromkeys(("t", "global_scale", "up", "weight", "bias", "mean", "scale")) | dict(up_pitch=0)
+    constants = dict.fromkeys(("t", "global_scale", "up", "weight", "bias", "mean", "scale", "kept")) | dict(
+        up_pitch=0
+    )
     constants |= spec._asdict() if flat else dict(SPEC=spec)
     kernel = flat or triton_quantize.transform_quantize_kernel
     return compile_kernel(kernel, pointers, constants, cc, tile.warps, fusion=False)
@@ -195,7 +197,7 @@ def compile_norm(k, plan, cc):
     spec = triton_spec.make_spec(rows, t, None, "mxfp4", "absmax", tile, sm, prologue="rms_rounded", pdl=cc >= 90)
     steps = triton_statistics.steps(k, plan.rows, tile.warps)
     constants = dict(
-        dict.fromkeys(("bias", "mean", "scale", "counters", "global_scale")),
+        dict.fromkeys(("bias", "mean", "scale", "kept", "counters", "global_scale")),
         SPEC=spec._replace(words=triton_tiles.words(tile, spec.fp32_dot, 32, k)),
         SUMS=triton_statistics.Sums(k, plan.rows, steps, centered=False, eps_tensor=False, sm=sm),
     )

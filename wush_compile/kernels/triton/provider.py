@@ -182,6 +182,12 @@ IMPLEMENTATIONS = {
     "layer_norm_transform_quantize": Implementation(
         _there(triton_fused.layer_norm_transform_quantize), refuses_layer_norm
     ),
+    "rms_norm_keep_transform_quantize": Implementation(
+        _there(triton_fused.rms_norm_keep_transform_quantize), refuses_rms_norm
+    ),
+    "layer_norm_keep_transform_quantize": Implementation(
+        _there(triton_fused.layer_norm_keep_transform_quantize), refuses_layer_norm
+    ),
     "silu_mul_transform_quantize": Implementation(_there(triton_fused.silu_mul_transform_quantize), refuses_silu_mul),
     "gelu_mul_transform_quantize": Implementation(_there(triton_fused.gelu_mul_transform_quantize), refuses_gelu_mul),
     "activation_transform_quantize": Implementation(

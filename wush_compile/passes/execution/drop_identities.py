@@ -9,7 +9,7 @@ They would stand between a product and its residual, or between a norm and its q
 import torch
 from torch.fx import Graph, Node
 
-from ..pattern import is_wush, op_name, replace, same_layout
+from ..pattern import is_wush, op_name, same_layout
 
 
 def _schema(node: Node) -> torch._C.FunctionSchema | None:
@@ -49,6 +49,7 @@ def drop_identities(graph: Graph) -> int:
     for node in list(graph.nodes):
         dropout = op_name(node) == "dropout" and node.args[2] is False
         if dropout or not in_place and _is_copy(node):
-            replace(node, node.args[0])
+            node.replace_all_uses_with(node.args[0], propagate_meta=False)
+            graph.erase_node(node)
             dropped += 1
     return dropped

@@ -26,6 +26,28 @@ def layer_norm_transform_quantize(
     return norm_quantize(x, weight, bias, eps, "layer_norm", transform, global_scale, format, scale_rule)
 
 
+def rms_norm_keep_transform_quantize(
+    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`wush::rms_norm_keep_transform_quantize`."""
+    rows_only(scale_layout)
+    eps = eps if eps_tensor is None else eps_tensor
+    kept = x.new_empty(x.shape)
+    tail = (transform, global_scale, format, scale_rule)
+    return *norm_quantize(x, weight, None, eps, f"rms_{gain}", *tail, kept=kept), kept
+
+
+def layer_norm_keep_transform_quantize(
+    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`wush::layer_norm_keep_transform_quantize`."""
+    rows_only(scale_layout)
+    eps = eps if eps_tensor is None else eps_tensor
+    kept = x.new_empty(x.shape)
+    tail = (transform, global_scale, format, scale_rule)
+    return *norm_quantize(x, weight, bias, eps, "layer_norm", *tail, kept=kept), kept
+
+
 def silu_mul_transform_quantize(
     gate, up, transform, global_scale, format, scale_rule, scale_layout="rows"
 ) -> tuple[Tensor, Tensor]:

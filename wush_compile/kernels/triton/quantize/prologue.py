@@ -114,3 +114,4 @@ class Prologue(NamedTuple):
     bias: Tensor | None = None
     mean: Tensor | None = None
     scale: Tensor | None = None
+    kept: Tensor | None = None  # where the result of a norm is written, dense
