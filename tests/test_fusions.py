@@ -74,18 +74,24 @@ class Graphs(ExpectTest):
             h = norm(x)
             return wush.transform_quantize(h, None, None, "mxfp4", "absmax"), h * 2
 
-        self.assertExpectedInline(run(forward, x_like(2, 5, 64), steps=[passes.fuse_norm]).after, """\
+        self.assertExpectedInline(
+            run(forward, x_like(2, 5, 64), steps=[passes.fuse_norm]).after,
+            """\
 layer_norm_keep_transform_quantize = wush.layer_norm_keep_transform_quantize(x, norm.weight, norm.bias, 1e-05, None, None, None, 'mxfp4', 'absmax')  # (u8[2, 5, 32], u8[2, 5, 2], bf16[2, 5, 64])
 mul = aten.mul(layer_norm_keep_transform_quantize[2], 2)  # bf16[2, 5, 64]
-return (layer_norm_keep_transform_quantize[0], layer_norm_keep_transform_quantize[1], mul)""")
+return (layer_norm_keep_transform_quantize[0], layer_norm_keep_transform_quantize[1], mul)""",
+        )
 
     def test_dropout_and_a_residual(self):
         block = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.1)).bfloat16().eval()
         model = quantize(block, x_like(2, 5, 64), transform="hadamard", activation_scale_rule="absmax")
-        self.assertExpectedInline(run(lambda x: x + model(x), x_like(2, 5, 64)).after, """\
+        self.assertExpectedInline(
+            run(lambda x: x + model(x), x_like(2, 5, 64)).after,
+            """\
 transform_quantize = wush.transform_quantize(x, model.0.group.input_transform, None, 'mxfp4', 'absmax')  # (u8[2, 5, 32], u8[2, 5, 2])
 fp4_linear = wush.fp4_linear(transform_quantize[0], transform_quantize[1], None, model.0.group.weight_packed, model.0.group.weight_scale, None, model.0.group.bias, x, 'mxfp4', bf16)  # bf16[2, 5, 64]
-return (fp4_linear)""")
+return (fp4_linear)""",
+        )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
