@@ -1,11 +1,11 @@
-"""What encoders and older decoders need fused: activations without a gate, norms that others read, dropout, residuals."""
+"""What encoders and older decoders need: activations without a gate, norms that others read, dropout, residuals."""
 
 import pytest
 import torch
 from expecttest import TestCase as ExpectTest
-from helpers import emulates_rounding, like_eager, quantize
+from helpers import emulates_rounding, quantize
 from models import VOCABULARY, tokens
-from pass_harness import PassBackend, run
+from pass_harness import run
 from test_passes import Linear, Norm, Quantizer, x_like
 from torch import nn
 from torch.nn import functional as F
@@ -79,7 +79,7 @@ class Graphs(ExpectTest):
             """\
 layer_norm_keep_transform_quantize = wush.layer_norm_keep_transform_quantize(x, norm.weight, norm.bias, 1e-05, None, None, None, 'mxfp4', 'absmax')  # (u8[2, 5, 32], u8[2, 5, 2], bf16[2, 5, 64])
 mul = aten.mul(layer_norm_keep_transform_quantize[2], 2)  # bf16[2, 5, 64]
-return (layer_norm_keep_transform_quantize[0], layer_norm_keep_transform_quantize[1], mul)""",
+return (layer_norm_keep_transform_quantize[0], layer_norm_keep_transform_quantize[1], mul)""",  # noqa: E501
         )
 
     def test_dropout_and_a_residual(self):
@@ -90,7 +90,7 @@ return (layer_norm_keep_transform_quantize[0], layer_norm_keep_transform_quantiz
             """\
 transform_quantize = wush.transform_quantize(x, model.0.group.input_transform, None, 'mxfp4', 'absmax')  # (u8[2, 5, 32], u8[2, 5, 2])
 fp4_linear = wush.fp4_linear(transform_quantize[0], transform_quantize[1], None, model.0.group.weight_packed, model.0.group.weight_scale, None, model.0.group.bias, x, 'mxfp4', bf16)  # bf16[2, 5, 64]
-return (fp4_linear)""",
+return (fp4_linear)""",  # noqa: E501
         )
 
 
@@ -272,6 +272,7 @@ def test_a_layer_ends_with_four_quantizers_and_four_matmuls(name):
     assert seen.changes["fuse_epilogue"] == residuals
 
 
+@pytest.mark.skipif(not EMULATED, reason="Inductor's C++ rounds less often than eager")
 @pytest.mark.parametrize("name", ["bert", "vit", "gpt2", "opt"])
 def test_compiled_models_give_the_bits_of_eager(name):
     model, x = model_and_input(name)
@@ -279,7 +280,7 @@ def test_compiled_models_give_the_bits_of_eager(name):
     options = {"emulate_precision_casts": True}
     with torch.no_grad():
         actual = torch.compile(model, backend="wush", fullgraph=True, dynamic=False, options=options)(x)
-        assert like_eager(actual.last_hidden_state, model(x).last_hidden_state, EMULATED)
+        assert torch.equal(actual.last_hidden_state, model(x).last_hidden_state)
 
 
 def test_in_export_activations_are_whole_ops():
@@ -294,9 +295,10 @@ def test_in_export_activations_are_whole_ops():
 
 
 def test_where_a_compiled_gemma_can_differ_from_eager():
-    """It is the mean in a norm that no quantizer follows: Inductor's C++ adds up its row in another order than ATen. All
-    else in the norm has eager's bits, so the first node that differs is `aten.mean`, by a few units of the last place
-    in fp32. Rounded to bf16 a norm then differs in about one value of 10 000 (width 96); in most tiny models, in none.
+    """The mean in a norm that no quantizer follows: Inductor's C++ adds up its row in another order than ATen.
+
+    All else in the norm has eager's bits, so the first node that differs is `aten.mean`, by a few units of the last
+    place in fp32. After the rounding to bf16, about one value of 10 000 differs (width 96); in most tiny models, none.
     """
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 

@@ -150,8 +150,8 @@ def test_layer_norm(format, rule, block, dtype, m, k, vectors):
 @shapes
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
 def test_a_norm_that_is_kept(format, rule, block, dtype, m, k, norm):
-    """The codes are those of the op that keeps nothing, and without a transform they are those of what is kept. The norm
-    has the bits of PyTorch's where its sums do."""
+    """The codes are those of the op that keeps nothing, and without a transform they are those of the kept norm. It has
+    the bits of PyTorch's where its sums do."""
     t = transform(k, block, dtype)
     weight = (1 + 0.1 * torch.randn(k, device=DEVICE)).to(dtype)
     x = torch.randint(-12, 13, (m, k), device=DEVICE).to(dtype)

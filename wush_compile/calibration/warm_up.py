@@ -24,7 +24,7 @@ from ..phases import phase
 from ..recipe import Recipe
 from ..solver.loss import layer_loss
 from ..solver.solution import block_size, moment_shape
-from ..solver.solve import CHUNK_ELEMENTS, solve
+from ..solver.solve import ROUNDED_ELEMENTS, solve
 from ..solver.transforms import PANEL
 from .context import Run
 from .microbatch import largest_batch, sequences
@@ -64,7 +64,7 @@ def _product(rows: int, width: int, tokens: int, recipe: Recipe, dtype: torch.dt
     weight_scales = torch.ones(rows, width // fmt.group_size, dtype=fmt.scale_dtype, device=device)
     _run("fp4_linear", codes, scales, g[0], weight, weight_scales, g[1], None, None, recipe.format, dtype)
     if recipe.solver == "rtn":
-        chunk = _input(max(1, CHUNK_ELEMENTS // width), width, torch.float32, device)
+        chunk = _input(max(1, ROUNDED_ELEMENTS // width), width, torch.float32, device)
         _run("transform_quantize", chunk, None, g[1], recipe.format, recipe.weight_scale_rule)
 
 

@@ -61,7 +61,8 @@ def unavailable(capability: tuple[int, int]) -> str | None:
     return None
 
 
-# From this many rows on the SiLU variant is the fastest on Hopper too. The other variants never are (docs/csrc.md).
+# From this many rows on the SiLU variant is the fastest on Hopper too. The other variants never are
+# (docs/notebook/cuda_kernels.md).
 HOPPER_SILU_ROWS = 1024
 
 

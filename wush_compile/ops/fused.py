@@ -21,8 +21,8 @@ the fused variant still uses its kernel for `transform_quantize`.
 A norm that something else reads too is kept: it is the third result, dense. Apart, the norm moves 4 bytes a value
 in bf16 and the quantizer 2.5; together they move 4.5.
 
-`kind` names an activation without a gate, by `ACTIVATIONS`. `gelu_new` and `quick_gelu` are what transformers spells out
-in single ops, so each step rounds to the model dtype.
+`kind` names an activation without a gate, by `ACTIVATIONS`. transformers spells `gelu_new` and `quick_gelu` out in
+single ops, so each step rounds to the model dtype.
 
 `eps` is a number. With `dynamic=True` Dynamo turns Python floats into graph inputs: then `eps_tensor` is a scalar
 tensor, and `eps` is ignored.

@@ -1,4 +1,4 @@
-"""Removes what dropout leaves in eval mode: calls that return their input, and copies that nobody can tell apart from it.
+"""Removes what dropout leaves in eval mode: calls that return their input, and copies that stand for it.
 
     dropout(x, p, train=False)  ->  x                                                            (export)
     clone(x)                    ->  x      of the same layout, x is new, the copy is not returned (Inductor)

@@ -3,9 +3,9 @@
     transform_quantize(silu(gate) * up, T, ..)  ->  silu_mul_transform_quantize(gate, up, T, ..)
     transform_quantize(relu(x), T, ..)          ->  activation_transform_quantize(x, "relu", T, ..)
 
-GELU has gates too, exact and tanh. An activation is one ATen op (export) or decomposed (Inductor). Both compute it in
-fp32 and round it to the model dtype once. `gelu_new` and `quick_gelu` are spelled out by transformers, and round in every
-op.
+GELU, exact and tanh, is fused with a gate too. An activation is one ATen op (export) or decomposed (Inductor). Both
+compute it in fp32 and round it to the model dtype once. transformers spells `gelu_new` and `quick_gelu` out in single
+ops, which all round.
 """
 
 import torch

@@ -1,4 +1,7 @@
-"""Which kernel multiplies which shape: tiles, and tables of them made from measurements (docs/kernels.md)."""
+"""Which kernel multiplies which shape: tiles, and tables of tiles made from measurements.
+
+docs/notebook/linear_kernel.md has the measurements.
+"""
 
 import functools
 import logging
@@ -238,8 +241,8 @@ def choose(
 ) -> "Gemv | Fused | Hopper | Scaled | Int4 | str":
     """The kernel for [rows, k] times [n, k] on a device of that compute capability: a tile, "library" or "bf16".
 
-    Measured on H100s and H200s over the linear groups of Llama-3.1-8B (docs/kernels.md). Ampere and Ada get only
-    kernels that do not depend on a layout which would have to be tested there.
+    Measured on H100s and H200s over the linear groups of Llama-3.1-8B (docs/notebook/linear_kernel.md). Ampere and Ada
+    get only kernels that do not depend on a layout which would have to be tested there.
 
     precise: channels are summed in fp32 at least every 128. portable: no kernel that a package cannot hold. library:
     False if "library" cannot compute the call.
