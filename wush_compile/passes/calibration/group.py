@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 
 from ...config import DEFAULT_IGNORE, WushConfig, ignored_by, matches
-from ...errors import ConfigError, one_of
+from ...errors import CaptureError, ConfigError, one_of
 from ...recipe import Recipe
 from .partition import assign_stages
 
@@ -103,6 +103,27 @@ def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | N
     if node.target is aten.mm.default:
         return node.args[0], node.args[1], None, True
     return None
+
+
+def find_again(graph_module: fx.GraphModule, groups: Iterable[LinearGroup]) -> list[LinearGroup | None]:
+    """Returns the same groups in another graph of the model; None for a group that this graph does not reach.
+
+    Raises `CaptureError` if the members of a group do not have one input there.
+    """
+    by_weight: dict[str, list[fx.Node]] = {}
+    for node in graph_module.graph.nodes:
+        found = operands(node)
+        if found is not None and found[1].op == "get_attr":
+            by_weight.setdefault(found[1].target, []).append(node)
+    again: list[LinearGroup | None] = []
+    for group in groups:
+        nodes = [node for linear in group.linears for node in by_weight.get(linear.weight, [])]
+        sources = {operands(node)[0] for node in nodes}
+        if nodes and (len(nodes) != len(group.linears) or len(sources) > 1):
+            raise CaptureError(f"it reaches {group.name} in another way than the traced batch")
+        linears = tuple(replace(linear, node=node) for linear, node in zip(group.linears, nodes))
+        again.append(replace(group, source=sources.pop(), linears=linears) if nodes else None)
+    return again
 
 
 def _called_from(node: fx.Node) -> str:
