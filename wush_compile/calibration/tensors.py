@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NonFiniteError
+from ..passes.calibration.linears import parametrized_weights
 
 
 def finite(tensor: Tensor) -> bool:
@@ -34,7 +35,7 @@ class ModelTensors:
             name: tensor.detach()
             for named in (model.named_parameters, model.named_buffers)
             for name, tensor in named(remove_duplicate=False)
-        }
+        } | parametrized_weights(model)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors

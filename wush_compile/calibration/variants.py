@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.func import functional_call
 
-from ..capture.export import Captured
+from ..capture.export import Captured, capture
 from ..errors import CaptureError, DataError
 from ..passes.calibration.group import LinearGroup, find_again
 from ..passes.calibration.observe import Observation, insert_observers, observed, remove_observers, share
@@ -131,8 +131,8 @@ class Variants:
 
     def _trace(self, batch: MicroBatch, refusal: str) -> Variant:
         try:
-            captured = self.first.captured.again(batch.inputs)
-            groups = find_again(captured.graph_module, self._groups)
+            captured = capture(self.first.captured.model, [batch.inputs])
+            groups = find_again(captured.graph_module, captured.model, self._groups)
             variant = Variant(captured, groups, self._run, self._observes)
             if [s.name for s in variant.stages] != [s.name for s in self.first.stages]:
                 raise CaptureError("it runs other layers than the traced batch")

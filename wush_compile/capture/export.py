@@ -6,7 +6,7 @@ its length are dynamic, it shares the weights with the model, and every node has
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +28,13 @@ class Captured:
     graph_module  its placeholders are the flattened inputs; its weights are `get_attr` nodes under their own names
     keys          names of the keyword inputs, in the order of the placeholders; None for positional inputs
     guards        raises an `AssertionError` if the graph is not valid for inputs of these sizes; None if it always is
-    again         traces the same model on another batch
+    model         what was traced
     """
 
     graph_module: fx.GraphModule
     keys: tuple[str, ...] | None
     guards: nn.Module | None = None
-    again: Callable[[Batch], "Captured"] | None = None
+    model: nn.Module | None = None
 
     def placeholders(self) -> list[fx.Node]:
         """Returns the graph's inputs in order."""
@@ -213,7 +213,7 @@ def _trace(model: nn.Module, example: Batch) -> Captured:
     if graph_module is None:
         graph_module = _export(model, example).module()
     keys = tuple(example) if isinstance(example, dict) else None
-    return Captured(graph_module, keys, _take_guards(graph_module), lambda batch: capture(model, [batch]))
+    return Captured(graph_module, keys, _take_guards(graph_module), model)
 
 
 def capture(model: nn.Module, batches: list[Batch]) -> Captured:

@@ -10,6 +10,8 @@ from torch import Tensor, fx, nn
 from ...config import DEFAULT_IGNORE, WushConfig, ignored_by, matches
 from ...errors import CaptureError, ConfigError, one_of
 from ...recipe import Recipe
+from .dataflow import depend_on
+from .linears import called_from, nodes_by_module, parametrized_weights, restore_linears
 from .partition import assign_stages
 
 aten = torch.ops.aten
@@ -105,11 +107,35 @@ def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | N
     return None
 
 
-def find_again(graph_module: fx.GraphModule, groups: Iterable[LinearGroup]) -> list[LinearGroup | None]:
+def encoders_beside_tokens(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Returns the nodes of encoders in front of a language model, each with the input that it encodes (`pixel_values`).
+
+    Such a node depends on a floating-point input and on no token, and the model has linears that depend on both. So
+    neither the text and the image side of CLIP is one, nor the encoder of an encoder-decoder.
+    """
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    tokens = depend_on(graph, [n for n in inputs if n.target in ("input_ids", "inputs_embeds")])
+    found: dict[fx.Node, str] = {}
+    for node in inputs if tokens else ():
+        value = node.meta.get("val")
+        if node in tokens or not isinstance(value, Tensor) or not value.is_floating_point() or "mask" in node.name:
+            continue
+        after = depend_on(graph, [node])
+        weighted = (one for one in after & tokens if (given := operands(one)) and given[1].op == "get_attr")
+        if next(weighted, None) is not None:
+            found |= dict.fromkeys(after - tokens, node.name)
+    return found
+
+
+def find_again(
+    graph_module: fx.GraphModule, model: nn.Module, groups: list[LinearGroup]
+) -> list[LinearGroup | None]:
     """Returns the same groups in another graph of the model; None for a group that this graph does not reach.
 
     Raises `CaptureError` if the members of a group do not have one input there.
     """
+    names = {linear.name for group in groups for linear in group.linears}
+    restore_linears(graph_module, model, names.__contains__)
     by_weight: dict[str, list[fx.Node]] = {}
     for node in graph_module.graph.nodes:
         found = operands(node)
@@ -126,15 +152,33 @@ def find_again(graph_module: fx.GraphModule, groups: Iterable[LinearGroup]) -> l
     return again
 
 
-def _called_from(node: fx.Node) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return stack[-1][0] if stack else ""
+def _is_linear(module: nn.Module, transposed: bool, nodes: list[fx.Node]) -> bool:
+    """Tells whether a module computes the product and nothing else.
 
-
-def _is_linear(module: nn.Module, transposed: bool) -> bool:
+    nodes   what the trace of its forward computes
+    """
     if transposed:  # Conv1D of transformers, recognized without an import, because passes do not import transformers
         return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or len(nodes) == 1)
+
+
+def _asked_for(name: str, patterns: Iterable[str]) -> bool:
+    """Tells whether the last pattern of `ignore` that matches a name begins with `!`."""
+    found = [pattern for pattern in patterns if matches(name, pattern.removeprefix("!"))]
+    return bool(found) and found[-1].startswith("!")
+
+
+def _encodes(name: str, what: str) -> str:
+    """Returns the reason for a linear in an encoder of another input than tokens."""
+    parts = name.split(".")
+    depth = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    pattern = "!" + ".".join([*parts[:depth], "*"] if depth else parts)
+    return f"encodes {what}, which stays in 16 bits by default: ignore=({pattern!r},) quantizes it"
+
+
+def _computed(module: nn.Module) -> str:
+    """Returns the reason for a linear whose weight is not a parameter."""
+    return f"the weight of this {type(module).__name__} is computed in its forward or by a hook"
 
 
 def find_groups(
@@ -142,7 +186,8 @@ def find_groups(
 ) -> tuple[list[LinearGroup], dict[str, str]]:
     """Returns the groups to quantize, in graph order, and `{name: reason}` of every other matrix of the model."""
     _check_patterns(model, config)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    restore_linears(graph_module, model, lambda name: not ignored_by(name, config.ignore))
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | parametrized_weights(model)
     names_of: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
         names_of.setdefault(id(parameter), []).append(name)
@@ -150,17 +195,25 @@ def find_groups(
     uses = Counter(id(parameters[n.target]) for n in attributes for _ in n.users)
 
     stage_of, _ = assign_stages(graph_module.graph)  # layers that read the same tensor (cross-attention) share no group
+    by_module = nodes_by_module(graph_module.graph)
+    encoders = encoders_beside_tokens(graph_module.graph)
     skipped: dict[str, str] = {}
     by_source: dict[tuple, list[Linear]] = {}  # (.., recipe) -> linears
     done: set[int] = set()
     for node in graph_module.graph.nodes:
         found = operands(node)
-        if found is None or found[1].op != "get_attr" or found[1].target not in parameters:
+        if found is None:
+            continue
+        if found[1].op != "get_attr" or found[1].target not in parameters:
+            module = model.get_submodule(called_from(node))
+            if isinstance(module, nn.Linear):
+                skipped[called_from(node)] = _computed(module)
+                done |= {id(parameter) for parameter in module.parameters()}
             continue
         source, weight, bias, transposed = found
         parameter = parameters[weight.target]
         aliases = names_of[id(parameter)]
-        caller = _called_from(node)
+        caller = called_from(node)
         owned = next((a for a in aliases if a.rpartition(".")[0] == caller), weight.target)
         name = owned.rpartition(".")[0]
         module = model.get_submodule(name)
@@ -168,11 +221,15 @@ def find_groups(
         bias_name = bias.target if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
         if pattern := ignored_by(name, config.ignore):
             reason = f"ignored by the configuration ({pattern!r})"
+        elif node in encoders and not _asked_for(name, config.ignore):
+            reason = _encodes(name, encoders[node])
         elif len(aliases) > 1:
             other = next((a for a in aliases if a != owned), owned).rpartition(".")[0]
             reason = f"weight is tied to {other}"
-        elif not _is_linear(module, transposed):
-            reason = f"belongs to {type(module).__name__}, not to a linear layer"
+        elif not _is_linear(module, transposed, by_module.get(name, [])):
+            linear = isinstance(module, nn.Linear)
+            other = "whose forward computes more than the product" if linear else "not to a linear layer"
+            reason = f"belongs to {type(module).__name__}, {other}"
         elif caller != name:
             reason = f"used by {caller or type(model).__name__} directly, not through its own forward"
         elif uses[id(parameter)] > 1:
@@ -185,7 +242,7 @@ def find_groups(
             key = (source, stage_of[node], recipe) if recipe.share_transform else (node, recipe)
             rows = parameter.shape[1 if transposed else 0]
             by_source.setdefault(key, []).append(Linear(node, name, owned, bias_name, rows, transposed))
-            done.add(id(parameter))
+            done |= {id(parameter), *map(id, module.parameters())}
             continue
         skipped[name] = reason
         done.add(id(parameter))
