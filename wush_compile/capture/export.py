@@ -167,10 +167,20 @@ def _dynamic(value: object) -> dict[int, object] | None:
     return {d: Dim.STATIC if size == 1 else Dim.AUTO for d, size in enumerate(value.shape)}
 
 
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """Runs compiled parts of a model in eager mode, and does without the cache of fake tensors.
+
+    That cache checks every entry with a second, symbolic output. In graphs whose ops differ this takes half the time.
+    """
+    with torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        yield
+
+
 def _export(model: nn.Module, example: Batch) -> torch.export.ExportedProgram:
     args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
     shapes = {k: _dynamic(v) for k, v in kwargs.items()} if kwargs else tuple(_dynamic(v) for v in args)
-    with _traceable(model, example), torch.compiler.set_stance("force_eager"):
+    with _traceable(model, example), _settings():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 

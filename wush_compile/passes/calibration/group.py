@@ -143,9 +143,10 @@ def find_again(
             by_weight.setdefault(found[1].target, []).append(node)
     again: list[LinearGroup | None] = []
     for group in groups:
-        nodes = [node for linear in group.linears for node in by_weight.get(linear.weight, [])]
+        found = [by_weight.get(linear.weight, []) for linear in group.linears]
+        nodes = [node for own in found for node in own]
         sources = {operands(node)[0] for node in nodes}
-        if nodes and (len(nodes) != len(group.linears) or len(sources) > 1):
+        if nodes and (any(len(own) != 1 for own in found) or len(sources) > 1):
             raise CaptureError(f"it reaches {group.name} in another way than the traced batch")
         linears = tuple(replace(linear, node=node) for linear, node in zip(group.linears, nodes))
         again.append(replace(group, source=sources.pop(), linears=linears) if nodes else None)
