@@ -34,14 +34,14 @@ def prepare_batches(
     else:
         batches, calibrates = calibration_data.normalize(_with_decoder_inputs(model, data), tokenizer, model), True
     batches = [_with_shifted_text(model, batch) for batch in batches]
-    embeddings = _embeddings(model)
+    embeddings = input_embeddings(model)
     if embeddings is not None:
         calibration_data.check_token_ids(batches, embeddings.num_embeddings)
     home = next(model.parameters()).device
     return batches if home.type == "meta" else moved(batches, home), calibrates
 
 
-def _embeddings(model: nn.Module) -> nn.Embedding | None:
+def input_embeddings(model: nn.Module) -> nn.Embedding | None:
     """Returns the embedding of `input_ids`, if the model names one. A model with two towers may raise instead."""
     try:
         embeddings = getattr(model, "get_input_embeddings", lambda: None)()
@@ -95,7 +95,7 @@ def _without_data(
     model: nn.Module, config: WushConfig, tokenizer, progress: bool, device: torch.device, journal: Journal | None
 ) -> tuple[list[Batch], bool]:
     """Returns (batches for the trace, whether to calibrate on them) if the user gave no data."""
-    if _embeddings(model) is not None and not _needs_data(model, config):
+    if input_embeddings(model) is not None and not _needs_data(model, config):
         return [{"input_ids": torch.zeros((2, 8), dtype=torch.int64)}], False
     if not getattr(model, "can_generate", lambda: False)():
         raise DataError(
