@@ -90,6 +90,14 @@ def _configs(model: nn.Module) -> list[object]:
     return list(found.values())
 
 
+def constant_inputs(model: nn.Module) -> dict[str, object]:
+    """Returns the inputs that stop a Hugging Face decoder from building a KV cache, which nothing here reads."""
+    config = getattr(model, "config", None)
+    # Export refuses an input that only **kwargs accepts.
+    named = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False} if named and getattr(config, "use_cache", None) is not None else {}
+
+
 @contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Stops a model from building a KV cache in the block, which nothing here reads.
@@ -226,12 +234,17 @@ def _trace(model: nn.Module, example: Batch) -> Captured:
     return Captured(graph_module, keys, _take_guards(graph_module), model)
 
 
+def largest_batch(batches: list[Batch]) -> Batch:
+    """Returns the batch with the most elements, on which a model is traced."""
+    return max(batches, key=lambda b: sum(t.numel() for t in pytree.tree_leaves(b) if isinstance(t, Tensor)))
+
+
 def capture(model: nn.Module, batches: list[Batch]) -> Captured:
     """Traces the model's forward on the largest batch. The graph is valid for this batch at least.
 
     Raises `CaptureError` if `torch.export` cannot trace the model.
     """
-    largest = max(batches, key=lambda b: sum(t.numel() for t in pytree.tree_leaves(b) if isinstance(t, Tensor)))
+    largest = largest_batch(batches)
     with evaluating(model), torch.no_grad():
         *widened, own = _examples(largest)
         for example in widened:

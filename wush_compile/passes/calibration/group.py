@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 from ...config import DEFAULT_IGNORE, WushConfig, ignored_by, matches
 from ...errors import CaptureError, ConfigError, one_of
 from ...recipe import Recipe
-from .dataflow import depend_on
-from .linears import called_from, nodes_by_module, parametrized_weights, restore_linears
+from .encoders import asked_for, encoders_beside_tokens, encodes
+from .linears import nodes_by_module, operands, parametrized_weights, restore_linears
 from .partition import assign_stages
+from .skipped import belongs_to, called_by, is_linear_layer, own_product, read_by, readers_of, reason_to_skip
 
 aten = torch.ops.aten
 
@@ -94,42 +95,7 @@ def _check_overrides(config: WushConfig, linears: Iterable[Linear], skipped: Map
             raise ConfigError(f"overrides[{pattern!r}] matches no linear that is quantized{reason}")
 
 
-def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
-    """Returns (input, weight, bias, transposed) of a linear node; None for any other node."""
-    if node.op != "call_function":
-        return None
-    if node.target is aten.linear.default:
-        return node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None, False
-    if node.target is aten.addmm.default and not node.kwargs and len(node.args) == 3:
-        return node.args[1], node.args[2], node.args[0], True
-    if node.target is aten.mm.default:
-        return node.args[0], node.args[1], None, True
-    return None
-
-
-def encoders_beside_tokens(graph: fx.Graph) -> dict[fx.Node, str]:
-    """Returns the nodes of encoders in front of a language model, each with the input that it encodes (`pixel_values`).
-
-    Such a node depends on a floating-point input and on no token, and the model has linears that depend on both. So
-    neither the text and the image side of CLIP is one, nor the encoder of an encoder-decoder.
-    """
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    tokens = depend_on(graph, [n for n in inputs if n.target in ("input_ids", "inputs_embeds")])
-    found: dict[fx.Node, str] = {}
-    for node in inputs if tokens else ():
-        value = node.meta.get("val")
-        if node in tokens or not isinstance(value, Tensor) or not value.is_floating_point() or "mask" in node.name:
-            continue
-        after = depend_on(graph, [node])
-        weighted = (one for one in after & tokens if (given := operands(one)) and given[1].op == "get_attr")
-        if next(weighted, None) is not None:
-            found |= dict.fromkeys(after - tokens, node.name)
-    return found
-
-
-def find_again(
-    graph_module: fx.GraphModule, model: nn.Module, groups: list[LinearGroup]
-) -> list[LinearGroup | None]:
+def find_again(graph_module: fx.GraphModule, model: nn.Module, groups: list[LinearGroup]) -> list[LinearGroup | None]:
     """Returns the same groups in another graph of the model; None for a group that this graph does not reach.
 
     Raises `CaptureError` if the members of a group do not have one input there.
@@ -153,35 +119,6 @@ def find_again(
     return again
 
 
-def _is_linear(module: nn.Module, transposed: bool, nodes: list[fx.Node]) -> bool:
-    """Tells whether a module computes the product and nothing else.
-
-    nodes   what the trace of its forward computes
-    """
-    if transposed:  # Conv1D of transformers, recognized without an import, because passes do not import transformers
-        return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or len(nodes) == 1)
-
-
-def _asked_for(name: str, patterns: Iterable[str]) -> bool:
-    """Tells whether the last pattern of `ignore` that matches a name begins with `!`."""
-    found = [pattern for pattern in patterns if matches(name, pattern.removeprefix("!"))]
-    return bool(found) and found[-1].startswith("!")
-
-
-def _encodes(name: str, what: str) -> str:
-    """Returns the reason for a linear in an encoder of another input than tokens."""
-    parts = name.split(".")
-    depth = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-    pattern = "!" + ".".join([*parts[:depth], "*"] if depth else parts)
-    return f"encodes {what}, which stays in 16 bits by default: ignore=({pattern!r},) quantizes it"
-
-
-def _computed(module: nn.Module) -> str:
-    """Returns the reason for a linear whose weight is not a parameter."""
-    return f"the weight of this {type(module).__name__} is computed in its forward or by a hook"
-
-
 def find_groups(
     graph_module: fx.GraphModule, model: nn.Module, config: WushConfig
 ) -> tuple[list[LinearGroup], dict[str, str]]:
@@ -194,6 +131,9 @@ def find_groups(
         names_of.setdefault(id(parameter), []).append(name)
     attributes = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n.target in parameters]
     uses = Counter(id(parameters[n.target]) for n in attributes for _ in n.users)
+    readers: dict[int, list[fx.Node]] = {}
+    for node in attributes:
+        readers.setdefault(id(parameters[node.target]), []).extend(readers_of(node))
 
     stage_of, _ = assign_stages(graph_module.graph)  # layers that read the same tensor (cross-attention) share no group
     by_module = nodes_by_module(graph_module.graph)
@@ -206,15 +146,16 @@ def find_groups(
         if found is None:
             continue
         if found[1].op != "get_attr" or found[1].target not in parameters:
-            module = model.get_submodule(called_from(node))
+            caller, _ = called_by(node)
+            module = model.get_submodule(caller)
             if isinstance(module, nn.Linear):
-                skipped[called_from(node)] = _computed(module)
+                skipped[caller] = "its weight is computed in its forward or by a hook"
                 done |= {id(parameter) for parameter in module.parameters()}
             continue
         source, weight, bias, transposed = found
         parameter = parameters[weight.target]
         aliases = names_of[id(parameter)]
-        caller = called_from(node)
+        caller, caller_kind = called_by(node)
         owned = next((a for a in aliases if a.rpartition(".")[0] == caller), weight.target)
         name = owned.rpartition(".")[0]
         module = model.get_submodule(name)
@@ -222,17 +163,17 @@ def find_groups(
         bias_name = bias.target if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
         if pattern := ignored_by(name, config.ignore):
             reason = f"ignored by the configuration ({pattern!r})"
-        elif node in encoders and not _asked_for(name, config.ignore):
-            reason = _encodes(name, encoders[node])
+        elif node in encoders and not asked_for(name, config.ignore):
+            reason = encodes(name, encoders[node])
         elif len(aliases) > 1:
             other = next((a for a in aliases if a != owned), owned).rpartition(".")[0]
             reason = f"weight is tied to {other}"
-        elif not _is_linear(module, transposed, by_module.get(name, [])):
-            linear = isinstance(module, nn.Linear)
-            other = "whose forward computes more than the product" if linear else "not to a linear layer"
-            reason = f"belongs to {type(module).__name__}, {other}"
+        elif not is_linear_layer(module):
+            reason = belongs_to(module)
         elif caller != name:
-            reason = f"used by {caller or type(model).__name__} directly, not through its own forward"
+            reason = read_by(caller_kind or type(model).__name__)
+        elif not own_product(module, transposed, by_module.get(name, [])):
+            reason = f"{type(module).__name__} has a forward of its own"
         elif uses[id(parameter)] > 1:
             reason = f"applied {uses[id(parameter)]} times in one forward"
         elif bias is not None and bias_name is None:
@@ -245,21 +186,15 @@ def find_groups(
             by_source.setdefault(key, []).append(Linear(node, name, owned, bias_name, rows, transposed))
             done |= {id(parameter), *map(id, module.parameters())}
             continue
-        skipped[name] = reason
+        skipped[name if owned == f"{name}.weight" else owned] = reason
         done.add(id(parameter))
 
     for parameter_name, parameter in model.named_parameters():
         if parameter.dim() < 2 or id(parameter) in done:
             continue
-        owner_name, _, leaf = parameter_name.rpartition(".")
-        owner = type(model.get_submodule(owner_name)).__name__
-        if not uses[id(parameter)]:
-            reason = "not reached by the traced forward"
-        elif parameter.dim() == 3:
-            reason = f"3-D weight of {owner}: MoE experts are not supported"
-        else:
-            reason = f"belongs to {owner}, not to a linear layer"
-        skipped[owner_name if leaf == "weight" and owner_name else parameter_name] = reason
+        owner, _, leaf = parameter_name.rpartition(".")
+        reason = reason_to_skip(parameter, model.get_submodule(owner), readers.get(id(parameter), []))
+        skipped[owner if leaf == "weight" and owner else parameter_name] = reason
 
     groups = []
     for (*_, recipe), linears in by_source.items():

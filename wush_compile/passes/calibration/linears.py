@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from .skipped import called_by
+
 aten = torch.ops.aten
 # Ops that transpose a matrix, and the arguments that they then have.
 TRANSPOSES = {
@@ -22,10 +24,17 @@ TRANSPOSES = {
 PRODUCTS = (aten.matmul.default, aten.mm.default)
 
 
-def called_from(node: fx.Node) -> str:
-    """Returns the name of the innermost module that a node belongs to."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return stack[-1][0] if stack else ""
+def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
+    """Returns (input, weight, bias, transposed) of a linear node; None for any other node."""
+    if node.op != "call_function":
+        return None
+    if node.target is aten.linear.default:
+        return node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None, False
+    if node.target is aten.addmm.default and not node.kwargs and len(node.args) == 3:
+        return node.args[1], node.args[2], node.args[0], True
+    if node.target is aten.mm.default:
+        return node.args[0], node.args[1], None, True
+    return None
 
 
 def nodes_by_module(graph: fx.Graph) -> dict[str, list[fx.Node]]:
@@ -33,7 +42,7 @@ def nodes_by_module(graph: fx.Graph) -> dict[str, list[fx.Node]]:
     found: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_function":
-            found.setdefault(called_from(node), []).append(node)
+            found.setdefault(called_by(node)[0], []).append(node)
     return found
 
 
@@ -87,7 +96,7 @@ def _join(graph: fx.Graph, name: str, nodes: list[fx.Node]) -> None:
 def _keep_weight(graph_module: fx.GraphModule, name: str, module: nn.Module) -> None:
     """Makes the weight of a parametrized linear a `get_attr` node, whose value `ModelTensors` computes."""
     graph, path = graph_module.graph, f"{name}.weight"
-    linears = [n for n in graph.nodes if n.target is aten.linear.default and called_from(n) == name]
+    linears = [n for n in graph.nodes if n.target is aten.linear.default and called_by(n)[0] == name]
     if not linears or any(n.args[1].op == "get_attr" for n in linears):
         return
     graph_module.get_submodule(name).register_buffer("weight", module.weight.detach().to("meta"))

@@ -7,7 +7,8 @@ import torch
 from torch import fx
 
 from ...modules import WushGroup
-from .group import LinearGroup, operands
+from .group import LinearGroup
+from .linears import operands
 
 aten, wush = torch.ops.aten, torch.ops.wush
 
@@ -50,7 +51,7 @@ def _rewrite(graph_module: fx.GraphModule, group: LinearGroup, solved: WushGroup
             )
         )
         quantized = call(
-            wush.transform_quantize.default, source, transform, input_global, solved.format, solved.scale_rule
+            wush.transform_quantize.default, source, transform, input_global, solved.operand, solved.scale_rule
         )
         codes, scales = call(operator.getitem, quantized, 0), call(operator.getitem, quantized, 1)
 
@@ -72,6 +73,7 @@ def _rewrite(graph_module: fx.GraphModule, group: LinearGroup, solved: WushGroup
                 None,
                 solved.format,
                 node.meta["val"].dtype,
+                *solved.layout,
             )
         new.meta = {k: node.meta[k] for k in ("val", "nn_module_stack") if k in node.meta}
         node.replace_all_uses_with(new)
