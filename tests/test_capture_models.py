@@ -26,7 +26,6 @@ from transformers import (
 import wush_compile as wc
 from wush_compile.capture.export import capture
 from wush_compile.checkpoint.record import quantization_of
-from wush_compile.errors import CaptureError
 from wush_compile.modules import WushLinear
 from wush_compile.passes.calibration.group import find_groups
 
@@ -218,3 +217,48 @@ def test_the_decoder_is_warned_of_too(caplog):
     quantize(t5(), {"input_ids": ids(16, 16), "decoder_input_ids": ids(16, 4)}, solver="gptq")
     short = [r.getMessage() for r in caplog.records if "rank-deficient" in r.getMessage()]
     assert len(short) == 1 and short[0].startswith("64 calibration tokens") and "decoder" in short[0]
+
+
+# -- wrapped and offloaded models ------------------------------------------------------------------------------------
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**TEXT)).eval()
+
+
+def test_a_compiled_or_parallel_model_is_quantized_inside():
+    for wrap in (lambda m: torch.compile(m, backend="eager"), nn.DataParallel, lambda m: m):
+        inner = llama()
+        wrapped = wrap(inner)
+        assert quantize(wrapped, ids(2, 16)) is wrapped
+        assert len(quantized(inner)) == 7
+        assert wrapped(ids(1, 8)).logits.isfinite().all()
+
+
+def test_parts_that_are_compiled_are_traced_all_the_same():
+    model = llama()
+    model.model.layers[0].mlp.compile(backend="eager")
+    model(ids(1, 16))
+    assert len(quantized(quantize(model, ids(2, 16)))) == 7
+
+
+@torch.no_grad()
+def test_an_offloaded_model_is_read_through_its_hooks(tmp_path):
+    expected = quantize(llama(), ids(2, 16))
+    for offload in (
+        lambda m: accelerate.cpu_offload(m, execution_device="cpu"),
+        lambda m: accelerate.disk_offload(m, tmp_path, execution_device="cpu"),
+    ):
+        model = llama()
+        offload(model)
+        quantize(model, ids(2, 16))
+        assert len(quantized(model)) == 7
+        assert torch.equal(model(ids(1, 8)).logits, expected(ids(1, 8)).logits)
+
+
+def test_a_model_without_values_is_refused():
+    with torch.device("meta"):
+        model = llama()
+    with pytest.raises(wc.WushError, match="model.embed_tokens.weight has no values"):
+        quantize(model, ids(1, 16))

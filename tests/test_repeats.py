@@ -66,7 +66,9 @@ def test_one_layer_of_each_kind_is_traced(monkeypatch):
         monkeypatch.setattr(
             layer.self_attn, "forward", lambda *a, original=original, **k: calls.append(1) or original(*a, **k)
         )
-    monkeypatch.setattr(repeats, "verify", lambda kinds, meta: dict.fromkeys([n for k in kinds for n in (k.name, *k.others)], 0))
+    monkeypatch.setattr(
+        repeats, "verify", lambda kinds, meta: dict.fromkeys([n for k in kinds for n in (k.name, *k.others)], 0)
+    )
     capture(model, BATCHES)
     assert len(calls) == 1
 

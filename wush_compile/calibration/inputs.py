@@ -102,7 +102,9 @@ def _without_data(
             f"{type(model).__name__} cannot sample its own calibration text: pass data, an iterable of its inputs"
         )
     if next(model.parameters()).is_meta:
-        raise DataError("a streamed model cannot sample its own calibration text: pass data, or do not stream")
+        raise DataError(
+            "a streamed or offloaded model cannot sample its own calibration text: pass data, or load all of it"
+        )
 
     def sample() -> Tensor:
         with _on_device(model, device):
