@@ -1,4 +1,4 @@
-"""What counts as a linear: subclasses whose trace is the product alone, parametrized ones, and true reasons for others."""
+"""Linears: subclasses whose trace is the product alone, parametrized ones, and true reasons for others."""
 
 import pytest
 import torch

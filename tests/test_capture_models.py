@@ -122,6 +122,27 @@ def test_a_vision_language_model_on_images():
     assert name in quantized(model) and model(**batch).logits.isfinite().all()
 
 
+class Looks(nn.Module):
+    """Its image side decides by the values of the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.e, self.f, self.v = nn.Embedding(256, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, input_ids, pixel_values=None):
+        h = self.e(input_ids)
+        if pixel_values is not None and pixel_values.sum() > 0:
+            h = h + self.v(pixel_values)
+        return self.f(h)
+
+
+def test_a_vision_side_that_cannot_be_traced_has_a_remedy():
+    model, tokens = Looks().eval(), ids(2, 16)
+    with pytest.raises(wc.WushError, match="Calibrate on text alone, without pixel_values"):
+        quantize(model, {"input_ids": tokens, "pixel_values": torch.randn(2, 1, 64)})
+    assert quantized(quantize(model, tokens)) == {"f"}
+
+
 def test_two_towers_are_both_quantized():
     """CLIP has no linear that depends on both. Its `get_input_embeddings` raises."""
     config = CLIPConfig(

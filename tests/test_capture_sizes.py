@@ -48,7 +48,7 @@ class Stack(nn.Module):
         self.f = nn.Linear(64, 64)
 
     def forward(self, x):
-        return self.f(torch.stack([row for row in x]))
+        return self.f(torch.stack(list(x)))
 
 
 LABEL = torch.tensor([3])

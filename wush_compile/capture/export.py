@@ -214,6 +214,15 @@ def _failing_module(model: nn.Module, example: Batch) -> str:
     return failed[-1] if failed and failed[-1] else type(model).__name__
 
 
+def _remedy(example: Batch) -> str:
+    """Returns what helps a user whose model cannot be traced on these inputs."""
+    text = ("input", "attention_mask", "position", "token_type")
+    others = [name for name in example if not name.startswith(text)] if isinstance(example, dict) else []
+    if others and "input_ids" in example and any(example[name].is_floating_point() for name in others):
+        return f"Calibrate on text alone, without {', '.join(others)}: then its language part is quantized."
+    return "Make its forward traceable (no data-dependent Python control flow), or quantize a traceable submodule."
+
+
 def _take_guards(graph_module: fx.GraphModule) -> nn.Module | None:
     """Removes the check of the inputs' sizes from a graph and returns it."""
     node = next((n for n in graph_module.graph.nodes if n.op == "call_module" and n.target == "_guards_fn"), None)
@@ -258,6 +267,5 @@ def capture(model: nn.Module, batches: list[Batch]) -> Captured:
             reason = str(error).strip().split("\n")[0]
             raise CaptureError(
                 f"torch.export cannot trace {type(model).__name__}: it stopped in module "
-                f"{_failing_module(model, own)!r} with {type(error).__name__}: {reason}. "
-                "Make its forward traceable (no data-dependent Python control flow), or quantize a traceable submodule."
+                f"{_failing_module(model, own)!r} with {type(error).__name__}: {reason}. {_remedy(own)}"
             ) from error
