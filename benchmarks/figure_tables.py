@@ -219,6 +219,19 @@ def linear(name: str) -> str:
 
 
 @figure
+def linear_activations(name: str) -> str:
+    """Microseconds and gain over bf16 of a layer, by the weights' format and the bits of activations."""
+    columns = {
+        f"{f} {b}": f + suffix for f in ("mxfp4", "nvfp4") for b, suffix in ((4, ""), (8, " fp8"), (16, " none"))
+    }
+    lines = []
+    for count, row in layers_of(name).items():
+        ours = [f"{shown(row[f'{key} us'])} ({shown(row[f'{key} speed-up'], 2)}×)" for key in columns.values()]
+        lines.append([str(count), shown(row["bf16 us"]), *ours])
+    return table(["rows", "bf16", *(f"{title.split()[0].upper()} W4A{title.split()[1]}" for title in columns)], lines)
+
+
+@figure
 def linear_summary(name: str, rows: str) -> str:
     counts, measured = rows.split(","), layers_of(name)
     lines = [[f.upper(), *(f"{gain(measured[int(count)], f)}x" for count in counts)] for f in ("mxfp4", "nvfp4")]

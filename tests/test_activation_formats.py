@@ -26,7 +26,7 @@ E4M3 = np.array([(m + 8 * (e > 0)) * 2.0 ** (max(e, 1) - 10) for e in range(16) 
 def oracle(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A row's scale in fp32, and its codes by exhaustive search in float64: nearest, ties to the even code."""
     amax = np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(2.0**-100)).astype(np.float32)
-    y = (x * (np.float32(448) / amax)).astype(np.float32)  # fp32, in this order
+    y = (x * (np.float32(1) / amax * np.float32(448))).astype(np.float32)  # fp32, in this order
     distance = np.abs(np.minimum(np.abs(y), 448).astype(np.float64)[..., None] - E4M3)
     nearest = distance.min(-1, keepdims=True)
     ties = distance == nearest

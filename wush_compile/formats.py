@@ -327,7 +327,7 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     amax = x.abs().amax(-1, keepdim=True)  # [.., 1]
     finite = torch.isfinite(amax)
     amax = torch.where(finite, amax, 1.0).clamp(min=FP8_LEAST_MAX)
-    y = torch.where(finite, x, 0.0) * (E4M3_MAX / amax)
+    y = torch.where(finite, x, 0.0) * (amax.reciprocal() * E4M3_MAX)
     sign = (y.view(torch.int32) >> 24) & 0x80
     codes = e4m3_encode(y.abs().clamp(max=E4M3_MAX)).to(torch.int32) | sign
     return codes.to(torch.uint8), torch.where(finite, amax * (1.0 / E4M3_MAX), float("nan"))

@@ -63,8 +63,8 @@ def _over_lanes(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr
 
 @triton.jit
 def _decode(w, words, selectors, top, FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Packed tile [ROWS, BLOCK_K/2] and its scale words [ROWS, BLOCK_K/G] (G = 16 where FORMAT is mxfp4_bf16 too) -> two
-    operand tiles [ROWS, BLOCK_K/2], which hold the same channels for x as for w."""
+    """Packed tile [ROWS, BLOCK_K/2] and its scale words [ROWS, BLOCK_K/G] -> two operand tiles [ROWS, BLOCK_K/2], which
+    hold the same channels for x as for w. G is 16 for mxfp4_bf16 too."""
     HALF: tl.constexpr = BLOCK_K // 2
     if FORMAT == "mxfp4":
         e = tl.maximum(_select_byte(words, selectors) - top[:, None], -26)
