@@ -81,27 +81,22 @@ def export_by_layers(model: nn.Module, export: Callable[[], torch.export.Exporte
         return None
     try:
         meta = meta_copy(model)  # copied before the layers' forwards are replaced
-        kinds, program = _trace(layers, {name: structure(layer) for name, layer in layers.items()}, export)
-        ops = verify(kinds, meta)
-        if any(ops[name] != ops[kind.name] for kind in kinds for name in kind.others):
-            traced_as = {name: structure(layer) + (ops.get(name),) for name, layer in layers.items()}
-            kinds, program = _trace(layers, traced_as, export)
+        kind_of = {name: structure(layer) for name, layer in layers.items()}
+        for _ in range(2):
+            with mark_calls(layers, kind_of) as kinds:
+                program = export()
             ops = verify(kinds, meta)
-            if any(ops[name] != ops[kind.name] for kind in kinds for name in kind.others):
-                raise LayersDiffer("layers run other ops in a second trace")
+            if all(ops[name] == ops[kind.name] for kind in kinds for name in kind.others):
+                break
+            kind_of = {name: (*kind, ops.get(name)) for name, kind in kind_of.items()}
+        else:
+            raise LayersDiffer("layers run other ops in a second trace")
         graph_module = program.module()
         expand_repeats(graph_module, kinds)
     except Exception as error:
         log.debug("traced as a whole: %s: %s", type(error).__name__, error)
         return None
     return graph_module
-
-
-def _trace(
-    layers: dict[str, nn.Module], kind_of: dict[str, tuple], export: Callable[[], torch.export.ExportedProgram]
-) -> tuple[list["Kind"], torch.export.ExportedProgram]:
-    with mark_calls(layers, kind_of) as kinds:
-        return kinds, export()
 
 
 # -- trace -----------------------------------------------------------------------------------------------------------
