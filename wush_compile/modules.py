@@ -154,6 +154,9 @@ class WushGroup(nn.Module):
         return f"{self.format}, in_features={width}, rows={rows}, members={[m.name for m in self.members]}"
 
 
+READ_ONLY = "the weight and the bias of a quantized linear are read-only: change them, then quantize"
+
+
 class ComputedTensor(torch.Tensor):
     """A read-only tensor whose values are computed where an op needs them; shape, dtype and device cost nothing."""
 
@@ -168,6 +171,8 @@ class ComputedTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func == torch.Tensor.data.__set__:  # a new object each time
+            raise WushError(READ_ONLY)
         with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors
             return func(*args, **(kwargs or {}))
 
@@ -180,9 +185,9 @@ class ComputedTensor(torch.Tensor):
         for argument in func._schema.arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write
             if written and isinstance(given.get(argument.name), cls):
-                raise WushError("the weight and the bias of a quantized linear are read-only: quantize after changing them")
-        values = pytree.tree_map_only(cls, lambda t: t.compute(), (args, kwargs or {}))
-        return func(*values[0], **values[1])
+                raise WushError(READ_ONLY)
+        args, kwargs = pytree.tree_map_only(cls, lambda t: t.compute(), (args, kwargs or {}))
+        return func(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: int):
         return self.compute().__reduce_ex__(protocol)
@@ -228,7 +233,7 @@ class WushLinear(nn.Linear):
         )
 
     def _computed(self, compute: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if torch.compiler.is_compiling():  # a graph holds the computation, which is dead code if only the dtype is read
+        if torch.compiler.is_dynamo_compiling():  # dead code in the graph, if only the dtype is read
             return compute()
         return ComputedTensor(compute, shape, dtype, self.owner.weight_packed.device)
 
