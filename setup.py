@@ -1,6 +1,7 @@
-"""Puts the CUDA kernels that `make cuda` has built into the wheel. Without them the wheel is the same for every platform.
+"""Puts the CUDA kernels that `make cuda` built into the wheel. Without them the wheel fits every platform.
 
-Everything else about the package is in pyproject.toml."""
+Everything else about the package is in pyproject.toml.
+"""
 
 from pathlib import Path
 
@@ -14,7 +15,7 @@ LIBRARIES = sorted((Path(__file__).parent / "build" / "csrc").glob("libwush_sm_*
 class BuildPy(build_py):
     def run(self):
         super().run()
-        if LIBRARIES and not self.editable_mode:  # an editable install finds them where they were built
+        if LIBRARIES and not self.editable_mode:  # an editable install finds them in the build folder
             directory = Path(self.build_lib) / "wush_compile" / "kernels" / "lib"
             directory.mkdir(parents=True, exist_ok=True)
             for library in LIBRARIES:
@@ -23,7 +24,7 @@ class BuildPy(build_py):
 
 class Wheel(bdist_wheel):
     def get_tag(self):
-        """The libraries know neither Python's version nor its ABI: only torch's stable ABI, and the platform."""
+        """The libraries depend on the platform and on torch's stable ABI, but not on Python's version or ABI."""
         python, abi, platform = super().get_tag()
         return ("py3", "none", platform) if LIBRARIES else (python, abi, platform)
 

@@ -58,7 +58,7 @@ class Candidate(NamedTuple):
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """The solver chooses g this way inside the `with` block."""
-        names = ("METHOD", "HEADROOM", "MEDIAN_SCALE")
+        names = ("GLOBAL_SCALE_METHOD", "HEADROOM", "MEDIAN_SCALE")
         kept = [getattr(scales, name) for name in names]
         for name, value in zip(names, self):
             setattr(scales, name, value)

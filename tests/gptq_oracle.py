@@ -1,4 +1,4 @@
-"""GPTQ as its papers tell it, in float64: one channel at a time, with the inverse of the transformed Hessian."""
+"""GPTQ as in the papers, in float64: one channel at a time, with the inverse of the transformed Hessian."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Tiny random language models, quantized; each kind is made once a process and handed out as a copy."""
+"""Tiny random language models, quantized. Each kind is made once a process; callers get a copy."""
 
 import copy
 import functools
@@ -17,7 +17,7 @@ from transformers import (
 
 
 class Pair(nn.Module):
-    """Two siblings, a linear behind them, a residual: nothing in it that Inductor could round differently from eager."""
+    """Two siblings, a linear behind them, a residual: Inductor can round nothing here differently from eager."""
 
     def __init__(self, width: int = 256):
         super().__init__()

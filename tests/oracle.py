@@ -1,8 +1,9 @@
-"""The formats once more, from docs/spec.md §4 alone: tables and float64, in numpy; the library must agree bit for bit.
+"""A second implementation of the formats, from docs/spec.md §4 alone: tables and float64 in numpy.
 
-Values are found by searching a table of what the format can hold; exponents come from `frexp`. Only what the
-specification defines as an fp32 operation is one here: `a·fp32(g/6)`, `fp32(g/scale)`, `x·inv`, the products of
-decoding, and the sums of the `mse` rule (neighbours 2i and 2i + 1, until one is left). Codes are one a byte.
+The library must agree bit for bit. Values are found by search in a table of what the format can hold; exponents come
+from `frexp`. Only what the specification defines as an fp32 operation is one here: `a·fp32(g/6)`, `fp32(g/scale)`,
+`x·inv`, the products of decoding, and the sums of the `mse` rule (neighbours 2i and 2i + 1, until one is left).
+Codes are one a byte.
 """
 
 from collections.abc import Callable
@@ -72,7 +73,8 @@ def mxfp4_bytes(x: np.ndarray, rule: str) -> np.ndarray:
     b = np.clip(biased - 2 + (2 * mantissa > 1.5), 1, 254)
     if rule == "absmax":
         return b
-    # What byte b - 1 gains, value by value: twice (x/2^b - its e2m1)^2 - (x/2^b - half the e2m1 of twice it)^2, exact in fp32.
+    # What byte b - 1 gains, value by value, exact in fp32:
+    # twice (x/2^b - its e2m1)^2 - (x/2^b - half the e2m1 of twice x/2^b)^2.
     # Byte b + 1 can tie at best: nothing is clipped at b, which holds all that b + 1 holds up to there.
     v = np.ldexp(x.astype(np.float64), (127 - b)[..., None])
     d0, d1 = (v - e2m1_decode(e2m1_encode(v * n)).astype(np.float64) / n for n in (1, 2))

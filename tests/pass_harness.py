@@ -49,7 +49,7 @@ class PassBackend:
 
 
 def check_graph(gm, inputs) -> None:
-    """Every node's recorded value agrees with what its op makes of its arguments; the graph is well formed and alive."""
+    """Every node's recorded value is what its op makes of its arguments; the graph is well formed; none is dead."""
     gm.graph.lint()
     recorded = {n: n.meta.get("val") for n in gm.graph.nodes if n.op != "output"}
     for node in gm.graph.nodes:

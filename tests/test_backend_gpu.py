@@ -1,12 +1,13 @@
 """`torch.compile(backend="wush")` on a GPU: bits of eager, flipped codes, CUDA graphs, faults, packages."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
-from helpers import like_eager
+from helpers import with_equal_codes
 from models import pair, pair_rows, plain, quantized, tokens
-from test_backend import EXACT, FUSED, divergence, fresh, mlp, offload, own_cache, rows  # noqa: F401  (fixtures)
+from test_backend import EXACT, FUSED, Mlp, divergence, fresh, mlp, offload, own_cache, rows  # noqa: F401  (fixtures)
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
@@ -46,33 +47,43 @@ def test_gpu_fused_ops_compile_to_themselves(op, prologue):
     assert max(flipped + far) <= 0.05, (flipped, far)  # another order of the norm's sum
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_gpu_blocks_are_eager_up_to_flipped_codes(mode):
-    model = mlp(layers=2, format="nvfp4").cuda()
-    run = torch.compile(model, backend="wush", mode=mode, fullgraph=True, options=None)
-    for lead in ((1, 1), (64, 8)):
-        x = rows(*lead).cuda()
-        assert like_eager(run(x), model(x), exact=False)
-
-
-def watched(monkeypatch, watch) -> None:
-    """From now on every quantizer, fused or not, gives what `watch` makes of its (codes, scales)."""
+@contextlib.contextmanager
+def watch_gpu(watch):
+    """Every quantizer, also a fused one, returns what `watch` makes of its codes and scales."""
 
     def watching(entries):
-        def taking(args):
+        def accepting(args):
             return next((kernel for _, kernel in entries if kernel.refuses(*args) is None), None)
 
         def run(*args):
-            return watch(taking(args).run(*args))
+            return watch(accepting(args).run(*args))
 
-        return [("watched", kernels.Implementation(run, lambda *args: None if taking(args) else "refused"))]
+        return [("watched", kernels.Implementation(run, lambda *args: None if accepting(args) else "refused"))]
 
     table = PROVIDERS(0)
     quantizers = {op: watching(entries) for op, entries in table.items() if op.endswith("transform_quantize")}
-    monkeypatch.setattr(kernels, "resolve", lambda device: {**table, **quantizers})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "resolve", lambda device: {**table, **quantizers})
+        yield
 
 
-def test_gpu_what_differs_from_eager_is_flipped_codes(monkeypatch):
+def test_gpu_blocks_are_eager_up_to_flipped_codes():
+    """With equal codes only residuals are left, one rounding to bf16 each. CUDA graphs do not change a bit."""
+    model = mlp(layers=2, format="nvfp4").cuda()
+    run = torch.compile(model, backend="wush", fullgraph=True)
+    graphs = torch.compile(model, backend="wush", fullgraph=True, mode="reduce-overhead")
+    for lead in ((1, 1), (64, 8)):
+        x = rows(*lead).cuda()
+        expected = run(x).clone()
+        actual, replayed, flipped = with_equal_codes(lambda: run(x), lambda: model(x), watch_gpu)
+        assert max(flipped) <= 0.05, flipped
+        assert torch.equal(actual, expected)
+        assert (actual.double() - replayed.double()).norm() <= 2**-8 * replayed.double().norm()
+        for _ in range(3):  # warm-up, capture, replay
+            assert torch.equal(graphs(x), expected)
+
+
+def test_gpu_what_differs_from_eager_is_flipped_codes():
     layers, ids = 2, tokens(4, 64).cuda()
     full = plain("llama", layers=layers).cuda()
     unquantized = divergence(
@@ -83,33 +94,15 @@ def test_gpu_what_differs_from_eager_is_flipped_codes(monkeypatch):
     run = torch.compile(model, backend="wush", fullgraph=True)
     eager = model(ids, use_cache=False).logits
     run(ids, use_cache=False)
-    compiled_codes, flipped = [], []
-
-    def record(result):
-        compiled_codes.append(result)
-        return result
-
-    def replay(own):
-        """Eager goes on with the compiled run's codes, so each quantizer is compared on equal codes before it: one that
-        flipped early would change all that follow, which says nothing about those."""
-        given = next(of_linear)
-        flipped.append((own[0] != given[0]).float().mean().item())
-        return given
-
-    watched(monkeypatch, record)
-    actual = run(ids, use_cache=False).logits
-    assert len(compiled_codes) == 4 * layers
-    # Eager quantizes once a linear, the graph once a group: q, k, v; o; gate, up; down.
-    groups = [4 * layer + group for layer in range(layers) for group in (0, 0, 0, 1, 2, 2, 3)]
-    of_linear = iter([compiled_codes[g] for g in groups])
-    watched(monkeypatch, replay)
-    replayed = model(ids, use_cache=False).logits
+    actual, replayed, flipped = with_equal_codes(
+        lambda: run(ids, use_cache=False).logits, lambda: model(ids, use_cache=False).logits, watch_gpu
+    )
     kl = divergence(replayed, actual)
     print(
         f"KL of bf16 under Inductor {unquantized:.2e}; of the quantized model {divergence(eager, actual):.2e}, "
         f"with the same codes {kl:.2e}; flipped bytes {[round(f, 4) for f in flipped]}"
     )
-    assert len(flipped) == len(groups) and max(flipped) <= 0.05
+    assert max(flipped) <= 0.05, flipped
     assert kl <= 2 * unquantized
 
 
@@ -120,7 +113,7 @@ def test_gpu_generate_with_a_static_cache():
     expected = model.generate(ids, **settings, disable_compile=True)
     config = CompileConfig(backend="wush", mode="reduce-overhead", fullgraph=True)
     actual = model.generate(ids, **settings, compile_config=config)
-    # Inductor's own arithmetic rounds differently from eager's: near ties may part, and all that follows them.
+    # Inductor's arithmetic rounds differently from eager's: tokens may differ after a near tie.
     assert (actual[:, :12] == expected[:, :12]).all()
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
 
@@ -152,9 +145,13 @@ def test_gpu_offloaded_models_run_and_compile(where, tmp_path):
 
 
 def test_gpu_packages_of_narrow_layers_inline_the_arithmetic(shared_libstdcxx, tmp_path):
+    torch.manual_seed(0)
+    full = torch.nn.Sequential(Mlp()).cuda()  # the weights of `mlp()`
     model, x = mlp().cuda(), rows(2, 5).cuda()
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},))
     path = torch._inductor.aoti_compile_and_package(wc.fuse(program, inline=True), package_path=str(tmp_path / "m.pt2"))
     packaged = torch._inductor.aoti_load_package(path)
     for lead in ((2, 5), (3, 7)):
-        assert like_eager(packaged(rows(*lead).cuda()), model(rows(*lead).cuda()), exact=False)
+        x = rows(*lead).cuda()
+        # A share f of flipped codes moves values by √(12 f) of what quantization itself does: half allows 2 %.
+        assert (packaged(x) - model(x)).norm() <= 0.5 * (full(x) - model(x)).norm()

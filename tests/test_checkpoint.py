@@ -97,7 +97,7 @@ def test_names_on_disk(saved):
     ]
 
 
-def test_rows_on_disk_are_the_members_own(saved):
+def test_rows_on_disk_belong_to_their_members(saved):
     model, _, directory = saved
     tensors = load_file(directory / "model.safetensors")
     group = model.q.owner
@@ -115,7 +115,7 @@ def test_meta_skeleton(saved):
     assert same_tensors(model, loaded) and torch.equal(model(x), loaded(x))
 
 
-def test_loaded_tensors_are_not_the_files(saved):
+def test_loaded_tensors_do_not_map_the_files(saved):
     model, x, directory = saved
     loaded = wc.load(directory, model=Branches())
     with open(directory / "model.safetensors", "r+b") as file:  # as a careless writer would
@@ -311,10 +311,10 @@ DAMAGE = {
         lambda d: edit_weights(d, lambda t: t.update({"norm.bias": torch.ones(63)})),
         r"norm.bias has shape \[63\]",
     ),
-    "no config": (lambda d: (d / "config.json").unlink(), "is no checkpoint: it has no config.json"),
+    "no config": (lambda d: (d / "config.json").unlink(), "is not a checkpoint: it has no config.json"),
     "config not JSON": (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
-    "another config": (lambda d: (d / "config.json").write_text("[1]"), "is no wush checkpoint"),
-    "another method": (settings(quant_method="gptq"), "is no wush checkpoint"),
+    "another config": (lambda d: (d / "config.json").write_text("[1]"), "is not a wush checkpoint"),
+    "another method": (settings(quant_method="gptq"), "is not a wush checkpoint"),
     "newer": (settings(format_version=3), "format_version 3.*upgrade"),
     "unknown key": (settings(color="red"), "unknown keys color"),
     "missing key": (lambda d: edit_config(d, lambda c: c["quantization_config"].pop("ignored")), "lacks ignored"),
@@ -375,7 +375,7 @@ def test_damage_is_named_and_the_model_left_alone(saved, name):
 
 def test_other_refusals_to_load(saved, tmp_path):
     model, _, directory = saved
-    with pytest.raises(CheckpointError, match="no directory"):
+    with pytest.raises(CheckpointError, match="not a directory"):
         wc.load(tmp_path / "nowhere", model=Branches())
     with pytest.raises(CheckpointError, match="model=..."):
         wc.load(directory)
@@ -563,7 +563,7 @@ def test_a_killed_save_leaves_the_old_or_the_new(saved, tmp_path):
         assert files(path) == files(directory), point
     for directory in first:  # interrupted first saves leave nothing that loads
         assert not directory.exists() and len(os.listdir(directory.parent)) == 1
-        with pytest.raises(CheckpointError, match="no directory"):
+        with pytest.raises(CheckpointError, match="not a directory"):
             wc.load(directory, model=Branches())
         wc.save(model, directory)
         assert os.listdir(directory.parent) == ["model"]

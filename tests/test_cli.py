@@ -78,7 +78,7 @@ def quantized(tiny, tmp_path_factory):
 
 def test_quantize(quantized):
     out, output = quantized
-    assert "12 linears in 6 groups" in output and "o_proj: ignored" in output
+    assert "12 linears in 6 groups" in output and "2: ignored by the configuration ('*.o_proj'): model" in output
     record = wc.load(out).wush_quantization
     assert record.config == wc.WushConfig(format="nvfp4", solver="rtn", ignore=("lm_head", "*.o_proj"))
 
@@ -109,7 +109,9 @@ def test_evaluate(tiny, quantized):
 
 
 def test_explain_and_generate(quantized):
-    assert "wush.fp4_linear" in run("explain", quantized[0])
+    short, everything = run("explain", quantized[0]), run("explain", quantized[0], "--all")
+    assert "wush.fp4_linear" not in short and "wush.fp4_linear" in everything
+    assert len(short.splitlines()) < 50 and "6 groups, largest relative loss first" in short
     output = run("generate", quantized[0], "--prompt", "It is", "--tokens", 4, "--device", "cpu")
     assert output.startswith("It is")
 
@@ -149,6 +151,11 @@ def test_errors_are_one_line(tiny, tmp_path, arguments, message):
 @pytest.mark.parametrize("command", ["demo", "quantize", "evaluate", "explain", "generate"])
 def test_help(command):
     assert "--help" in run(command, "--help")
+
+
+def test_version_and_the_default_of_ignore():
+    assert run("--version") == f"wush-compile {wc.__version__}\n"
+    assert "[default: (lm_head)]" in " ".join(run("quantize", "--help").replace("│", " ").split())
 
 
 def test_demo(tiny, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The configuration: what it refuses and with which words, and that it survives a checkpoint."""
+"""The configuration: what it refuses, with which words, and its round trip through a checkpoint."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The conformance suite itself: green for the reference, red for an implementation that is wrong anywhere."""
+"""The conformance suite itself: green for the reference, red for a wrong implementation."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def wrong_last_row(*args):
 
 
 def forgets_a_byte(*args):
-    """As a kernel that does not write the last scale would."""
+    """Like a kernel that does not write the last scale."""
     codes, scales = ops._transform_quantize(*args)
     if scales.dtype == torch.uint8:
         scales.view(-1)[-1] = conformance.POISON
@@ -57,7 +57,7 @@ def ignores_the_layout(x, transform, g, format, rule, *layout):
 
 
 def writes_no_padding(*args):
-    """As a kernel that leaves the padding of swizzled scales as memory had it would."""
+    """Like a kernel that does not write the padding of swizzled scales."""
     codes, scales = ops._transform_quantize(*args)
     if args[-1] == "swizzled" and scales.dtype == torch.uint8:
         scales[-1, -1, -1, -1] = conformance.POISON
@@ -105,7 +105,7 @@ def rounds_twice(*args):
 
 
 def reads_padding(*args):
-    """As a kernel that takes swizzled scales for rows would."""
+    """Like a kernel that reads swizzled scales as rows."""
     if args[-1] == "swizzled":
         args = (
             args[0],
@@ -126,7 +126,7 @@ def test_refusals_are_recorded():
 
 
 def test_fused_references_are_not_the_provider_under_test():
-    """What a fused op is compared with runs on the CPU, where no provider is asked."""
+    """The reference of a fused op runs on the CPU, where no provider is used."""
     for op in ("silu_mul_transform_quantize", "rms_norm_transform_quantize"):
         for _, _, args, reference in itertools.islice(conformance.CASES[op](CPU), 3):
             codes, scales = reference()
@@ -143,7 +143,7 @@ def test_tables(tmp_path):
 
 
 def test_the_benchmark_asks_every_provider(monkeypatch):
-    """Once round without a clock, on a CPU: every op of a provider with arguments that it takes, failures as rows."""
+    """One round on a CPU, without a clock: each op of a provider with arguments that it accepts; failures are rows."""
     every = ops.REFERENCE | fused_ops.FUSED_REFERENCE
     takes = {op: Implementation(run, lambda *args: None) for op, run in every.items()}
     table = {
@@ -165,14 +165,14 @@ def test_the_benchmark_asks_every_provider(monkeypatch):
 
 def test_deep_needs_a_gpu():
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("needs a machine without a CUDA GPU")
     run = CliRunner().invoke(app, ["doctor", "--deep"])
     assert run.exit_code == 1 and "leave --deep out" in run.output
 
 
 @pytest.mark.gpu
 def test_the_report(tmp_path, monkeypatch):
-    """Every provider of this GPU conforms, and the report says so. Times are another matter: left out here."""
+    """Every provider of this GPU conforms, and the report says so. Times are left out here."""
     monkeypatch.setattr(deep, "benchmark", lambda device: iter(()))
     monkeypatch.setattr(deep, "compile_all", lambda device: None)
     out = tmp_path / "report.json"

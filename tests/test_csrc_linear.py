@@ -27,6 +27,7 @@ from wush_compile.ops import layouts
 gpu = pytest.mark.gpu
 both = pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 DEVICE = "cuda"
+NOT_BUILT = "looks at compiled CUDA kernels: `make cuda` builds them"
 
 # -- layouts, on the host --------------------------------------------------------------------------------------------
 
@@ -36,7 +37,7 @@ def layout(tmp_path_factory):
     """csrc/fp4_layout.h compiled for this machine."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        pytest.skip("no C++ compiler")
+        pytest.skip("needs a C++ compiler")
     path = tmp_path_factory.mktemp("layout") / "layout.so"
     source = Path(__file__).with_name("fp4_layout.cpp")
     command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{build.HERE}", source, "-o", path]
@@ -93,7 +94,7 @@ def test_cutlass_takes_what_the_preparations_make(target, format):
     at libraries that were built."""
     path = cuda.libraries().get(target)
     if path is None:
-        pytest.skip(f"not built: python csrc/build.py --targets {target}")
+        pytest.skip(NOT_BUILT)
     refusal = ctypes.CDLL(str(path)).wush_linear_refusal
     refusal.argtypes, refusal.restype = [ctypes.c_int] * 2 + [ctypes.c_int64] * 3, ctypes.c_char_p
     number = list(FORMATS).index(format)
@@ -286,7 +287,7 @@ def test_sm100_products_are_the_instruction(target, format, tile):
     except build.BuildError as error:
         pytest.skip(str(error))
     if not path.exists():
-        pytest.skip(f"not built: python csrc/build.py --targets {target} --only {source.stem}")
+        pytest.skip(NOT_BUILT)
     ((name, code),) = ((n, c) for n, c in sass(path).items() if "GemmUniversal" in n)
     products = re.findall(r"\bUTCOMMA\S*", code)
     pair = ".2CTA" if tile == "wide" else ""
@@ -454,7 +455,7 @@ def test_not_a_number_stays_in_its_row(linear, format):
 def test_padding_of_the_groups_is_not_read(linear, format):
     """Scales beyond K, in the last word of a swizzled tile, may be anything: here NaN."""
     if torch.float32 not in linear.dtypes:
-        pytest.skip("CUTLASS reads the padding: it has to be zeros")
+        pytest.skip("CUTLASS reads the padding, so it must be zeros")
     group = FORMATS[format].group_size
     m, n, k = 20, 40, 5 * group
     x, w = operand(m, k, format, 9), operand(n, k, format, 10)
@@ -586,7 +587,7 @@ def epilogue_library() -> Path:
 def test_the_epilogue_of_sm100_rounds_where_the_op_does():
     """Its tree of CUTLASS's visitors behind a bf16 product of small integers: bit for bit, all combinations."""
     if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("CUTLASS's Hopper kernels run on Hopper only")
+        pytest.skip("needs a Hopper GPU: CUTLASS's Hopper kernels run on no other")
     try:
         run = ctypes.CDLL(str(epilogue_library())).epilogue
     except build.BuildError as error:

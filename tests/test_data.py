@@ -1,4 +1,4 @@
-"""What users give as data becomes batches without padding, or one clear error."""
+"""The data that users give becomes batches without padding, or one clear error."""
 
 import logging
 
@@ -68,7 +68,7 @@ def test_windows_says_how_much_text_is_missing(tokenizer):
         windows("", tokenizer, 4)
 
 
-def test_python_topics_is_a_lot_of_english_and_the_same_every_time():
+def test_python_topics_is_long_english_text_and_always_the_same():
     text = python_topics()
     assert len(text) > 300_000 and text.count(" the ") > 3000
     assert text == python_topics()

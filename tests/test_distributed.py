@@ -1,4 +1,4 @@
-"""Several processes: two of gloo on the CPU against one, and what they do when one of them fails or dies."""
+"""Several processes: two ranks of gloo on the CPU against one process; failures and deaths of a rank."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SETTINGS = {"solver": "gptq", "progress": False}
 
 
 def data():
-    """Batches of unequal size: the border between the two ranks cuts one of them."""
+    """Batches of unequal size: the border between the two ranks cuts one batch."""
     windows = tokens(WINDOWS, LENGTH, seed=3)
     return [windows[:4], windows[4:8], windows[8:]]
 
@@ -59,7 +59,7 @@ def broken(*args):
 
 
 def errors(rank: int, monkeypatch) -> list[str]:
-    """What each process says of data that cannot be dealt out, and of failures of the second one alone."""
+    """The errors of each process: for data that cannot be shared out, and for failures of the second process alone."""
 
     def attempt(work, *arguments, **settings) -> str:
         with pytest.raises(WushError) as caught:
@@ -169,7 +169,7 @@ def test_two_processes_are_one(two, monkeypatch):
     watch = Watch(monkeypatch)
     alone = wc.quantize(plain("llama", torch.float32), data(), **SETTINGS)
     forwarded = [report["forwarded"] for report in reports]
-    # The embedding once, the first layer twice, the last one, which nobody reads, once.
+    # The embedding once, the first layer twice, the last layer once, since nothing reads its output.
     assert sum(forwarded) == watch.forwarded == 4 * WINDOWS * LENGTH
     assert forwarded[0] == forwarded[1]
 
@@ -230,7 +230,7 @@ def test_merged_samples(counts):
 
 
 def test_groups_are_spread():
-    """Of a layer of Llama-3.1-8B, the down projection takes as long as the other three; then gate and up, for its rows."""
+    """In Llama-3.1-8B the down projection costs as much as the other three groups of a layer; gate and up come next."""
     layer = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
     costs = {i: solve_cost(wc.WushConfig(), *shape) for i, shape in enumerate(layer)}
     assert assign(costs, 2) == {3: 0, 2: 1, 0: 1, 1: 1}

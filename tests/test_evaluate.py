@@ -14,7 +14,7 @@ from wush_compile.evaluation import language, layers
 
 
 class Bigram(nn.Module):
-    """A language model that is no transformers model: logits from the last token alone, returned as a tensor."""
+    """A language model outside transformers: its logits depend on the last token alone, and come as a tensor."""
 
     def __init__(self, seed: int, vocabulary: int = VOCABULARY):
         super().__init__()
@@ -64,7 +64,7 @@ def test_compare_is_the_definition(length, window):
 def test_chunks_of_positions_change_nothing_but_memory(monkeypatch):
     reference, model, ids = Bigram(0).eval(), Bigram(1).eval(), text(40)
     whole = evaluate.compare(reference, model, ids, 20, progress=False)
-    monkeypatch.setattr(language, "CHUNK_ELEMENTS", 7 * VOCABULARY)
+    monkeypatch.setattr(language, "CHUNK_LOGITS", 7 * VOCABULARY)
     check(
         evaluate.compare(reference, model, ids, 20, progress=False),
         (whole.kl, whole.top1, whole.perplexity, whole.reference_perplexity),
@@ -110,10 +110,10 @@ def test_models_keep_their_modes_and_are_measured_without_dropout():
 @pytest.mark.parametrize(
     "ids, window, message",
     [
-        (torch.tensor([3]), 8, "holds 1 tokens; at least 2"),
+        (torch.tensor([3]), 8, "holds 1 tokens: give at least 2"),
         (torch.tensor([], dtype=torch.int64), 8, "holds 0 tokens"),
         (text(8), 1, "window is 1"),
-        (torch.randn(8), 8, r"float32 \[8\]; integers of shape \[T\]"),
+        (torch.randn(8), 8, r"float32 \[8\]: give integers of shape \[T\]"),
         (tokens(2, 8), 8, r"int64 \[2, 8\]"),
         (torch.tensor([1, VOCABULARY, 2]), 8, f"token_ids holds token id {VOCABULARY}, but the model's vocabulary has"),
         (torch.tensor([1, -5]), 8, "token id -5"),

@@ -78,7 +78,7 @@ def test_inlined_programs_hold_no_op_of_ours_and_the_same_bits(model):
 
 
 @pytest.mark.parametrize("format, rule", [(f.name, rule) for f in FORMATS.values() for rule in f.scale_rules])
-def test_the_arithmetic_that_is_inlined_is_the_ops(format, rule):
+def test_inlined_arithmetic_equals_the_ops(format, rule):
     settings = {} if rule != "paper" else {"weight_scale_rule": "paper"}
     model, x = branches(torch.bfloat16, format=format, activation_scale_rule=rule, transform="hadamard", **settings)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},))
@@ -97,7 +97,7 @@ def test_fuse_leaves_an_unquantized_program_alone():
 
 
 def make_package(folder: Path, *arguments: str) -> tuple[Path, str]:
-    """What `examples/export_aoti.py` writes: (path, its output)."""
+    """Runs `examples/export_aoti.py`: (path of the package, printed output)."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
     done = subprocess.run(
         [sys.executable, EXAMPLES / "export_aoti.py", folder / "model.pt2", *arguments],

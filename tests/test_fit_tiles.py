@@ -1,4 +1,4 @@
-"""The tables of `choose.py`: what they choose stays, and what the kept tuning run can say of them is so."""
+"""The tables of `choose.py`: their choices are pinned, and agree with the kept tuning run."""
 
 import hashlib
 import importlib
@@ -16,8 +16,8 @@ ROWS = (*range(1, 70), 96, 128, 129, 192, 256, 300, 384, 511, 512, 768, 1000, 10
 OPTIONS = ({}, {"precise": True}, {"portable": True}, {"library": False})
 
 
-@pytest.mark.skipif(not tiles.has_gluon(), reason="this Triton has no Gluon, so the choices are others")
-def test_choices_stay():
+@pytest.mark.skipif(not tiles.has_gluon(), reason="this Triton has no Gluon, so it chooses other tiles")
+def test_choices_are_pinned():
     """A change of a table or a rule shows here. If it is meant, replace the digest; fit_tiles.py should say why."""
     lines = []
     for format, (n, k), rows in itertools.product(("mxfp4", "nvfp4", "int4"), SHAPES, ROWS):

@@ -97,7 +97,7 @@ def test_digits_are_tokens_of_their_own(loaded, tmp_path):
     assert joined("12")["input_ids"] == [len(SPECIAL) + 256]
 
 
-def test_special_tokens_are_the_metadatas(loaded):
+def test_special_tokens_come_from_the_metadata(loaded):
     model, tokenizer = loaded
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token) == (
         "<|im_start|>",
@@ -114,7 +114,7 @@ def test_special_tokens_are_put_right(file):
     tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|endoftext|>"
     model.config.eos_token_id, model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, None, 0
     _correct_special_tokens(model, tokenizer, read_metadata(file))
-    test_special_tokens_are_the_metadatas((model, tokenizer))
+    test_special_tokens_come_from_the_metadata((model, tokenizer))
 
 
 def test_weights_are_dequantized_to_the_dtype(file, loaded):
@@ -147,7 +147,7 @@ def test_files_that_are_no_gguf(file, tmp_path):
         load_gguf(tmp_path / "nowhere.gguf")
     other = tmp_path / "other.gguf"
     other.write_bytes(b"PK\x03\x04 not at all")
-    with pytest.raises(CheckpointError, match="other.gguf is no GGUF file"):
+    with pytest.raises(CheckpointError, match="other.gguf is not a GGUF file"):
         load_gguf(other)
     whole = file.read_bytes()
     for length in (6, 300, 4000, len(whole) - 100):
@@ -230,7 +230,7 @@ def test_the_environment_may_name_the_file(cache, monkeypatch, file):
 def test_smollm2_itself():
     path = smollm2.cached()
     if path is None:
-        pytest.skip("SmolLM2 is not in the cache")
+        pytest.skip("needs SmolLM2 in the cache: `make demo` fetches it")
     model, tokenizer = smollm2.load()
     assert tokenizer.eos_token == "<|im_end|>" and model.generation_config.eos_token_id == 2
     assert tokenizer.convert_ids_to_tokens(tokenizer("In 1984,")["input_ids"]) == ["In", "Ġ", "1", "9", "8", "4", ","]

@@ -1,6 +1,7 @@
 """Hugging Face models: from_pretrained and save_pretrained, exactly; offloading; refusals."""
 
 import copy
+import importlib
 import json
 import os
 
@@ -370,15 +371,20 @@ def test_other_refusals(saved, tmp_path):
     with pytest.raises(CheckpointError, match="HomeMadeLM, which transformers does not have"):
         wc.load(directory)
     llama().save_pretrained(tmp_path / "plain")
-    with pytest.raises(CheckpointError, match="no wush checkpoint"):
+    with pytest.raises(CheckpointError, match="not a wush checkpoint"):
         wc.load(tmp_path / "plain")
     with pytest.raises(CheckpointError, match="empty it first"):
         wc.save(model, tmp_path / "plain")
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "plain").lm_head, torch.nn.Linear)
 
 
-def test_registering_twice():
-    import importlib
-
-    importlib.reload(hf)
-    importlib.reload(hf)
+def test_registering_twice(saved):
+    """A reloaded file replaces its classes in transformers' tables, and checkpoints load with the new ones."""
+    model, directory = saved
+    for _ in range(2):
+        old = hf.WushHfConfig, hf.WushHfQuantizer
+        importlib.reload(hf)
+        loaded = AutoModelForCausalLM.from_pretrained(directory)
+        used = type(loaded.config.quantization_config), type(loaded.hf_quantizer)
+        assert used == (hf.WushHfConfig, hf.WushHfQuantizer) and used != old
+        assert torch.equal(outputs(loaded), outputs(model))

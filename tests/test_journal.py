@@ -1,4 +1,4 @@
-"""quantize(out=DIR): killed at any moment it goes on, bit for bit; what is refused; what a failure leaves behind."""
+"""quantize(out=DIR): a killed run resumes bit for bit; what is refused; what a failure leaves behind."""
 
 import errno
 import json
@@ -196,7 +196,7 @@ def test_an_interrupted_run_goes_on_and_does_not_load_before(whole, tmp_path, fa
     with pytest.raises(KeyboardInterrupt):
         quantize(model, tmp_path)
     assert same_tensors(model, net())
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
         wc.load(tmp_path, model=net())
     calls.clear()
     quantize(model, tmp_path)

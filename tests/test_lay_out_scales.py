@@ -1,4 +1,4 @@
-"""`lay_out_scales`: swizzled scales between a quantizer and its products, on a Blackwell GPU that is only pretended.
+"""`lay_out_scales`: swizzled scales between a quantizer and its products, on a pretended Blackwell GPU.
 
 The graph is lowered for fake tensors on that GPU, and then run on the CPU, where the reference defines every layout.
 """
@@ -196,7 +196,7 @@ def test_the_layout_does_not_change_who_computes(blackwell, monkeypatch):
 
 @pytest.mark.parametrize("rows, swizzled", [(64, True), (63, False), (None, False)])
 def test_scaled_mm_is_asked_without_a_guess_at_the_number_of_rows(blackwell, monkeypatch, rows, swizzled):
-    """It refuses few rows: a graph for any number of rows keeps rows, and gets no guard."""
+    """The provider refuses few rows: a graph for any number of rows keeps the row layout, and gets no guard."""
     monkeypatch.setattr(scaled_mm, "problem", lambda *args: None)
     blackwell(fp4_linear=scaled_mm.refuses_fp4_linear)
     model, x = Mlp("mxfp4"), sample(rows or 100)
@@ -248,5 +248,5 @@ fp4_linear = wush.fp4_linear(rms_norm_transform_quantize[0], rms_norm_transform_
 fp4_linear_1 = wush.fp4_linear(rms_norm_transform_quantize[0], rms_norm_transform_quantize[1], None, up_codes, up_scales, None, None, None, 'mxfp4', bf16, 'swizzled')  # bf16[s0, 160]
 silu_mul_transform_quantize = wush.silu_mul_transform_quantize(fp4_linear, fp4_linear_1, None, None, 'mxfp4', 'absmax', 'swizzled')  # (u8[s0, 80], u8[-(((-s0)//128)), 2, 32, 16])
 fp4_linear_2 = wush.fp4_linear(silu_mul_transform_quantize[0], silu_mul_transform_quantize[1], None, down_codes, down_scales, None, None, x, 'mxfp4', bf16, 'swizzled')  # bf16[s0, 96]
-return (fp4_linear_2)""",
+return (fp4_linear_2)""",  # noqa: E501
         )

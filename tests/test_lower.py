@@ -1,4 +1,4 @@
-"""`lower` and `inline`: what a GPU gets, traced here with tensors that only pretend to be on one."""
+"""`lower` and `inline`: the graph for a GPU, traced with tensors that pretend to be on one."""
 
 import ast
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ wush = torch.ops.wush
 
 
 def on_gpu(program: torch.export.ExportedProgram) -> torch.fx.Graph:
-    """The program's graph as it would be had the model been on a GPU: only what was recorded of each node changes."""
+    """The program's graph as of a model on a GPU: only the recorded values of the nodes change."""
 
     def move(fake):
         if not isinstance(fake, torch.Tensor):

@@ -323,7 +323,7 @@ def test_observe_moment_and_count(block, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("block", [None, 32])
 def test_observe_does_not_wait_for_the_gpu(block):
-    """And sees there what it sees on a CPU."""
+    """The results are those of a CPU."""
     batches = [torch.randn(70, 64).bfloat16() for _ in range(3)]
     state = [s.cuda() for s in new_state(64, block, 32, torch.bfloat16)]
     moved = [b.cuda() for b in batches]

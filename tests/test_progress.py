@@ -1,4 +1,4 @@
-"""What a run shows and logs, the table at its end, and the clock of its phases; warnings that name a layer."""
+"""What a run shows and logs, and the clock of its phases; warnings that name a layer."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from test_journal import DATA, IDS, Words, net
 import wush_compile as wc
 from wush_compile.calibration import loop as calibrate
 from wush_compile.calibration import solve_group as solving
-from wush_compile.calibration.progress import Progress, group_table
+from wush_compile.calibration.progress import Progress
 from wush_compile.phases import phase, timing
 
 
@@ -76,20 +76,6 @@ def test_a_smaller_micro_batch_is_logged(tmp_path, monkeypatch):
     wc.quantize(net(Words), IDS, progress=progress)
     [event] = [e for e in events(tmp_path / "log.jsonl") if e["event"] == "batch_size"]
     assert event["batch_size"] == 2 and event["reason"] == "out of memory"
-
-
-def test_the_table_begins_with_the_worst():
-    table = group_table(
-        {
-            "good": {"rows": 8, "width": 4, "tokens": 9, "loss": 1.0, "relative_loss": 0.01, "damping_tries": 1},
-            "bad": {"rows": 8, "width": 4, "tokens": 9, "loss": 0.5, "relative_loss": 0.2, "damping_tries": 3},
-            "free": {"rows": 8, "width": 4, "tokens": 0},
-        }
-    )
-    lines = [line.split() for line in table.splitlines()]
-    assert [line[0] for line in lines if line and line[0] in ("good", "bad", "free")] == ["bad", "good", "free"]
-    bad = next(line for line in lines if line and line[0] == "bad")
-    assert bad == ["bad", "8", "x", "4", "9", "5.000e-01", "2.000e-01", "3", "times"]
 
 
 def test_phases_nest_and_charge_the_innermost():

@@ -1,4 +1,4 @@
-"""Who computes an op: the table, forcing, falling back; no GPU and no Triton needed."""
+"""Which provider computes an op: the table, a forced provider, the fallback. Needs no GPU and no Triton."""
 
 from contextlib import nullcontext
 
@@ -44,7 +44,7 @@ def test_a_forced_provider_must_exist(monkeypatch):
 
 
 class Fake:
-    """Stands for a tensor on a device: all that `dispatch` looks at."""
+    """A stand-in for a tensor on a device, with all that `dispatch` reads."""
 
     device = torch.device("cuda", 0)
 
@@ -164,7 +164,7 @@ def short(x, transform, global_scale, format):
 
 
 def demanding(x, transform, global_scale, format, scale_rule, scale_layout="rows", *, tile):
-    """As `good`, but needs what no caller gives."""
+    """As `good`, but with a parameter that no caller passes."""
 
 
 def observe(x, mask, moment, count, sample, seed=1):

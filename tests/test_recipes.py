@@ -1,11 +1,11 @@
-"""Several recipes in one model: groups by recipe, and every way that a quantized model goes from there."""
+"""Several recipes in one model: groups by recipe; then saved, loaded, resumed, compiled and exported."""
 
 import copy
 import json
 
 import pytest
 import torch
-from helpers import emulates_rounding, files, like_eager, quantize
+from helpers import assert_like_eager, emulates_rounding, files, quantize
 from models import plain, tokens
 from torch.export import Dim
 
@@ -61,7 +61,7 @@ def test_siblings_that_disagree_form_groups_of_their_own(quantized):
 
 
 def test_a_group_is_what_it_would_be_alone():
-    """Rounding to nearest: a linear's tensors depend on its own recipe and on what runs before it, which is the same."""
+    """With rounding to nearest, a linear's tensors depend on its own recipe and on the layers before it."""
     mixed = quantize(plain("llama", layers=1), tokens(2, 16), overrides={"*.down_proj": {"format": "nvfp4"}})
     other = quantize(plain("llama", layers=1), tokens(2, 16), overrides={"*.[oudgkqv]*_proj": {"seed": 0}})
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj"):
@@ -98,11 +98,14 @@ def test_the_journal_writes_and_restores_recipes(tmp_path):
 @torch.no_grad()
 def test_compiled(quantized):
     model, ids = copy.deepcopy(quantized), tokens(2, 9)
-    expected = model(ids, use_cache=False).logits
     options = {"emulate_precision_casts": True} if emulates_rounding() else {}
+    run = torch.compile(model, backend="wush", options=options)
     with wc.trace_graphs() as log:
-        actual = torch.compile(model, backend="wush", options=options)(ids, use_cache=False).logits
-    assert like_eager(actual, expected, exact=emulates_rounding())
+        assert_like_eager(
+            lambda: run(ids, use_cache=False).logits,
+            lambda: model(ids, use_cache=False).logits,
+            exact=emulates_rounding(),
+        )
     counts = log.graphs[0].snapshots[-1].counts
     assert counts["fp4_linear"] == 11
 

@@ -1,4 +1,4 @@
-"""The calls that compute-sanitizer is run over (sanitize.py): each reaches its kernel with arguments that fit it."""
+"""The calls of sanitize.py, for compute-sanitizer: each reaches its kernel with arguments that fit."""
 
 import inspect
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""torch's scaled_mm as a provider: what it is given, on a CPU with a stand-in that reads operands as cuBLASLt would."""
+"""torch's scaled_mm as a provider: its operands are right for a CPU stand-in that reads them as cuBLASLt does."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ both = pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 
 @pytest.fixture
 def library(monkeypatch):
-    """F.scaled_mm in float64, which insists on the recipe, the dtypes and the swizzle."""
+    """F.scaled_mm in float64; checks the recipe, the dtypes and the swizzle."""
     calls = []
 
     def product(a, b, scale_a, recipe_a, scale_b, recipe_b, swizzle_a, swizzle_b, bias, output_dtype):
@@ -71,7 +71,7 @@ def test_swizzled_weight_scales_follow_the_weight():
 
 
 def test_a_product_that_fails_or_is_wrong_is_refused(monkeypatch):
-    """Found out once, by a small product."""
+    """A small product tries the provider once."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(scaled_mm, "_found", {})
     monkeypatch.setattr(scaled_mm, "_place", lambda device: torch.device("cpu"))
@@ -87,7 +87,7 @@ def test_a_product_that_fails_or_is_wrong_is_refused(monkeypatch):
     assert "wrong" in scaled_mm.problem("nvfp4", False, 0)  # not tried again
 
 
-def test_what_it_does_not_take():
+def test_unsupported_calls_are_refused():
     def refuses(m=64, n=64, k=64, format="nvfp4", dtype=torch.bfloat16, bias=None):
         codes, w = torch.zeros(m, k // 2, dtype=torch.uint8), torch.zeros(n, k // 2, dtype=torch.uint8)
         return scaled_mm.refuses_fp4_linear(codes, codes, None, w, w, None, bias, None, format, dtype)

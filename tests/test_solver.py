@@ -1,4 +1,4 @@
-"""The solver: closed-form transforms, GPTQ against an oracle, global scales, and what it refuses (docs/spec.md §2-4)."""
+"""The solver: closed-form transforms, GPTQ against an oracle, global scales, refusals (docs/spec.md §2-4)."""
 
 import itertools
 import os
@@ -158,8 +158,8 @@ def test_random_transforms_are_orthogonal_and_named():
     assert not torch.equal(a, b) and not torch.equal(a, random_orthogonal(3, 32, 1, "a"))
 
 
-def test_conditional_moments_are_the_paper_s():
-    """T of block b sees the moment given the channels quantized later, and the weights at their updated optimum."""
+def test_conditional_moments_are_those_of_the_paper():
+    """T of block b depends on the moment given the channels quantized later, and on the updated weights."""
     x, w = problem(n=80, dtype=torch.float64)
     config = WushConfig(moments="conditional")
     solution = run(x, w, config)
@@ -182,7 +182,7 @@ RULES = [(f, rule) for f, fmt in formats.FORMATS.items() for rule in fmt.scale_r
 
 @pytest.mark.parametrize("format,rule", RULES)
 @pytest.mark.parametrize("transform", ["identity", "wush"])
-def test_rtn_is_the_format_s_quantizer(format, rule, transform):
+def test_rtn_equals_the_quantizer_of_the_format(format, rule, transform):
     x, w = problem(dtype=torch.bfloat16)
     config = WushConfig(format=format, weight_scale_rule=rule, transform=transform, solver="rtn")
     solution = run(x, w, config)
@@ -218,14 +218,14 @@ def agrees_with_the_oracle(format, rule, groups, device):
 
 @pytest.mark.parametrize("format,rule", RULES)
 @pytest.mark.parametrize("groups", [1, 2])
-def test_gptq_is_the_oracle_s(format, rule, groups):
+def test_gptq_equals_the_oracle(format, rule, groups):
     agrees_with_the_oracle(format, rule, groups, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("format,rule", RULES)
 @pytest.mark.parametrize("groups", [1, 2])
-def test_gptq_on_a_gpu_is_the_oracle_s(format, rule, groups):
+def test_gptq_on_a_gpu_equals_the_oracle(format, rule, groups):
     agrees_with_the_oracle(format, rule, groups, "cuda")
 
 
@@ -258,7 +258,7 @@ def rotated_factor(device):
         expected = torch.linalg.cholesky(wide @ h @ wide.T)
         with pytest.MonkeyPatch.context() as patch:
             for chunk in (2**25, 64 * 192):
-                patch.setattr(sys.modules["wush_compile.solver.gptq"], "CHUNK_ELEMENTS", chunk)
+                patch.setattr(sys.modules["wush_compile.solver.gptq"], "ROTATED_ELEMENTS", chunk)
                 unit = rotate_(torch.linalg.cholesky(h), t, block)
                 torch.testing.assert_close(unit.tril(), expected / expected.diagonal(), rtol=1e-8, atol=1e-10)
                 assert not diagonal_blocks(unit, block).triu(1).any()
@@ -269,6 +269,26 @@ def rotated_factor(device):
     torch.testing.assert_close(q @ q.mT, eye, rtol=0, atol=1e-13)
     torch.testing.assert_close(lower @ q.mT, m, rtol=1e-12, atol=1e-13)
     assert lower.triu(1).abs().max() == 0
+
+
+@pytest.mark.parametrize("power", [0.5, 0.75, 1.0])
+def test_the_power_of_s_splits_the_moments_between_the_sides(power):
+    generator = torch.Generator().manual_seed(5)
+    x, w = (torch.randn(n, 16, generator=generator, dtype=torch.float64) for n in (200, 60))
+    x[:, 3] *= 20
+    h, gram = x.T @ x / 200, w.T @ w / 60
+    t = wush_transform(torch.linalg.cholesky(h)[None], gram[None], 0.0, power=power)[0]
+    had = hadamard_matrix(16)
+    s = torch.linalg.eigvalsh(torch.linalg.cholesky(h).T @ gram @ torch.linalg.cholesky(h)).flip(-1).sqrt()
+    c = (s.log().mean() * (0.5 - power)).exp()
+    inverse = torch.linalg.inv(t)
+    torch.testing.assert_close(had @ t @ h @ t.T @ had, torch.diag((c * s**power) ** 2), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        had @ inverse.T @ gram @ inverse @ had, torch.diag((s ** (1 - power) / c) ** 2), rtol=1e-8, atol=1e-8
+    )
+    assert torch.det(t).abs().log().item() == pytest.approx(
+        torch.det(wush_transform(torch.linalg.cholesky(h)[None], gram[None], 0.0)[0]).abs().log().item()
+    )
 
 
 def test_rotated_factor():
@@ -302,7 +322,7 @@ def test_spans_agree_on_a_gpu():
 
 
 def group_kernel_agrees(device):
-    """The Triton kernel against `round_group`, bit for bit: 41 rows, among them zeros and tiny, large and infinite ones."""
+    """The Triton kernel against `round_group`, bit for bit, on 41 rows; some are zero, tiny, large or infinite."""
     from wush_compile.kernels.triton.calibration import gptq as triton_gptq
 
     generator = torch.Generator().manual_seed(0)
@@ -353,7 +373,7 @@ def test_group_kernel_interpreted():
     assert run.stdout.strip().endswith("same"), run.stderr[-2000:]
 
 
-def test_in_loop_rounding_is_the_format_s():
+def test_in_loop_rounding_equals_the_format():
     edges = torch.tensor([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 1e30])
     values = torch.cat(
         (
@@ -630,7 +650,6 @@ def test_same_bytes_on_a_gpu(format, moments):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
 @pytest.mark.parametrize("format,solver", list(itertools.product(formats.FORMATS, SOLVERS)))
 def test_devices_agree(format, solver):
     """Same random transforms and codes; with the closed form, whose eigensolver is another one, about the same loss."""

@@ -1,4 +1,4 @@
-"""Second moments on a GPU: small integers, whose sums are exact in any order, and the op in its place."""
+"""Second moments on a GPU: of small integers, whose sums are exact in any order, and through the op."""
 
 import pytest
 import torch

@@ -285,7 +285,7 @@ def test_quantize_interpreted():
 # -- the registered ops ----------------------------------------------------------------------------------------------
 
 
-def test_what_the_kernel_does_not_take_is_refused():
+def test_unsupported_calls_are_refused():
     """Everything it reads out of bounds or misreads otherwise; the reference then raises, or computes it."""
     from wush_compile.kernels.triton.provider import refuses_transform_quantize as refuses
 

@@ -1,4 +1,4 @@
-"""quantize never returns a broken model: code around a linear works, or the model stays as it was and an error says why."""
+"""quantize never returns a broken model: code around a linear works, or an error says why and nothing changes."""
 
 import copy
 import logging
@@ -198,7 +198,9 @@ def test_a_model_that_differs_from_its_graph_without_quantization_has_a_bound():
 
         def forward(self, x):
             h = self.a(x)
-            return self.b(h if torch.compiler.is_exporting() else h * (1 + 1e-6) + self.error * isinstance(self.a, WushLinear))
+            return self.b(
+                h if torch.compiler.is_exporting() else h * (1 + 1e-6) + self.error * isinstance(self.a, WushLinear)
+            )
 
     torch.manual_seed(0)
     assert is_quantized(quantize(Other(0.0).eval(), ROWS))
@@ -229,4 +231,3 @@ def test_a_graph_that_refuses_the_short_row_gets_the_whole_batch(caplog):
     with caplog.at_level(logging.WARNING, "wush_compile"):
         assert is_quantized(quantize(Even().eval(), [tokens(2, 24)]))
     assert "not checked" not in caplog.text
-

@@ -1,19 +1,27 @@
-"""What runs in threads while the model is traced."""
+"""The warm-up runs the kernels of a run, in threads, while the model is traced."""
 
+import collections
+import contextlib
+import math
 import threading
 import time
 
 import pytest
 import torch
 from models import plain, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import wush_compile as wc
 from wush_compile.calibration import warm_up
 from wush_compile.calibration.context import Run
+from wush_compile.calibration.loop import calibrate
 from wush_compile.calibration.ranks import SingleProcess
 from wush_compile.calibration.tensors import ModelTensors
 from wush_compile.calibration.warm_up import run_during, warm_up_tasks
+from wush_compile.capture.export import capture
+from wush_compile.data import normalize
 from wush_compile.errors import NonFiniteError
+from wush_compile.passes.calibration.group import find_groups
 from wush_compile.phases import phase, timing
 
 CPU = torch.device("cpu")
@@ -28,25 +36,56 @@ def tasks(model, batches, config, device=CPU, **settings):
     [
         wc.WushConfig(),
         wc.WushConfig(format="nvfp4", moments="conditional"),
-        wc.WushConfig(format="int4", solver="rtn"),
+        wc.WushConfig(format="int4", solver="rtn", activation_scale_rule="absmax"),
         wc.WushConfig(solver="rtn", transform="hadamard"),
         wc.WushConfig(transform="identity"),
     ],
-    ids=str,
+    ids=["mxfp4-wush", "nvfp4-conditional", "int4-rtn", "hadamard", "identity"],
 )
-def test_tasks_do_what_a_run_does(config):
-    """Every op and the solver take what they are given: each task runs to its end, for each shape once."""
-    batches = [{"input_ids": window} for window in tokens(6, 16).split(2)]
-    work = tasks(plain("llama"), batches, config)
+@torch.no_grad()
+def test_tasks_make_the_calls_of_a_run(config):
+    """Op by op: the same shapes, dtypes, formats and rules, each call once; a moment of one width stands for all."""
+    model, batches = plain("llama"), [{"input_ids": window} for window in tokens(6, 16).split(2)]
+    work = tasks(model, batches, config, batch_size=6)
     # q and o, k and v, gate and up, down; and one group is solved. The head is not quantized.
     assert len(work) == 4 + 1
-    for task in work:
-        task()
+    with Calls(torch.bfloat16) as warm:
+        for task in work:
+            task()
+
+    windows = normalize(batches, model=model)
+    captured = capture(model, windows)
+    groups, _ = find_groups(captured.graph_module, model, config)
+    with Calls(torch.bfloat16) as real:
+        calibrate(captured, groups, windows, Run(ModelTensors(model), CPU, batch_size=6))
+    for op in ("aten::mm", "wush::transform_quantize", "wush::fp4_linear"):
+        assert set(warm.seen[op]) == set(real.seen[op]), op
+        assert len(warm.seen[op]) == 4, op  # one for each kind of linear
+    assert len(warm.seen["wush::observe"]) == 1 and set(warm.seen["wush::observe"]) < set(real.seen["wush::observe"])
+
+
+class Calls(TorchDispatchMode):
+    """Op -> the arguments of its calls on a first tensor of `dtype` or of codes; leading dimensions count as one."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.first, self.seen = (dtype, torch.uint8), collections.defaultdict(list)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype in self.first:
+            self.seen[func.name()].append(tuple(map(self.described, args)))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def described(argument):
+        if not isinstance(argument, torch.Tensor):
+            return argument
+        return (math.prod(argument.shape[:-1]), *argument.shape[-1:]), argument.dtype
 
 
 @pytest.mark.parametrize(("settings", "more"), [({}, 1), ({"activations_dir": "values"}, 0)], ids=str)
 def test_memory_is_pinned_for_values_that_wait_in_it(settings, more):
-    """For half of six windows in two processes, two at a time: two values, and two on their way."""
+    """Half of six windows for each of two processes, two at a time: two values, and two in flight."""
     batches = [{"input_ids": window} for window in tokens(6, 16).split(2)]
     cuda = torch.device("cuda", 0)
     ranks = SingleProcess()
@@ -56,22 +95,34 @@ def test_memory_is_pinned_for_values_that_wait_in_it(settings, more):
     assert pins == [(2 + 2, 2 * 16 * 64 * 2)] * more
 
 
-def test_nothing_is_known_of_other_inputs():
+def test_other_inputs_have_no_tasks():
     assert tasks(torch.nn.Linear(32, 32), [(torch.zeros(2, 32),)], wc.WushConfig()) == []
 
 
-def test_a_task_that_fails_is_harmless(monkeypatch, caplog):
-    """On a CPU no task runs at all; `_attempt` is what keeps a GPU's failures."""
+@pytest.fixture
+def ran(monkeypatch):
+    """What `torch.cuda` and the tasks below do, in order. No GPU is needed: the tasks compute nothing."""
+    ran = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: ran.append("cache emptied"))
+    return ran
 
+
+def test_a_task_that_fails_is_logged_and_the_others_run(ran, caplog):
     def broken():
         raise RuntimeError("made up")
 
-    with run_during(lambda: None, [broken], CPU):
+    tasks = [broken, lambda: ran.append("task")]
+    with caplog.at_level("DEBUG", "wush_compile"), run_during(lambda: None, tasks, torch.device("cuda")):
         pass
-    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    with caplog.at_level("DEBUG", "wush_compile"):
-        warm_up._attempt(broken, CPU)
-    assert "made up" in caplog.text
+    assert "RuntimeError in the warm-up: made up" in caplog.text
+    assert ran == ["task", "cache emptied"]
+
+
+def test_a_cpu_runs_the_check_alone(ran):
+    with run_during(lambda: ran.append("check"), [lambda: ran.append("task")], CPU):
+        pass
+    assert ran == ["check"]
 
 
 def test_the_check_runs_beside_the_block_and_is_raised_after_it():

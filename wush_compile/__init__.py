@@ -11,13 +11,13 @@ from . import evaluation as evaluate
 from .backend import fuse
 from .calibration.progress import Progress
 from .calibration.run import quantize, quantize_checkpoint
-from .checkpoint import hf as _hf  # noqa: F401  (Hugging Face loads our checkpoints once this package is imported)
+from .checkpoint import hf as _hf  # noqa: F401  (lets transformers load our checkpoints)
 from .checkpoint.save_load import load, load_model, load_tokenizer, save
 from .config import WushConfig
 from .data import windows
 from .errors import WushError
 from .graphs.log import trace_graphs
-from .kernels import register as _providers  # noqa: F401  (puts the GPU kernels behind the ops)
+from .kernels import register as _providers  # noqa: F401  (registers the GPU kernels of the ops)
 from .report.explain import explain
 
 __version__ = "0.1.0"

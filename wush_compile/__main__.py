@@ -1,4 +1,4 @@
-"""`python -m wush_compile` is the command line."""
+"""`python -m wush_compile` runs the command line."""
 
 from .cli import app
 

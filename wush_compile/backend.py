@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch.fx import Graph, GraphModule
 
-from .errors import one_of
-from .graphs.log import GraphTrace, Recorder, trace_graphs
+from .errors import CaptureError, one_of
+from .graphs.log import GraphTrace, Recorder, recording
 from .graphs.printing import readable_name
 from .kernels import dispatch as kernels
 from .ops import fused as fused_ops  # noqa: F401  (registers the ops that passes emit)
@@ -144,29 +144,33 @@ def wush(gm: GraphModule, example_inputs, *, mode: str | None = None, options: d
     return compile_fx(gm, example_inputs, config_patches=patches)
 
 
+class _Recorded(Exception):
+    """Ends a compile that only serves to record the graph."""
+
+
+def _end(graph: Graph) -> None:
+    # A pass that is a plain function has no key, so that Inductor and AOTAutograd look nothing up in their caches.
+    raise _Recorded
+
+
 def preview(model: torch.nn.Module, *args, **kwargs) -> GraphTrace:
-    """The graph that the backend hands to Inductor for a model on these inputs, step by step. Generates no code.
+    """The graph that the backend hands to Inductor for a model on these inputs, step by step.
 
-    The model runs once, on ATen's kernels. If the model does not trace as one graph, Dynamo's error is raised.
+    The backend compiles as always, and stops before code is generated. The model does not run. Raises `CaptureError` if
+    the model does not trace as one graph, or if its graph has no quantized linear.
     """
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_func
-    from torch._inductor.decomposition import select_decomp_table
-
-    def backend(gm: GraphModule, example_inputs):
-        names = [readable_name(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
-        recorder = Recorder()
-
-        def compiler(gm: GraphModule, _):
-            recorder.snapshot("incoming", gm.graph, names)
-            passes.run(gm.graph, after=functools.partial(recorder.snapshot, names=names))
-            gm.recompile()
-            return make_boxed_func(gm.forward)
-
-        return aot_autograd(fw_compiler=compiler, decompositions=select_decomp_table())(gm, example_inputs)
-
-    with trace_graphs() as log, torch.no_grad():
-        torch.compile(model, backend=backend, fullgraph=True)(*args, **kwargs)
+    backend = functools.partial(wush, options={"post_grad_custom_post_pass": _end})
+    with recording() as log, torch.no_grad():
+        try:
+            torch.compile(model, backend=backend, fullgraph=True)(*args, **kwargs)
+        except Exception as error:
+            if not log.graphs or log.graphs[0].snapshots[-1].step != passes.EXECUTION[-1].__name__:
+                reason = str(error).strip().split("\n")[0]
+                raise CaptureError(
+                    f"torch.compile cannot trace {type(model).__name__} as one graph: {type(error).__name__}: {reason}"
+                ) from error
+    if not log.graphs:
+        raise CaptureError(f"the forward of {type(model).__name__} runs no quantized linear")
     return log.graphs[0]
 
 

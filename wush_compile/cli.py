@@ -17,23 +17,24 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from .calibration.progress import Progress, group_table
+from . import __version__
+from .calibration.progress import Progress
 from .calibration.run import quantize as quantize_model
 from .calibration.run import quantize_checkpoint
 from .checkpoint.save_load import load, load_model, load_tokenizer
-from .config import WushConfig
+from .config import DEFAULT_IGNORE, WushConfig
 from .data import windows
 from .errors import ConfigError, WushError, one_of
 from .evaluation import language as evaluation
 from .recipe import RECIPE_FIELDS, Recipe
-from .report.explain import compiled_graph, summary
 from .report.explain import explain as explanation
+from .report.graphs import compiled_graph
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Accurate 4-bit inference of PyTorch models: quantize weights and activations to MXFP4, NVFP4 or INT4 with WUSH.",
+    help="Accurate 4-bit inference of PyTorch models: weights and activations in MXFP4, NVFP4 or INT4 with WUSH.",
 )
 console = Console()
 
@@ -42,8 +43,17 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint wr
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"wush-compile {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done, not only warnings.")] = False,
 ):
     level = logging.INFO if verbose else logging.WARNING
@@ -63,6 +73,11 @@ def _one_line_errors(interrupted: str = "interrupted: nothing was written") -> I
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _print(text: str) -> None:
+    """Text as it is: no markup, no colour, no line broken."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def _device(name: str) -> torch.device:
@@ -86,7 +101,7 @@ def _value(name: str, text: str) -> object:
     """A setting from its text, in the type of its default."""
     default = getattr(Recipe, one_of("setting in --override", name, RECIPE_FIELDS))
     if isinstance(default, str):
-        return text
+        return None if text == "none" else text
     try:
         return json.loads(text.lower().replace("none", "null"))
     except ValueError:
@@ -128,20 +143,26 @@ def quantize(
     activation_scale_rule: Annotated[
         str, typer.Option(help="As the weights' rule.")
     ] = WushConfig.activation_scale_rule,
+    activation_format: Annotated[
+        str,
+        typer.Option(help="Activations: same (4 bits, as the weights), fp8 (e4m3, a scale a token) or none (16 bits)."),
+    ] = "same",
     transform_block_size: Annotated[int | None, typer.Option(help="Default: the format's group.")] = None,
     share_transform: Annotated[bool, typer.Option(help="One transform for linears with the same input.")] = True,
     ignore: Annotated[
         list[str] | None,
         typer.Option(
-            help="Module that stays in 16 bits, by name or pattern; repeatable. Adds to the default, lm_head; "
-            "--ignore '!lm_head' quantizes the head."
+            show_default=", ".join(DEFAULT_IGNORE),
+            help="A module that stays in 16 bits, by name or pattern; repeatable. Adds to the default; "
+            "'!lm_head' quantizes the head.",
         ),
     ] = None,
     override: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATTERN:NAME=VALUE,...",
-            help="Settings for the linears that a pattern matches: '*.down_proj:format=nvfp4'; repeatable, later ones win.",
+            help="Settings for the linears that a pattern matches: '*.down_proj:format=nvfp4'; repeatable, later "
+            "ones win.",
         ),
     ] = None,
     damping: Annotated[float, typer.Option(help="Share of the mean diagonal added to second moments.")] = 0.01,
@@ -170,6 +191,7 @@ def quantize(
             moments=moments,
             weight_scale_rule=weight_scale_rule,
             activation_scale_rule=activation_scale_rule,
+            activation_format=None if activation_format == "none" else activation_format,
             transform_block_size=transform_block_size,
             share_transform=share_transform,
             ignore=tuple(ignore or ()),
@@ -181,10 +203,7 @@ def quantize(
         if quiet:
             transformers.utils.logging.disable_progress_bar()
         net, tokenizer = (None, load_tokenizer(model)) if stream else load_model(model)
-        data = None
-        if text is not None:
-            available = len(_token_ids(text, tokenizer)) // window
-            data = windows(text, tokenizer, window, min(count, max(available, 1)))
+        data = None if text is None else windows(text, tokenizer, window)[:count]
         progress = Progress(not quiet, log)
         settings = dict(
             tokenizer=tokenizer,
@@ -203,9 +222,7 @@ def quantize(
             )
         if quiet or int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
             return
-        console.print(group_table(net.wush_quantization.report, console.width), soft_wrap=True, markup=False)
-        console.print(summary(net), soft_wrap=True)
-        console.print(f"saved in {out}; wush-compile explain {out} shows the groups and graphs", soft_wrap=True)
+        _print(f"{explanation(net, width=console.width)}\n\nsaved in {out}; shown by wush-compile explain {out}")
 
 
 @app.command()
@@ -238,22 +255,25 @@ def evaluate(
 @app.command()
 def explain(
     directory: Checkpoint,
+    all: Annotated[
+        bool, typer.Option("--all", help="All groups, all names, and a layer's graph before and after.")
+    ] = False,
     graph: Annotated[
-        str | None, typer.Option(help="Only the graph of this layer in the compile backend: layer.0")
+        str | None, typer.Option(help="Only the graph of this layer inside torch.compile: layer.0")
     ] = None,
-    after: Annotated[str | None, typer.Option(help="With --graph: as it stands after this pass: fuse_norm")] = None,
+    after: Annotated[str | None, typer.Option(help="With --graph: the graph after this pass: fuse_norm")] = None,
 ) -> None:
-    """What a checkpoint holds: settings, groups, what was skipped and why, and a layer's graph before and after."""
+    """What a checkpoint holds: settings, memory, what was skipped and why, and the ten worst groups."""
     with _one_line_errors():
         model = load(directory)
         if graph is None and after is None:
-            text = explanation(model)
+            text = explanation(model, all=all, width=console.width)
         else:
             layer = re.fullmatch(r"layer\.(\d+)", graph or "layer.0")
             if layer is None:
                 raise ConfigError(f"--graph is layer.0, layer.1 and so on, not {graph!r}")
             text = compiled_graph(model, int(layer[1]), after)
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
+        _print(text)
 
 
 @app.command()
@@ -269,7 +289,7 @@ def generate(
         net.to(_device(device))
         ids = tokenizer(prompt, return_tensors="pt").to(net.device)
         out = net.generate(**ids, max_new_tokens=tokens, do_sample=False)
-        console.print(tokenizer.decode(out[0], skip_special_tokens=True), soft_wrap=True, markup=False, highlight=False)
+        _print(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
 @app.command()

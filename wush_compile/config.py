@@ -1,4 +1,4 @@
-"""`WushConfig`: the settings of a run. Its docstring and that of `Recipe` are the manual."""
+"""`WushConfig`: the settings of a run. The docstrings of `WushConfig` and `Recipe` are the manual."""
 
 import dataclasses
 import fnmatch
@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from .errors import ConfigError, WushError, one_of
 from .recipe import RECIPE_FIELDS, Recipe
 
-# Left in 16 bits unless `ignore` holds "!lm_head": its loss is large, and many heads share the embedding's weight.
+# The head stays in 16 bits unless `ignore` has "!lm_head". Its loss is large, and many heads share a weight with the
+# embedding.
 DEFAULT_IGNORE = ("lm_head",)
 
 
@@ -18,7 +19,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def ignored_by(name: str, patterns: Iterable[str]) -> str | None:
-    """The last pattern of `ignore` that holds for a module's name; None if there is none, or if it begins with `!`."""
+    """The last pattern of `ignore` that matches a module's name; None without a match, or if it begins with `!`."""
     found = None
     for pattern in patterns:
         if matches(name, pattern.removeprefix("!")):
@@ -28,7 +29,7 @@ def ignored_by(name: str, patterns: Iterable[str]) -> str | None:
 
 @dataclass(frozen=True)
 class WushConfig(Recipe):
-    """How a model is quantized: the default recipe of its linears, and what differs for some of them.
+    """How a model is quantized: the default recipe of its linears, and other settings for some of them.
 
     The settings of `Recipe` hold for every linear that no override matches. An instance is immutable and saved in the
     checkpoint. Every setting has a default that works.
@@ -56,8 +57,8 @@ class WushConfig(Recipe):
             overrides = {str(pattern): dict(settings) for pattern, settings in pairs}
         except (TypeError, ValueError):
             raise ConfigError(
-                f"overrides maps patterns of names to settings, as {{'*.down_proj': {{'format': 'nvfp4'}}}}, "
-                f"not {self.overrides!r}"
+                "overrides maps patterns of names to settings: give {'*.down_proj': {'format': 'nvfp4'}} in place of "
+                f"{self.overrides!r}"
             ) from None
         object.__setattr__(self, "overrides", overrides)
         for pattern, settings in overrides.items():
@@ -77,7 +78,7 @@ class WushConfig(Recipe):
         return Recipe(**{name: getattr(self, name) for name in RECIPE_FIELDS})
 
     def recipe_of(self, name: str) -> Recipe:
-        """The recipe of the linear with this module name: the defaults, changed by each matching override in order."""
+        """The recipe of the linear with this module name: the default, changed by each matching override in order."""
         recipe = self.recipe
         for pattern in self.overrides:
             if matches(name, pattern):
@@ -94,13 +95,13 @@ class WushConfig(Recipe):
 
     @classmethod
     def from_dict(cls, settings: dict) -> "WushConfig":
-        """From keyword settings or a checkpoint's `config`; an unknown name is a `ConfigError` with the near match."""
+        """From settings by name, or a checkpoint's `config`. Wrong names are a `ConfigError` with the near match."""
         for name in settings:
             one_of("setting", name, CONFIG_FIELDS)
         return cls(**settings)
 
     def to_dict(self) -> dict:
-        """JSON-ready; `from_dict` takes it back. Overrides are a list of pairs, since their order counts."""
+        """Settings that JSON can hold; `from_dict` reads them. `overrides` is a list of pairs because order counts."""
         settings = {name: getattr(self, name) for name in CONFIG_FIELDS}
         overrides = [[pattern, dict(changes)] for pattern, changes in self.overrides.items()]
         return {**settings, "ignore": list(self.ignore), "overrides": overrides}

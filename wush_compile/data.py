@@ -1,7 +1,7 @@
-"""Calibration and evaluation data: from texts, tensors or model inputs to the batches a model runs on.
+"""Makes batches for calibration and evaluation from texts, tensors or model inputs.
 
-A batch is a dict of model inputs (`{"input_ids": int64 [B, S], ...}`) or a tuple of positional inputs. Padding never gets
-further than this file: a padded batch is split into its unpadded rows.
+A batch is a dict of model inputs (`{"input_ids": int64 [B, S], ...}`) or a tuple of positional inputs. Only this file
+sees padding: it splits a padded batch into its unpadded rows.
 """
 
 import inspect
@@ -18,9 +18,9 @@ log = logging.getLogger("wush_compile")
 
 Batch = dict[str, Tensor] | tuple[Tensor, ...]
 
-# A string longer than this many tokens is cut into windows: attention of a whole book fits no memory.
+# Longer strings are cut into windows of this many tokens: attention over a whole book does not fit in memory.
 TEXT_WINDOW = 2048
-# Sequences a model samples at once: enough to keep a CPU's matmuls wide, few enough for the KV cache.
+# Sequences that a model samples at once: enough for wide matmuls on a CPU, few enough for the KV cache.
 SAMPLE_BATCH = 64
 
 
@@ -28,15 +28,15 @@ SAMPLE_BATCH = 64
 
 
 def _tokenize(text: str, tokenizer, special: bool) -> Tensor:
-    """int64 [S]; `special` keeps the tokens the tokenizer puts around a text (BOS, [CLS] …)."""
+    """Text -> token ids int64 [S]. `special` keeps the tokens that the tokenizer puts around a text (BOS, [CLS] …)."""
     return torch.tensor(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def windows(text: str | Sequence[str], tokenizer, length: int, count: int | None = None) -> list[Tensor]:
-    """The first `count` (None: all) windows of `length` tokens of a text, or of texts one after the other.
+    """The first `count` windows (None: all) of `length` tokens of a text, or of several texts joined together.
 
-    int64 [1, length] each, without overlap; no BOS or other token is added, a shorter rest is left out. `DataError` if
-    the text is too short for one window, or for `count`.
+    Each window is int64 [1, length]. Windows do not overlap. No BOS or other token is added, and a shorter rest is left
+    out. Raises `DataError` if the text is too short for `count` windows, or for one.
     """
     texts = [text] if isinstance(text, str) else list(text)
     ids = torch.cat([torch.empty(0, dtype=torch.int64), *(_tokenize(t, tokenizer, special=False) for t in texts)])
@@ -50,7 +50,7 @@ def windows(text: str | Sequence[str], tokenizer, length: int, count: int | None
 
 
 def python_topics() -> str:
-    """The language reference every Python ships for `help()`, about half a megabyte of English text."""
+    """The language reference that Python ships for `help()`: about half a megabyte of English text."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name].strip() for name in sorted(topics))
@@ -60,20 +60,20 @@ def python_topics() -> str:
 
 
 def normalize(data: Iterable, tokenizer=None, model: nn.Module | None = None) -> list[Batch]:
-    """What a user gives as data -> the list of batches, every one with the same inputs.
+    """Makes a list of batches, all with the same inputs, from the data that a user gives.
 
     data
         An iterable of tensors ([S] or [B, S] token ids, or the single input of any other module), of dicts of model
         inputs, of tuples of positional inputs, or of strings (with `tokenizer`).
     model
-        Decides whether a tensor is `input_ids` or positional: by the arguments of its `forward`. Without a model,
+        The arguments of its `forward` decide whether a tensor is `input_ids` or a positional input. Without a model,
         integer tensors are `input_ids`.
 
-    Positions whose attention mask is 0 leave here: a batch with a mask [B, S] that is 0 only before or after a row's
-    tokens, and whose other tensors are [B, S, ...], becomes its unpadded rows [1, s]. A mask of ones is dropped. Any other
-    mask stays in the batch as `attention_mask`, for the model and for `wush::observe`. `labels` are dropped.
+    Padding is removed. If a mask [B, S] is 0 only before or after the tokens of each row, and all other tensors are
+    [B, S, ...], the batch becomes its unpadded rows [1, s]. A mask of ones is dropped. Other masks stay in the batch
+    as `attention_mask`, for the model and for `wush::observe`. `labels` are dropped.
 
-    `DataError` for data that is empty, of another type, or whose batches have different inputs.
+    Raises `DataError` if the data is empty or of another type, or if its batches have different inputs.
     """
     if isinstance(data, (str, Mapping)) or (isinstance(data, Tensor) and (data.dim() < 2 or data.is_floating_point())):
         raise DataError(f"data is a single {_kind(data)}; an iterable of batches is wanted: write [data]")
@@ -97,7 +97,7 @@ def normalize(data: Iterable, tokenizer=None, model: nn.Module | None = None) ->
 
 
 def check_token_ids(batches: Iterable[Batch], vocab_size: int) -> None:
-    """`DataError` naming the batch and the id if `input_ids` of a batch do not fit an embedding of `vocab_size` rows."""
+    """Raises `DataError`, which names batch and id, if `input_ids` do not fit an embedding of `vocab_size` rows."""
     for index, batch in enumerate(batches):
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if ids is not None:
@@ -105,7 +105,7 @@ def check_token_ids(batches: Iterable[Batch], vocab_size: int) -> None:
 
 
 def check_ids(ids: Tensor, vocab_size: int, where: str) -> None:
-    """`DataError` if an id of `ids` is negative or not below `vocab_size`."""
+    """Raises `DataError` if an id is negative or not below `vocab_size`."""
     low, high = (int(v) for v in ids.aminmax())
     if low < 0 or high >= vocab_size:
         raise DataError(
@@ -123,7 +123,7 @@ def _takes_input_ids(model: nn.Module) -> bool:
 
 
 def _batches(item: object, index: int, tokenizer, named: bool) -> list[Batch]:
-    """One item of the user's data -> its batches: several for padded rows and long texts, none for an empty text."""
+    """The batches of one item of the user's data: several for padded rows and long texts, none for an empty text."""
     where = f"batch {index} of data"
     if isinstance(item, str):
         if tokenizer is None:
@@ -184,14 +184,14 @@ def _mapping_batches(item: Mapping, where: str) -> list[Batch]:
 
 
 def _unpad(batch: dict[str, Tensor], where: str) -> list[Batch]:
-    """The batch without its padding, SPEC: positions whose mask is 0 enter no moment and no loss."""
+    """The batch without its padding: positions whose mask is 0 enter no moment and no loss (docs/spec.md §1)."""
     mask = batch.get("attention_mask")
     if mask is None or mask.dim() != 2:
         return [batch]
     keep = mask != 0  # [B, S]
     others = {name: value for name, value in batch.items() if name != "attention_mask"}
     if not others:
-        raise DataError(f"{where} has an attention_mask but no inputs for it")
+        raise DataError(f"{where} has an attention_mask but no inputs: add the inputs that it masks")
     ids = batch.get("input_ids")
     if ids is not None and ids.shape != mask.shape:
         raise DataError(f"the attention_mask of {where} is {list(mask.shape)}, its input_ids {list(ids.shape)}")
@@ -209,7 +209,7 @@ def _unpad(batch: dict[str, Tensor], where: str) -> list[Batch]:
 
 
 def _same_inputs(batches: list[Batch]) -> list[Batch]:
-    """One graph runs all batches, so all need the same inputs; where one keeps its mask, the others get ones."""
+    """Checks that all batches have the same inputs, for one graph runs all. If one has a mask, the others get ones."""
     if any(isinstance(b, dict) and "attention_mask" in b for b in batches):
         batches = [
             {**b, "attention_mask": b["input_ids"].new_ones(b["input_ids"].shape)}
@@ -236,7 +236,7 @@ def _same_inputs(batches: list[Batch]) -> list[Batch]:
 
 
 class _Progress:
-    """What `generate` calls with the prompt and then with every new token."""
+    """A streamer: `generate` calls it with the prompt and then with every new token."""
 
     def __init__(self, bar: tqdm) -> None:
         self.bar = bar
@@ -251,11 +251,11 @@ class _Progress:
 def sample_calibration_text(
     model: nn.Module, tokenizer=None, count: int = 64, length: int = 512, seed: int = 0, progress: bool = True
 ) -> list[Tensor]:
-    """Token windows a causal LM samples from itself, int64 [1, length] each: calibration without data.
+    """Token windows that a causal language model samples from itself, int64 [1, length] each. No data is needed.
 
-    Every window starts with the model's BOS, or with a random ordinary token where it has none, and goes on at temperature 1
-    over the whole vocabulary, through ends of sequence. The same seed gives the same windows; the global random state is
-    left as it was. `DataError` for a model that does not generate.
+    Each window starts with the model's BOS, or with a random ordinary token if the model has none. Sampling continues
+    at temperature 1 over the whole vocabulary, and does not stop at an end of sequence. The same seed gives the same
+    windows, and the global random state does not change. Raises `DataError` for a model that does not generate.
     """
     from transformers import GenerationConfig
 
@@ -271,7 +271,7 @@ def sample_calibration_text(
     )
     starts = _starts(model, tokenizer, bos, count, seed)  # [count, 1]
     bar = tqdm(total=length * -(-count // SAMPLE_BATCH), desc="sample text", unit="token", disable=not progress or None)
-    # Without an end-of-sequence token nothing stops early; the pad token only has to exist.
+    # Without an end-of-sequence token no window ends early. The pad token must exist, but is never used.
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=bos)
     sampled = []
     try:
@@ -299,7 +299,7 @@ def sample_calibration_text(
 
 
 def _starts(model: nn.Module, tokenizer, bos: int | None, count: int, seed: int) -> Tensor:
-    """First tokens, int64 [count, 1]."""
+    """The first token of each window, int64 [count, 1]."""
     if bos is not None:
         return torch.full((count, 1), bos, dtype=torch.int64)
     allowed = torch.arange(model.get_input_embeddings().weight.shape[0])

@@ -1,11 +1,11 @@
-"""The library's own errors: one sentence that names the thing and the remedy."""
+"""The library's own errors. Each message is one sentence that names the thing and the remedy."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class WushError(Exception):
-    """Anything wush_compile refuses; the message says what to do about it."""
+    """The base of all errors of wush_compile. The message says what to do."""
 
 
 class ConfigError(WushError, ValueError):
@@ -21,15 +21,15 @@ class CaptureError(WushError, RuntimeError):
 
 
 class NonFiniteError(WushError, ArithmeticError):
-    """NaN or Inf where numbers are needed; the message names the layer."""
+    """NaN or Inf where finite numbers are needed. The message names the layer."""
 
 
 class CheckpointError(WushError, ValueError):
-    """A directory or file that is not a whole, readable wush checkpoint."""
+    """A directory or file that is not a complete, readable wush checkpoint."""
 
 
 class SignatureError(WushError, TypeError):
-    """A function that computes an op, but does not take the op's arguments."""
+    """A function that computes an op but does not take the op's arguments."""
 
 
 class GradientError(WushError, RuntimeError):
@@ -37,7 +37,7 @@ class GradientError(WushError, RuntimeError):
 
 
 def one_of(kind: str, value: object, allowed: Iterable[str]) -> str:
-    """`value` if it is one of `allowed`; else a `ConfigError` with the nearest match."""
+    """Returns `value` if it is one of `allowed`. Otherwise raises `ConfigError` with the nearest match."""
     allowed = tuple(allowed)
     if value in allowed:
         return value

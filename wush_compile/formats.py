@@ -1,14 +1,14 @@
-"""MXFP4, NVFP4 and INT4: groups, scale rules, encode, decode, pack (SPEC §4).
+"""MXFP4, NVFP4 and INT4: groups, scale rules, encode, decode, pack (docs/spec.md §4).
 
-This file is the numeric oracle: every kernel agrees with it bit for bit on codes and scales. All arithmetic is
-fp32 in the order written here, without fused multiply-add, and free of tensor constants, so that a compiler can inline it.
+This file is the numeric oracle: every kernel agrees with it bit for bit on codes and scales. All arithmetic is fp32 in
+the order written here, without fused multiply-add. It uses no tensor constants, so that a compiler can inline it.
 
 A tensor [.., K] is quantized in groups of G channels of its last dimension:
 
     codes   uint8 [.., K/2]  two 4-bit codes a byte, the even channel in the low nibble
     scales  uint8 [.., K/G]  e8m0 (mxfp4) or e4m3 (nvfp4) bytes; bf16 [.., K/G] for int4
 
-`g` is the global scale (fp32, [1] or None for 1): values are multiplied by it before they are encoded.
+`g` is the global scale, fp32 [1], or None for 1. Values are multiplied by g before they are encoded.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from .errors import one_of
 
 
 class Format(NamedTuple):
-    """What the rest of the library needs to know of a format."""
+    """The facts of a format that the rest of the library needs."""
 
     name: str
     group_size: int
@@ -33,15 +33,36 @@ FORMATS = {
     "nvfp4": Format("nvfp4", 16, torch.uint8, ("absmax", "mse", "paper")),
     "int4": Format("int4", 32, torch.bfloat16, ("absmax", "mse", "gaussian", "paper")),
 }
+# Formats of activations alone, beside the weights' own ("same"): what a quantizer writes, and a product reads.
+#     fp8    e4m3 bytes, one fp32 scale a row (token): amax / 448
+#     none   the model's dtype, no scales
+ACTIVATION_FORMATS = {
+    "fp8": Format("fp8", 1, torch.float32, ("token",)),
+    "none": Format("none", 1, torch.float32, ("none",)),
+}
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
-# The step of a uniform 16-level quantizer of least squared error on a unit normal is 2/15 of this (SPEC §4).
+# 2/15 of this is the step of the uniform 16-level quantizer with the least squared error on a unit normal
+# distribution (docs/spec.md §4).
 GAUSSIAN_CLIP = 2.513930578568423
 MX_NAN, NV_NAN = 0xFF, 0x7F
 
 
+def operand_layout(format: str, width: int, dtype: torch.dtype) -> tuple[int, torch.dtype, int, torch.dtype]:
+    """What a quantizer of this format writes for a row of `width` channels of a model in `dtype`.
+
+    (columns of codes, their dtype, number of scales, their dtype).
+    """
+    if format == "fp8":
+        return width, torch.uint8, 1, torch.float32
+    if format == "none":
+        return width, dtype, 0, torch.float32
+    fmt = FORMATS[format]
+    return width // 2, torch.uint8, width // fmt.group_size, fmt.scale_dtype
+
+
 def get_format(name: str) -> Format:
-    """The `Format` called `name`; `ConfigError` with the nearest match otherwise."""
+    """The `Format` with this name. Raises `ConfigError` with the nearest match for an unknown name."""
     return FORMATS[one_of("format", name, FORMATS)]
 
 
@@ -49,10 +70,10 @@ def get_format(name: str) -> Format:
 
 
 def _e2m1_steps(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Magnitudes, fp32 -> how many steps of 1/2 below 2, of 1 from 2 to 4, and of 2 from 4 to 6: they add up to the code.
+    """Magnitudes fp32 -> numbers of steps: of 1/2 below 2, of 1 from 2 to 4, of 2 from 4 to 6. Their sum is the code.
 
-    torch.round is half-to-even, every stretch begins at an even code, and the differences are exact: so ties go to the even
-    code. Written without `where`, which on a CPU costs a hundred times as much as any of these.
+    Ties go to the even code: torch.round is half-to-even, each of the three ranges begins at an even code, and the
+    differences are exact. The code avoids `where`, which on a CPU costs a hundred times as much as any op here.
     """
     return (
         (m.clamp(max=2) * 2).round(),
@@ -67,14 +88,14 @@ def _e2m1_magnitude(m: Tensor) -> Tensor:
 
 
 def e2m1_encode(x: Tensor) -> Tensor:
-    """fp32 -> codes `s e e m` (uint8): nearest, ties to the even code, saturating at 6, −0 keeps its sign."""
+    """fp32 -> codes `s e e m` (uint8): nearest, ties to the even code, saturating at 6. −0 keeps its sign."""
     halves, ones, twos = _e2m1_steps(x.abs())
     sign = (x.view(torch.int32) >> 28) & 8
     return ((halves + ones + twos).to(torch.int32) | sign).to(torch.uint8)
 
 
 def e2m1_round(x: Tensor) -> Tensor:
-    """fp32 -> the nearest e2m1 value as fp32; equals `e2m1_decode(e2m1_encode(x))`."""
+    """fp32 -> the nearest e2m1 value as fp32. Equals `e2m1_decode(e2m1_encode(x))`."""
     return torch.copysign(_e2m1_magnitude(x.abs()), x)
 
 
@@ -95,7 +116,7 @@ def _float_from_bits(bits: Tensor) -> Tensor:
 
 
 def _exp2(n: Tensor) -> Tensor:
-    """2**n as fp32, exact, for int32 n in [−127, 127] (2^−127 is subnormal)."""
+    """Exact 2**n as fp32, for int32 n in [−127, 127]. 2^−127 is subnormal."""
     return _float_from_bits(torch.where(n > -127, (n + 127) << 23, 0x400000))
 
 
@@ -108,7 +129,7 @@ def e8m0_decode(scales: Tensor) -> Tensor:
 def e4m3_encode(x: Tensor) -> Tensor:
     """fp32 in [0, 448] -> e4m3 bytes, round to nearest even."""
     exponent = ((x.view(torch.int32) >> 23) - 127).clamp(min=-6)
-    # In units of 2^(exponent − 3) a normal value is 8..16 (16 carries into the next exponent), a subnormal one 0..8.
+    # In units of 2^(exponent − 3) a normal value is 8 to 16, a subnormal one 0 to 8. 16 carries into the next exponent.
     mantissa = (x * _exp2(3 - exponent)).round().to(torch.int32)
     return (mantissa + ((exponent + 6) << 3)).to(torch.uint8)
 
@@ -123,7 +144,7 @@ def e4m3_decode(scales: Tensor) -> Tensor:
 
 
 def decode_scales(scales: Tensor, format: str) -> Tensor:
-    """Scales as stored -> fp32 factors, without the global scale; the NaN mark decodes to NaN."""
+    """Stored scales -> fp32 factors, without the global scale. The NaN mark decodes to NaN."""
     if format == "int4":
         return scales.to(torch.float32)
     return e8m0_decode(scales) if format == "mxfp4" else e4m3_decode(scales)
@@ -133,8 +154,11 @@ def decode_scales(scales: Tensor, format: str) -> Tensor:
 
 
 def _tree_sum(x: Tensor) -> Tensor:
-    """Sum over the last dimension (a power of two), neighbours first, 2i with 2i + 1 at every step: the order is the
-    contract, and what lets a GPU's thread that holds consecutive channels add its own before it asks another."""
+    """Sum over the last dimension, a power of two, neighbours first: 2i and 2i + 1 at every step.
+
+    The order is a part of the contract. A GPU thread holds consecutive channels; in this order it adds its own values
+    before it needs those of another thread.
+    """
     while x.shape[-1] > 1:
         x = x[..., ::2] + x[..., 1::2]
     return x[..., 0]
@@ -142,22 +166,23 @@ def _tree_sum(x: Tensor) -> Tensor:
 
 def _squared_error(x: Tensor, inverse: Tensor, unit: Tensor) -> Tensor:
     """Σ((v − e2m1(v))·unit)² of v = x·inverse; x [.., G], inverse and unit [..] -> [..]."""
-    v = (x * inverse[..., None]).abs()  # the sign does not matter
+    v = (x * inverse[..., None]).abs()  # signs do not matter
     d = (v - _e2m1_magnitude(v)) * unit[..., None]
     return _tree_sum(d * d)
 
 
 def _halved_scale_gain(x: Tensor, inverse: Tensor) -> Tensor:
-    """Positive where halving the scale 1/inverse, under which no value exceeds 6, lowers a group's squared error.
+    """Positive where halving the scale 1/inverse lowers a group's squared error. No value exceeds 6 in the given scale.
 
-    Of a value's magnitude v = |x|·inverse the two grids differ below 1, where the halved scale's steps are 1/4 instead of
-    1/2, and above 3, its largest value. With r the distance to the nearest multiple of 1/2, the squared error falls by
+    Let v = |x|·inverse. The two grids differ below 1, where the steps of the halved scale are 1/4 instead of 1/2, and
+    above 3, the largest value of the halved scale. Let r be the distance of v to the nearest multiple of 1/2. Halving
+    lowers the squared error by
 
-        r² − (distance to the nearest multiple of 1/4)²    = max(r − 1/8, 0)/2         below 1, where r = ¼ − ||v − ½| − ¼|,
-        (distance to 3, 4 or 6)² − (v − 3)²                = −2·max(v − 3.5, 0)        up to 5, by less above,
+        below 1    r² − (distance to the nearest multiple of 1/4)² = max(r − 1/8, 0)/2    with r = ¼ − ||v − ½| − ¼|
+        above 3    (distance to 3, 4 or 6)² − (v − 3)²             = −2·max(v − 3.5, 0)   up to v = 5, and less above
 
-    so that no squares are needed. The sum is of twice these, with v counted as 4.5 at most: a loss of 4 is more than what
-    31 other values can gain, 1/8 each, so the sign is the exact one.
+    so no squares are needed. The function sums twice these values, with v bounded by 4.5. The bound does not change the
+    sign: a value at the bound loses 4, and 31 other values gain at most 1/8 each.
     """
     v = x.abs() * inverse[..., None]
     gain = (0.125 - ((v - 0.5).abs() - 0.25).abs()).clamp(min=0)
@@ -175,7 +200,7 @@ def _scales_mxfp4(x: Tensor, amax: Tensor, rule: str) -> Tensor:
     best = byte.clamp(1, 254)
     if rule == "absmax":
         return best
-    # SPEC's third candidate, one above, cannot win: up to the group's maximum its values are a subset of these.
+    # The byte one above `best` cannot win: up to the group's maximum its values are a subset of those of `best`.
     lower = (best - 1).clamp(1, 254)
     return torch.where(_halved_scale_gain(x, _exp2(127 - best)) > 0, lower, best)  # the first candidate wins ties
 
@@ -215,8 +240,8 @@ def _global(g: Tensor | None, like: Tensor) -> Tensor:
 def compute_scales(x: Tensor, format: str, rule: str, g: Tensor | None = None) -> Tensor:
     """Scales of groups: fp32 [.., G] -> [..] in the format's scale dtype. A group with NaN or Inf gets the NaN mark.
 
-    Rules are SPEC §4's. `paper` for mxfp4 expects g = 3, for nvfp4 g = 10 (the authors' constants). int4 `mse`
-    chooses between `absmax` (amax/8) and `gaussian`.
+    docs/spec.md §4 has the rules. `paper` expects the authors' constants: g = 3 for mxfp4, g = 10 for nvfp4. `mse` of
+    int4 chooses between `absmax` (amax/8) and `gaussian`.
     """
     x = x.to(torch.float32)
     amax = x.abs().amax(-1)
@@ -233,7 +258,7 @@ def compute_scales(x: Tensor, format: str, rule: str, g: Tensor | None = None) -
 
 
 def encode(x: Tensor, scales: Tensor, format: str, g: Tensor | None = None) -> Tensor:
-    """fp32 [.., n] with one scale each [..] -> codes, one a byte, uint8 [.., n]; codes of a NaN group are 0."""
+    """fp32 [.., n], with a scale [..] for each n values -> codes uint8 [.., n], one a byte; 0 in a NaN group."""
     x = x.to(torch.float32)
     if format == "int4":
         s = scales.to(torch.float32)[..., None]
@@ -251,7 +276,10 @@ def encode(x: Tensor, scales: Tensor, format: str, g: Tensor | None = None) -> T
 
 
 def decode(codes: Tensor, scales: Tensor, format: str, g: Tensor | None = None) -> Tensor:
-    """Codes, one a byte [.., n], with one scale each [..] -> fp32 [.., n]. Without g: the operand of the matmul."""
+    """Codes [.., n], one a byte, with a scale [..] for each n codes -> fp32 [.., n].
+
+    Without g the result is the operand of the matmul.
+    """
     s = decode_scales(scales, format)[..., None]
     if format == "int4":
         c = codes.to(torch.int32)
@@ -261,24 +289,52 @@ def decode(codes: Tensor, scales: Tensor, format: str, g: Tensor | None = None) 
 
 
 def pack(codes: Tensor) -> Tensor:
-    """uint8 [.., K], one code a byte -> [.., K/2], the even channel in the low nibble."""
+    """uint8 [.., K], one code a byte -> uint8 [.., K/2], the even channel in the low nibble."""
     pairs = codes.unflatten(-1, (-1, 2))
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """uint8 [.., K/2] -> one code a byte [.., K]."""
+    """uint8 [.., K/2] -> uint8 [.., K], one code a byte."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
 def quantize(x: Tensor, format: str, rule: str, g: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """[.., K] -> (codes uint8 [.., K/2], scales [.., K/G]), SPEC §4."""
+    """[.., K] -> (codes uint8 [.., K/2], scales [.., K/G]) (docs/spec.md §4)."""
     groups = x.to(torch.float32).unflatten(-1, (-1, FORMATS[format].group_size))  # [.., K/G, G]
     scales = compute_scales(groups, format, rule, g)  # [.., K/G]
     return pack(encode(groups, scales, format, g).flatten(-2)), scales
 
 
 def dequantize(codes: Tensor, scales: Tensor, format: str, g: Tensor | None = None) -> Tensor:
-    """(codes [.., K/2], scales [.., K/G]) -> fp32 [.., K]. With g, in the units of what was quantized."""
+    """(codes [.., K/2], scales [.., K/G]) -> fp32 [.., K]. With g, in the units of the quantized tensor."""
     groups = unpack(codes).unflatten(-1, (-1, FORMATS[format].group_size))  # [.., K/G, G]
     return decode(groups, scales, format, g).flatten(-2)
+
+
+# -- fp8 activations -------------------------------------------------------------------------------------------------
+
+# Rows below this maximum are quantized as if it were their maximum, so that 448 / amax stays finite.
+FP8_LEAST_MAX = 2.0**-100
+
+
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[.., K] -> (e4m3 bytes uint8 [.., K], fp32 scales [.., 1]): one scale a row, amax / 448 (docs/spec.md §4).
+
+    A row with NaN or Inf gets the scale NaN and codes 0.
+    """
+    x = x.to(torch.float32)
+    amax = x.abs().amax(-1, keepdim=True)  # [.., 1]
+    finite = torch.isfinite(amax)
+    amax = torch.where(finite, amax, 1.0).clamp(min=FP8_LEAST_MAX)
+    y = torch.where(finite, x, 0.0) * (amax.reciprocal() * E4M3_MAX)
+    sign = (y.view(torch.int32) >> 24) & 0x80
+    codes = e4m3_encode(y.abs().clamp(max=E4M3_MAX)).to(torch.int32) | sign
+    return codes.to(torch.uint8), torch.where(finite, amax * (1.0 / E4M3_MAX), float("nan"))
+
+
+def dequantize_fp8(codes: Tensor, scales: Tensor) -> Tensor:
+    """(e4m3 bytes [.., K], scales [.., 1]) -> fp32 [.., K]."""
+    bits = codes.to(torch.int32)
+    magnitude = e4m3_decode(bits & 0x7F)
+    return torch.where(bits >= 0x80, -magnitude, magnitude) * scales

@@ -1,7 +1,7 @@
-"""What a quantized linear is at run time: a `WushGroup` owns the buffers, each `WushLinear` is a row range of one.
+"""Quantized linears at run time: a `WushGroup` owns the buffers, and each `WushLinear` is a row range of a group.
 
-A group is a child of its first member; all members reach it through a list, so that it appears once in the module tree,
-and call it as a module, so that hooks (offload among them) fire on it.
+A group is a child of its first member. The members hold the group in a list, so that it appears only once in the module
+tree. They call the group as a module, so that its hooks fire, those of offloading among them.
 """
 
 import weakref
@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-
 from torch.utils import _pytree as pytree
 
 from .errors import WushError
@@ -21,7 +20,7 @@ from .recipe import Recipe
 
 
 class Member(NamedTuple):
-    """One linear of a group: its module's name and its row range of the group's buffers."""
+    """One linear of a group: the name of its module, and its row range in the group's buffers."""
 
     name: str
     start: int
@@ -30,14 +29,14 @@ class Member(NamedTuple):
 
 
 def stores_global_scale(format: str, rule: str) -> bool:
-    """Whether a side quantized by this rule carries a global scale: always in nvfp4, g = 3 in mxfp4 `paper`."""
+    """Whether a tensor quantized by this rule has a global scale: always in nvfp4; in mxfp4 for `paper` (g = 3)."""
     return format == "nvfp4" or (format == "mxfp4" and rule == "paper")
 
 
 def buffer_layout(
     recipe: Recipe, rows: int, width: int, block_size: int, dtype: torch.dtype, has_bias: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
-    """Shape and dtype of each buffer of a group of `rows` x `width`; None where the recipe has no such buffer."""
+    """Shape and dtype of each buffer of a group of `rows` x `width`; None for a buffer that the recipe lacks."""
     fmt = get_format(recipe.format)
     blocks = {"identity": None, "hadamard": 1}.get(recipe.transform, width // block_size)
     scale = ((1,), torch.float32)
@@ -46,7 +45,7 @@ def buffer_layout(
         "weight_scale": ((rows, width // fmt.group_size), fmt.scale_dtype),
         "weight_global_scale": scale if stores_global_scale(recipe.format, recipe.weight_scale_rule) else None,
         "input_transform": None if blocks is None else ((blocks, block_size, block_size), dtype),
-        "input_global_scale": scale if stores_global_scale(recipe.format, recipe.activation_scale_rule) else None,
+        "input_global_scale": scale if stores_global_scale(recipe.operand, recipe.activation_scale_rule) else None,
         "bias": ((rows,), dtype) if has_bias else None,
     }
 
@@ -58,10 +57,10 @@ def _needs_gradient(x: Tensor, bias: Tensor | None) -> bool:
 
 
 class WushGroup(nn.Module):
-    """Quantized linears that share their input: one transform, one packed weight [N, K/2], N = all stacked rows.
+    """Quantized linears that share their input: one transform, one packed weight [N, K/2]. N counts all stacked rows.
 
-    Buffers as `buffer_layout` says. A member without a bias in a group that has one holds zeros there, so that siblings stay
-    one matmul.
+    `buffer_layout` describes the buffers. If only some members have a bias, the others have zeros in the buffer, so
+    that all stay one matmul.
     """
 
     def __init__(self, members: Sequence[Member], recipe: Recipe, block_size: int, buffers: dict[str, Tensor | None]):
@@ -69,23 +68,25 @@ class WushGroup(nn.Module):
         self.members = tuple(members)
         self.recipe = recipe
         self.format = recipe.format
-        self.scale_rule = recipe.activation_scale_rule
+        self.operand, self.scale_rule = recipe.operand, recipe.operand_rule
+        # The last arguments of `fp4_linear`, (scale_layout, activation_format); none where both are the defaults.
+        self.layout = () if recipe.activation_format == "same" else ("rows", recipe.operand)
         self.block_size = block_size
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor)
         self._shared = None
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [.., K] -> (codes [.., K/2], scales [.., K/G])."""
+        """x [.., K] -> (codes, scales) of the recipe's activation format; 4 bits: [.., K/2], [.., K/G]."""
         return torch.ops.wush.transform_quantize(
-            x, self.input_transform, self.input_global_scale, self.format, self.scale_rule
+            x, self.input_transform, self.input_global_scale, self.operand, self.scale_rule
         )
 
     def _quantize_once(self, x: Tensor, member: int) -> tuple[Tensor, Tensor]:
-        """`quantize_input`, once for all members that get the same tensor in eager mode on a CPU.
+        """`quantize_input`, computed once for all members that get the same tensor in eager mode on a CPU.
 
-        Compiled graphs share by rewriting, and a GPU's CUDA graphs replay without Python. Each member is served at most
-        once from what another computed, so a tensor changed behind autograd's back is never mistaken for the old one.
+        Compiled graphs share by rewriting, and CUDA graphs replay without Python. Each member takes a result of another
+        member at most once, so a tensor that changes without a new version is never mistaken for the old one.
         """
         if torch.compiler.is_compiling() or len(self.members) == 1 or x.device.type != "cpu" or x.is_inference():
             return self.quantize_input(x)
@@ -102,7 +103,7 @@ class WushGroup(nn.Module):
         return result
 
     def forward(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """x [.., K] -> [.., stop − start]: the rows of one member."""
+        """x [.., K] -> [.., stop − start], the output of one member."""
         weight, weight_scale, bias = self.weight_packed, self.weight_scale, self.bias
         if len(self.members) > 1:
             weight, weight_scale = weight[start:stop], weight_scale[start:stop]
@@ -121,6 +122,7 @@ class WushGroup(nn.Module):
                 self.weight_global_scale,
                 bias,
                 self.format,
+                *self.layout,
             )
         codes, scales = self._quantize_once(x, start)
         return torch.ops.wush.fp4_linear(
@@ -134,10 +136,11 @@ class WushGroup(nn.Module):
             None,
             self.format,
             x.dtype,
+            *self.layout,
         )
 
     def _apply(self, fn, recurse=True):
-        # Casting a model (`model.half()`) must not round scales and transforms: as bytes they only change device.
+        # Casting a model (`model.half()`) must not round scales and transforms. As bytes they only change device.
         return super()._apply(
             lambda t: fn(t.view(torch.uint8)).view(t.dtype) if t.is_floating_point() else fn(t), recurse
         )
@@ -151,7 +154,8 @@ class WushGroup(nn.Module):
 
     def extra_repr(self) -> str:
         rows, width = self.weight_packed.shape[0], 2 * self.weight_packed.shape[1]
-        return f"{self.format}, in_features={width}, rows={rows}, members={[m.name for m in self.members]}"
+        activations = f", activations={self.operand}" if self.layout else ""
+        return f"{self.format}{activations}, in_features={width}, rows={rows}, members={[m.name for m in self.members]}"
 
 
 READ_ONLY = "the weight and the bias of a quantized linear are read-only: change them, then quantize"

@@ -1,7 +1,7 @@
-"""Where the time of a run goes: `with phase("GPTQ"):` around a piece of work, `with timing() as seconds:` around the run.
+"""Measures the phases of a run: `with phase("GPTQ"):` around a piece of work, `with timing() as seconds:` around all.
 
-Phases nest, and each second counts for the innermost one. Without `timing` a phase costs nothing. What other threads do
-meanwhile is not counted.
+Phases nest, and each second counts for the innermost one. Outside `timing` a phase costs nothing. Only phases of the
+thread that entered `timing` count.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _clocks: list[_Clock] = []
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Charges the time of the block to `name`, except what phases inside it take."""
+    """Charges the time of the block to `name`, without the time of phases inside the block."""
     clocks = [clock for clock in _clocks if clock.thread == threading.get_ident()]
     for clock in clocks:
         clock.switch()
@@ -48,8 +48,11 @@ def phase(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def timing(synchronize: bool = False) -> Iterator[dict[str, float]]:
-    """Seconds by phase of what runs in the block. `synchronize` waits for the GPU wherever a phase begins or ends: exact,
-    but it forbids transfers and kernels of different phases to overlap."""
+    """Yields seconds by phase, which fill up while the block runs.
+
+    `synchronize` waits for the GPU wherever a phase begins or ends. The times are then exact, but transfers and kernels
+    of different phases cannot overlap.
+    """
     clock = _Clock(synchronize)
     _clocks.append(clock)
     try:

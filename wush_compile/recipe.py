@@ -9,6 +9,7 @@ from .formats import get_format
 TRANSFORMS = ("identity", "random", "hadamard", "wus", "wush")
 SOLVERS = ("rtn", "gptq")
 MOMENTS = ("marginal", "conditional")
+ACTIVATIONS = ("same", "fp8")
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,25 @@ class Recipe:
         What multiplies both sides of a linear, block by block (docs/spec.md §2): `identity`, `random` (orthogonal),
         `hadamard`, `wus` (WUSH without its Hadamard) or `wush` (eq. 7).
     solver
-        `rtn` rounds to nearest. `gptq` passes the error of each channel on to the channels not yet quantized.
+        `rtn` rounds to nearest. `gptq` passes the error of each channel to the channels not yet quantized.
     moments
-        `marginal`: a transform follows from its block's own second moment. `conditional`: from the moment given the
-        channels not yet quantized, as in the authors' Algorithm 2.
+        `marginal`: a transform follows from the second moment of its block alone. `conditional`: it follows from the
+        moment given the channels not yet quantized, as in the authors' Algorithm 2.
     weight_scale_rule, activation_scale_rule
         How the scale of a group follows from its values (docs/spec.md §4). `absmax` clips nothing; `mse` takes the
         candidate with the least squared error; `ocp` (mxfp4) is the Microscaling rule; `gaussian` (int4) is optimal for
         a normal distribution; `paper` is the rule of the authors' code.
+    activation_format
+        The format of activations. `same`: that of the weights, 4 bits. `fp8`: e4m3 with one fp32 scale a token; more
+        than half of the loss of 4 bits on both sides goes away. None: 16 bits, only weights are quantized.
     transform_block_size
-        Channels that a transform mixes: a power of two and a multiple of the format's group. None means the group. A
-        linear whose width is no multiple of it uses the format's group instead, and a warning says so.
+        Channels that a transform mixes: a power of two and a multiple of the format's group. None means the group. If
+        the width of a linear is not a multiple of it, that linear uses the format's group, and a warning says so.
     share_transform
         Whether linears with the same input (q, k, v; gate, up) share one transform and one quantized input.
     damping
-        The share of the mean diagonal that is added to second moments, and of the mean that is added to singular values.
+        The share of the mean diagonal that is added to second moments. The same share of the mean is added to singular
+        values.
     seed
         The seed of everything random: `random` transforms, sampled calibration text, the rows kept for layer losses.
     """
@@ -47,6 +52,7 @@ class Recipe:
     moments: str = "marginal"
     weight_scale_rule: str = "mse"
     activation_scale_rule: str = "mse"
+    activation_format: str | None = "same"
     transform_block_size: int | None = None
     share_transform: bool = True
     damping: float = 0.01
@@ -59,6 +65,8 @@ class Recipe:
         one_of("moments", self.moments, MOMENTS)
         for side in ("weight_scale_rule", "activation_scale_rule"):
             one_of(f"{side} for {self.format}", getattr(self, side), fmt.scale_rules)
+        if self.activation_format is not None:
+            one_of("activation_format", self.activation_format, ACTIVATIONS)
         block = self.transform_block_size
         if block is not None and (not isinstance(block, int) or block < fmt.group_size or block & (block - 1)):
             raise ConfigError(
@@ -74,9 +82,19 @@ class Recipe:
         return get_format(self.format).group_size
 
     @property
+    def operand(self) -> str:
+        """The format that the quantizer of activations writes: the weights' own, `fp8` or `none`."""
+        return self.format if self.activation_format == "same" else self.activation_format or "none"
+
+    @property
+    def operand_rule(self) -> str:
+        """The scale rule of that quantizer."""
+        return {"fp8": "token", "none": "none"}.get(self.operand, self.activation_scale_rule)
+
+    @property
     def needs_data(self) -> bool:
-        """Whether the solution depends on activations. Plain RTN without a calibrated global scale needs none."""
-        global_scale = self.format == "nvfp4" and self.activation_scale_rule != "paper"
+        """Whether the solution depends on activations. RTN without calibrated transform and global scale needs none."""
+        global_scale = self.operand == "nvfp4" and self.activation_scale_rule != "paper"
         return self.solver == "gptq" or self.transform in ("wus", "wush") or global_scale
 
     def changes_from(self, base: "Recipe") -> dict:

@@ -1,18 +1,13 @@
 """Shows the progress of a run: one bar and a machine-readable log."""
 
-import io
 import json
 import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from tqdm.auto import tqdm
 
 
@@ -87,22 +82,3 @@ class Progress:
             return
         speed = f", {self.tokens_per_second():.0f} tokens/s" if self._tokens else ""
         self._bar.set_postfix_str(f"{self._at}{speed}, {memory(self._device) / 2**30:.1f} GiB", refresh=refresh)
-
-
-def group_table(reports: Mapping[str, Mapping], width: int = 120) -> str:
-    """Of groups by name and their reports: a table, largest relative loss first; groups without a loss last."""
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in ("group", "N x K", "tokens", "loss", "relative", "damped"):
-        table.add_column(heading, justify="left" if heading == "group" else "right", no_wrap=heading != "group")
-    for name, report in sorted(reports.items(), key=lambda item: -item[1].get("relative_loss", -math.inf)):
-        tries = report.get("damping_tries", 0)
-        table.add_row(
-            name,
-            f"{report['rows']} x {report['width']}",
-            str(report.get("tokens", "")),
-            *(f"{report[key]:.3e}" if key in report else "" for key in ("loss", "relative_loss")),
-            f"{tries} times" if tries > 1 else "",
-        )
-    console = Console(file=io.StringIO(), width=width, no_color=True)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..capture.export import capture
+from ..capture.example import describe_batch
+from ..capture.export import capture, largest_batch
 from ..capture.meta import meta_copy
 from ..checkpoint import hf
 from ..checkpoint.record import Quantization
@@ -191,11 +192,17 @@ def _solve(
                 group.recipe.transform_block_size,
                 one.group.block_size,
             )
-    return solved, _record(groups, solved, ignored, config)
+    return solved, _record(groups, solved, ignored, config, describe_batch(largest_batch(batches)))
 
 
-def _record(groups: list[LinearGroup], solved: list[Solved], ignored: dict[str, str], config: WushConfig):
-    record = Quantization(config, [], ignored)
+def _record(
+    groups: list[LinearGroup],
+    solved: list[Solved],
+    ignored: dict[str, str],
+    config: WushConfig,
+    example: dict | None,
+) -> Quantization:
+    record = Quantization(config, [], ignored, example=example)
     for group, one in zip(groups, solved, strict=True):
         members = [m.name for m in one.group.members]
         record.groups.append(record.describe(members, one.group.block_size, group.recipe))

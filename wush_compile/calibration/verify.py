@@ -189,7 +189,7 @@ def _explained(check: _Check, actual: list[Tensor], expected: list[Tensor]) -> b
     """Whether the model differs from its graph even without quantization, and by enough to explain the difference."""
     model, graph = check.run_model(), check.run_original_graph()
     noise = max(_distance(model, graph), _distance(model, check.run_model()))
-    return 0 < noise and _distance(actual, expected) <= noise + _distance(expected, graph)
+    return noise > 0 and _distance(actual, expected) <= noise + _distance(expected, graph)
 
 
 def _compare(check: _Check, groups: list[WushGroup], linears: list[str]) -> bool:

@@ -65,7 +65,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def _constants(model: nn.Module) -> dict[str, object]:
+def constant_inputs(model: nn.Module) -> dict[str, object]:
     """Returns the inputs that stop a Hugging Face decoder from building a KV cache, which nothing here reads."""
     config = getattr(model, "config", None)
     # Export refuses an input that only **kwargs accepts.
@@ -114,10 +114,15 @@ def _failing_module(model: nn.Module, example: Batch, constants: dict[str, objec
     return failed[-1] if failed and failed[-1] else type(model).__name__
 
 
+def largest_batch(batches: list[Batch]) -> Batch:
+    """The batch with the most elements, on which a model is traced."""
+    return max(batches, key=lambda b: sum(t.numel() for t in pytree.tree_leaves(b) if isinstance(t, Tensor)))
+
+
 def capture(model: nn.Module, batches: list[Batch]) -> Captured:
     """Traces the model's forward on the largest batch. Raises `CaptureError` if `torch.export` cannot trace it."""
-    largest = max(batches, key=lambda b: sum(t.numel() for t in pytree.tree_leaves(b) if isinstance(t, Tensor)))
-    example, constants = _example(largest), _constants(model) if isinstance(largest, dict) else {}
+    largest = largest_batch(batches)
+    example, constants = _example(largest), constant_inputs(model) if isinstance(largest, dict) else {}
     with evaluating(model), torch.no_grad():
         graph_module = repeats.export_by_layers(model, lambda: _export(model, example, constants))
         try:

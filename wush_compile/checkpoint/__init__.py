@@ -1,8 +1,8 @@
-"""What is on disk, and how models get there and back (docs/spec.md §7).
+"""Saves quantized models and loads them (docs/spec.md §7).
 
-record.py      how a model was quantized: the `quantization_config`
-layout.py      groups in memory <-> the tensors of their linears on disk
-files.py       names, headers and digests of the files
+record.py      how a model was quantized: the `quantization_config`, and the report of the run
+layout.py      the buffers of groups in memory <-> the tensors of linears on disk
+files.py       reads the files: names, headers, tensors, digests
 atomic.py      replaces a file or a directory in one step
 save_load.py   save and load
 hf.py          transformers' `from_pretrained` and `save_pretrained`

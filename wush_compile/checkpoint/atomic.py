@@ -1,9 +1,9 @@
-"""Replaces a directory as a whole: whoever is killed, and whenever, its path holds the old files or the new ones.
+"""Replaces a directory atomically: after a kill at any moment its path holds either all old files or all new ones.
 
-The new directory is written beside the old one as `.NAME.*.partial`, flushed to disk, and exchanged with it in one
-system call (Linux `renameat2`). File systems that cannot exchange need two renames; the old directory waits as
-`.NAME.*.previous`, and `recover` moves it back if the second never came. A writer locks its partial directory, and the
-lock dies with it: what nobody locks is left over, and the next writer removes it.
+The new directory is written beside the old one as `.NAME.*.partial` and flushed to disk. One system call (Linux
+`renameat2`) exchanges the two. File systems without that call need two renames: the old directory waits as
+`.NAME.*.previous`, and `recover` moves it back if the second rename did not happen. A writer locks its partial
+directory, and the system releases the lock when the writer exits. The next writer removes directories without a lock.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def _siblings(target: Path, suffix: str) -> list[Path]:
 
 
 def _move_back(target: Path) -> None:
-    """With the parent locked: undoes the first of two renames, if the second is missing."""
+    """Undoes the first of two renames if the second did not happen. The caller holds the lock on the parent."""
     previous = _siblings(target, ".previous")
     if previous and not target.exists():
         log.warning("an interrupted save had moved %s aside: moved back", target)
@@ -59,7 +59,7 @@ def _move_back(target: Path) -> None:
 
 
 def recover(directory: str | os.PathLike) -> Path:
-    """The real path of a directory, moved back first if a killed writer had left it aside."""
+    """The real path of a directory. If a killed writer left the directory aside, it is moved back first."""
     target = Path(os.path.realpath(directory))
     if not target.exists() and target.parent.is_dir() and _siblings(target, ".previous"):
         with _locked(target.parent):
@@ -75,7 +75,7 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file's bytes, or a directory's names, are on the disk."""
+    """Waits until a file's bytes, or a directory's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,8 +85,11 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Yields a path to write a file to, which then takes the place of `path`: whoever is killed, and whenever, leaves the
-    old file or the new one, and after the block the new one survives a power cut. One writer at a time."""
+    """Replaces a file atomically: yields a path to write the new file to.
+
+    After a kill at any moment `path` holds the old file or the new one. After the block the new file survives a power
+    cut. Only one writer at a time is allowed.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -106,7 +109,7 @@ def _flush_tree(root: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two directories in one step; False where the system or the file system cannot."""
+    """Exchanges two directories in one step. Returns False if the system or the file system cannot do that."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
@@ -119,7 +122,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _install(partial: Path, target: Path, token: str) -> None:
-    """Puts a flushed directory at `target`; the old one, if any, ends at `partial`'s path or is gone."""
+    """Moves a flushed directory to `target`. An old one ends at the path of `partial`, or is removed."""
     if not target.exists() or not any(target.iterdir()):
         os.rename(partial, target)  # replaces an empty directory too
     elif not _exchange(partial, target):
@@ -137,16 +140,16 @@ def _install(partial: Path, target: Path, token: str) -> None:
 
 @contextlib.contextmanager
 def replaced_directory(directory: str | os.PathLike) -> Iterator[Path]:
-    """Yields an empty directory to write into, which then takes the place of `directory` and all it holds.
+    """Replaces a directory atomically: yields an empty directory to write the new files into.
 
-    An exception in the body, or a kill at any moment, leaves `directory` as it was.
+    An exception in the block, or a kill before its end, leaves `directory` as it was.
     """
     target = recover(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(4)
     partial = target.parent / f".{target.name}.{token}.partial"
     with contextlib.ExitStack() as stack:
-        with _locked(target.parent):  # so that no other writer sees `partial` before it is locked
+        with _locked(target.parent):  # no other writer sees `partial` before it is locked
             _remove_leftovers(target)
             partial.mkdir()
             if target.exists():

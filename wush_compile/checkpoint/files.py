@@ -1,15 +1,16 @@
-"""The files of a checkpoint: names, headers, digests. Nothing is unpickled.
+"""Reads the files of a checkpoint: names, headers, tensors, digests. Nothing is unpickled.
 
-`Weights` keeps its files mapped: it serves a model that is loaded as a whole. `Shards` opens a file for each read and
-copies: nothing it has mapped stays in memory while a model is streamed.
+`Weights` keeps its files mapped, for a model that is loaded as a whole. `Shards` opens a file for each read and copies,
+so that no mapped page stays in memory while a model is streamed.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,26 +21,23 @@ from torch import Tensor
 from ..errors import CheckpointError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-
-
-JOURNAL = ".wush"  # of the run that made a checkpoint, in its directory
-
-
 WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-
-
-DIGEST = "wush_sha256"
+JOURNAL = ".wush"  # folder in a checkpoint's directory: the journal of the run that made it
+DIGEST = "wush_sha256"  # key of the digest in config.json
 
 
 class Spec(NamedTuple):
-    """What is known of a tensor without its values."""
+    """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 def digest(settings: Mapping, names: Iterable[str], tensor) -> str:
-    """sha256 over a `quantization_config` and over name, dtype, shape and bytes of each tensor, sorted by name."""
+    """SHA-256 of a `quantization_config` and of the name, dtype, shape and bytes of each tensor, sorted by name.
+
+    `tensor(name)` gives a tensor.
+    """
     sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name in sorted(names):
         value = tensor(name).detach().cpu().contiguous()
@@ -49,28 +47,28 @@ def digest(settings: Mapping, names: Iterable[str], tensor) -> str:
 
 
 def read_config(directory: Path) -> dict:
-    """The `config.json` of a checkpoint, as far as it tells that it is one."""
+    """Reads `config.json` and checks that it belongs to a wush checkpoint."""
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is no directory: give the one that wush_compile.save wrote")
+        raise CheckpointError(f"{directory} is not a directory: give the one that wush_compile.save wrote")
     try:
         config = json.loads((directory / CONFIG).read_text())
         method = config["quantization_config"]["quant_method"]
     except FileNotFoundError:
-        raise CheckpointError(f"{directory} is no checkpoint: it has no {CONFIG}") from None
+        raise CheckpointError(f"{directory} is not a checkpoint: it has no {CONFIG}") from None
     except (KeyError, TypeError):
         method = None
     except ValueError as error:
         raise CheckpointError(f"{directory / CONFIG} is not JSON ({error}): save the model again") from None
     if method != "wush":
         raise CheckpointError(
-            f"{directory} is no wush checkpoint: its {CONFIG} has no quantization_config of "
+            f"{directory} is not a wush checkpoint: its {CONFIG} has no quantization_config of "
             "quant_method 'wush'; quantize the model first"
         )
     return config
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in one piece or in shards."""
+    """The safetensors files of a checkpoint: one, or the shards that its index names."""
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
     if not (directory / INDEX).is_file():
@@ -84,31 +82,51 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / os.path.basename(name) for name in names]
 
 
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns the errors of reading a safetensors file into `CheckpointError`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: copy or save the checkpoint again") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}): copy or save it again") from error
+
+
+def _open(path: Path) -> tuple[safetensors.safe_open, dict[str, Spec]]:
+    """A safetensors file, and the specs in its header. Opening it checks its length."""
+    with _reading(path):
+        file, specs = safetensors.safe_open(path, framework="pt"), {}
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            tensor = file.get_tensor(name)  # mapped, not read
+            specs[name] = Spec(tuple(tensor.shape), tensor.dtype)
+        return file, specs
+
+
 class Weights:
-    """The tensors of safetensors files, with their `specs`; opening reads the headers and checks the lengths."""
+    """The tensors of safetensors files that stay mapped, by name; `specs` has all of them."""
 
     def __init__(self, files: Iterable[str | os.PathLike]):
         self._files, self.specs = {}, {}
         for path in map(Path, files):
             if path.suffix != ".safetensors":
                 raise CheckpointError(f"{path} is not safetensors, and nothing else is read: save the model again")
-            try:
-                file = safetensors.safe_open(path, framework="pt")
-                for name in file.keys():  # noqa: SIM118 (no mapping)
-                    self._files[name] = file
-                    tensor = file.get_tensor(name)  # mapped, not read
-                    self.specs[name] = Spec(tuple(tensor.shape), tensor.dtype)
-            except FileNotFoundError:
-                raise CheckpointError(f"{path} is missing: copy or save the checkpoint again") from None
-            except (OSError, safetensors.SafetensorError) as error:
-                raise CheckpointError(f"{path} is truncated or damaged ({error}): copy or save it again") from error
+            file, specs = _open(path)
+            self._files |= dict.fromkeys(specs, file)
+            self.specs |= specs
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as it is on disk; its memory may be the file's."""
+        """A tensor as it is on disk. Its memory may be the file's."""
         return self._files[name].get_tensor(name)
 
     def verify(self, settings: Mapping, expected: str | None) -> None:
-        """Compares the digest."""
+        """Raises `CheckpointError` unless `expected` is the digest of `settings` and of all tensors."""
         if expected is None:
             raise CheckpointError(f"{CONFIG} has no {DIGEST}, so the tensors cannot be checked: save the model again")
         if digest(settings, self.specs, self.tensor) != expected:
@@ -118,52 +136,38 @@ class Weights:
             )
 
 
-def sha256_of(path: Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class Shards:
-    """safetensors files, by the names of their tensors; `specs` are read when a file is added."""
+    """The tensors of safetensors files that are opened for each read, by name; `specs` has all of them."""
 
     def __init__(self, files: Iterable[Path] = ()):
-        self._files: dict[str, Path] = {}
+        self._paths: dict[str, Path] = {}
         self.specs: dict[str, Spec] = {}
         for path in files:
             self.add(path)
 
     def add(self, path: Path) -> None:
         """Reads the header of a file."""
-        for name, tensor in self._open(path, None).items():
-            self._files[name] = path
-            self.specs[name] = Spec(tuple(tensor.shape), tensor.dtype)
+        _, specs = _open(path)
+        self._paths |= dict.fromkeys(specs, path)
+        self.specs |= specs
 
     def index(self) -> dict:
-        """What `model.safetensors.index.json` says of all files."""
+        """The content of `model.safetensors.index.json` for all files."""
         size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self.specs.values())
-        return {"metadata": {"total_size": size}, "weight_map": {name: path.name for name, path in self._files.items()}}
+        return {"metadata": {"total_size": size}, "weight_map": {name: path.name for name, path in self._paths.items()}}
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of the tensors of these names, on the CPU; each file is opened once."""
+        """Copies of the tensors of these names, on the CPU. Each file is opened once."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
-            by_file.setdefault(self._files[name], []).append(name)
-        return {name: tensor for path, own in by_file.items() for name, tensor in self._open(path, own).items()}
+            by_file.setdefault(self._paths[name], []).append(name)
+        copies = {}
+        for path, own in by_file.items():
+            with _reading(path), safetensors.safe_open(path, framework="pt") as file:
+                for name in own:
+                    copies[name] = file.get_tensor(name).clone(memory_format=torch.contiguous_format)
+        return copies
 
     def tensor(self, name: str) -> Tensor:
         """A copy of one tensor, on the CPU."""
         return self.tensors([name])[name]
-
-    @staticmethod
-    def _open(path: Path, names: list[str] | None) -> Mapping[str, Tensor]:
-        """Copies of tensors of a file; with None all of it, on the meta device."""
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                if names is None:
-                    return {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118 (no mapping)
-                return {name: file.get_tensor(name).clone(memory_format=torch.contiguous_format) for name in names}
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing: copy or save the checkpoint again") from None
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{path} is truncated or damaged ({error}): copy or save it again") from error

@@ -1,4 +1,4 @@
-"""GGUF files as ordinary transformers models: weights dequantized, and the tokenizer as the file's metadata says it is."""
+"""Reads GGUF files as ordinary transformers models: dequantized weights, and the tokenizer of the file's metadata."""
 
 from pathlib import Path
 
@@ -7,17 +7,17 @@ from torch import nn
 
 from ..errors import CheckpointError
 
-# llama.cpp's pre-tokenizers that split digits before the GPT-2 regex; transformers' converter leaves the digits together.
+# llama.cpp's pre-tokenizers that split digits before the GPT-2 regex. transformers' converter does not split them.
 DIGIT_PRE_TOKENIZERS = ("smollm", "refact", "command-r", "starcoder", "codeshell", "exaone", "minerva-7b")
 SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def load_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, object]:
-    """(model, tokenizer) of a GGUF file; all weights dequantized to `dtype`, on the CPU, in eval mode.
+    """(model, tokenizer) of a GGUF file. Weights are dequantized to `dtype`; the model is on the CPU, in eval mode.
 
-    The model is a plain one: nothing of the file stays behind, `save_pretrained` and `from_pretrained` work. What the
-    conversion of transformers gets wrong is put right from the file's metadata: the digit pre-tokenizer and the special
-    tokens, in the tokenizer, `model.config` and `model.generation_config`. `CheckpointError` if the file is no GGUF.
+    The model is an ordinary one: `save_pretrained` and `from_pretrained` work. The file's metadata corrects two errors
+    of the conversion by transformers: the digit pre-tokenizer, and the special tokens in the tokenizer, `model.config`
+    and `model.generation_config`. Raises `CheckpointError` if the file is not GGUF, or is damaged.
     """
     path = Path(path)
     metadata = read_metadata(path)
@@ -42,7 +42,7 @@ def load_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[nn
 
 
 def read_metadata(path: str | Path) -> dict[str, object]:
-    """The key-value metadata of a GGUF file, without long arrays (vocabulary, merges, scores)."""
+    """The key-value metadata of a GGUF file, without arrays (vocabulary, merges, scores)."""
     path = Path(path)
     try:
         import gguf
@@ -54,7 +54,7 @@ def read_metadata(path: str | Path) -> dict[str, object]:
         raise CheckpointError(f"there is no file {path}: give the path of a .gguf file")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path} is no GGUF file: it does not start with the bytes GGUF")
+            raise CheckpointError(f"{path} is not a GGUF file: it does not start with the bytes GGUF")
     try:
         reader = gguf.GGUFReader(path)
         return {
@@ -67,7 +67,7 @@ def read_metadata(path: str | Path) -> dict[str, object]:
 
 
 def _make_plain(model: nn.Module) -> None:
-    """Drops what `from_pretrained` leaves for its own quantizers; with it, saving is refused or converts back."""
+    """Removes what `from_pretrained` leaves for its own quantizers. Otherwise saving fails or converts back."""
     for owner in (model, model.config):
         for name in ("hf_quantizer", "_weight_conversions", "quantization_method", "quantization_config"):
             if name in vars(owner):
@@ -77,7 +77,7 @@ def _make_plain(model: nn.Module) -> None:
 
 
 def _correct_pre_tokenizer(tokenizer, metadata: dict) -> None:
-    """A digit is a token of its own where the metadata says so, as Digits(individual_digits=True)."""
+    """Makes each digit a token of its own if the metadata says so, with Digits(individual_digits=True)."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     if metadata.get("tokenizer.ggml.pre") in DIGIT_PRE_TOKENIZERS:

@@ -1,7 +1,7 @@
-"""Hugging Face transformers: `from_pretrained` and `save_pretrained` of quantized models.
+"""`from_pretrained` and `save_pretrained` of Hugging Face transformers for quantized models.
 
-Importing this file registers the quantization method "wush". Loading puts empty groups into the skeleton and joins the
-rows of their linears while transformers reads them; saving splits them again (SPEC §7).
+Importing this file registers the quantization method "wush". Loading puts empty groups into the empty model, and joins
+the rows of their linears while transformers reads them. Saving splits them again (docs/spec.md §7).
 """
 
 import copy
@@ -34,16 +34,16 @@ from .files import DIGEST, Weights, digest
 from .layout import build_groups, check_specs, group_specs, join_rows, parts, read_record, split_state_dict
 from .record import ATTRIBUTE, Quantization, read_report
 
-METHOD = "wush"
+QUANT_METHOD = "wush"
 
 
 class WushHfConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a model's config: its `Quantization` record, in the JSON of SPEC §7."""
+    """The `quantization_config` of a model's config: its `Quantization` record, in the JSON of docs/spec.md §7."""
 
     def __init__(self, **settings):
-        settings.setdefault("quant_method", METHOD)
-        self.quant_method = METHOD
-        self.settings = settings  # as in config.json: what the digest was made from
+        settings.setdefault("quant_method", QUANT_METHOD)
+        self.quant_method = QUANT_METHOD
+        self.settings = settings  # as in config.json, from which the digest was made
         self.record = read_record(settings)
 
     @classmethod
@@ -61,13 +61,13 @@ class WushHfConfig(QuantizationConfigMixin):
 
 
 class JoinRows(ConversionOps):
-    """While loading: one buffer of a group from the tensors of its linears."""
+    """Joins one buffer of a group from the tensors of its linears, during loading."""
 
     def __init__(self, group: WushGroup, buffer: str):
         self.group, self.buffer = group, buffer
 
     def __deepcopy__(self, memo: dict) -> "JoinRows":
-        return self  # transformers copies converters; nothing here changes
+        return self  # transformers copies converters; this one never changes
 
     def convert(
         self,
@@ -90,12 +90,12 @@ def _name(pattern: str) -> str:
 
 
 class WushHfQuantizer(HfQuantizer):
-    """Loads checkpoints of quantized models and splits them for saving; `wush_compile.quantize` makes them."""
+    """Loads checkpoints of quantized models, and splits models for saving. `wush_compile.quantize` quantizes."""
 
     requires_calibration = True
 
     def validate_environment(self, *args, **kwargs) -> None:
-        """Nothing is needed but this library."""
+        """This library needs nothing else."""
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs
@@ -103,13 +103,13 @@ class WushHfQuantizer(HfQuantizer):
         config = self.quantization_config
         weights = Weights(checkpoint_files) if checkpoint_files else None
         if checkpoint_files:
-            config.record.report = read_report(Path(checkpoint_files[0]).parent)
+            read_report(config.record, Path(checkpoint_files[0]).parent)
         groups = build_groups(model, config.record, weights and weights.specs)
         if weights is not None:
             self._check(model, groups, weights)
         for group in groups:
             install_group(model, group)
-        # Resolved now: loading may run in threads, and afterwards buffers are no longer empty.
+        # Resolved now, because loading may run in threads, and afterwards buffers are not empty.
         self._converters = [
             WeightConverter([_pattern(name) for name, _ in pieces], f"{path}.{buffer}", [JoinRows(group, buffer)])
             for path, group in named_groups(model)
@@ -117,7 +117,7 @@ class WushHfQuantizer(HfQuantizer):
         ]
 
     def _check(self, model: PreTrainedModel, groups: list[WushGroup], weights: Weights) -> None:
-        # transformers itself knows which other tensors may be missing or left over; shapes are ours to name.
+        # transformers itself reports other missing and unexpected tensors. Here the shapes are checked.
         members = tuple(f"{m.name}." for group in groups for m in group.members)
         rest = {
             n: tuple(t.shape) for n, t in model.state_dict().items() if n in weights.specs and not n.startswith(members)
@@ -128,14 +128,14 @@ class WushHfQuantizer(HfQuantizer):
         weights.verify(self.quantization_config.settings, getattr(model.config, DIGEST, None))
 
     def update_weight_conversions(self, weight_conversions: list, *model) -> list:
-        # The file has the names of the modules in memory, so the model's own renamings have nothing to do.
+        # Files have the names of the modules in memory, so the model's own renamings are not needed.
         return self._converters
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         return self._converters
 
     def get_new_dtype(self, converter, param, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Buffers of groups stay as saved, whatever dtype is asked for: rounding a transform again would spoil it."""
+        """Buffers of groups keep their saved dtype whatever dtype is asked for: no transform is rounded twice."""
         joins = any(isinstance(op, JoinRows) for op in getattr(converter, "operations", ()))
         return None if joins else super().get_new_dtype(converter, param, dtype)
 
@@ -144,9 +144,10 @@ class WushHfQuantizer(HfQuantizer):
         _adopt(model, self.quantization_config.record)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes, tied weights once; the digest of it goes into the model's config.
+        """The tensors that `save_pretrained` writes, tied weights once. Their digest goes into the model's config.
 
-        (Not into the files' metadata: safetensors writes its entries in random order; equal models give equal bytes.)
+        It does not go into the files' metadata, because safetensors writes metadata in random order and equal models
+        give equal bytes.
         """
         state = dict(model.state_dict())
         for name in model._keys_to_ignore_on_save or ():
@@ -169,21 +170,21 @@ class WushHfQuantizer(HfQuantizer):
         return True
 
 
-if METHOD not in AUTO_QUANTIZER_MAPPING:  # this file may be reloaded
-    register_quantization_config(METHOD)(WushHfConfig)
-    register_quantizer(METHOD)(WushHfQuantizer)
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # this file may be reloaded
+    register_quantization_config(QUANT_METHOD)(WushHfConfig)
+    register_quantizer(QUANT_METHOD)(WushHfQuantizer)
 else:
-    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD], AUTO_QUANTIZER_MAPPING[METHOD] = WushHfConfig, WushHfQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD], AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = WushHfConfig, WushHfQuantizer
 
 
 def _adopt(model: PreTrainedModel, record: Quantization) -> None:
     setattr(model, ATTRIBUTE, record)
-    # What get_state_dict_and_metadata returns has its final names: transformers has nothing to convert back.
+    # get_state_dict_and_metadata returns final names, so transformers must convert nothing back.
     model._weight_conversions = []
 
 
 def attach(model: nn.Module, record: Quantization) -> None:
-    """Gives a quantized Hugging Face model its record, for `save_pretrained` to write; others only keep it."""
+    """Gives a quantized model its record. `save_pretrained` of a Hugging Face model writes the record."""
     setattr(model, ATTRIBUTE, record)
     if not isinstance(model, PreTrainedModel):
         return
@@ -192,20 +193,20 @@ def attach(model: nn.Module, record: Quantization) -> None:
     model.config.quantization_config = config
     model.hf_quantizer = WushHfQuantizer(config, pre_quantized=True)
     model.is_quantized = True
-    model.quantization_method = METHOD
+    model.quantization_method = QUANT_METHOD
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
 
 
 def saved_names(model: PreTrainedModel) -> list[str]:
-    """Names of the tensors that `save_pretrained` writes of an unquantized model: tied weights once."""
+    """Names of the tensors that `save_pretrained` writes for an unquantized model, tied weights once."""
     state = {n: t for n, t in model.state_dict().items() if n not in (model._keys_to_ignore_on_save or ())}
     return list(remove_tied_weights_from_state_dict(state, model))
 
 
 def write_settings(model: PreTrainedModel, record: Quantization, directory: Path, sha256: str) -> None:
-    """What `save_pretrained` writes of a quantized model beside its weights; `model` may be the unquantized one."""
+    """Writes what `save_pretrained` writes beside the weights. `model` may be the unquantized one."""
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
@@ -219,34 +220,34 @@ def write_settings(model: PreTrainedModel, record: Quantization, directory: Path
 
 
 def empty_hf_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model of a directory's `config.json` with its buffers and without its weights (meta device).
+    """The causal language model of a directory's `config.json`, with its buffers; its weights are on the meta device.
 
-    `dtype` is taken where the configuration names none.
+    `dtype` holds if the configuration names none.
     """
     config = transformers.AutoConfig.from_pretrained(directory)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{directory} is already quantized: start again from the original model")
     with init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or dtype)
-    model.tie_weights()  # the context above gives every name a tensor of its own
+    model.tie_weights()  # above, every name got a tensor of its own
     if (directory / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     return model.eval()
 
 
 def load(directory: Path, config: Mapping, weights: Weights) -> PreTrainedModel:
-    """The model of a checkpoint, exactly as saved; `checkpoint.load` calls it with what it has read."""
+    """The Hugging Face model of a checkpoint, exactly as saved. `config` and `weights` are those of the directory."""
     name = config["architectures"][0]
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise CheckpointError(
-            f"{directory} is of a {name}, which transformers does not have: load it with that "
-            "class's from_pretrained, or as wush_compile.load(directory, model=...)"
+            f"{directory} holds a {name}, which transformers does not have: load it with that "
+            "class's from_pretrained, or with wush_compile.load(directory, model=...)"
         )
     model, info = kind.from_pretrained(directory, dtype="auto", use_safetensors=True, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{directory} lacks {', '.join(missing[:3])} of a {name}: copy or save it again")
-    # transformers casts every float to the model's dtype; what was saved in another goes back to that.
+    # transformers casts every float tensor to the model's dtype. Tensors saved in another dtype get it back.
     for name, tensor in model.state_dict().items():
         spec = weights.specs.get(name)
         if spec is not None and spec.dtype != tensor.dtype:

@@ -1,7 +1,8 @@
-"""The checkpoint (SPEC §7): one set of tensors a linear on disk, one set of buffers a group in memory.
+"""The layout of a checkpoint (docs/spec.md §7): each linear has its tensors on disk, each group its buffers in memory.
 
-A directory of safetensors files and a `config.json`, which holds the `quantization_config` and a digest of it and of
-every tensor. Nothing is unpickled, and nothing is put into a model before all of it has been checked.
+A checkpoint is a directory of safetensors files and a `config.json`. That file holds the `quantization_config` and a
+digest of the `quantization_config` and of every tensor. Nothing is unpickled. A model changes only after everything has
+been checked.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,14 +16,15 @@ from .files import Spec
 from .record import Quantization
 
 OTHER_MODEL = "load it into the kind of model it was made from"
-BY_ROWS = ("weight_packed", "weight_scale", "bias")  # a member has its rows; weight_global_scale: a copy
+# Each member stores its rows of these. Of weight_global_scale it stores a copy.
+BY_ROWS = ("weight_packed", "weight_scale", "bias")
 
 
 # -- groups <-> linears ----------------------------------------------------------------------------------------------
 
 
 def parts(group: WushGroup) -> Iterator[tuple[str, list[tuple[str, slice | None]]]]:
-    """For each buffer of a group: its name, and its tensors on disk as (name, rows of the buffer, or None for all)."""
+    """For each buffer of a group: its name, and its tensors on disk as (name, rows of the buffer; None for all)."""
     first = group.members[0].name
     for buffer, _ in group.named_buffers():
         if buffer.startswith("input_"):
@@ -33,7 +35,7 @@ def parts(group: WushGroup) -> Iterator[tuple[str, list[tuple[str, slice | None]
 
 
 def join_rows(group: WushGroup, buffer: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """A group's buffer from its tensors on disk; rows of members without a bias are zero."""
+    """A group's buffer, joined from its tensors on disk. A member without a bias gets zeros."""
     pieces = dict(parts(group))[buffer]
     if buffer not in BY_ROWS:
         return tensors[pieces[0][0]].clone()
@@ -46,16 +48,16 @@ def join_rows(group: WushGroup, buffer: str, tensors: Mapping[str, Tensor]) -> T
 
 
 def split_group(group: WushGroup, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """A group's buffers (or `state`, by their names) as the tensors of its linears, by their names on disk.
+    """A group's buffers as the tensors of its linears, by their names on disk. `state` gives other buffers, by name.
 
-    Rows are views of the group's buffers, each with a storage of its own.
+    Rows are views of the buffers, each with a storage of its own.
     """
     state, split = dict(group.named_buffers()) if state is None else state, {}
     for buffer, pieces in parts(group):
         tensor = state[buffer]
         for i, (name, rows) in enumerate(pieces):
             if rows is not None:
-                # Through DLPack a view gets its own storage, so that no writer takes siblings for tied weights.
+                # DLPack gives a view its own storage. Writers would take views of one storage for tied weights.
                 split[name] = torch.from_dlpack(tensor[rows])
             else:
                 split[name] = tensor if i == 0 else tensor.clone()
@@ -63,7 +65,7 @@ def split_group(group: WushGroup, state: Mapping[str, Tensor] | None = None) -> 
 
 
 def split_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """`model.state_dict()` (or `state`, with its names) with every group's buffers split into those of its linears."""
+    """`model.state_dict()`, or `state`, with every group's buffers split into the tensors of its linears."""
     state = dict(model.state_dict() if state is None else state)
     for path, group in named_groups(model):
         state |= split_group(group, {buffer: state.pop(f"{path}.{buffer}") for buffer, _ in parts(group)})
@@ -82,7 +84,7 @@ def _linear(model: nn.Module, name: str) -> tuple[int, int, nn.Module]:
         raise CheckpointError(f"{name!r} is already quantized in this {type(model).__name__}: load into a fresh model")
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features, module
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # of GPT-2: the weight is [K, N]
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's; its weight is [K, N]
         return module.nf, module.weight.shape[0], module
     raise CheckpointError(
         f"the checkpoint quantizes {name!r}, which is a {type(module).__name__} in this "
@@ -93,10 +95,11 @@ def _linear(model: nn.Module, name: str) -> tuple[int, int, nn.Module]:
 def build_groups(
     model: nn.Module, record: Quantization, specs: Mapping[str, Spec] | None = None, device: torch.device | str = "meta"
 ) -> list[WushGroup]:
-    """Empty groups for the linears (nn.Linear, Conv1D) of an unquantized model, which stays as it is.
+    """Empty groups for the linears (nn.Linear, Conv1D) of an unquantized model. The model stays as it is.
 
-    Buffers have the shapes of `modules.buffer_layout`; transforms and biases have the dtypes that `specs`, the tensors
-    on disk by name, gives them, or the weight's. A name, a kind or a width that does not fit is a `CheckpointError`.
+    `modules.buffer_layout` gives the shapes of the buffers. Transforms and biases have the dtypes in `specs` (of the
+    tensors on disk, by name), else that of the weight. Raises `CheckpointError` if a name, a type or a width does not
+    fit.
     """
     groups, seen = [], set()
     for entry in record.groups:
@@ -134,7 +137,7 @@ def build_groups(
 
 
 def group_specs(groups: Iterable[WushGroup]) -> dict[str, Spec]:
-    """The tensors on disk that groups need."""
+    """The specs of the tensors on disk that groups need, by name."""
     return {
         name: Spec(tuple(buffer[rows].shape if rows is not None else buffer.shape), buffer.dtype)
         for group in groups
@@ -145,7 +148,7 @@ def group_specs(groups: Iterable[WushGroup]) -> dict[str, Spec]:
 
 
 def read_record(settings: Mapping) -> Quantization:
-    """`Quantization.from_dict`, where anything malformed is a `CheckpointError`."""
+    """`Quantization.from_dict`, which raises `CheckpointError` for anything malformed."""
     try:
         record = Quantization.from_dict(dict(settings))
         well_formed = isinstance(record.ignored, dict) and all(
@@ -171,9 +174,10 @@ def check_specs(
     rest: Mapping[str, tuple[int, ...]],
     optional: Iterable[str] = (),
 ) -> None:
-    """Compares the tensors of a checkpoint with those of its groups, and with names and shapes of all others.
+    """Checks the tensors of a checkpoint against its groups, and against `rest`, the shapes of all other tensors.
 
-    Names in `optional` may be missing. What belongs to a quantized linear, but to no buffer of it, is refused.
+    Names in `optional` may be missing. Raises `CheckpointError` for a missing tensor, a wrong shape or dtype, and a
+    tensor that nothing in the model needs.
     """
     expected = group_specs(groups)
     for name, spec in expected.items():

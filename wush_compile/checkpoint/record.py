@@ -1,4 +1,4 @@
-"""The record of how a model was quantized: kept on the model, saved in its checkpoint (docs/spec.md §7)."""
+"""The record of how a model was quantized. The model keeps it, and its checkpoint saves it (docs/spec.md §7)."""
 
 import dataclasses
 import json
@@ -20,19 +20,21 @@ REPORT = "wush_report.json"
 
 @dataclass
 class Quantization:
-    """What was quantized, how, and what was left alone.
+    """What was quantized, how, and what was not.
 
     config   the settings of the run
-    groups   one dict a group: `members` (module names, in row order), `transform_block_size`, and `recipe` (the settings
-             in which the group differs from `config`)
-    ignored  module or parameter name -> why it was not quantized
-    report   path of a group's first member -> measurements of the run (tokens, losses, seconds); in `wush_report.json`
+    groups   a dict for each group: `members` (module names in row order), `transform_block_size`, and `recipe` (the
+             settings in which the group differs from `config`)
+    ignored  name of a module or parameter -> why it was not quantized
+    report   name of a group's first member -> what the run measured (tokens, losses, seconds); `wush_report.json`
+    example  names, dtypes and shapes of the inputs that the model was traced on (`capture.example`); in the same file
     """
 
     config: WushConfig
     groups: list[dict]
     ignored: dict[str, str]
     report: dict[str, dict] = field(default_factory=dict)
+    example: dict | None = None
 
     def describe(self, members: list[str], transform_block_size: int, recipe: Recipe) -> dict:
         """The entry of a group in `groups`."""
@@ -55,21 +57,21 @@ class Quantization:
 
     @classmethod
     def from_dict(cls, data: dict) -> "Quantization":
-        """Reads what `to_dict` wrote, now or in version 1, where all groups have the recipe of the configuration.
+        """Reads what `to_dict` wrote, in this version or in version 1, where all groups have the recipe of `config`.
 
-        A newer version, an unknown key or a missing one is a `CheckpointError`.
+        Raises `CheckpointError` for a newer version and for unknown or missing keys.
         """
         version = data.get("format_version")
         if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(
-                f"the checkpoint has format_version {version!r}, this wush_compile reads up to {FORMAT_VERSION}: "
-                "upgrade wush-compile"
+                f"the checkpoint has format_version {version!r}, this wush_compile reads versions up to "
+                f"{FORMAT_VERSION}: upgrade wush-compile"
             )
         expected = {"quant_method", "format_version", "config", "groups", "ignored"}
         if unknown := sorted(set(data) - expected):
             raise CheckpointError(
-                f"quantization_config has unknown keys {', '.join(unknown)}: the file is not "
-                "wush_compile's, or was edited; quantize the model again"
+                f"quantization_config has unknown keys {', '.join(unknown)}: wush_compile did not write it, or it was "
+                "edited; quantize the model again"
             )
         if missing := sorted(expected - set(data)):
             raise CheckpointError(f"quantization_config lacks {', '.join(missing)}: quantize the model again")
@@ -83,7 +85,7 @@ class Quantization:
         config, groups = data["config"], data["groups"]
         if version == 1:
             groups = [{**group, "recipe": {}} for group in groups]
-            if "lm_head" not in config.get("ignore", ()):  # version 1 replaced the default
+            if "lm_head" not in config.get("ignore", ()):  # in version 1 `ignore` replaced its default
                 config = {**config, "ignore": [*config.get("ignore", ()), "!lm_head"]}
         try:
             record = cls(WushConfig.from_dict(config), groups, data["ignored"])
@@ -95,7 +97,7 @@ class Quantization:
 
 
 def quantization_of(model: nn.Module) -> Quantization:
-    """The record of a quantized model; a `WushError` for any other."""
+    """The record of a quantized model. Raises `WushError` for any other model."""
     record = getattr(model, ATTRIBUTE, None)
     if record is None:
         raise WushError(f"this {type(model).__name__} is not quantized: call wush_compile.quantize(model) first")
@@ -103,22 +105,30 @@ def quantization_of(model: nn.Module) -> Quantization:
 
 
 def write_report(record: Quantization, directory: Path) -> None:
-    """Writes the report of every group; nothing where there is none."""
+    """Writes `wush_report.json`: the report of every group and the example inputs. Without reports there is no file."""
     if record.report:
-        text = json.dumps({"report_version": 1, "groups": record.report}, indent=1, sort_keys=True)
+        contents = {"report_version": 1, "groups": record.report, "example": record.example}
+        text = json.dumps(contents, indent=1, sort_keys=True)
         (directory / REPORT).write_text(text + "\n", encoding="utf-8")
 
 
-def read_report(directory: Path) -> dict[str, dict]:
-    """The report of a checkpoint. A missing one is empty; so is a damaged one, with a warning: no weight depends on it."""
+def read_report(record: Quantization, directory: Path) -> None:
+    """Reads the reports of a checkpoint into its record: none if there is no file, or, with a warning, a damaged one.
+
+    No weight depends on them.
+    """
     path = directory / REPORT
+    record.report, record.example = {}, None
     try:
-        groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        groups, example = contents["groups"], contents.get("example")
         if not isinstance(groups, dict) or not all(isinstance(report, dict) for report in groups.values()):
-            raise ValueError("its groups are no reports")
+            raise ValueError("its groups are not reports")
+        if example is not None and not isinstance(example, dict):
+            raise ValueError("its example is not a description of inputs")
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s cannot be read (%s): explain shows no losses", path, error)
-        return {}
-    return groups
+        return
+    record.report, record.example = groups, example

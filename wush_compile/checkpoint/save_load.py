@@ -1,4 +1,4 @@
-"""Saving a quantized model, all of it or nothing, and loading it, checked before it is used (SPEC §7)."""
+"""Saves a quantized model, all of it or nothing, and loads it after checking everything (docs/spec.md §7)."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from .record import REPORT, Quantization, quantization_of, read_report, write_re
 
 
 def _aliases(model: nn.Module) -> list[list[str]]:
-    """Names of each parameter or buffer that has several (tied weights)."""
+    """For each parameter or buffer with several names (tied weights): its names."""
     names: dict[int, list[str]] = {}
     for named in (model.named_parameters, model.named_buffers):
         for name, tensor in named(remove_duplicate=False):
@@ -31,7 +31,7 @@ def _aliases(model: nn.Module) -> list[list[str]]:
 
 
 def saved_names(model: nn.Module) -> dict[str, str]:
-    """Every parameter's and persistent buffer's name -> the name it has in a checkpoint of the unquantized model."""
+    """Name of each parameter and persistent buffer -> its name in a checkpoint of the unquantized model."""
     aliases = _aliases(model)
     dropped = {alias for names in aliases for alias in names[1:]}
     saved = (
@@ -47,7 +47,7 @@ def saved_names(model: nn.Module) -> dict[str, str]:
 
 
 def write_settings(model: nn.Module, record: Quantization, directory: Path, sha256: str, tokenizer=None) -> None:
-    """Writes all of a checkpoint but its weights; `model` may be the unquantized one."""
+    """Writes everything of a checkpoint except the weights. `model` may be the unquantized one."""
     if isinstance(model, transformers.PreTrainedModel):
         hf.write_settings(model, record, directory, sha256)
     else:
@@ -61,7 +61,7 @@ def write_settings(model: nn.Module, record: Quantization, directory: Path, sha2
 def _save_module(model: nn.Module, record: Quantization, directory: Path) -> None:
     state = split_state_dict(model)
     for name in [alias for names in _aliases(model) for alias in names[1:]]:
-        state.pop(name, None)  # the first name stands for all
+        state.pop(name, None)  # tied weights are saved under their first name
     storages = set()
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.is_meta:
@@ -76,7 +76,7 @@ def _save_module(model: nn.Module, record: Quantization, directory: Path) -> Non
 
 
 def _keep_other_files(old: Path, new: Path) -> None:
-    """Links into `new` what else is in `old`: a replaced checkpoint takes nobody's notes or tokenizer with it."""
+    """Links other files from `old` into `new`, so that replacing a checkpoint keeps its notes and its tokenizer."""
 
     def link(source: str, target: str) -> None:
         try:
@@ -98,9 +98,9 @@ def _keep_other_files(old: Path, new: Path) -> None:
 def save(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> None:
     """Writes the checkpoint of a quantized model (and its tokenizer's files), all of it or nothing.
 
-    A checkpoint that is there already is replaced in one step, so that a process killed at any moment leaves one or the
-    other; files in it that are no part of a checkpoint are kept. Equal models give equal bytes. Raises `WushError` for
-    a model that is not quantized, `CheckpointError` for a directory with anything else in it.
+    An existing checkpoint is replaced in one step: a process killed at any moment leaves the old one or the new one.
+    Other files in its directory are kept. Equal models give equal bytes. Raises `WushError` for a model that is not
+    quantized, and `CheckpointError` for a directory that is not empty and holds no checkpoint.
     """
     record = quantization_of(model)
     target = recover(directory)
@@ -127,23 +127,24 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> None
 
 
 def load(directory: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
-    """The model of a checkpoint: a Hugging Face one by its class, any other put into `model`, which is returned.
+    """Loads a checkpoint: a Hugging Face model by its class, any other model into `model`. Returns the model.
 
-    `model` is an unquantized model of the same kind, of any dtype, on any device (the meta device too). It gets exactly
-    what was saved, dtypes included; the devices of its tensors stay (meta: the CPU). A truncated, tampered, incomplete
-    or newer checkpoint, or one that does not fit the model, is a `CheckpointError`, and the model stays as it was.
+    `model` is an unquantized model of the same kind. Its dtype does not matter, and it may be on any device, the meta
+    device included. It gets exactly what was saved, dtypes included. Its tensors stay on their devices; those on the
+    meta device go to the CPU. Raises `CheckpointError` if the checkpoint is truncated, tampered with, incomplete, newer
+    than this version, or does not fit the model; then the model stays as it was.
     """
     path = recover(directory)
     config = read_config(path)
     settings = config["quantization_config"]
     record = read_record(settings)
-    record.report = read_report(path)
+    read_report(record, path)
     weights = Weights(weight_files(path))
     if model is None:
         if not config.get("architectures"):
             raise CheckpointError(
-                f"{directory} does not say what module it is of: load it as "
-                "wush_compile.load(directory, model=...) with an unquantized model of the same kind"
+                f"{directory} does not name the class of its model: load it with "
+                "wush_compile.load(directory, model=...) and an unquantized model of the same kind"
             )
         return hf.load(path, config, weights)
     groups = build_groups(model, record, weights.specs)
@@ -155,7 +156,7 @@ def load(directory: str | os.PathLike, model: nn.Module | None = None) -> nn.Mod
     for name, tensor in model.named_buffers():
         if tensor.is_meta and name not in state:
             raise CheckpointError(
-                f"the buffer {name} is on the meta device, and no checkpoint holds it as it is not "
+                f"the buffer {name} is on the meta device, and no checkpoint holds it because it is not "
                 "persistent: build the model on a real device"
             )
     weights.verify(settings, config.get(DIGEST))
@@ -167,10 +168,10 @@ def load(directory: str | os.PathLike, model: nn.Module | None = None) -> nn.Mod
 def _fill(
     model: nn.Module, groups: list[WushGroup], state: Mapping[str, Tensor], weights: Weights, aliases: list[list[str]]
 ) -> None:
-    """Puts checked tensors into a model; `state` gives their devices."""
+    """Puts checked tensors into a model, on the devices of `state`."""
 
     def to(tensor: Tensor, device: torch.device) -> Tensor:
-        # Copied: the file's own memory would change under the model when the file does.
+        # A copy: mapped memory would change with the file.
         return tensor.to("cpu" if device.type == "meta" else device, copy=True)
 
     for group in groups:
@@ -183,7 +184,7 @@ def _fill(
         strict=False,
         assign=True,
     )
-    for names in aliases:  # assigned tensors are new objects: tie them again
+    for names in aliases:  # assigned tensors are new objects, so they are tied again
         saved = next((n for n in names if n in weights.specs), None)
         for name in names if saved else ():
             parent, _, leaf = name.rpartition(".")
@@ -194,14 +195,14 @@ def _fill(
 
 
 def load_model(source: str, dtype: str | torch.dtype = "auto") -> tuple[nn.Module, object]:
-    """(causal language model, its tokenizer) of a local directory (a checkpoint too), a GGUF file, or a hub name."""
+    """(causal language model, its tokenizer) from a local directory or checkpoint, a GGUF file, or a hub name."""
     path = Path(source)
     if path.is_file():
         return load_gguf(path) if dtype == "auto" else load_gguf(path, dtype)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise CheckpointError(f"{source} has no config.json: it is no model directory")
+        raise CheckpointError(f"{source} has no config.json: give the directory of a model")
     settings = json.loads((path / "config.json").read_text(encoding="utf-8")) if path.is_dir() else {}
-    if (settings.get("quantization_config") or {}).get("quant_method") == hf.METHOD:
+    if (settings.get("quantization_config") or {}).get("quant_method") == hf.QUANT_METHOD:
         model = load(path)
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)

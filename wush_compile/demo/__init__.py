@@ -1,1 +1,1 @@
-"""`make demo`: SmolLM2-135M-Instruct, quantized in four ways on a CPU."""
+"""`make demo`: quantizes SmolLM2-135M-Instruct on a CPU and compares the results."""

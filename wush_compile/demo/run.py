@@ -1,4 +1,4 @@
-"""The demonstration: a real language model from bf16 to W4A4 on a CPU, measured, saved and explained."""
+"""The demonstration: quantizes a real language model to W4A4 on a CPU, measures it and saves it."""
 
 import copy
 import time
@@ -16,7 +16,7 @@ from ..config import WushConfig
 from ..data import python_topics, windows
 from ..evaluation.language import compare
 from ..modules import WushLinear
-from ..report.explain import quantized_bytes
+from ..report.summary import quantized_bytes
 from . import smollm2
 
 WINDOW = 512
@@ -37,7 +37,7 @@ def _generate(model: nn.Module, tokenizer, prompt: str, tokens: int) -> str:
 
 
 def _rows(reference: nn.Module, calibration: list, text: torch.Tensor, format: str) -> Iterator[tuple]:
-    """(name, comparison, seconds of quantization, model) of each row, one model in memory at a time."""
+    """(name, comparison, seconds of quantization, model) of each row. One quantized model is in memory at a time."""
     for name, settings in ROWS:
         config = WushConfig(format=format, **settings)
         model = copy.deepcopy(reference)
@@ -48,7 +48,7 @@ def _rows(reference: nn.Module, calibration: list, text: torch.Tensor, format: s
 
 
 def demo(out: Path, format: str = "mxfp4", console: Console | None = None) -> nn.Module:
-    """Runs the demonstration and saves the last row's model in `out`; returns it."""
+    """Runs the demonstration. Saves the model of the last row in `out`, and returns it."""
     console = console or Console()
     console.print("SmolLM2-135M-Instruct, calibrated and evaluated on different parts of Python's own documentation")
     model, tokenizer = smollm2.load()
@@ -77,7 +77,8 @@ def demo(out: Path, format: str = "mxfp4", console: Console | None = None) -> nn
     save(quantized, out, tokenizer=tokenizer)
     console.print(
         f"\nSaved in {out}. Load it with\n\n    import wush_compile as wc\n    model = wc.load({str(out)!r})\n\n"
-        f"or from the shell (the commands are in .venv/bin after make demo): wush-compile generate {out} --prompt '...'; wush-compile explain {out}",
+        f"or from the shell (the commands are in .venv/bin after make demo): wush-compile generate {out} "
+        f"--prompt '...'; wush-compile explain {out}",
         soft_wrap=True,
     )
     return quantized

@@ -1,4 +1,4 @@
-"""What quantization costs. Public as `wush_compile.evaluate`.
+"""Measures what quantization costs. Public as `wush_compile.evaluate`.
 
 language.py   perplexity, KL divergence and top-1 agreement of language models
 layers.py     losses of single layers, solved with several configurations

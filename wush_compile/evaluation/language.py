@@ -1,4 +1,4 @@
-"""What quantization costs: perplexity, KL divergence, top-1 agreement of a language model; losses of single layers (SPEC §5)."""
+"""Perplexity, KL divergence and top-1 agreement of language models (docs/spec.md §5)."""
 
 import contextlib
 import inspect
@@ -14,18 +14,18 @@ from ..data import check_ids
 from ..errors import DataError
 from ..ops import core as ops  # noqa: F401  (registers wush::observe)
 
-# fp32 logits handled at once; a few temporaries of this many values stay far below 1 GiB.
-CHUNK_ELEMENTS = 2**24
-# Windows a GPU runs in one forward; a CPU runs one.
+# fp32 logits handled at once. A few temporaries of this size stay far below 1 GiB.
+CHUNK_LOGITS = 2**24
+# Windows in one forward on a GPU. A CPU takes one.
 GPU_WINDOWS = 8
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model beside its reference on the same tokens.
+    """A model and its reference on the same tokens.
 
-    kl is the mean over predicted tokens of KL(reference ‖ model) in nats; top1 the share of positions at which both put
-    the same token first; predictions the number of tokens predicted.
+    `kl` is the mean of KL(reference ‖ model) over predicted tokens, in nats. `top1` is the share of positions where
+    both give the same token the highest probability. `predictions` counts the predicted tokens.
     """
 
     kl: float
@@ -42,8 +42,8 @@ def perplexity(model: nn.Module, token_ids: Tensor | Sequence[int], window: int 
     """exp of the mean cross entropy of `model` on `token_ids` [T] or [1, T], in windows of `window` without overlap.
 
     Each window is predicted from its own tokens alone: window − 1 predictions, no BOS added, fp32 cross entropy. Tokens
-    after the last full window are left out; a text shorter than one window is one. `DataError` for fewer than 2 tokens
-    and for ids outside the vocabulary.
+    after the last full window are left out. A text shorter than `window` is one window. Raises `DataError` for fewer
+    than 2 tokens, and for ids outside the vocabulary.
     """
     total, count = 0.0, 0
     for (logp,), targets in _predictions((model,), token_ids, window, "perplexity", progress):
@@ -55,14 +55,17 @@ def perplexity(model: nn.Module, token_ids: Tensor | Sequence[int], window: int 
 def kl_divergence(
     reference: nn.Module, model: nn.Module, token_ids: Tensor | Sequence[int], window: int = 2048, progress: bool = True
 ) -> float:
-    """Mean token KL(reference ‖ model) in nats; `token_ids` and `window` as in `perplexity`."""
+    """The mean of KL(reference ‖ model) over predicted tokens, in nats. Arguments are those of `compare`."""
     return compare(reference, model, token_ids, window, progress).kl
 
 
 def compare(
     reference: nn.Module, model: nn.Module, token_ids: Tensor | Sequence[int], window: int = 2048, progress: bool = True
 ) -> Comparison:
-    """KL, top-1 agreement and both perplexities from one forward of each model per window; arguments as in `perplexity`."""
+    """KL, top-1 agreement and both perplexities, from one forward of each model for each window.
+
+    `token_ids` and `window` are those of `perplexity`.
+    """
     sums, count = torch.zeros(4, dtype=torch.float64), 0
     for (logp, logq), targets in _predictions((reference, model), token_ids, window, "compare", progress):
         p = logp.exp()
@@ -82,7 +85,7 @@ def _exp(loss: float) -> float:
 def _predictions(
     models: Sequence[nn.Module], token_ids: Tensor | Sequence[int], window: int, title: str, progress: bool
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Chunks of ([fp32 log-probabilities [n, V] of each model], targets int64 [n]), on the last model's device."""
+    """Yields ([log-probabilities of each model, fp32 [n, V]], targets int64 [n]), on the device of the last model."""
     rows = _windows(token_ids, window)  # [W, window]
     devices = [next(m.parameters()).device for m in models]
     check_ids(rows, min(_vocabulary(m) for m in models), "token_ids")
@@ -91,7 +94,7 @@ def _predictions(
         for batch in rows.split(step):
             logits = [_logits(m, batch.to(d))[:, :-1].flatten(0, 1) for m, d in zip(models, devices, strict=True)]
             targets = batch[:, 1:].flatten().to(devices[-1])
-            chunk = max(1, CHUNK_ELEMENTS // logits[-1].shape[-1])
+            chunk = max(1, CHUNK_LOGITS // logits[-1].shape[-1])
             for start in range(0, len(targets), chunk):
                 part = slice(start, start + chunk)
                 yield [each[part].to(devices[-1]).to(torch.float32).log_softmax(-1) for each in logits], targets[part]
@@ -102,18 +105,18 @@ def _windows(token_ids: Tensor | Sequence[int], window: int) -> Tensor:
     """Token ids [T] or [1, T] -> int64 [W, window], or [1, T] if there are fewer than `window`."""
     ids = torch.as_tensor(token_ids)
     if ids.is_floating_point() or ids.dim() > 2 or (ids.dim() == 2 and ids.shape[0] != 1):
-        raise DataError(f"token_ids are {ids.dtype} {list(ids.shape)}; integers of shape [T] or [1, T] are wanted")
+        raise DataError(f"token_ids are {ids.dtype} {list(ids.shape)}: give integers of shape [T] or [1, T]")
     if window < 2:
-        raise DataError(f"window is {window}; a window of at least 2 tokens is needed to predict one")
+        raise DataError(f"window is {window}: give at least 2, because a window of 1 token predicts nothing")
     ids = ids.reshape(-1).to("cpu", torch.int64)
     if len(ids) < 2:
-        raise DataError(f"token_ids holds {len(ids)} tokens; at least 2 are needed to predict one")
+        raise DataError(f"token_ids holds {len(ids)} tokens: give at least 2, because 1 token predicts nothing")
     window = min(window, len(ids))
     return ids[: len(ids) // window * window].view(-1, window)
 
 
 def _vocabulary(model: nn.Module) -> int:
-    """Rows of the model's input embedding; any id passes where the model does not say."""
+    """Rows of the model's input embedding. If the model has none, every id passes."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     return embedding.weight.shape[0] if embedding is not None else torch.iinfo(torch.int64).max
 
@@ -127,7 +130,7 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def inference_mode(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Eval mode and no gradients; every module's own mode comes back afterwards."""
+    """Eval mode and no gradients inside the block. Afterwards every module has its own mode again."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for module, _ in modes:

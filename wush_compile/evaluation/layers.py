@@ -16,13 +16,17 @@ from ..solver.solution import moment_shape
 from ..solver.solve import solve
 from .language import inference_mode
 
-# Rows of a layer's input kept for its loss; what is left of them after the rows of largest norm is a uniform sample.
-SAMPLE_ROWS = 8192
+# Rows kept of a layer's input. `wush::observe` fills a share of them with the rows of largest norm, and the others,
+# from which losses come, with a uniform sample.
+LOSS_SAMPLE_ROWS = 8192
 
 
 @dataclass(frozen=True)
 class LayerLosses:
-    """`loss[layer][column]`: eq. 1/4, ‖X Wᵀ − Q(X Tᵀ) Q(W T⁻¹)ᵀ‖² / (n N); `relative` is over ‖X Wᵀ‖² / (n N)."""
+    """Losses by layer and column.
+
+    `loss[layer][column]` is ‖X Wᵀ − Q(X Tᵀ) Q(W T⁻¹)ᵀ‖² / (n N) (eq. 1, 4). `relative` divides it by ‖X Wᵀ‖² / (n N).
+    """
 
     loss: dict[str, dict[str, float]]
     relative: dict[str, dict[str, float]]
@@ -31,7 +35,7 @@ class LayerLosses:
         return asdict(self)
 
     def __str__(self) -> str:
-        """Markdown table of the relative losses, in percent: a row a layer, a column a configuration."""
+        """The relative losses in percent, as a Markdown table: layers in rows, configurations in columns."""
         columns = list(next(iter(self.relative.values())))
         lines = [f"| relative loss, % | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         for layer, row in self.relative.items():
@@ -48,20 +52,21 @@ def compare_layers(
     tokenizer=None,
     progress: bool = True,
 ) -> LayerLosses:
-    """Losses of single linears of the unquantized `model`, each solved alone with every configuration (eq. 1, 4).
+    """Losses of single linears of the unquantized `model`. Each is solved alone with every configuration (eq. 1, 4).
 
     layers
-        Names of `nn.Linear` modules; their inputs are observed while `model` runs over `data` once.
+        Names of `nn.Linear` modules. Their inputs are observed while `model` runs over `data` once.
     configs
-        Columns: a mapping from title to configuration, or configurations, titled by the settings they differ in.
+        The columns: a mapping from titles to configurations, or a sequence of configurations, which are titled by the
+        settings in which they differ.
 
-    Moments come from all positions whose mask is not 0, losses from a uniform sample of at most 7168 of them.
+    Moments come from all positions whose mask is not 0. Losses come from a uniform sample of at most 7168 of them.
     """
     columns = dict(configs) if isinstance(configs, Mapping) else _titles(configs)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     chosen = {name: linears[one_of("linear layer", name, linears)] for name in layers}
     if not chosen or not columns:
-        raise DataError("compare_layers needs at least one layer and one configuration")
+        raise DataError("compare_layers needs at least one layer and one configuration: give layers and configs")
     observed = _observe(model, normalize(data, tokenizer, model), chosen, progress)
     loss: dict[str, dict[str, float]] = {name: {} for name in chosen}
     relative: dict[str, dict[str, float]] = {name: {} for name in chosen}
@@ -89,7 +94,7 @@ def compare_layers(
 def _observe(
     model: nn.Module, batches: list, linears: dict[str, nn.Linear], progress: bool
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """(moment fp32 [K, K], count int64 [], sample [SAMPLE_ROWS, K]) of every linear's input."""
+    """(moment fp32 [K, K], count int64 [], sample [LOSS_SAMPLE_ROWS, K]) of every linear's input."""
     device = next(model.parameters()).device
     state, mask = {}, None
     for name, linear in linears.items():
@@ -97,7 +102,7 @@ def _observe(
         state[name] = (
             torch.zeros(k, k, device=place),
             torch.zeros((), dtype=torch.int64, device=place),
-            torch.zeros(SAMPLE_ROWS, k, dtype=linear.weight.dtype, device=place),
+            torch.zeros(LOSS_SAMPLE_ROWS, k, dtype=linear.weight.dtype, device=place),
         )
 
     def hook(name: str) -> Callable:
@@ -126,7 +131,7 @@ def _observe(
 
 
 def _as_shape(moment: Tensor, shape: Sequence[int]) -> Tensor:
-    """The full moment [K, K], or its diagonal blocks [K/B, B, B] if `shape` asks for them."""
+    """The moment [K, K], or its diagonal blocks [K/B, B, B] if `shape` is theirs."""
     if len(shape) == 2:
         return moment
     blocks, size = shape[0], shape[-1]
@@ -135,7 +140,7 @@ def _as_shape(moment: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _titles(configs: Sequence[WushConfig]) -> dict[str, WushConfig]:
-    """Configurations by the settings they differ in."""
+    """Configurations, titled by the settings in which they differ."""
     settings = [config.to_dict() for config in configs]
     differing = [key for key in (settings[0] if settings else {}) if any(s[key] != settings[0][key] for s in settings)]
     titles = {

@@ -141,6 +141,17 @@ def _kernel(scheduled) -> str | None:
 
 
 @contextlib.contextmanager
+def recording() -> Iterator[GraphLog]:
+    """Records every graph that runs through the passes inside the block."""
+    log = GraphLog()
+    _LOGS.append(log)
+    try:
+        yield log
+    finally:
+        _LOGS.remove(log)
+
+
+@contextlib.contextmanager
 def trace_graphs() -> Iterator[GraphLog]:
     """Records every graph that the wush backend compiles, or `wush_compile.fuse` fuses, inside the block.
 
@@ -148,10 +159,5 @@ def trace_graphs() -> Iterator[GraphLog]:
     """
     from torch._inductor import config
 
-    log = GraphLog()
-    _LOGS.append(log)
-    try:
-        with config.patch(force_disable_caches=True):
-            yield log
-    finally:
-        _LOGS.remove(log)
+    with config.patch(force_disable_caches=True), recording() as log:
+        yield log

@@ -47,19 +47,32 @@ def _node_name(target) -> str:
 
 
 class _Printer:
-    """Names nodes by op, symbols by order of appearance, and a layer's tensors by their path in the layer."""
+    """Names nodes by op, symbols by order of appearance, and a layer's tensors by their path in the layer.
+
+    No two values have one name.
+    """
 
     def __init__(self, graph: Graph, names: list[str] | None, layer: int | None):
         self.names: dict[Node, str] = {}
         self.symbols: dict[str, str] = {}
+        taken: set[str] = set()
         counts: Counter = Counter()
+
+        def unique(base: str) -> str:
+            name = base
+            while name in taken:
+                counts[base] += 1
+                name = f"{base}_{counts[base]}"
+            taken.add(name)
+            return name
+
         inputs = [n for n in graph.nodes if n.op == "placeholder"]
         given = names if names is not None and len(names) == len(inputs) else [readable_name(n.target) for n in inputs]
         for node, name in zip(inputs, given):
             symbolic = isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat)
             if layer is not None:
                 name = re.sub(rf"^(.*?\.)?{layer}\.", "", name)
-            self.names[node] = self._value(node.meta["val"]) if symbolic else name
+            self.names[node] = self._value(node.meta["val"]) if symbolic else unique(name)
         for node in graph.nodes:
             if node in self.names or node.op == "output":
                 continue
@@ -68,8 +81,7 @@ class _Printer:
                 continue
             base = _node_name(node.target)
             base = base.rpartition(".")[2] if node.op != "call_function" else re.sub(r"\W+", "_", base)
-            number, counts[base] = counts[base], counts[base] + 1
-            self.names[node] = f"{base}_{number}" if number else base
+            self.names[node] = unique(base)
 
     def _size(self, size) -> str:
         if isinstance(size, int):

@@ -20,7 +20,7 @@ class Implementation(NamedTuple):
 
 
 class FixableReason(str):
-    """Why a provider is unavailable, where the user can fix the installation. `dispatch` logs such a reason as a warning."""
+    """Why a provider is unavailable, if the user can fix the installation. `dispatch` logs it as a warning."""
 
 
 class Provider(NamedTuple):

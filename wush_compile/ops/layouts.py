@@ -1,4 +1,6 @@
-"""How the scales of activations lie in memory: `scale_layout` of the ops. Kernels agree with these functions byte for byte.
+"""How the scales of activations lie in memory: `scale_layout` of the ops.
+
+Kernels agree with these functions byte for byte.
 
     rows       [.., S], a row of S = K/G scales for each row of codes; every device reads it
     swizzled   [⌈M/128⌉, ⌈S/4⌉, 32, 16] for all M rows together: what Blackwell's block-scaled products read

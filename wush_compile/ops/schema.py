@@ -58,9 +58,9 @@ def bind(op: str, args: Sequence, kwargs: Mapping[str, object] | None = None) ->
 
 
 def positional(op: str, named: Mapping[str, object]) -> tuple:
-    """Arguments by name -> by position, without the last ones that equal the schema's default, as PyTorch records a call.
+    """Arguments by name -> by position. As PyTorch records a call, trailing defaults of the schema are left out.
 
-    Names that the op does not have are left out.
+    Names that the op does not have are left out too.
     """
     parameters = list(schema(op).arguments)
     while (

@@ -33,8 +33,12 @@ class StraightThrough(torch.autograd.Function):
         weight_global_scale: Tensor | None,
         bias: Tensor | None,
         format: str,
+        *layout: str,
     ) -> Tensor:
-        """x [.., K], which was quantized to codes and scales -> [.., N] in x's dtype."""
+        """x [.., K], which was quantized to codes and scales -> [.., N] in x's dtype.
+
+        layout   the last arguments of the op: (scale_layout, activation_format), or none
+        """
         return torch.ops.wush.fp4_linear(
             codes,
             scales,
@@ -46,11 +50,13 @@ class StraightThrough(torch.autograd.Function):
             None,
             format,
             x.dtype,
+            *layout,
         )
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        x, _, _, transform, _, weight_codes, weight_scales, weight_global_scale, bias, ctx.format = inputs
+        x, _, _, transform, _, weight_codes, weight_scales, weight_global_scale, bias, ctx.format, *_ = inputs
+        ctx.arguments = len(inputs)
         ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(transform, weight_codes, weight_scales, weight_global_scale)
 
@@ -68,4 +74,4 @@ class StraightThrough(torch.autograd.Function):
         if ctx.needs_input_grad[8]:
             rows = grad.reshape(-1, grad.shape[-1])  # [M, N]
             grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, None, None, None, None, None, None, None, grad_bias, None
+        return grad_x, *[None] * 7, grad_bias, *[None] * (ctx.arguments - 9)

@@ -1,1 +1,1 @@
-"""What people look at: `explain`."""
+"""What people look at: `explain` and its parts."""

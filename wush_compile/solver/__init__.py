@@ -1,10 +1,10 @@
-"""From a group's weights and second moment to its transform, codes and scales (docs/spec.md §2-4).
+"""Solves a group: its weights and second moment give its transform, codes and scales (docs/spec.md §2-4).
 
 solve.py        one group, step by step
 solution.py     what the solver returns, and the shapes that follow from a recipe
 transforms.py   T_b in float64, and its rounding to the model's dtype
-choose.py       which T_b each block gets, and from which moments
-scales.py       the global scales of both sides
+choose.py       the transform that each block gets, and the moments it follows from
+scales.py       the global scales of weights and activations
 gptq.py         rounding with error propagation
 loss.py         the loss of a solution, on rows of calibration data
 """

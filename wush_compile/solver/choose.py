@@ -1,4 +1,4 @@
-"""Which transform each block of a group gets (SPEC §2), and from which moments (SPEC §3)."""
+"""Chooses the transform of each block of a group (docs/spec.md §2) and the moments that it follows from (§3)."""
 
 import torch
 from torch import Tensor
@@ -14,18 +14,22 @@ from .transforms import (
 )
 
 CLOSED_FORM = ("wus", "wush")
+# The power of s in T, by the activations' format (docs/spec.md §2). 1/2 is eq. 7, where both sides get the same second
+# moment; 1 would give weights the moment I. On SmolLM2 (docs/notebook/accuracy.md) 7/8 has 7 % less KL than 1/2 for fp8
+# and 16 bits with MXFP4 weights, and 3 % less with NVFP4 weights.
+POWER = {"same": 0.5, "fp8": 0.875, None: 0.875}
 
 
 def uses_conditional_moments(recipe: Recipe) -> bool:
-    """Whether transforms follow from the Cholesky factor of the whole second moment: only closed-form ones do."""
+    """Whether transforms follow from the Cholesky factor of the whole second moment. Only closed forms can."""
     return recipe.moments == "conditional" and recipe.transform in CLOSED_FORM
 
 
 class Transforms:
-    """The transforms of one group, each rounded to the model dtype and with the float64 inverse of what is stored."""
+    """The transforms of one group: each rounded to the model dtype, with the float64 inverse of the rounded one."""
 
     def __init__(self, recipe: Recipe, h: Tensor | None, block: int, dtype: torch.dtype, name: str):
-        """h: the undamped second moment, float64 [K, K] or [K/B, B, B]; None will do unless T has a closed form."""
+        """h: the undamped second moment, float64 [K, K] or [K/B, B, B]. None is enough unless T has a closed form."""
         self.recipe, self.block, self.dtype, self.name = recipe, block, dtype, name
         self.damping_tries = 0
         if recipe.transform in CLOSED_FORM:
@@ -33,10 +37,11 @@ class Transforms:
             self.dead = self.h.diagonal(dim1=-2, dim2=-1).sum(-1) == 0  # [K/B]
 
     def all(self, w: Tensor, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Every block's from the original weights: Wᵀ float64 [K, N] -> (T, T⁻¹), [K/B, B, B] or [1, B, B]; or Nones.
+        """The transforms of all blocks, from the original weights.
 
-        factor [K, K]: L of the damped H, whose diagonal blocks are roots of the conditional moments; None: each block's
-        own moment, damped by itself.
+        w: Wᵀ, float64 [K, N]. factor [K, K]: L of the damped H, whose diagonal blocks are square roots of the
+        conditional moments. Without a factor each block has its own moment, damped by itself. Returns (T, T⁻¹), each
+        [K/B, B, B], or [1, B, B] if all blocks share one; (None, None) for `identity`.
         """
         kind = self.recipe.transform
         if kind == "identity":
@@ -54,12 +59,13 @@ class Transforms:
         return self._closed_form(roots, w.unflatten(0, (-1, self.block)), self.dead)
 
     def one(self, b: int, factor: Tensor, updated: Tensor) -> tuple[Tensor, Tensor]:
-        """Block b's from its conditional moment and its updated weights [B, N] -> (T, T⁻¹), [1, B, B] (Algorithm 2)."""
+        """(T, T⁻¹) of block b, each [1, B, B], from its conditional moment and updated weights [B, N] (Algorithm 2)."""
         here = slice(b * self.block, (b + 1) * self.block)
         return self._closed_form(factor[here, here][None], updated[None], self.dead[b : b + 1])
 
     def _closed_form(self, roots: Tensor, w: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
-        """roots [b, B, B]; w [b, B, N]; dead [b]: blocks whose inputs are all zero."""
+        """roots [b, B, B] of the moments; w [b, B, N]; dead [b]: blocks whose inputs are all zero."""
         gram = torch.where(dead[:, None, None], 0.0, w @ w.mT / w.shape[-1])
-        t = wush_transform(roots, gram, self.recipe.damping, hadamard=self.recipe.transform == "wush")
+        hadamard, power = self.recipe.transform == "wush", POWER[self.recipe.activation_format]
+        t = wush_transform(roots, gram, self.recipe.damping, hadamard, power)
         return round_transform(t, self.dtype, self.name)

@@ -1,16 +1,21 @@
-"""GPTQ in the transformed basis, as Babai's nearest plane (SPEC §3): no inverse of H, rows side by side.
+"""GPTQ in the transformed basis, as Babai's nearest plane algorithm (docs/spec.md §3).
 
-With H = L Lᵀ (L lower) the loss of an error D [N, K] is ‖D L‖², and column j of D L depends on channels ≥ j only. Going
-from the last channel to the first, the value that would make column j zero, given what is already quantized, is
-w_j + A_j / L_jj with A_j = Σ_{i>j} d_i L_ij; it is rounded, and its own error enters the A of the channels before it.
+It needs no inverse of H, and it rounds all rows at once.
 
-In the transformed basis W̃ = W T⁻¹, D = D̃ T. T L is block lower triangular, and T_b L_bb = L̃_b Qᵀ with L̃_b lower and
-Q orthogonal: with the Q of all blocks, T L Q is the lower factor of T H Tᵀ, and GPTQ of W̃ with it is that of W with H.
-Where a transform is only known when its block is reached, everything happens in these rotated coordinates within a block,
-and between blocks the errors are kept in the original ones. All is float64, transposed to [channels, rows].
+With H = L Lᵀ (L lower) the loss of an error D [N, K] is ‖D L‖². Column j of D L depends only on channels ≥ j. Channels
+are rounded from the last to the first. Given the channels already quantized, the value w_j + A_j / L_jj with
+A_j = Σ_{i>j} d_i L_ij makes column j zero. That value is rounded, and its error d_j enters the A of earlier channels.
 
-On a GPU the channels of a quantization group are one kernel (`kernels.triton_gptq`). Errors reach the channels of the same
-span group by group, and those of earlier spans in one matrix product for each span.
+In the transformed basis W̃ = W T⁻¹ the error is D = D̃ T. T L is block lower triangular, and T_b L_bb = L̃_b Qᵀ with L̃_b
+lower and Q orthogonal. With the Q of all blocks, T L Q is the lower factor of T H Tᵀ: GPTQ of W̃ with this factor is
+GPTQ of W with H.
+
+A conditional transform is known only when its block is reached. Then the channels of a block are rounded in these
+rotated coordinates, and errors pass between blocks in the original ones. All arithmetic is float64. Matrices are
+transposed to [channels, rows].
+
+On a GPU one kernel rounds all channels of a quantization group (`kernels/triton/calibration/gptq.py`). Errors pass from
+group to group inside a span. They reach earlier spans in one matrix product a span.
 """
 
 from collections.abc import Callable
@@ -21,15 +26,16 @@ from torch import Tensor
 from .. import formats
 from .transforms import apply_blockwise, diagonal_blocks
 
+# Channels in a span.
 SPAN = 256
-# Entries of L that are rotated at a time.
-CHUNK_ELEMENTS = 2**25
+# Entries of L that `rotate_` handles at a time.
+ROTATED_ELEMENTS = 2**25
 
 
 def triangular(m: Tensor) -> tuple[Tensor, Tensor]:
     """float64 [.., B, B] -> (L̃ lower, Q orthogonal) with m = L̃ Qᵀ."""
     if m.is_cuda and m.dim() == 3:
-        # The library's QR takes one matrix after the other there. Cholesky's of m mᵀ, twice, is as orthogonal.
+        # On a GPU the library's QR factors one matrix after the other. Cholesky QR, done twice, is as orthogonal.
         first, failed = torch.linalg.cholesky_ex(m @ m.mT)
         rows = torch.linalg.solve_triangular(first, m, upper=False)
         second, again = torch.linalg.cholesky_ex(rows @ rows.mT)
@@ -40,15 +46,15 @@ def triangular(m: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate_(factor: Tensor, transform: Tensor | None, block: int) -> Tensor:
-    """L [K, K], in its place -> U: T L Q = U diag(..) is the lower factor of T H Tᵀ, U has ones on its diagonal.
+    """L [K, K], overwritten -> U with ones on its diagonal, where T L Q = U diag(..) is the lower factor of T H Tᵀ.
 
-    transform: float64 [K/B, B, B], [1, B, B] or None. Neither of L nor of U is anything above the diagonal blocks read.
+    transform: float64 [K/B, B, B], [1, B, B] or None. Nothing above the diagonal blocks of L and U is read.
     """
     blocks = diagonal_blocks(factor, block)  # [K/B, B, B], a view
     lower, q = (blocks.clone(), None) if transform is None else triangular(transform @ blocks)
     diagonal = lower.diagonal(dim1=-2, dim2=-1)  # [K/B, B]
     size = factor.shape[0]
-    step = max(1, CHUNK_ELEMENTS // (size * block)) * block
+    step = max(1, ROTATED_ELEMENTS // (size * block)) * block
     for start in range(0, size, step):
         stop = min(start + step, size)
         part = factor[start:stop, :stop]
@@ -73,13 +79,13 @@ def round_group(
     scales: Tensor,
     error: Tensor,
 ) -> None:
-    """One quantization group of G channels, from the last to the first; fills codes, scales and error.
+    """Rounds one quantization group of G channels, from the last to the first. Fills codes, scales and error.
 
-    w [G, N]: the weights; z [G, N]: what each channel would be rounded from if no later one of the group had an error,
-    overwritten by what it was rounded from; unit [G, G]: the group's block of U; all float64. codes uint8 [G, N], one a
-    byte; scales [N] in the format's dtype; error float64 [G, N]: w − Q(w).
+    w float64 [G, N]: the weights. z float64 [G, N]: the value that each channel would be rounded from if no later
+    channel of the group had an error; overwritten by the value that it is rounded from. unit float64 [G, G]: the
+    group's block of U. codes uint8 [G, N], one a byte; scales [N], the format's dtype; error float64 [G, N]: w − Q(w).
     """
-    # The weights of this group at the optimum given all that is already quantized: w + A_g L̃_gg⁻¹.
+    # The optimal weights of this group, given the channels already quantized: w + A_g L̃_gg⁻¹.
     shift = torch.linalg.solve_triangular(unit.mT, z - w, upper=True, unitriangular=True)
     updated = w + shift
     scales.copy_(formats.compute_scales(updated.T.to(torch.float32).contiguous(), format, rule, g))
@@ -92,10 +98,11 @@ def round_group(
 
 
 def round_e2m1(v: Tensor) -> Tensor:
-    """fp32 [..], overwritten -> the nearest e2m1 value; equals `formats.e2m1_round` but for the sign of zero.
+    """fp32 [..], overwritten -> the nearest e2m1 value. Equals `formats.e2m1_round`, except for the sign of zero.
 
-    Adding and subtracting 1.5·2^22·p, p the power of two not above max(|v|, 1), rounds to multiples of p/2, half to
-    even: a third of the ops, and none that the vector library threads, which costs more than it gives at one column.
+    Let p be the power of two not above max(|v|, 1). Adding and subtracting 1.5·2^22·p rounds to multiples of p/2, half
+    to even. This takes a third of the ops. The vector library runs none of them in threads, which for a single column
+    cost more than they save.
     """
     v.clamp_(-formats.E2M1_MAX, formats.E2M1_MAX)
     power = v.abs().clamp_(min=1).view(torch.int32).bitwise_and_(0x7F800000).view(torch.float32)
@@ -104,9 +111,9 @@ def round_e2m1(v: Tensor) -> Tensor:
 
 
 def _rounder(scales: Tensor, format: str, g: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """A function fp32 [N] -> the decoded value of its code, float64 [N], for fixed scales [N] of the rows.
+    """A function: fp32 [N] -> the decoded values of their codes, float64 [N], for rows with these scales [N].
 
-    The same as `formats.decode(formats.encode(...))`, without what does not change from column to column.
+    It equals `formats.decode(formats.encode(...))`, but computes only once what all columns share.
     """
     s = formats.decode_scales(scales, format)
     if format == "int4":
@@ -125,7 +132,7 @@ def _group_rounder(device: torch.device) -> Callable[..., None]:
     if device.type == "cuda":
         try:
             from ..kernels.triton.calibration import gptq as triton_gptq
-        except ImportError:  # no triton: the same, launch by launch
+        except ImportError:  # without Triton: the same, one launch for each op
             return round_group
         if triton_gptq.available(device):
             return triton_gptq.round_group
@@ -143,7 +150,7 @@ def _round_channels(
     scales: Tensor,
     error: Tensor,
 ) -> None:
-    """`round_group` for any number of groups, from the last to the first; scales [channels/G, N]."""
+    """`round_group` for several groups, from the last to the first; scales [channels/G, N]."""
     group, round_one = formats.FORMATS[format].group_size, _group_rounder(w.device)
     for start in range(w.shape[0] - group, -1, -group):
         here = slice(start, start + group)
@@ -153,7 +160,7 @@ def _round_channels(
 
 
 def _results(w: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for codes [K, N], scales [K/G, N] and the error [K, N]."""
+    """Empty codes [K, N], scales [K/G, N] and error [K, N]."""
     fmt = formats.FORMATS[format]
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     scales = torch.empty((w.shape[0] // fmt.group_size, w.shape[1]), dtype=fmt.scale_dtype, device=w.device)
@@ -163,16 +170,17 @@ def _results(w: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
 def gptq(
     w: Tensor, unit: Tensor, format: str, rule: str, g: Tensor | None, span: int = SPAN
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All channels, from the last to the first.
+    """Rounds all channels, from the last to the first.
 
-    w float64 [K, N]: W̃ᵀ; unit [K, K]: U. Returns codes uint8 [N, K], one a byte; scales [N, K/G]; W̃ᵀ − Q(W̃)ᵀ [K, N].
+    w float64 [K, N]: W̃ᵀ; unit [K, K]: U. Returns codes uint8 [N, K], one code a byte; scales [N, K/G]; the error
+    W̃ᵀ − Q(W̃)ᵀ [K, N].
     """
     codes, scales, error = _results(w, format)
     group = formats.FORMATS[format].group_size
     for stop in range(w.shape[0], 0, -span):
         start = max(0, stop - span)
         here = slice(start, stop)
-        z = torch.addmm(w[here], unit[stop:, here].T, error[stop:])  # with the errors of all later spans
+        z = torch.addmm(w[here], unit[stop:, here].T, error[stop:])  # includes the errors of all later spans
         _round_channels(
             w[here],
             z,
@@ -197,11 +205,11 @@ def gptq_conditional(
     g: Tensor | None,
     span: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All blocks, from the last to the first, each with a transform that depends on those before it (Algorithm 2).
+    """Rounds all blocks, from the last to the first, with transforms that depend on the rounded blocks (Algorithm 2).
 
-    w float64 [K, N]: Wᵀ; factor [K, K]: L. `transform_of(b, weights)` gives (T_b, T_b⁻¹), float64 [B, B], from block b's
-    weights [B, N] at the optimum given all that is already quantized. Returns as `gptq`, but the error of the weights in
-    the original basis, Wᵀ − Q(W)ᵀ.
+    w float64 [K, N]: Wᵀ; factor [K, K]: L. `transform_of(b, weights)` gives (T_b, T_b⁻¹), float64 [B, B]; `weights`
+    [B, N] are the optimal ones of block b, given the channels already quantized. Returns what `gptq` returns, but with
+    the error in the original basis, Wᵀ − Q(W)ᵀ.
     """
     codes, scales, error = _results(w, format)
     group = formats.FORMATS[format].group_size

@@ -1,4 +1,4 @@
-"""The loss of a solved layer on rows of its input (SPEC §5, eq. 1 and 4)."""
+"""The loss of a solved layer on rows of its input (docs/spec.md §5, eq. 1 and 4)."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,8 @@ from .. import formats
 from ..recipe import Recipe
 from .transforms import apply_blockwise
 
-CHUNK_ELEMENTS = 2**24
+# Weights decoded at a time: a decoded weight and the temporaries of decoding are many times the size of its 4 bits.
+DECODED_ELEMENTS = 2**24
 
 if TYPE_CHECKING:
     from .solution import GroupSolution
@@ -18,17 +19,21 @@ if TYPE_CHECKING:
 def layer_loss(x: Tensor, weight: Tensor, solution: "GroupSolution", recipe: Recipe) -> tuple[float, float]:
     """‖X Wᵀ − Q(X Tᵀ) Q(W T⁻¹)ᵀ‖² / (n N), and the same relative to ‖X Wᵀ‖² / (n N).
 
-    x [n, K]: rows of the layer's input; weight [N, K]: the original one. Products in fp32, sums in float64.
+    x [n, K]: rows of the layer's input. weight [N, K]: the original weight. Products are fp32, sums float64.
     """
     x = x.to(weight.device, torch.float32)
     t = None if solution.transform is None else solution.transform.to(torch.float32)
     values = apply_blockwise(x.T, t).T.contiguous()  # X Tᵀ [n, K]
     g = solution.input_global_scale
-    packed, scale = formats.quantize(values, recipe.format, recipe.activation_scale_rule, g)
-    x_quantized = formats.dequantize(packed, scale, recipe.format, g)  # [n, K]
+    if recipe.operand == "fp8":
+        x_quantized = formats.dequantize_fp8(*formats.quantize_fp8(values))  # [n, K]
+    elif recipe.operand == "none":
+        x_quantized = values.to(weight.dtype).to(torch.float32)
+    else:
+        packed, scale = formats.quantize(values, recipe.format, recipe.activation_scale_rule, g)
+        x_quantized = formats.dequantize(packed, scale, recipe.format, g)
     error = power = torch.zeros((), dtype=torch.float64, device=weight.device)
-    # A chunk of outputs at a time: a decoded weight, and what decoding it takes, is many times its size in 4 bits.
-    step = max(1, CHUNK_ELEMENTS // weight.shape[1])
+    step = max(1, DECODED_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
         w_quantized = formats.dequantize(

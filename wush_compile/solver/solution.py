@@ -11,9 +11,9 @@ from .choose import uses_conditional_moments
 
 @dataclass
 class GroupSolution:
-    """What a group of linears with one input needs to run in 4 bits; N counts the stacked rows of all members."""
+    """All that a group of linears with one input needs to run in 4 bits. N counts the stacked rows of all members."""
 
-    transform: Tensor | None  # [K/B, B, B], or [1, B, B] for one that all blocks share; model dtype
+    transform: Tensor | None  # [K/B, B, B], or [1, B, B] if all blocks share one; model dtype
     transform_block_size: int  # B
     weight_packed: Tensor  # uint8 [N, K/2]
     weight_scale: Tensor  # uint8 [N, K/G]; int4: bf16
@@ -23,16 +23,18 @@ class GroupSolution:
 
 
 def block_size(recipe: Recipe, width: int) -> int:
-    """The transform block for `width` input channels: the configured one where it divides, else the group."""
+    """Transform block size B for `width` input channels: the configured one if it divides the width, else the group."""
     group = recipe.group_size
     if width % group:
-        raise ConfigError(f"width {width} is not a multiple of {recipe.format}'s group of {group}")
+        raise ConfigError(
+            f"width {width} is not a multiple of {recipe.format}'s group of {group}: put the layer in ignore"
+        )
     block = recipe.transform_block_size or group
     return block if width % block == 0 else group
 
 
 def moment_shape(recipe: Recipe, width: int) -> tuple[int, ...]:
-    """Shape of the second moment to accumulate: [K, K] where channels of different blocks meet, else [K/B, B, B]."""
+    """Shape of the second moment to accumulate: [K, K] if solving needs pairs across blocks, else [K/B, B, B]."""
     if recipe.solver == "gptq" or uses_conditional_moments(recipe):
         return (width, width)
     block = block_size(recipe, width)
@@ -40,7 +42,7 @@ def moment_shape(recipe: Recipe, width: int) -> tuple[int, ...]:
 
 
 def solve_cost(recipe: Recipe, rows: int, width: int) -> float:
-    """Operations that solving a group takes, about: to compare groups by."""
+    """Estimated operations to solve a group, for comparing groups."""
     if len(moment_shape(recipe, width)) == 2:
-        return width**3 / 3 + rows * width**2  # a Cholesky factor, and errors carried from channel to channel
+        return width**3 / 3 + rows * width**2  # the Cholesky factor, and errors passed from channel to channel
     return rows * width * block_size(recipe, width)

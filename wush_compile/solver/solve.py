@@ -1,4 +1,4 @@
-"""Solves one group: from its weights and second moment to its transform, codes and scales (SPEC §2–4)."""
+"""Solves one group: its weights and second moment give its transform, codes and scales (docs/spec.md §2-4)."""
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from .scales import calibrates_global_scale, global_scale
 from .solution import GroupSolution, block_size
 from .transforms import PANEL, apply_blockwise, damped_cholesky, diagonal_blocks
 
-# Values a rounding works on at a time: its temporaries are many times as large.
-CHUNK_ELEMENTS = 2**24
+# Weights rounded to nearest at a time: the temporaries of rounding are many times as large.
+ROUNDED_ELEMENTS = 2**24
 
 
 def solve(
@@ -22,19 +22,19 @@ def solve(
 ) -> GroupSolution:
     """Solves one group on the device of `weight`, in float64.
 
-    weight [N, K]: the stacked members, in the model dtype. moment: the fp32 sum XᵀX over `count` rows, [K, K] or
-    [K/B, B, B] (see `moment_shape`); None where nothing depends on data. sample [R, K]: rows of X, zero rows being
-    empty slots; None without data. `name` stands for the group in errors and in the seed of random transforms.
-    Raises NonFiniteError (NaN or Inf in weight or moment), DataError (no data where some is needed), ConfigError (a
-    transform that the model dtype cannot hold).
+    weight [N, K]: the stacked members, in the model dtype. moment: the sum XᵀX over `count` rows, fp32 [K, K] or
+    [K/B, B, B] (see `moment_shape`); None if nothing depends on data. sample [R, K]: rows of X, in which zero rows are
+    empty slots; None without data. `name` names the group in errors and seeds its random transforms.
+    Raises NonFiniteError for NaN or Inf in weight, moment or sample, DataError if data is needed and missing, and
+    ConfigError if the model dtype cannot hold the transform.
     """
     block = block_size(recipe, weight.shape[1])
     if not torch.isfinite(weight).all():
         raise NonFiniteError(f"{name}: the weight holds NaN or Inf; repair the model or put the layer in ignore")
     if moment is None and (recipe.solver == "gptq" or recipe.transform in CLOSED_FORM):
-        raise DataError(f"{name}: {recipe.solver} with transform {recipe.transform} needs calibration data")
+        raise DataError(f"{name}: {recipe.solver} with transform {recipe.transform} needs calibration data: pass data")
     w = weight.T.contiguous().to(torch.float64)  # Wᵀ [K, N]
-    report = {"rows": int(count), "damping_tries": 0}
+    report = {"damping_tries": 0}
     rule, conditional = recipe.weight_scale_rule, uses_conditional_moments(recipe)
 
     def mean_moment() -> Tensor | None:  # H: [K, K], [K/B, B, B] or None
@@ -42,14 +42,14 @@ def solve(
 
     h, factor = mean_moment(), None  # H = L Lᵀ, damped once
     if recipe.solver == "gptq" or conditional:
-        whole, h = h, diagonal_blocks(h, block).clone()  # the factor takes the place of [K, K]
+        whole, h = h, diagonal_blocks(h, block).clone()  # the factor overwrites the [K, K] moment
         with phase("Cholesky"):
             factor, report["damping_tries"] = damped_cholesky(
                 whole, recipe.damping, name, again=mean_moment, panel=max(PANEL, block)
             )
         del whole
     transforms = Transforms(recipe, h, block, weight.dtype, name)
-    # GPTQ finds conditional transforms on its way; the weights' global scale is fixed before, from marginal ones.
+    # GPTQ finds conditional transforms as it goes. The global scale of the weights is fixed before, from marginal ones.
     on_the_way = recipe.solver == "gptq" and conditional
     t = inverse = None
     if not on_the_way or calibrates_global_scale(recipe.format, rule):
@@ -100,7 +100,7 @@ def _mean_moment(moment: Tensor | None, count: int, device: torch.device, name: 
     if moment is None:
         return None
     if count <= 0:
-        raise DataError(f"{name}: no calibration token reached this layer")
+        raise DataError(f"{name}: no calibration token reached this layer: give more data, or put the layer in ignore")
     if not torch.isfinite(moment).all():
         raise NonFiniteError(
             f"{name}: its calibration inputs hold NaN or Inf, or overflow fp32 when squared; "
@@ -110,15 +110,15 @@ def _mean_moment(moment: Tensor | None, count: int, device: torch.device, name: 
 
 
 def _round_to_nearest(w_tilde: Tensor, format: str, rule: str, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """W̃ᵀ float64 [K, N] -> packed [N, K/2], scales [N, K/G], and the error W̃ᵀ − Q(W̃)ᵀ in the place of W̃ᵀ."""
+    """W̃ᵀ float64 [K, N], overwritten -> packed [N, K/2], scales [N, K/G], and the error W̃ᵀ − Q(W̃)ᵀ [K, N]."""
     packed, scales = [], []
 
     def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.is_cuda:  # one kernel, the same codes and scales
+        if x.is_cuda:  # one kernel with the same codes and scales
             return torch.ops.wush.transform_quantize(x, None, g, format, rule)
         return formats.quantize(x, format, rule, g)
 
-    for chunk in w_tilde.split(max(1, CHUNK_ELEMENTS // w_tilde.shape[0]), dim=1):  # [K, n]
+    for chunk in w_tilde.split(max(1, ROUNDED_ELEMENTS // w_tilde.shape[0]), dim=1):  # [K, n]
         p, s = quantize(chunk.T.to(torch.float32).contiguous())
         chunk.sub_(formats.dequantize(p, s, format, g).T)
         packed.append(p)
@@ -127,7 +127,7 @@ def _round_to_nearest(w_tilde: Tensor, format: str, rule: str, g: Tensor | None)
 
 
 def _group_max(x: Tensor, recipe: Recipe) -> Tensor:
-    """[K, n], rows being channels -> [K/G, n]."""
+    """[K, n], a row for each channel -> the largest magnitude of each group, [K/G, n]."""
     return x.unflatten(0, (-1, recipe.group_size)).abs().amax(1)
 
 
@@ -141,7 +141,9 @@ def _input_global_scale(
     name: str,
     report: dict,
 ) -> Tensor | None:
-    """g of the activations; for nvfp4, reports which share of the sample's groups has a scale out of e4m3's range."""
+    """g of the activations. For nvfp4, reports the share of the sample's groups whose scale leaves e4m3's range."""
+    if recipe.operand != recipe.format:
+        return None  # fp8 and 16 bits have no global scale
     rule, group_max, rms = recipe.activation_scale_rule, None, None
     if recipe.format == "nvfp4":
         if sample is not None:
@@ -157,7 +159,7 @@ def _input_global_scale(
                 moment = transform.to(torch.float64) @ moment @ transform.to(torch.float64).mT
             rms = moment.diagonal(dim1=-2, dim2=-1).mean().sqrt()
         elif calibrates_global_scale(recipe.format, rule):
-            raise DataError(f"{name}: the global scale of nvfp4 activations needs calibration data")
+            raise DataError(f"{name}: the global scale of nvfp4 activations needs calibration data: pass data")
     g = global_scale(recipe.format, rule, group_max, rms, device)
     if group_max is not None:
         scale = group_max * (g / formats.E2M1_MAX)

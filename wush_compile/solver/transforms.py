@@ -1,4 +1,4 @@
-"""The transforms T_b of SPEC §2 in float64, and what their rounding to the model dtype asks of them."""
+"""The transforms T_b of docs/spec.md §2 in float64, and their rounding to the model dtype."""
 
 import hashlib
 import math
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
-# Rounding in an fp32 moment can make it indefinite: damping is then added again, at most this often in all.
+# Rounding errors can make an fp32 moment indefinite. Then damping is added again; this is the limit of tries.
 MAX_DAMPING_TRIES = 100
-# Channels of a panel of `cholesky_`; narrower matrices are factored by the library.
+# Channels in a panel of `cholesky_`. The library factors matrices no larger than a panel.
 PANEL = 2048
 
 
@@ -24,19 +24,20 @@ def hadamard_matrix(size: int) -> Tensor:
 
 
 def random_orthogonal(blocks: int, size: int, seed: int, name: str) -> Tensor:
-    """Haar-random orthogonal matrices, float64 [blocks, size, size] on the CPU, a function of the seed and the name."""
+    """Haar-random orthogonal matrices, float64 [blocks, size, size] on the CPU. Seed and name determine them."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     q, r = torch.linalg.qr(torch.randn(blocks, size, size, dtype=torch.float64, generator=generator))
-    # With the signs of R's diagonal taken out, Q is uniform over the orthogonal group.
+    # With the signs of R's diagonal moved into it, Q is uniform over the orthogonal group.
     return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[:, None, :]
 
 
 def cholesky_(a: Tensor, panel: int = PANEL) -> tuple[Tensor, Tensor]:
-    """Cholesky by panels: a float64 [K, K] -> L in its place, and info, int32 [], not 0 if a is not positive definite.
+    """Cholesky by panels: a float64 [K, K] -> L in its place, and info int32 []: 0 if a is positive definite.
 
-    What is above the diagonal blocks of `panel` channels is not to be read. Beside `a` only a panel of columns is in
-    memory, where the library's function, which serves matrices no larger than a panel, takes another K².
+    Entries of the result above the diagonal blocks of `panel` channels have no meaning. Beside `a` the function holds
+    only a panel of columns in memory. The library's function needs another K² values, so it only factors matrices no
+    larger than a panel.
     """
     size, info = a.shape[0], torch.zeros((), dtype=torch.int32, device=a.device)
     if size <= panel:
@@ -62,8 +63,8 @@ def damped_cholesky(
 ) -> tuple[Tensor, int]:
     """Lower L with L Lᵀ = h + t·damping·mean(diag h)·I, float64 [.., K, K] -> ([.., K, K], the largest t needed).
 
-    t is 1 where that is enough, else the least count that is; a zero matrix gets the identity. Without damping the
-    further tries add 0.01. With `again`, which makes h [K, K] anew, h itself is overwritten by its factor (`cholesky_`).
+    t is the least whole number that is enough, from 1 on. The factor of a zero matrix is the identity. If damping is 0,
+    each further try adds 0.01. `again` makes h [K, K] anew; if it is given, the factor overwrites h (`cholesky_`).
     """
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)  # [..]
     zero = mean == 0
@@ -82,13 +83,14 @@ def damped_cholesky(
     )
 
 
-def wush_transform(root: Tensor, gram: Tensor, damping: float, hadamard: bool = True) -> Tensor:
+def wush_transform(root: Tensor, gram: Tensor, damping: float, hadamard: bool = True, power: float = 0.5) -> Tensor:
     """T_b of eq. 7, float64 [b, B, B].
 
-    root [b, B, B]: any L with L Lᵀ the (damped) second moment of the block's inputs; gram [b, B, B]: S_b = W_bᵀW_b / N.
-    Lᵀ S_b L = V diag(s²) Vᵀ with s descending, T_b = Had diag(√s) Vᵀ L⁻¹; `hadamard=False` leaves Had out (WUS).
-    The largest entry of every row of Vᵀ L⁻¹ is positive, which makes T the same for every root. A block with gram 0
-    gets Had (WUS: the identity).
+    root [b, B, B]: any L with L Lᵀ = the damped moment of the block's inputs. gram [b, B, B]: S_b = W_bᵀW_b / N.
+    With Lᵀ S_b L = V diag(s²) Vᵀ and s descending, T_b = Had diag(√s) Vᵀ L⁻¹; `hadamard=False` leaves Had out (WUS).
+    Another `power` p replaces √s by c · s^p, with c such that the geometric mean stays that of √s (docs/spec.md §2).
+    In each row of Vᵀ L⁻¹ the entry of largest magnitude is made positive, so that T is the same for every root. A block
+    with gram 0 gets Had (WUS: the identity).
     """
     size = root.shape[-1]
     had = (hadamard_matrix(size) if hadamard else torch.eye(size, dtype=torch.float64)).to(root.device)
@@ -100,7 +102,10 @@ def wush_transform(root: Tensor, gram: Tensor, damping: float, hadamard: bool = 
     index = torch.arange(size, device=root.device)
     first = torch.where(magnitude == magnitude.amax(-1, keepdim=True), index, size - 1).amin(-1, keepdim=True)
     rows = torch.where(rows.gather(-1, first) < 0, -rows, rows)
-    t = had @ (s.sqrt()[..., None] * rows)
+    stretch = s.sqrt()
+    if power != 0.5:
+        stretch = s.pow(power) * (s.log().mean(-1, keepdim=True) * (0.5 - power)).exp()
+    t = had @ (stretch[..., None] * rows)
     dead = gram.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
     return torch.where(dead[:, None, None], had, t)
 
@@ -113,7 +118,7 @@ def diagonal_blocks(h: Tensor, block: int) -> Tensor:
 
 
 def apply_blockwise(x: Tensor, t: Tensor | None) -> Tensor:
-    """[K, n] -> [K, n]: block b becomes T_b x_b; rows are channels. t: [K/B, B, B], [1, B, B] or None, x's dtype."""
+    """[K, n] -> [K, n], a row for each channel: block b becomes T_b x_b. t: [K/B, B, B], [1, B, B] or None."""
     return x if t is None else (t @ x.unflatten(0, (-1, t.shape[-1]))).flatten(0, 1)
 
 
@@ -122,7 +127,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def round_transform(t: Tensor, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
-    """T float64 [b, B, B] -> (T as stored, in the model dtype; the float64 inverse of what is stored)."""
+    """T float64 [b, B, B] -> (T as stored, in the model dtype; the float64 inverse of the stored T)."""
     rounded = t.to(dtype)
     if not torch.isfinite(rounded).all():
         raise ConfigError(f"{name}: its transform overflows {_short(dtype)}; convert the model to bfloat16")

@@ -11,6 +11,7 @@ from ...config import DEFAULT_IGNORE, WushConfig, ignored_by, matches
 from ...errors import ConfigError, one_of
 from ...recipe import Recipe
 from .partition import assign_stages
+from .skipped import belongs_to, called_by, is_linear_layer, own_product, read_by, readers_of, reason_to_skip
 
 aten = torch.ops.aten
 
@@ -105,17 +106,6 @@ def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | N
     return None
 
 
-def _called_from(node: fx.Node) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return stack[-1][0] if stack else ""
-
-
-def _is_linear(module: nn.Module, transposed: bool) -> bool:
-    if transposed:  # Conv1D of transformers, recognized without an import, because passes do not import transformers
-        return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-
-
 def find_groups(
     graph_module: fx.GraphModule, model: nn.Module, config: WushConfig
 ) -> tuple[list[LinearGroup], dict[str, str]]:
@@ -127,6 +117,9 @@ def find_groups(
         names_of.setdefault(id(parameter), []).append(name)
     attributes = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n.target in parameters]
     uses = Counter(id(parameters[n.target]) for n in attributes for _ in n.users)
+    readers: dict[int, list[fx.Node]] = {}
+    for node in attributes:
+        readers.setdefault(id(parameters[node.target]), []).extend(readers_of(node))
 
     stage_of, _ = assign_stages(graph_module.graph)  # layers that read the same tensor (cross-attention) share no group
     skipped: dict[str, str] = {}
@@ -139,7 +132,7 @@ def find_groups(
         source, weight, bias, transposed = found
         parameter = parameters[weight.target]
         aliases = names_of[id(parameter)]
-        caller = _called_from(node)
+        caller, caller_kind = called_by(node)
         owned = next((a for a in aliases if a.rpartition(".")[0] == caller), weight.target)
         name = owned.rpartition(".")[0]
         module = model.get_submodule(name)
@@ -150,10 +143,12 @@ def find_groups(
         elif len(aliases) > 1:
             other = next((a for a in aliases if a != owned), owned).rpartition(".")[0]
             reason = f"weight is tied to {other}"
-        elif not _is_linear(module, transposed):
-            reason = f"belongs to {type(module).__name__}, not to a linear layer"
+        elif not is_linear_layer(module):
+            reason = belongs_to(module)
         elif caller != name:
-            reason = f"used by {caller or type(model).__name__} directly, not through its own forward"
+            reason = read_by(caller_kind or type(model).__name__)
+        elif not own_product(module, transposed):
+            reason = f"{type(module).__name__} has a forward of its own"
         elif uses[id(parameter)] > 1:
             reason = f"applied {uses[id(parameter)]} times in one forward"
         elif bias is not None and bias_name is None:
@@ -166,21 +161,15 @@ def find_groups(
             by_source.setdefault(key, []).append(Linear(node, name, owned, bias_name, rows, transposed))
             done.add(id(parameter))
             continue
-        skipped[name] = reason
+        skipped[name if owned == f"{name}.weight" else owned] = reason
         done.add(id(parameter))
 
     for parameter_name, parameter in model.named_parameters():
         if parameter.dim() < 2 or id(parameter) in done:
             continue
-        owner_name, _, leaf = parameter_name.rpartition(".")
-        owner = type(model.get_submodule(owner_name)).__name__
-        if not uses[id(parameter)]:
-            reason = "not reached by the traced forward"
-        elif parameter.dim() == 3:
-            reason = f"3-D weight of {owner}: MoE experts are not supported"
-        else:
-            reason = f"belongs to {owner}, not to a linear layer"
-        skipped[owner_name if leaf == "weight" and owner_name else parameter_name] = reason
+        owner, _, leaf = parameter_name.rpartition(".")
+        reason = reason_to_skip(parameter, model.get_submodule(owner), readers.get(id(parameter), []))
+        skipped[owner if leaf == "weight" and owner else parameter_name] = reason
 
     groups = []
     for (*_, recipe), linears in by_source.items():

@@ -3,10 +3,10 @@
     codes, scales = transform_quantize(x, ..)  ->  codes, scales = transform_quantize(x, .., "swizzled")
     fp4_linear(codes, scales, ..)              ->  fp4_linear(codes, scales, .., "swizzled")
 
-Blackwell's block-scaled products read swizzled scales (`ops/layouts.py`). Without this pass, such a product swizzles the
-activation's scales in every call. The pass has not run on a Blackwell GPU: tests run it with pretended providers.
+Blackwell's block-scaled products read swizzled scales (`ops/layouts.py`). Without this pass, such a product swizzles
+the activation's scales in every call. The pass has not run on a Blackwell GPU: tests run it with pretended providers.
 
-The layout does not change who computes a call. Scales are swizzled only if the provider that would compute the quantizer,
+The layout does not change which provider computes a call. Scales are swizzled only if the provider of the quantizer,
 and those of all its products, take the call in both layouts, for every number of rows that the graph allows.
 """
 

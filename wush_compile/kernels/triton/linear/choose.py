@@ -1,4 +1,7 @@
-"""Which kernel multiplies which shape: tiles, and tables of them made from measurements (docs/kernels.md)."""
+"""Which kernel multiplies which shape: tiles, and tables of tiles made from measurements.
+
+docs/notebook/linear_kernel.md has the measurements.
+"""
 
 import functools
 import logging
@@ -238,8 +241,8 @@ def choose(
 ) -> "Gemv | Fused | Hopper | Scaled | Int4 | str":
     """The kernel for [rows, k] times [n, k] on a device of that compute capability: a tile, "library" or "bf16".
 
-    Measured on H100s and H200s over the linear groups of Llama-3.1-8B (docs/kernels.md). Ampere and Ada get only
-    kernels that do not depend on a layout which would have to be tested there.
+    Measured on H100s and H200s over the linear groups of Llama-3.1-8B (docs/notebook/linear_kernel.md). Ampere and Ada
+    get only kernels that do not depend on a layout which would have to be tested there.
 
     precise: channels are summed in fp32 at least every 128. portable: no kernel that a package cannot hold. library:
     False if "library" cannot compute the call.
@@ -274,6 +277,35 @@ def choose(
     # A part of fewer than 32 channels for each row of the tile costs more to add to the others than it saves.
     most = max(1, min(tile.split_k, k // (32 * tile.block_m)))
     return tile._replace(block_k=block_k, split_k=_power_of_two_divisor(k // block_k, 1 << most.bit_length() - 1))
+
+
+def decoded_format(format: str, activation: str, capability: tuple[int, int]) -> str:
+    """What the products that decode only the weight call it for activations of 8 or 16 bits, as FORMAT of
+    `gemm.fused_gemm_kernel`: MXFP4 times e4m3 in fp8 on Hopper; else both operands are bf16."""
+    if format == "mxfp4" and not (activation == "fp8" and capability == (9, 0)):
+        return "mxfp4_bf16"
+    return format
+
+
+def choose_decoding(
+    decoded: str,
+    rows: int,
+    n: int,
+    k: int,
+    capability: tuple[int, int] = (9, 0),
+    precise: bool = False,
+    library: bool = True,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> "Fused | Hopper | str":
+    """`choose` for activations of 8 or 16 bits: only kernels that decode the weight alone, with the tiles measured for
+    4 bits, or "library" or "bf16". decoded: as `decoded_format`; int4 too.
+
+    On Blackwell none of them has been tried, and cuBLAS multiplies decoded operands."""
+    if capability >= (10, 0) or k % 128 or decoded == "int4":
+        return "bf16"
+    format = "mxfp4" if decoded == "mxfp4" else "nvfp4"  # tiles go by the operands of the tensor core
+    kernel = choose(format, max(rows, 5), n, k, capability, precise, False, library, multiprocessors)  # no `gemv`
+    return kernel._replace(packed=False) if isinstance(kernel, Fused) else kernel
 
 
 def precise_by_default() -> bool:

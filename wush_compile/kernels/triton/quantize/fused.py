@@ -2,9 +2,11 @@
 
 from torch import Tensor
 
+from ....formats import ACTIVATION_FORMATS
 from ....ops.layouts import rows_only
 from .norm import norm_quantize
 from .prologue import Prologue
+from .tokens import quantize_tokens
 from .transform_quantize import transform_quantize
 
 
@@ -26,19 +28,20 @@ def layer_norm_transform_quantize(
     return norm_quantize(x, weight, bias, eps, "layer_norm", transform, global_scale, format, scale_rule)
 
 
+def _gated(prologue, gate, transform, global_scale, format, scale_rule, scale_layout) -> tuple[Tensor, Tensor]:
+    if format in ACTIVATION_FORMATS:
+        rows_only(scale_layout)
+        return quantize_tokens(gate, transform, format, prologue)
+    swizzled = scale_layout == "swizzled"
+    return transform_quantize(gate, transform, global_scale, format, scale_rule, swizzled=swizzled, prologue=prologue)
+
+
 def silu_mul_transform_quantize(
     gate, up, transform, global_scale, format, scale_rule, scale_layout="rows"
 ) -> tuple[Tensor, Tensor]:
     """`wush::silu_mul_transform_quantize`."""
-    return transform_quantize(
-        gate,
-        transform,
-        global_scale,
-        format,
-        scale_rule,
-        swizzled=scale_layout == "swizzled",
-        prologue=Prologue("silu_mul", up),
-    )
+    prologue = Prologue("silu_mul", up)
+    return _gated(prologue, gate, transform, global_scale, format, scale_rule, scale_layout)
 
 
 def gelu_mul_transform_quantize(
@@ -46,6 +49,4 @@ def gelu_mul_transform_quantize(
 ) -> tuple[Tensor, Tensor]:
     """`wush::gelu_mul_transform_quantize`; approximate: none or tanh."""
     prologue = Prologue("gelu_mul" if approximate == "none" else "gelu_tanh_mul", up)
-    return transform_quantize(
-        gate, transform, global_scale, format, scale_rule, swizzled=scale_layout == "swizzled", prologue=prologue
-    )
+    return _gated(prologue, gate, transform, global_scale, format, scale_rule, scale_layout)

@@ -143,7 +143,7 @@ def choose_plan(rows: int, width: int, block: int) -> NormPlan:
     """The plan for x [rows, width] with transform blocks of `block` channels (0: no transform).
 
     The thresholds come from `python benchmarks/speed_quantize_kernel.py tune-norm` on one H100, with blocks of 32; its
-    output was not kept. docs/quantizer.md has the times of the plans in use."""
+    output was not kept. docs/notebook/quantize_kernel.md has the times of the plans in use."""
     tile = choose_tile(rows, width, block)
     if rows <= FEW_ROWS:
         own = min(triton.next_power_of_2(rows), tile.rows)

@@ -10,6 +10,7 @@ and the operand stays on the chip from tile to tile.
     codes.py    packing                              statistics.py  the sums that a norm needs
     store.py    codes and scales to memory           fused.py       the fused ops
     rows.py     one program: the loop over tiles
+    tokens.py   activations of 8 and 16 bits
 """
 
 import torch

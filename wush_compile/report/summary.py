@@ -1,0 +1,106 @@
+"""A quantized model in a few lines: settings, memory, and what was left alone."""
+
+import itertools
+import textwrap
+from collections import Counter
+
+import torch
+from torch import nn
+
+from ..checkpoint.record import quantization_of
+from ..config import WushConfig
+from ..modules import WushGroup, named_groups
+
+# Settings that a summary always names; of the others only those that are not the default.
+ALWAYS = ("format", "transform", "solver")
+PARTS = {"weight_packed": "codes", "input_transform": "transforms", "bias": "biases"}  # all others are scales
+NAMES = 3
+WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
+
+
+def quantized_bytes(model: nn.Module) -> int:
+    """Bytes of all quantized linears: packed codes, scales, transforms, biases."""
+    return sum(group.nbytes() for _, group in named_groups(model))
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the first floating-point parameter; fp32 where a model has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _plain_bytes(group: WushGroup, dtype: torch.dtype) -> int:
+    """Bytes of a group's linears before quantization. Transforms and biases keep the dtype of the weights."""
+    dtype = next((b.dtype for b in (group.input_transform, group.bias) if b is not None), dtype)
+    width = 2 * group.weight_packed.shape[1]
+    return dtype.itemsize * sum((m.stop - m.start) * (width + m.has_bias) for m in group.members)
+
+
+def model_bytes(model: nn.Module) -> tuple[int, int]:
+    """(before, after): bytes of all parameters and buffers, of the original model and of the quantized one."""
+    tensors = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+    after = sum(t.numel() * t.element_size() for t in tensors.values())
+    dtype = model_dtype(model)
+    plain = sum(_plain_bytes(group, dtype) for _, group in named_groups(model))
+    return after - quantized_bytes(model) + plain, after
+
+
+def _bits(model: nn.Module) -> str:
+    """`4.63 bits a weight (4 codes, 0.25 scales, ..)`: all that is stored for the linears, over their weights."""
+    weights, bits = 0, Counter()
+    for _, group in named_groups(model):
+        weights += 2 * group.weight_packed.numel()
+        for name, buffer in group.named_buffers():
+            bits[PARTS.get(name, "scales")] += 8 * buffer.numel() * buffer.element_size()
+    parts = ", ".join(f"{count / weights:.3g} {part}" for part, count in bits.items())
+    return f"{bits.total() / weights:.2f} bits a weight ({parts})"
+
+
+def _settings(config: WushConfig, everything: bool) -> str:
+    default, settings = WushConfig().to_dict(), config.to_dict()
+    shown = {k: v for k, v in settings.items() if everything or k in ALWAYS or v != default[k]}
+    return ", ".join(f"{name}={_text(value)}" for name, value in shown.items())
+
+
+def _text(value: object) -> str:
+    """A setting as it is given on the command line: lists in parentheses, overrides as `PATTERN:NAME=VALUE`."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={v}" for name, v in value.items())
+    if isinstance(value, list):
+        return f"({' '.join(':'.join(map(_text, v)) if isinstance(v, list) else str(v) for v in value)})"
+    return str(value)
+
+
+def _skipped(ignored: dict[str, str], everything: bool) -> list[str]:
+    """A line for each reason, with the number of modules and their first names (or all)."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in ignored.items():
+        by_reason.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in by_reason.items():
+        shown = names if everything else names[:NAMES]
+        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+        lines.append(f"  {len(names)}: {reason}: {', '.join(shown)}{more}")
+    return lines
+
+
+def summary(model: nn.Module, everything: bool = False, width: int = 120) -> str:
+    """Settings, groups, memory, calibration, and what was not quantized, by reason, in lines of `width` columns.
+
+    everything: also the settings that have their defaults, and the names of all modules that were not quantized.
+    """
+    record, groups = quantization_of(model), [group for _, group in named_groups(model)]
+    linears = sum(len(group.members) for group in groups)
+    before, after = model_bytes(model)
+    lines = [
+        f"settings: {_settings(record.config, everything)}",
+        f"quantized: {linears} linears in {len(groups)} groups, {quantized_bytes(model) / 2**20:.1f} MiB, "
+        f"{_bits(model)}",
+        f"model: {before / 2**20:.1f} MiB before, {after / 2**20:.1f} MiB now",
+    ]
+    if reports := list(record.report.values()):
+        tokens = max(report.get("tokens", 0) for report in reports)
+        seconds = sum(report.get("seconds", 0) for report in reports)
+        lines.append(f"calibration: {tokens or 'no'} tokens, groups solved in {seconds:.1f} s")
+    if record.ignored:
+        lines += ["not quantized:", *_skipped(record.ignored, everything)]
+    return "\n".join(textwrap.fill(line, width, subsequent_indent="    ", **WHOLE_WORDS) for line in lines)

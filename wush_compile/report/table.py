@@ -1,0 +1,72 @@
+"""The table of groups: shape, tokens, losses, seconds and size, largest relative loss first."""
+
+import io
+import math
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ..checkpoint.record import Quantization, quantization_of
+from ..modules import WushGroup, named_groups
+
+COLUMNS = ("group", "rows x width", "tokens", "loss", "relative", "seconds", "KiB")
+
+
+def worst_first(model: nn.Module) -> list[WushGroup]:
+    """The groups of a quantized model, largest relative loss first; those without a loss last, in the model's order."""
+    report = quantization_of(model).report
+
+    def badness(group: WushGroup) -> float:
+        loss = report.get(group.members[0].name, {}).get("relative_loss", -math.inf)
+        return math.inf if math.isnan(loss) else loss
+
+    return sorted((group for _, group in named_groups(model)), key=badness, reverse=True)
+
+
+def group_table(model: nn.Module, limit: int | None = None, width: int = 120) -> str:
+    """The table of a model's groups, the worst first; `limit` is the number of groups that are shown.
+
+    rows and width are the outputs (of all members) and the inputs of a group, tokens is the calibration tokens that it
+    saw, and seconds is the time that solving took. loss is eq. 1 of docs/spec.md §5, and relative is its share of the
+    output's energy. KiB counts all buffers. A column `notes` says in which settings a group differs from the
+    configuration, whose transform has smaller blocks than asked for, and whose moment was damped more than once.
+    """
+    record = quantization_of(model)
+    groups = worst_first(model)[:limit]
+    notes = [_notes(group, record) for group in groups]
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in (*COLUMNS, "notes") if any(notes) else COLUMNS:
+        text = heading in ("group", "notes")
+        table.add_column(heading, justify="left" if text else "right", no_wrap=not text, overflow="fold")
+    for group, note in zip(groups, notes, strict=True):
+        table.add_row(*_row(group, record), *([note] if any(notes) else []))
+    console = Console(file=io.StringIO(), width=width, no_color=True)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
+
+
+def _row(group: WushGroup, record: Quantization) -> tuple[str, ...]:
+    first, *others = [member.name for member in group.members]
+    report = record.report.get(first, {})
+    rows, packed_width = group.weight_packed.shape
+    return (
+        first + "".join(f"+{other.rpartition('.')[2]}" for other in others),
+        f"{rows} x {2 * packed_width}",
+        str(report.get("tokens", "")),
+        *(f"{report[key]:.2e}" if key in report else "" for key in ("loss", "relative_loss")),
+        f"{report['seconds']:.2f}" if "seconds" in report else "",
+        f"{group.nbytes() / 1024:.1f}",
+    )
+
+
+def _notes(group: WushGroup, record: Quantization) -> str:
+    recipe = group.recipe
+    notes = [f"{name}={value}" for name, value in recipe.changes_from(record.config).items()]
+    if group.block_size < (recipe.transform_block_size or 0):
+        notes.append(f"blocks of {group.block_size}")
+    tries = record.report.get(group.members[0].name, {}).get("damping_tries", 0)
+    if tries > 1:
+        notes.append(f"damped {tries} times")
+    return ", ".join(notes)
