@@ -32,6 +32,7 @@ from .ranks import SingleProcess, join, local_device
 from .solve_group import Solved
 from .streaming import open_checkpoint
 from .tensors import tensors_of
+from .verify import verify
 from .warm_up import run_during, warm_up_tasks
 
 log = logging.getLogger("wush_compile")
@@ -79,8 +80,9 @@ def quantize(
         same call continues where it stopped. A call with other data, settings or weights raises `ConfigError`;
         `restart=True` starts over instead.
 
-    The model does not change until every layer has been solved: an error or Ctrl-C leaves it as it was. Raises a
-    `WushError` that names the layer and the remedy. `wush_compile.explain(model)` shows the result.
+    The model does not change until every layer has been solved, and until one batch has shown that it computes with
+    quantized linears what its graph computes: an error or Ctrl-C leaves it as it was. Raises a `WushError` that names
+    the layer and the remedy. `wush_compile.explain(model)` shows the result.
     """
     config = _resolve(config, settings)
     given, model = model, unwrapped(model)
@@ -148,9 +150,9 @@ def _quantize(model: nn.Module, data: Iterable | None, config: WushConfig, token
 def _solve(
     model: nn.Module, data: Iterable | None, config: WushConfig, tokenizer, run: Run
 ) -> tuple[list[Solved], Quantization]:
-    """Solves every group of a model without changing the model, which may be on the meta device.
+    """Solves every group of a model, and verifies that the model runs with them.
 
-    `run.tensors` has the weights.
+    Leaves the model as it was. It may be on the meta device: `run.tensors` has the weights.
     """
     tensors, journal, ranks = run.tensors, run.journal, run.ranks
     if data is None:
@@ -182,7 +184,9 @@ def _solve(
         device=str(run.device),
         processes=ranks.size,
     )
-    solved, _ = calibrate(captured, groups, batches if calibrates else None, run)
+    solved, stages = calibrate(captured, groups, batches if calibrates else None, run)
+    with phase("verify"):
+        verify(model, captured, stages, groups, solved, batches, run)
     for group, one in zip(groups, solved, strict=True):
         if group.recipe.transform_block_size not in (None, one.group.block_size):
             log.warning(

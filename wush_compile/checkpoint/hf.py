@@ -29,7 +29,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
-from ..modules import WushGroup, WushLinear, install_group, named_groups
+from ..modules import WushGroup, install_group, named_groups
 from .files import DIGEST, Weights, digest
 from .layout import build_groups, check_specs, group_specs, join_rows, parts, read_record, split_state_dict
 from .record import ATTRIBUTE, Quantization, read_report
@@ -109,25 +109,12 @@ class WushHfQuantizer(HfQuantizer):
             self._check(model, groups, weights)
         for group in groups:
             install_group(model, group)
-        self._lend_weights(model)
         # Resolved now, because loading may run in threads, and afterwards buffers are not empty.
         self._converters = [
             WeightConverter([_pattern(name) for name, _ in pieces], f"{path}.{buffer}", [JoinRows(group, buffer)])
             for path, group in named_groups(model)
             for buffer, pieces in parts(group)
         ]
-
-    @staticmethod
-    def _lend_weights(model: PreTrainedModel) -> None:
-        # Some models initialize a linear from its parent (GPT-2: `module.c_proj.weight`). transformers calls that even
-        # when every weight is loaded. During loading such a model finds an empty weight that is marked as initialized.
-        for module in model.modules():
-            if isinstance(module, WushLinear):
-                weight = torch.empty(module.out_features, module.in_features, device="meta")
-                weight._is_hf_initialized = True
-                module.__dict__.update(weight=weight, bias=weight[:, 0] if module.has_bias else None)
-                if module.has_bias:
-                    module.bias._is_hf_initialized = True
 
     def _check(self, model: PreTrainedModel, groups: list[WushGroup], weights: Weights) -> None:
         # transformers itself reports other missing and unexpected tensors. Here the shapes are checked.
@@ -154,9 +141,6 @@ class WushHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
         self._converters = []
-        for module in model.modules():
-            if isinstance(module, WushLinear):
-                del module.weight, module.bias
         _adopt(model, self.quantization_config.record)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -179,7 +163,7 @@ class WushHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters are: gradients pass through quantized linears
 
     @property
     def is_compileable(self) -> bool:
