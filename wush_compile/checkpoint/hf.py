@@ -30,7 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
 from ..modules import WushGroup, WushLinear, install_group, named_groups
-from .files import DIGEST, Weights, digest
+from .files import DIGEST, Spec, Weights, digest
 from .layout import build_groups, check_specs, group_specs, join_rows, parts, read_record, split_state_dict
 from .record import ATTRIBUTE, Quantization, read_report
 

@@ -19,9 +19,10 @@ from ..checkpoint.layout import join_rows, parts, read_record
 from ..checkpoint.record import quantization_of, read_report
 from ..errors import CheckpointError, WushError
 from ..formats import FORMATS
+from ..graphs.printing import print_graph
 from ..kernels.dispatch import arithmetic
 from ..modules import WushGroup, WushLinear, named_groups
-from .graphs import captured_stages, compiled_trace
+from .graphs import captured_stages, compiled_trace, first_layers
 from .picture import picture
 from .summary import bits_per_weight, by_reason, model_bytes, quantized_bytes, settings_text
 from .table import group_name, group_notes, worst_first
@@ -263,29 +264,30 @@ def _fast(formats: list[str]) -> str:
 
 
 def _add_graphs(page: Contents, model: nn.Module) -> None:
-    """The graph of the first layer as captured, and inside the compile backend after each pass."""
-    from ..graphs.printing import print_graph
+    """The graph of the first layer as captured, and inside the compile backend after each pass.
 
+    Only the first layers are traced, or the whole model where that fails.
+    """
     try:
-        for when, stage in captured_stages(model).items():
-            graph = stage.graph_module.graph
-            page.steps.append(Step(f"captured, {when} quantization", print_graph(graph), picture(graph)))
+        try:
+            page.steps = _steps(first_layers(model))
+        except WushError:
+            page.steps = _steps(model)
     except WushError as error:
-        page.notes.append(f"The graph is not shown: {error}.")
-        return
-    try:
-        snapshots = compiled_trace(model).snapshots
-    except WushError as error:
-        page.notes.append(f"The compiled graph is not shown: {error}.")
-        return
+        page.notes.append(f"The graph of a layer is not shown: {error}.")
+
+
+def _steps(model: nn.Module) -> list[Step]:
+    steps = []
+    for when, stage in captured_stages(model).items():
+        graph = stage.graph_module.graph
+        steps.append(Step(f"captured, {when} quantization", print_graph(graph), picture(graph)))
+    snapshots = compiled_trace(model).snapshots[1:]  # the first one is not lowered yet
     layer = 0 if snapshots[-1].text(0) else None
+    last = None
     for snapshot in snapshots:
-        if snapshot.step == "dynamo":  # not lowered yet
-            continue
         text = snapshot.text(layer)
-        last = next((step for step in reversed(page.steps) if not step.same), None)
-        same = last is not None and last.text == text
         name = "torch.compile, before its passes" if snapshot.step == "incoming" else f"after {snapshot.step}"
-        page.steps.append(Step(name, text, None if same else picture(snapshot.graph, layer), same))
-
-
+        steps.append(Step(name, text, None if text == last else picture(snapshot.graph, layer), text == last))
+        last = text
+    return steps

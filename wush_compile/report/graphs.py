@@ -3,6 +3,8 @@
 Graphs are derived anew from the model on every call: a stored copy would lie after a change.
 """
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -42,6 +44,23 @@ def example_inputs(model: nn.Module, device: torch.device | str) -> Batch:
     raise CaptureError(
         f"the checkpoint does not say what inputs {type(model).__name__} takes: quantize the model again for its graphs"
     )
+
+
+def first_layers(model: nn.Module) -> nn.Module:
+    """A copy without values that keeps only the first element of each list of layers: quick to trace.
+
+    It is on the model's device, and on the CPU for a model on the meta device. No memory is written.
+    """
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    model, cut = meta_copy(model), []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in cut)
+        if isinstance(module, nn.ModuleList) and not inside and any(isinstance(m, WushLinear) for m in module.modules()):
+            cut.append(name)
+    for name in cut:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, model.get_submodule(name)[:1])
+    return model.to_empty(device="cpu" if device.type == "meta" else device)
 
 
 def _before(model: nn.Module) -> nn.Module:
