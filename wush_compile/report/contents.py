@@ -121,13 +121,13 @@ def report_facts(report: dict) -> dict:
     }
 
 
-def read_contents(source: nn.Module | str | os.PathLike) -> Contents:
+def read_contents(source: nn.Module | str | os.PathLike, graphs: bool = True) -> Contents:
     """The contents of a quantized model's report, or of a checkpoint's, whose groups are read one at a time.
 
     Raises `WushError` for a model that is not quantized, and `CheckpointError` for a directory that cannot be read.
     """
     if isinstance(source, nn.Module):
-        return _contents(source, worst_first(source), None)
+        return _contents(source, worst_first(source), None, graphs)
     path = recover(source)
     config = read_config(path)
     shards = Shards(weight_files(path))
@@ -147,7 +147,7 @@ def read_contents(source: nn.Module | str | os.PathLike) -> Contents:
             absent = {name: None for name in empty._buffers if name not in buffers}
             yield WushGroup(empty.members, empty.recipe, empty.block_size, buffers | absent)
 
-    return _contents(model, loaded(), read_evaluation(path, config))
+    return _contents(model, loaded(), read_evaluation(path, config), graphs)
 
 
 def read_evaluation(directory: Path, config: dict) -> dict | None:
@@ -169,7 +169,9 @@ def write_evaluation(directory: Path, result: dict) -> None:
     (directory / EVALUATION).write_text(text + "\n", encoding="utf-8")
 
 
-def _contents(model: nn.Module, groups: Iterator[WushGroup] | list[WushGroup], evaluation: dict | None) -> Contents:
+def _contents(
+    model: nn.Module, groups: Iterator[WushGroup] | list[WushGroup], evaluation: dict | None, graphs: bool
+) -> Contents:
     record = quantization_of(model)
     with torch.no_grad():
         facts = [_group_facts(group, record) for group in groups]
@@ -206,7 +208,8 @@ def _contents(model: nn.Module, groups: Iterator[WushGroup] | list[WushGroup], e
         page.facts.append(("device", run["device"]))
     if number(run.get("peak_memory")) is not None:
         page.facts.append(("peak memory", size(run["peak_memory"])))
-    _add_graphs(page, model)
+    if graphs:
+        _add_graphs(page, model)
     return page
 
 
