@@ -181,7 +181,9 @@ def _phase_chart(pages: Sequence[Contents]) -> tuple[Markup | None, str]:
             for g in page.groups:
                 seconds[g.kind] = seconds.get(g.kind, 0) + (g.seconds or 0)
             tables.append(seconds)
-    names = sorted({n for t in tables for n in t}, key=lambda n: (-max(t.get(n, 0) for t in tables), n))[:MOST_KINDS]
+    least = max((sum(t.values()) for t in tables), default=0) / 500  # shorter bars would not be seen
+    names = {name for table in tables for name, seconds in table.items() if seconds > least}
+    names = sorted(names, key=lambda n: (-max(t.get(n, 0) for t in tables), n))[:MOST_KINDS]
     series = [[table.get(name, 0) for name in names] for table in tables]
     if not any(map(any, series)):
         return None, title

@@ -63,7 +63,8 @@ def _svg(draw, label: str, width: float = 4.2, height: float = 2.4) -> str:
         text = text.replace(color, variable)
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", text, count=1)
-    text = re.sub(r"(\d\.\d)\d+", r"\1", text)  # a tenth of a point is enough
+    # A tenth of a point is enough for paths and places.
+    text = re.sub(r' (?:d|x|y)="[^"]*"', lambda m: re.sub(r"(\.\d)\d+", r"\1", m[0]), text)
     text = re.sub(r"\n\s*", "\n", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
 
@@ -77,6 +78,8 @@ def loss_by_depth(kind: str, series: Sequence[Sequence[tuple[int, float]]], limi
             axes.plot(*zip(*points), lw=1.4, ms=4, **(style | {"ls": "none"} if several else style))
         axes.set_yscale("log")
         axes.set_ylim(*limits)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if limits[1] < 12 * limits[0] and f"{x:e}"[0] in "25" else "")
         axes.set_xlabel("layer")
         axes.set_title(kind if len(kind) <= 48 else f"{kind[:47]}…")
         axes.xaxis.get_major_locator().set_params(integer=True)
