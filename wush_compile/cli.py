@@ -28,10 +28,10 @@ from .data import windows
 from .errors import ConfigError, WushError, one_of
 from .evaluation import language as evaluation
 from .recipe import RECIPE_FIELDS, Recipe
-from .report.explain import explain as explanation
-from .report.contents import write_evaluation
-from .report.graphs import compiled_graph
-from .report.page import report as html_report
+from .reporting.contents import write_evaluation
+from .reporting.explain import explain as explanation
+from .reporting.graphs import compiled_graph
+from .reporting.page import report as html_report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -284,7 +284,8 @@ def explain(
 @app.command()
 def report(
     directory: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="A checkpoint; with --follow: the last run's, to compare with.")
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="A checkpoint; with --follow: the last run's, to compare with."),
     ] = None,
     other: Annotated[Path | None, typer.Argument(metavar="[OTHER]", help="A second checkpoint, side by side.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The page. Default: report.html.")] = None,
@@ -293,7 +294,7 @@ def report(
     once: Annotated[bool, typer.Option("--once", help="With --follow and --out: write the page one time.")] = False,
 ) -> None:
     """Write a page (HTML, one file) about a checkpoint, about two of them, or about a run that goes on."""
-    from .report import follow as following
+    from .reporting import follow as following
 
     with _one_line_errors("stopped"):
         if follow is not None:

@@ -79,7 +79,9 @@ def loss_by_depth(kind: str, series: Sequence[Sequence[tuple[int, float]]], limi
         axes.set_yscale("log")
         axes.set_ylim(*limits)
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if limits[1] < 12 * limits[0] and f"{x:e}"[0] in "25" else "")
+        axes.yaxis.set_minor_formatter(
+            lambda x, _: f"{x:g}" if limits[1] < 12 * limits[0] and f"{x:e}"[0] in "25" else ""
+        )
         axes.set_xlabel("layer")
         axes.set_title(kind if len(kind) <= 48 else f"{kind[:47]}…")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -139,7 +141,8 @@ def small_curves(curves: Sequence[Sequence[float]], label: str) -> str:
     for k, curve in enumerate(logs):
         step = WIDE / max(len(curve) - 1, 1)
         points = [
-            f"{i * step:.1f} {3 + (high - value) / max(high - low, 1e-9) * (HIGH - 6):.1f}" for i, value in enumerate(curve)
+            f"{i * step:.1f} {3 + (high - value) / max(high - low, 1e-9) * (HIGH - 6):.1f}"
+            for i, value in enumerate(curve)
         ]
         paths.append(f'<path class="curve{k}" d="M{"L".join(points)}"/>')
     return f"{_open(label)}{''.join(paths)}</svg>"

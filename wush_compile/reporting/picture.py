@@ -18,6 +18,8 @@ def _label(node: Node) -> str:
     name = node.target._opname
     if node.target.namespace == "wush":
         return f"wush.{name}"
+    if "rsqrt" in name:
+        return "norm"
     return name.strip("_") if any(part in name for part in DRAWN) else "add" if name == "add" else ""
 
 
@@ -42,9 +44,13 @@ def picture(graph: Graph, layer: int | None = None) -> dict | None:
             continue
         above = frozenset().union(*(sources.get(i, frozenset()) for i in node.all_input_nodes))
         label = _label(node)
-        if not label or node.op == "output" or (layer is not None and layer_of(node) != layer):
-            sources[node] = above
-        elif label == "add" and len(above) < 2:
+        if (
+            not label
+            or node.op == "output"
+            or (layer is not None and layer_of(node) != layer)
+            or label == "add"
+            and len(above) < 2
+        ):
             sources[node] = above
         else:
             level[node] = 1 + max((level[a] for a in above), default=-1)

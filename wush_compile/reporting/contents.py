@@ -245,7 +245,9 @@ def _lost(facts: list[GroupFacts], evaluation: dict | None) -> str:
         )
     known = {k: v for k, v in (evaluation or {}).items() if number(v) is not None}
     if "perplexity" not in known:
-        return f"{layers} No evaluation is kept: wush-compile evaluate DIR --text FILE --reference MODEL --save makes one."
+        return (
+            f"{layers} No evaluation is kept: wush-compile evaluate DIR --text FILE --reference MODEL --save makes one."
+        )
     text = f"Perplexity {known['perplexity']:.3f}"
     if "reference_perplexity" in known:
         text += f", {known['reference_perplexity']:.3f} before"

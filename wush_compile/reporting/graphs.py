@@ -55,7 +55,11 @@ def first_layers(model: nn.Module) -> nn.Module:
     model, cut = meta_copy(model), []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{other}.") for other in cut)
-        if isinstance(module, nn.ModuleList) and not inside and any(isinstance(m, WushLinear) for m in module.modules()):
+        if (
+            isinstance(module, nn.ModuleList)
+            and not inside
+            and any(isinstance(m, WushLinear) for m in module.modules())
+        ):
             cut.append(name)
     for name in cut:
         parent, _, leaf = name.rpartition(".")

@@ -18,6 +18,7 @@ from torch import nn
 from . import plots
 from .contents import Contents, GroupFacts, read_contents
 
+PACKAGE = files(__package__)  # page.css, page.js and page.html.j2
 MOST_KINDS = 24  # charts of losses by depth
 HEADINGS = ("group", "rows", "width", "tokens", "loss", "relative loss", "seconds", "KiB")
 PAIR_HEADINGS = ("group", "relative loss A", "relative loss B", "B over A", "seconds A", "seconds B", "KiB A", "KiB B")
@@ -44,9 +45,8 @@ def report(
 
 def render(pages: Sequence[Contents], names: Sequence[str]) -> str:
     """The page of one report, or of two. `names` tell them apart."""
-    package = files("wush_compile.report")
     style, script, template = (
-        package.joinpath(f"page.{end}").read_text(encoding="utf-8") for end in ("css", "js", "html.j2")
+        PACKAGE.joinpath(f"page.{end}").read_text(encoding="utf-8") for end in ("css", "js", "html.j2")
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     pair = len(pages) == 2
@@ -134,7 +134,9 @@ def _pair_rows(first: Contents, second: Contents) -> list[dict]:
             (_kib(b), "%.1f"),
         ]
         missing = "" if a and b else f"only in {'A' if a else 'B'}"
-        notes = ", ".join(filter(None, (missing, *(f"{x}: {g.notes}" for x, g in (("A", a), ("B", b)) if g and g.notes))))
+        notes = ", ".join(
+            filter(None, (missing, *(f"{x}: {g.notes}" for x, g in (("A", a), ("B", b)) if g and g.notes)))
+        )
         facts = [_Sided(g, k) for k, g in enumerate((a, b)) if g and (g.weights or g.measured)]
         change = math.inf if ratio is None else abs(math.log(ratio))
         rows.append({"name": name, "notes": notes, "cells": cells, "facts": facts, "change": change})
@@ -165,7 +167,8 @@ def _depth_charts(pages: Sequence[Contents]) -> tuple[list[Markup], int]:
     limits = plots.loss_limits([loss for series in kinds.values() for points in series for _, loss in points])
     order = sorted(kinds, key=lambda kind: (-worst[kind], kind))
     charts = [
-        Markup(plots.loss_by_depth(kind, [sorted(points) for points in kinds[kind]], limits)) for kind in order[:MOST_KINDS]
+        Markup(plots.loss_by_depth(kind, [sorted(points) for points in kinds[kind]], limits))
+        for kind in order[:MOST_KINDS]
     ]
     return charts, max(len(order) - MOST_KINDS, 0)
 

@@ -73,7 +73,10 @@ def run_contents(name: str, events: list[dict]) -> Contents:
     what = ", ".join(f"{key} {config[key]}" for key in ("format", "transform", "solver") if key in config)
     page.head = [
         ("What it is", f"A run of wush-compile quantize{f' ({what})' if what else ''}, {state}."),
-        ("How far", f"{len(groups)} of {total or 'an unknown number of'} groups, {len(stages)} stages; {_left(page, now, state, resumed)}"),
+        (
+            "How far",
+            f"{len(groups)} of {total or 'an unknown number of'} groups, {len(stages)} stages; {_left(page, now, state, resumed)}",
+        ),
         ("How much is lost", _losses(page.groups)),
     ]
     page.facts = [(key, str(run[key])) for key in ("device", "processes", "batches") if key in run]
@@ -110,7 +113,10 @@ def checkpoint_contents(directory: Path) -> Contents:
         GroupFacts(str(name), members=[str(name)], **report_facts(report)) for name, report in record.report.items()
     ]
     page = Contents(path.name, groups=sorted(groups, key=lambda g: g.badness, reverse=True))
-    page.head = [("What it is", f"The checkpoint {path.name}, of an earlier run."), ("How much is lost", _losses(groups))]
+    page.head = [
+        ("What it is", f"The checkpoint {path.name}, of an earlier run."),
+        ("How much is lost", _losses(groups)),
+    ]
     return page
 
 
