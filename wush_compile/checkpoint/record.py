@@ -28,7 +28,7 @@ class Quantization:
     ignored  name of a module or parameter -> why it was not quantized
     report   name of a group's first member -> what the run measured (tokens, losses, seconds); `wush_report.json`
     example  names, dtypes and shapes of the inputs that the model was traced on (`capture.example`); in the same file
-    run      `seconds` by phase, `device`, and `peak_memory` in bytes, of the call that finished the run; in the same file
+    run      `seconds` by phase, `device`, and `peak_memory` in bytes, of the call that finished the run; same file
     """
 
     config: WushConfig
@@ -107,7 +107,7 @@ def quantization_of(model: nn.Module) -> Quantization:
 
 
 def write_report(record: Quantization, directory: Path) -> None:
-    """Writes `wush_report.json`: the reports of all groups, the example inputs, the run. Without reports there is no file."""
+    """Writes `wush_report.json`: what the run measured and took, and the example inputs. No file without reports."""
     if record.report:
         contents = {"report_version": 1, "groups": record.report, "example": record.example, "run": record.run}
         text = json.dumps(contents, indent=1, sort_keys=True)

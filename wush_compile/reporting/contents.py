@@ -73,7 +73,7 @@ class GroupFacts:
 
 @dataclass
 class Step:
-    """A graph after one step: its text, and a picture as `picture.picture` describes it. `same` repeats the last one."""
+    """A graph after one step: its text, and what `picture.picture` makes of it. `same`: like the step before."""
 
     name: str
     text: str

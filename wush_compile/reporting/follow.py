@@ -75,7 +75,8 @@ def run_contents(name: str, events: list[dict]) -> Contents:
         ("What it is", f"A run of wush-compile quantize{f' ({what})' if what else ''}, {state}."),
         (
             "How far",
-            f"{len(groups)} of {total or 'an unknown number of'} groups, {len(stages)} stages; {_left(page, now, state, resumed)}",
+            f"{len(groups)} of {total or 'an unknown number of'} groups, {len(stages)} stages; "
+            f"{_left(page, now, state, resumed)}",
         ),
         ("How much is lost", _losses(page.groups)),
     ]
@@ -101,7 +102,8 @@ def _losses(groups: list[GroupFacts]) -> str:
     losses = [g.relative_loss for g in groups if g.relative_loss is not None and math.isfinite(g.relative_loss)]
     if not losses:
         return "No losses yet."
-    return f"The {len(losses)} groups so far lose {100 * sum(losses) / len(losses):.2f} % of their output's energy on average."
+    mean = 100 * sum(losses) / len(losses)
+    return f"The {len(losses)} groups so far lose {mean:.2f} % of their output's energy on average."
 
 
 def checkpoint_contents(directory: Path) -> Contents:
@@ -121,7 +123,7 @@ def checkpoint_contents(directory: Path) -> Contents:
 
 
 def follow_page(log: Path, last: Path | None = None) -> tuple[str, bool]:
-    """(page, whether the run goes on). `last` is a checkpoint to compare with; default: the run before in the same log."""
+    """(page, whether the run goes on). `last`: a checkpoint to compare with, else the run before in the same log."""
     runs = read_log(log)
     now = run_contents(log.name, runs[-1] if runs else [])
     pages, names = [now], ["the run"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..formats import NV_NAN, decode_scales, dequantize, e2m1_decode
 from ..modules import WushGroup
 
-ROWS = 512  # rows that power by channel is measured on, evenly spaced
+ROWS = 128  # rows that power by channel is measured on, evenly spaced
 BLOCKS = 64  # transform blocks whose spectrum is measured, evenly spaced
 POINTS = 48  # points of a curve
 
@@ -41,9 +41,7 @@ def weight_facts(group: WushGroup) -> WeightFacts:
     """Measures a group whose buffers have values."""
     codes = _codes(group)
     total = max(sum(count for _, count in codes), 1)
-    largest = max(abs(value) for value, _ in codes)
-    # int4 values are odd halves, so the magnitudes of its two ends differ.
-    ends = {codes[0][0], codes[-1][0]} if group.format == "int4" else {largest, -largest}
+    ends = (codes[0][0], codes[-1][0])
     before, after = _power(group)
     scales, bad = _scales(group)
     return WeightFacts(
