@@ -104,6 +104,39 @@ def accuracy_summary(name: str) -> str:
 
 
 @figure
+def activation_powers(name: str) -> str:
+    """KL by format and activations: no transform, Hadamard, and WUSH with each power of s."""
+    rows = result(name)["rows"]
+    powers = sorted({row["power"] for row in rows if row["power"] is not None})
+    lines = []
+    for format in ("mxfp4", "nvfp4"):
+        for activations, bits in (("same", "4"), ("fp8", "8"), ("none", "16")):
+            kl = {
+                (r["transform"], r["power"]): r["kl"]
+                for r in rows
+                if (r["format"], r["activations"]) == (format, activations)
+            }
+            keys = [("identity", None), ("hadamard", None), *(("wush", power) for power in powers)]
+            lines.append([format.upper(), bits, *(shown(kl[key], 3) if key in kl else "" for key in keys)])
+    return table(["weights", "bits of activations", "none", "Hadamard", *(f"s^{power:g}" for power in powers)], lines)
+
+
+@figure
+def ladder(accuracy: str, trial: str) -> str:
+    """Perplexity and KL of 4-bit weights by the bits of activations, each as by default."""
+    default = result(accuracy)["rows"]
+    rows = {f: {"same": default[f"{f} default"]} for f in ("mxfp4", "nvfp4")}
+    for row in result(trial)["rows"]:
+        if row["power"] == 0.875:
+            rows[row["format"]][row["activations"]] = row
+    lines = []
+    for activations, title in (("same", "4 (the default)"), ("fp8", '8: `"fp8"`'), ("none", "16: `None`")):
+        both = (rows[format][activations] for format in ("mxfp4", "nvfp4"))
+        lines.append([title, *(cell for row in both for cell in (shown(row["perplexity"], 1), shown(row["kl"], 3)))])
+    return table(["bits of activations", "MXFP4 perplexity", "KL to bf16", "NVFP4 perplexity", "KL to bf16"], lines)
+
+
+@figure
 def layer_losses(name: str) -> str:
     """Relative losses in percent, the mean over seeds; the seven linears in the order of the paper's Table 1."""
     letters = {"identity": "I", "random": "R", "hadamard": "H", "wus": "WUS", "wush": "WUSH"}
@@ -183,6 +216,19 @@ def linear(name: str) -> str:
         ours = [f"{shown(row[f'{format} us'])} ({gain(row, format)}×)" for format in ("mxfp4", "nvfp4")]
         lines.append([str(count), shown(row["bf16 us"]), shown(row["fp8 ceiling us"]), *ours])
     return table(["rows", "bf16", "fp8 ceiling", "MXFP4", "NVFP4"], lines)
+
+
+@figure
+def linear_activations(name: str) -> str:
+    """Microseconds and gain over bf16 of a layer, by the weights' format and the bits of activations."""
+    columns = {
+        f"{f} {b}": f + suffix for f in ("mxfp4", "nvfp4") for b, suffix in ((4, ""), (8, " fp8"), (16, " none"))
+    }
+    lines = []
+    for count, row in layers_of(name).items():
+        ours = [f"{shown(row[f'{key} us'])} ({shown(row[f'{key} speed-up'], 2)}×)" for key in columns.values()]
+        lines.append([str(count), shown(row["bf16 us"]), *ours])
+    return table(["rows", "bf16", *(f"{title.split()[0].upper()} W4A{title.split()[1]}" for title in columns)], lines)
 
 
 @figure

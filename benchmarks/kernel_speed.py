@@ -2,6 +2,7 @@
 
     python benchmarks/kernel_speed.py linear parts --out results   the tables, as Markdown and JSON
     python benchmarks/kernel_speed.py tune-linear --out results    every candidate tile; `choose` rests on it
+    python benchmarks/kernel_speed.py linear --activations fp8 none    with columns for W4A8 and W4A16
     python benchmarks/kernel_speed.py linear --tuned FILE          the table with each shape's best candidate of FILE
     python benchmarks/kernel_speed.py compare --out results        beside torchao and FP-Quant (comparisons.py)
 
@@ -29,6 +30,7 @@ from wush_compile.kernels.triton.linear import fp4_linear as triton_linear
 from wush_compile.kernels.triton.linear.choose import Fused, Gemv, Hopper
 from wush_compile.kernels.triton.linear.upcast import upcast_fp8
 from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
+from wush_compile.kernels.triton.quantize.tokens import quantize_tokens
 
 GROUPS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # name: (N, K)
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
@@ -63,16 +65,27 @@ def weight_sets(format: str, n: int, k: int) -> list[tuple]:
     ]
 
 
-def linear_time(format: str, m: int, n: int, k: int, kernel=None, quantize: bool = True, sets=None) -> float:
+def quantized(x: torch.Tensor, t: torch.Tensor, g: torch.Tensor | None, format: str, activation: str) -> tuple:
+    if activation == "same":
+        return triton_quantize.transform_quantize(x, t, g, format, "absmax")
+    return quantize_tokens(x, t, activation)
+
+
+def linear_time(
+    format: str, m: int, n: int, k: int, kernel=None, quantize: bool = True, sets=None, activation: str = "same"
+) -> float:
     """One group: transform, quantization (unless left out), product."""
-    g = torch.ones(1, device="cuda") if format == "nvfp4" else None
+    gw = torch.ones(1, device="cuda") if format == "nvfp4" else None
+    g = gw if activation == "same" else None
     sets = sets or weight_sets(format, n, k)
     x = torch.randn(m, k, device="cuda").bfloat16()
-    ready = triton_quantize.transform_quantize(x, sets[0][2], g, format, "absmax")
+    ready = quantized(x, sets[0][2], g, format, activation)
 
     def call(w, s, t):
-        q = triton_quantize.transform_quantize(x, t, g, format, "absmax") if quantize else ready
-        return triton_linear.fp4_linear(*q, g, w, s, g, None, None, format, torch.bfloat16, kernel)
+        q = quantized(x, t, g, format, activation) if quantize else ready
+        return triton_linear.fp4_linear(
+            *q, g, w, s, gw, None, None, format, torch.bfloat16, kernel, activation_format=activation
+        )
 
     return time_us([lambda a=a: call(*a) for a in sets], least=10 if m <= 1024 else 4)
 
@@ -99,9 +112,9 @@ def _to_compile(kernel, m: int) -> tuple:
     return kernel.block_m if isinstance(kernel, Fused) else m, kernel
 
 
-def _job(format: str, m: int, n: int, k: int, kernel) -> tuple:
+def _job(format: str, m: int, n: int, k: int, kernel, activation: str = "same") -> tuple:
     rows, kernel = _to_compile(kernel, m)
-    return format, rows, n, k, kernel
+    return format, rows, n, k, kernel, activation
 
 
 TUNED: dict = {}  # (format, N, K) -> {rows: kernel}, from an earlier `tune-linear`
@@ -121,10 +134,20 @@ def tuned(format: str, m: int, n: int, k: int):
     return kernel if not isinstance(kernel, Gemv) or m in (1, 2, 4) else known[above[1]]
 
 
-def bench_linear(rows=ROWS) -> list[dict]:
+def _decoding(format: str, activation: str, m: int, n: int, k: int):
+    """The kernel that `fp4_linear` takes for activations of 8 or 16 bits, where the weight fits e4m3."""
+    decoded = triton_choose.decoded_format(format, activation, torch.cuda.get_device_capability())
+    library = decoded == "mxfp4" or activation == "none"
+    return triton_choose.choose_decoding(decoded, m, n, k, torch.cuda.get_device_capability(), library=library)
+
+
+def bench_linear(rows=ROWS, activations=()) -> list[dict]:
     shapes = [(f, m, n, k) for f in ("mxfp4", "nvfp4") for m in rows for n, k in GROUPS.values()]
     chosen = [(f, m, n, k, tuned(f, m, n, k) or triton_choose.choose(f, m, n, k)) for f, m, n, k in shapes]
-    compile_all([_job(*shape) for shape in chosen])
+    jobs = [_job(*shape) for shape in chosen]
+    jobs += [_job(*shape, _decoding(shape[0], a, *shape[1:]), a) for shape in shapes for a in activations]
+    compile_all(jobs)
+    names = {(f, a): f if a == "same" else f"{f} {a}" for f in ("mxfp4", "nvfp4") for a in ("same", *activations)}
     out = []
     for m in rows:
         total = {"M": m, "group": "layer"}
@@ -139,14 +162,17 @@ def bench_linear(rows=ROWS) -> list[dict]:
                 "mxfp4 us": linear_time("mxfp4", m, n, k, tuned("mxfp4", m, n, k)),
                 "nvfp4 us": linear_time("nvfp4", m, n, k, tuned("nvfp4", m, n, k)),
             }
+            for (format, activation), name in names.items():
+                if activation != "same":
+                    row[f"{name} us"] = linear_time(format, m, n, k, activation=activation)
             for key, value in row.items():
                 if key.endswith("us"):
                     total[key] = total.get(key, 0) + value
             out.append(row)
         out.append(total)
         for row in out[-5:]:
-            for format in ("mxfp4", "nvfp4"):
-                row[f"{format} speed-up"] = row["bf16 us"] / row[f"{format} us"]
+            for name in names.values():
+                row[f"{name} speed-up"] = row["bf16 us"] / row[f"{name} us"]
         print({key: round(value, 2) if isinstance(value, float) else value for key, value in total.items()}, flush=True)
     return out
 
@@ -307,13 +333,16 @@ def _fits(kernel, format: str, m: int, n: int, k: int) -> bool:
 def _compile(job) -> str | None:
     """Runs a candidate in a process of its own, which puts its kernel into Triton's cache. Returns why it failed."""
     try:
-        format, m, n, k, kernel = job
-        g = torch.ones(1, device="cuda") if format == "nvfp4" else None
+        format, m, n, k, kernel, activation = job
+        gw = torch.ones(1, device="cuda") if format == "nvfp4" else None
+        g = gw if activation == "same" else None
         x = torch.randn(m, k, device="cuda").bfloat16()
-        q = triton_quantize.transform_quantize(x, random_transform(k, FORMATS[format].group_size), g, format, "absmax")
+        q = quantized(x, random_transform(k, FORMATS[format].group_size), g, format, activation)
         w = random_weight(n, k, format)
         for _ in range(2):  # from its second use on a weight may be prefetched, which is another compilation
-            triton_linear.fp4_linear(*q, g, *w, g, None, None, format, torch.bfloat16, kernel)
+            triton_linear.fp4_linear(
+                *q, g, *w, gw, None, None, format, torch.bfloat16, kernel, activation_format=activation
+            )
         torch.cuda.synchronize()
     except Exception as error:  # a candidate that does not compile is a result
         return f"{job}: {type(error).__name__} {str(error)[:200]}"
@@ -390,12 +419,16 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     parser.add_argument("--tuned", type=pathlib.Path, help="a tuning run; `linear` takes its best kernels")
     parser.add_argument("--rows", type=int, nargs="+", help="the rows of `linear` and `tune-linear`, instead of all")
+    parser.add_argument("--activations", nargs="+", choices=("fp8", "none"), default=(), help="columns of `linear`")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.tuned:
         read_tuned(args.tuned)
     for name in args.what:
-        rows = BENCHMARKS[name](*([args.rows] if args.rows and name in ("linear", "tune-linear") else []))
+        options = {"rows": args.rows} if args.rows and name in ("linear", "tune-linear") else {}
+        if name == "linear":
+            options["activations"] = args.activations
+        rows = BENCHMARKS[name](**options)
         write(name, rows, args.out)
 
 

@@ -28,7 +28,9 @@ from wush_compile.kernels.triton.quantize import norm as triton_norm
 from wush_compile.kernels.triton.quantize import spec as triton_spec
 from wush_compile.kernels.triton.quantize import statistics as triton_statistics
 from wush_compile.kernels.triton.quantize import tiles as triton_tiles
+from wush_compile.kernels.triton.quantize import tokens as triton_tokens
 from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
+from wush_compile.ops.fused import ACTIVATIONS
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 8192)
 SHAPES = ((28672, 4096), (4096, 14336))
@@ -62,8 +64,11 @@ def sass(compiled) -> str:
         return subprocess.run([tool, file.name], capture_output=True, text=True).stdout
 
 
-def compile_linear(format, n, k, kernel, cc, promote=0):
+def compile_linear(format, n, k, kernel, cc, promote=0, activation="same"):
+    """A product as launched. format: also mxfp4_bf16, MXFP4 weights decoded to bf16."""
     mx, pdl = format == "mxfp4", cc >= 90
+    tops, unit = format != "nvfp4", activation == "fp8" or activation == "same" and mx
+    fp8_x = "fp8e4nv" if activation == "fp8" else "fp8e5"
     if isinstance(kernel, triton_choose.Scaled):
         scale = "*u8" if mx else "*fp8e4nv"
         pointers = dict(x="*u8", w="*u8", x_scales=scale, w_scales=scale, out="*bf16", M="i32")
@@ -90,7 +95,7 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
 
         x_layout, w_layout = NVMMASharedLayout(128, 8 if mx else 16), NVMMASharedLayout(64, 32)
         block_m = 1 << kernel.block_m.bit_length() - 1
-        extra, x_type = kernel.block_m - block_m, "fp8e5" if mx else "bf16"
+        extra, x_type = kernel.block_m - block_m, fp8_x if mx else "bf16"
         pointers = {
             name: f"tensordesc<{x_type}[{rows}, 128],{x_layout!r}>"
             for name, rows in (("x", block_m), ("x_extra", extra))
@@ -106,7 +111,7 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
             split_k="i32",
             prefetch="i32",
         )
-        pointers |= dict(x_unit="*fp32", w_top="*u8") if mx else {}
+        pointers |= (dict(x_unit="*fp32") if unit else {}) | (dict(w_top="*u8") if tops else {})
         pointers |= dict(partials="*fp32", arrivals="*i32") if kernel.split_k > 1 else {}
         constants = dict(
             x_extra=None,
@@ -134,15 +139,15 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
         constants = dict(PLAIN, N=n, K=k, M=1, FORMAT=format, BLOCK_N=kernel.block_n, BLOCK_K=kernel.block_k, PDL=pdl)
         return compile_kernel(gemv_kernel, pointers, constants, cc, kernel.warps)
     pointers = dict(
-        x="*u8" if kernel.packed else "*fp8e5" if mx else "*bf16",
+        x="*u8" if kernel.packed else f"*{fp8_x}" if mx else "*bf16",
         w="*u8",
         w_scales="*i32",
         selectors="*i32",
         out="*bf16",
         M="i32",
     )
-    pointers |= dict(x_scales="*i32") if kernel.packed else dict(x_unit="*fp32") if mx else {}
-    pointers |= (dict(w_top="*u8") if mx else {}) | (
+    pointers |= dict(x_scales="*i32") if kernel.packed else dict(x_unit="*fp32") if unit else {}
+    pointers |= (dict(w_top="*u8") if tops else {}) | (
         dict(partials="*fp32", arrivals="*i32") if kernel.split_k > 1 else {}
     )
     constants = dict(
@@ -168,38 +173,56 @@ def compile_linear(format, n, k, kernel, cc, promote=0):
     return compile_kernel(fused_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
 
 
-def compile_quantize(format, cc, block, tile, rule="absmax", words=None, pdl=None, flat=None):
+def compile_quantize(format, cc, block, tile, rule="absmax", words=None, pdl=None, flat=None, prologue=None):
     """The quantizer for x bf16 [M, 4096]; words and pdl as a launch has them where they are None; flat: the kernel that
-    takes the fields of the spec one by one."""
+    takes the fields of the spec one by one; prologue: an activation without a gate."""
     pointers = dict(x="*bf16", codes="*u8", scales="*u8", M="i32", pitch="i32") | ({"t": "*bf16"} if block else {})
     rows = torch.empty(1, 4096, dtype=torch.bfloat16, device="meta")
     t = rows.new_empty(4096 // block, block, block) if block else None
-    spec = triton_spec.make_spec(rows, t, None, format, rule, tile, triton_tiles.instructions(divmod(cc, 10)))
+    sm = triton_tiles.instructions(divmod(cc, 10))
+    spec = triton_spec.make_spec(rows, t, None, format, rule, tile, sm, prologue=prologue)
     spec = spec._replace(
         words=triton_tiles.words(tile, spec.fp32_dot, block, 4096) if words is None else words,
         pdl=cc >= 90 if pdl is None else pdl,
     )
-    constants = dict.fromkeys(("t", "global_scale", "up", "weight", "bias", "mean", "scale")) | dict(up_pitch=0)
+    constants = dict.fromkeys(("t", "global_scale", "up", "weight", "bias", "mean", "scale", "kept")) | dict(up_pitch=0)
     constants |= spec._asdict() if flat else dict(SPEC=spec)
     kernel = flat or triton_quantize.transform_quantize_kernel
     return compile_kernel(kernel, pointers, constants, cc, tile.warps, fusion=False)
 
 
-def compile_norm(k, plan, cc):
+def compile_norm(k, plan, cc, keep=False):
     tile, own = plan.tile, plan.way == "own"
     pointers = dict(x="*bf16", weight="*bf16", t="*bf16", codes="*u8", scales="*u8", M="i32", lead="i32", pitch="i32")
     pointers |= dict(eps="fp32") | ({} if own else dict(scale="*fp32", counters="*i32"))
+    pointers |= dict(kept="*bf16") if keep else {}
     rows = torch.empty(1, k, dtype=torch.bfloat16, device="meta")
     t = rows.new_empty(k // 32, 32, 32)
     sm = triton_tiles.instructions(divmod(cc, 10))
     spec = triton_spec.make_spec(rows, t, None, "mxfp4", "absmax", tile, sm, prologue="rms_rounded", pdl=cc >= 90)
     steps = triton_statistics.steps(k, plan.rows, tile.warps)
     constants = dict(
-        dict.fromkeys(("bias", "mean", "scale", "counters", "global_scale")),
+        dict.fromkeys(("bias", "mean", "scale", "kept", "counters", "global_scale")),
         SPEC=spec._replace(words=triton_tiles.words(tile, spec.fp32_dot, 32, k)),
         SUMS=triton_statistics.Sums(k, plan.rows, steps, centered=False, eps_tensor=False, sm=sm),
     )
     return compile_kernel(triton_norm.norm_quantize_kernel, pointers, constants, cc, tile.warps, fusion=False)
+
+
+def compile_tokens(activation, m, k, block, cc, prologue=None):
+    """The quantizer of activations of 8 or 16 bits, for x bf16 [m, k]."""
+    tile, tiles = triton_tokens.choose_tokens(m, k, block, activation)
+    pointers = dict(x="*bf16", codes="*bf16", M="i32", pitch="i32") | ({"t": "*bf16"} if block else {})
+    if activation == "fp8":
+        pointers |= dict(codes="*u8", scales="*fp32", maxima="*i32", counters="*i32")
+    if prologue:
+        pointers |= dict(up="*bf16", up_pitch="i32")
+    rows = torch.empty(1, k, dtype=torch.bfloat16, device="meta")
+    t = rows.new_empty(k // block, block, block) if block else None
+    sm = triton_tiles.instructions(divmod(cc, 10))
+    spec = triton_spec.make_spec(rows, t, None, activation, "", tile, sm, prologue=prologue, pdl=cc >= 90)
+    constants = dict.fromkeys(("t", "up", "scales", "maxima", "counters")) | dict(up_pitch=0, TILES=tiles, SPEC=spec)
+    return compile_kernel(triton_tokens.token_kernel, pointers, constants, cc, tile.warps, fusion=False)
 
 
 def choices(format, capability):
@@ -440,6 +463,21 @@ def test_rows_are_read_in_wide_loads_for_a_norm(k):
             assert together >= asked // 2, (plan, together, asked)
 
 
+@pytest.mark.parametrize("rows", [1, 64, 4096])
+def test_a_norm_that_is_kept_spills_nothing(rows):
+    code = sass(compile_norm(4096, triton_norm.choose_plan(rows, 4096, 32), 90, keep=True))
+    assert "STG.E" in code and not re.search(r"\b(STL|LDL)\b", code)
+
+
+@pytest.mark.parametrize("cc", [80, 90, 100, 120])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activations_spill_next_to_nothing(kind, cc):
+    """Nothing but on sm_120: there gelu_new keeps four words in memory."""
+    tile = triton_tiles.choose_tile(4096, 4096, 32)
+    compiled = compile_quantize("mxfp4", cc, 32, tile, prologue=kind)
+    assert len(re.findall(r"\b(?:STL|LDL)\b", sass(compiled))) <= (8 if cc == 120 else 0)
+
+
 @pytest.mark.parametrize("cc", [80, 86, 89])
 @both
 def test_older_gpus_compile(cc, format):
@@ -452,6 +490,63 @@ def test_older_gpus_compile(cc, format):
     for m, b in ((1, block), (4096, block), (4096, 0)):
         tile = triton_tiles.choose_tile(m, 4096, b)
         assert compile_quantize(format, cc, b, tile).metadata.shared <= limit
+
+
+# 8 or 16 bits: (what the weight is decoded to, activation) -> the tensor core's instruction on Hopper.
+DECODED = {
+    ("mxfp4", "fp8"): "e5m2.e4m3",
+    ("mxfp4_bf16", "none"): "bf16.bf16",
+    ("nvfp4", "fp8"): "bf16.bf16",
+    ("nvfp4", "none"): "bf16.bf16",
+}
+# The tile that NVFP4 has too, with two more registers for the scales of the weight's rows.
+SPILLED_MXFP4 = {triton_choose.Hopper(256, 128, 4, 1, 4): 20}
+
+
+@pytest.mark.parametrize("decoded, activation", DECODED)
+def test_wide_activations_meet_weights_in_registers(decoded, activation):
+    """MXFP4 times fp8 is one product of e5m2 and e4m3: nothing is converted, and the weights come from registers."""
+    fp8 = decoded == "mxfp4"
+    tiles = [triton_choose.Fused(64, 16, 256, 4, 4, 3, False), triton_choose.Fused(128, 64, 128, 1, 8, 3, False)]
+    tiles += [triton_choose.Hopper(128, 192, 2, 1, 3), triton_choose.Hopper(256, 128, 4, 1, 4)]
+    for kernel in tiles:
+        compiled = compile_linear(decoded, 4096, 4096, kernel, 90, activation=activation)
+        instructions = set(re.findall(r"wgmma\.mma_async\S+", compiled.asm["ptx"]))
+        assert instructions and all(i.endswith(f".f32.{DECODED[decoded, activation]}") for i in instructions), kernel
+        assert compiled.metadata.shared <= 227 * 1024, kernel
+        expected = 1
+        if isinstance(kernel, triton_choose.Hopper):
+            expected = (4 if fp8 else 8) * (1 + (kernel.block_m == 192))
+        spilled = (SPILLED_MXFP4 if decoded == "mxfp4_bf16" else SPILLED).get(kernel, 0)
+        loops = main_loops(sass(compiled), expected)
+        assert len(loops) == getattr(kernel, "warpgroups", 1), kernel
+        for loop in loops:
+            products = re.findall(r"[QH]GMMA\.\S+ R\d+, (\S+),", loop)
+            assert products and all(p.startswith("R") for p in products), kernel
+            assert not re.search(r"\bSTS\b", loop), kernel
+            assert len(re.findall(r"\b(?:STL|LDL)\b", loop)) <= spilled, kernel
+            assert not overwritten_too_early(2 * loop) and nothing_runs_on(loop), kernel
+
+
+@pytest.mark.parametrize("cc", [80, 89])
+@pytest.mark.parametrize("decoded", ["mxfp4_bf16", "nvfp4"])
+def test_wide_activations_on_older_gpus(cc, decoded):
+    for rows in (1, 64, 128):
+        kernel = triton_choose.choose_decoding(decoded, rows, 4096, 4096, divmod(cc, 10))
+        compiled = compile_linear(decoded, 4096, 4096, kernel, cc, activation="fp8")
+        assert re.search(r"mma\.sync\S*\.f32\.bf16\.bf16\.f32", compiled.asm["ptx"])
+        assert compiled.metadata.shared <= (163 if cc == 80 else 99) * 1024, kernel
+
+
+@pytest.mark.parametrize("cc", [80, 89, 90])
+@pytest.mark.parametrize("activation", ["fp8", "none"])
+def test_quantizers_of_wide_activations(cc, activation):
+    """Nothing spills, and no fp8 conversion is used, which ptxas gets wrong."""
+    for m, block, prologue in ((1, 32, None), (300, 32, "silu_mul"), (300, 0, None), (300, 128, None)):
+        compiled = compile_tokens(activation, m, 4096, block, cc, prologue)
+        assert compiled.metadata.shared <= 99 * 1024
+        code = sass(compiled)
+        assert code and not re.search(r"\b(STL|LDL)\b|E4M3|UNPACK_B", code), (m, block)
 
 
 @pytest.mark.parametrize("cc", [80, 90, 120])

@@ -271,6 +271,26 @@ def rotated_factor(device):
     assert lower.triu(1).abs().max() == 0
 
 
+@pytest.mark.parametrize("power", [0.5, 0.75, 1.0])
+def test_the_power_of_s_splits_the_moments_between_the_sides(power):
+    generator = torch.Generator().manual_seed(5)
+    x, w = (torch.randn(n, 16, generator=generator, dtype=torch.float64) for n in (200, 60))
+    x[:, 3] *= 20
+    h, gram = x.T @ x / 200, w.T @ w / 60
+    t = wush_transform(torch.linalg.cholesky(h)[None], gram[None], 0.0, power=power)[0]
+    had = hadamard_matrix(16)
+    s = torch.linalg.eigvalsh(torch.linalg.cholesky(h).T @ gram @ torch.linalg.cholesky(h)).flip(-1).sqrt()
+    c = (s.log().mean() * (0.5 - power)).exp()
+    inverse = torch.linalg.inv(t)
+    torch.testing.assert_close(had @ t @ h @ t.T @ had, torch.diag((c * s**power) ** 2), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        had @ inverse.T @ gram @ inverse @ had, torch.diag((s ** (1 - power) / c) ** 2), rtol=1e-8, atol=1e-8
+    )
+    assert torch.det(t).abs().log().item() == pytest.approx(
+        torch.det(wush_transform(torch.linalg.cholesky(h)[None], gram[None], 0.0)[0]).abs().log().item()
+    )
+
+
 def test_rotated_factor():
     rotated_factor("cpu")
 

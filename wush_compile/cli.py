@@ -104,7 +104,7 @@ def _value(name: str, text: str) -> object:
     """A setting from its text, in the type of its default."""
     default = getattr(Recipe, one_of("setting in --override", name, RECIPE_FIELDS))
     if isinstance(default, str):
-        return text
+        return None if text == "none" else text
     try:
         return json.loads(text.lower().replace("none", "null"))
     except ValueError:
@@ -146,6 +146,10 @@ def quantize(
     activation_scale_rule: Annotated[
         str, typer.Option(help="As the weights' rule.")
     ] = WushConfig.activation_scale_rule,
+    activation_format: Annotated[
+        str,
+        typer.Option(help="Activations: same (4 bits, as the weights), fp8 (e4m3, a scale a token) or none (16 bits)."),
+    ] = "same",
     transform_block_size: Annotated[int | None, typer.Option(help="Default: the format's group.")] = None,
     share_transform: Annotated[bool, typer.Option(help="One transform for linears with the same input.")] = True,
     ignore: Annotated[
@@ -190,6 +194,7 @@ def quantize(
             moments=moments,
             weight_scale_rule=weight_scale_rule,
             activation_scale_rule=activation_scale_rule,
+            activation_format=None if activation_format == "none" else activation_format,
             transform_block_size=transform_block_size,
             share_transform=share_transform,
             ignore=tuple(ignore or ()),

@@ -33,12 +33,32 @@ FORMATS = {
     "nvfp4": Format("nvfp4", 16, torch.uint8, ("absmax", "mse", "paper")),
     "int4": Format("int4", 32, torch.bfloat16, ("absmax", "mse", "gaussian", "paper")),
 }
+# Formats of activations alone, beside the weights' own ("same"): what a quantizer writes, and a product reads.
+#     fp8    e4m3 bytes, one fp32 scale a row (token): amax / 448
+#     none   the model's dtype, no scales
+ACTIVATION_FORMATS = {
+    "fp8": Format("fp8", 1, torch.float32, ("token",)),
+    "none": Format("none", 1, torch.float32, ("none",)),
+}
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 # 2/15 of this is the step of the uniform 16-level quantizer with the least squared error on a unit normal
 # distribution (docs/spec.md §4).
 GAUSSIAN_CLIP = 2.513930578568423
 MX_NAN, NV_NAN = 0xFF, 0x7F
+
+
+def operand_layout(format: str, width: int, dtype: torch.dtype) -> tuple[int, torch.dtype, int, torch.dtype]:
+    """What a quantizer of this format writes for a row of `width` channels of a model in `dtype`.
+
+    (columns of codes, their dtype, number of scales, their dtype).
+    """
+    if format == "fp8":
+        return width, torch.uint8, 1, torch.float32
+    if format == "none":
+        return width, dtype, 0, torch.float32
+    fmt = FORMATS[format]
+    return width // 2, torch.uint8, width // fmt.group_size, fmt.scale_dtype
 
 
 def get_format(name: str) -> Format:
@@ -290,3 +310,31 @@ def dequantize(codes: Tensor, scales: Tensor, format: str, g: Tensor | None = No
     """(codes [.., K/2], scales [.., K/G]) -> fp32 [.., K]. With g, in the units of the quantized tensor."""
     groups = unpack(codes).unflatten(-1, (-1, FORMATS[format].group_size))  # [.., K/G, G]
     return decode(groups, scales, format, g).flatten(-2)
+
+
+# -- fp8 activations -------------------------------------------------------------------------------------------------
+
+# Rows below this maximum are quantized as if it were their maximum, so that 448 / amax stays finite.
+FP8_LEAST_MAX = 2.0**-100
+
+
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[.., K] -> (e4m3 bytes uint8 [.., K], fp32 scales [.., 1]): one scale a row, amax / 448 (docs/spec.md §4).
+
+    A row with NaN or Inf gets the scale NaN and codes 0.
+    """
+    x = x.to(torch.float32)
+    amax = x.abs().amax(-1, keepdim=True)  # [.., 1]
+    finite = torch.isfinite(amax)
+    amax = torch.where(finite, amax, 1.0).clamp(min=FP8_LEAST_MAX)
+    y = torch.where(finite, x, 0.0) * (amax.reciprocal() * E4M3_MAX)
+    sign = (y.view(torch.int32) >> 24) & 0x80
+    codes = e4m3_encode(y.abs().clamp(max=E4M3_MAX)).to(torch.int32) | sign
+    return codes.to(torch.uint8), torch.where(finite, amax * (1.0 / E4M3_MAX), float("nan"))
+
+
+def dequantize_fp8(codes: Tensor, scales: Tensor) -> Tensor:
+    """(e4m3 bytes [.., K], scales [.., 1]) -> fp32 [.., K]."""
+    bits = codes.to(torch.int32)
+    magnitude = e4m3_decode(bits & 0x7F)
+    return torch.where(bits >= 0x80, -magnitude, magnitude) * scales

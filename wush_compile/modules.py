@@ -42,7 +42,7 @@ def buffer_layout(
         "weight_scale": ((rows, width // fmt.group_size), fmt.scale_dtype),
         "weight_global_scale": scale if stores_global_scale(recipe.format, recipe.weight_scale_rule) else None,
         "input_transform": None if blocks is None else ((blocks, block_size, block_size), dtype),
-        "input_global_scale": scale if stores_global_scale(recipe.format, recipe.activation_scale_rule) else None,
+        "input_global_scale": scale if stores_global_scale(recipe.operand, recipe.activation_scale_rule) else None,
         "bias": ((rows,), dtype) if has_bias else None,
     }
 
@@ -59,16 +59,18 @@ class WushGroup(nn.Module):
         self.members = tuple(members)
         self.recipe = recipe
         self.format = recipe.format
-        self.scale_rule = recipe.activation_scale_rule
+        self.operand, self.scale_rule = recipe.operand, recipe.operand_rule
+        # The last arguments of `fp4_linear`, (scale_layout, activation_format); none where both are the defaults.
+        self.layout = () if recipe.activation_format == "same" else ("rows", recipe.operand)
         self.block_size = block_size
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor)
         self._shared = None
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [.., K] -> (codes [.., K/2], scales [.., K/G])."""
+        """x [.., K] -> (codes, scales) of the recipe's activation format; 4 bits: [.., K/2], [.., K/G]."""
         return torch.ops.wush.transform_quantize(
-            x, self.input_transform, self.input_global_scale, self.format, self.scale_rule
+            x, self.input_transform, self.input_global_scale, self.operand, self.scale_rule
         )
 
     def _quantize_once(self, x: Tensor, member: int) -> tuple[Tensor, Tensor]:
@@ -109,6 +111,7 @@ class WushGroup(nn.Module):
             None,
             self.format,
             x.dtype,
+            *self.layout,
         )
 
     def _apply(self, fn, recurse=True):
@@ -126,7 +129,8 @@ class WushGroup(nn.Module):
 
     def extra_repr(self) -> str:
         rows, width = self.weight_packed.shape[0], 2 * self.weight_packed.shape[1]
-        return f"{self.format}, in_features={width}, rows={rows}, members={[m.name for m in self.members]}"
+        activations = f", activations={self.operand}" if self.layout else ""
+        return f"{self.format}{activations}, in_features={width}, rows={rows}, members={[m.name for m in self.members]}"
 
 
 class WushLinear(nn.Module):

@@ -52,17 +52,18 @@ def _product(rows: int, width: int, tokens: int, recipe: Recipe, dtype: torch.dt
     torch.nn.functional.linear(x, _input(rows, width, dtype, device))
     fmt, one = formats.get_format(recipe.format), torch.ones(1, device=device)
     g = [
-        one if stores_global_scale(recipe.format, rule) else None
-        for rule in (recipe.activation_scale_rule, recipe.weight_scale_rule)
+        one if stores_global_scale(format, rule) else None
+        for format, rule in ((recipe.operand, recipe.operand_rule), (recipe.format, recipe.weight_scale_rule))
     ]
     block = block_size(recipe, width)
     t = torch.eye(block, dtype=dtype, device=device)
     blocks = {"identity": 0, "hadamard": 1}.get(recipe.transform, width // block)
     t = t.expand(blocks, block, block).contiguous() if blocks else None
-    codes, scales = _run("transform_quantize", x, t, g[0], recipe.format, recipe.activation_scale_rule)
+    codes, scales = _run("transform_quantize", x, t, g[0], recipe.operand, recipe.operand_rule)
+    layout = () if recipe.operand == recipe.format else ("rows", recipe.operand)
     weight = torch.zeros(rows, width // 2, dtype=torch.uint8, device=device)
     weight_scales = torch.ones(rows, width // fmt.group_size, dtype=fmt.scale_dtype, device=device)
-    _run("fp4_linear", codes, scales, g[0], weight, weight_scales, g[1], None, None, recipe.format, dtype)
+    _run("fp4_linear", codes, scales, g[0], weight, weight_scales, g[1], None, None, recipe.format, dtype, *layout)
     if recipe.solver == "rtn":
         chunk = _input(max(1, ROUNDED_ELEMENTS // width), width, torch.float32, device)
         _run("transform_quantize", chunk, None, g[1], recipe.format, recipe.weight_scale_rule)

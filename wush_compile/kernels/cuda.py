@@ -162,7 +162,10 @@ def refuses_fp4_linear(
     format,
     out_dtype,
     scale_layout="rows",
+    activation_format="same",
 ) -> str | None:
+    if activation_format != "same":
+        return f"{activation_format} activations have no CUDA kernel"
     target = _target(codes)
     if target == "sm_90a":
         return "the FP4 instruction is emulated on Hopper, for tests only"
@@ -188,6 +191,7 @@ def fp4_linear(
     format,
     out_dtype,
     scale_layout: str = "rows",
+    activation_format: str = "same",
 ) -> Tensor:
     """`wush::fp4_linear` by Blackwell's block-scaled FP4 instructions, which decide the order of the fp32 sum."""
 

@@ -122,7 +122,7 @@ def _observe_fake(x, mask, moment, count, sample, seed=0):
 
 
 def _check_format(format: str, scale_rule: str | None = None):
-    fmt = get_format(format)
+    fmt = formats.ACTIVATION_FORMATS.get(format) or get_format(format)
     if scale_rule is not None and scale_rule not in fmt.scale_rules:
         raise ValueError(f"scale rule {scale_rule!r} is not one of {format}'s: {', '.join(fmt.scale_rules)}")
     return fmt
@@ -150,7 +150,13 @@ def _transform_quantize_at_once(
     scale_rule: str,
     scale_layout: str = "rows",
 ) -> tuple[Tensor, Tensor]:
-    codes, scales = formats.quantize(block_transform(x, transform), format, scale_rule, global_scale)
+    y = block_transform(x, transform)  # fp32 [.., K]
+    if format == "none":
+        # Not `to` alone: an op must not return its argument.
+        return y.to(x.dtype, copy=True), y.new_empty((*y.shape[:-1], 0))
+    if format == "fp8":
+        return formats.quantize_fp8(y)
+    codes, scales = formats.quantize(y, format, scale_rule, global_scale)
     return codes, lay_out(scales, scale_layout)
 
 
@@ -162,19 +168,20 @@ def _transform_quantize(
     scale_rule: str,
     scale_layout: str = "rows",
 ) -> tuple[Tensor, Tensor]:
-    fmt = _check_format(format, scale_rule)
+    _check_format(format, scale_rule)
     k = x.shape[-1]
     rows = x.reshape(-1, k)
-    codes = x.new_empty((rows.shape[0], k // 2), dtype=torch.uint8)
-    scales = x.new_empty((rows.shape[0], k // fmt.group_size), dtype=fmt.scale_dtype)
+    columns, dtype, groups, scale_dtype = formats.operand_layout(format, k, x.dtype)
+    codes = x.new_empty((rows.shape[0], columns), dtype=dtype)
+    scales = x.new_empty((rows.shape[0], groups), dtype=scale_dtype)
     step = max(1, CHUNK_ELEMENTS // max(k, 1)) if x.device.type == "cpu" else max(1, rows.shape[0])
     for start in range(0, rows.shape[0], step):
         chunk = slice(start, start + step)
         codes[chunk], scales[chunk] = _transform_quantize_at_once(
             rows[chunk], transform, global_scale, format, scale_rule
         )
-    scales = scales.view(scale_shape(x.shape[:-1], k // fmt.group_size, "rows"))
-    return codes.view(*x.shape[:-1], k // 2), lay_out(scales, scale_layout)
+    scales = scales.view(scale_shape(x.shape[:-1], groups, "rows"))
+    return codes.view(*x.shape[:-1], columns), lay_out(scales, scale_layout)
 
 
 def _transform_quantize_fake(x, transform, global_scale, format, scale_rule, scale_layout="rows"):
@@ -192,10 +199,15 @@ def _transform_quantize_fake(x, transform, global_scale, format, scale_rule, sca
         blocks, size = transform.shape[0], transform.shape[-1]
         torch._check(k % size == 0, lambda: f"width {k} is not a multiple of the transform's {size}")
         torch._check(blocks == 1 or blocks * size == k, lambda: f"{blocks} blocks of {size} do not cover width {k}")
+    torch._check(
+        format not in formats.ACTIVATION_FORMATS or scale_layout == "rows",
+        lambda: f"{format} has scales in rows only, not {scale_layout}",
+    )
     lead = x.shape[:-1]
+    columns, dtype, groups, scale_dtype = formats.operand_layout(format, k, x.dtype)
     return (
-        x.new_empty((*lead, k // 2), dtype=torch.uint8),
-        x.new_empty(scale_shape(lead, k // fmt.group_size, scale_layout), dtype=fmt.scale_dtype),
+        x.new_empty((*lead, columns), dtype=dtype),
+        x.new_empty(scale_shape(lead, groups, scale_layout), dtype=scale_dtype),
     )
 
 
@@ -229,9 +241,15 @@ def _fp4_linear_by(decode: Callable[[Tensor, Tensor, str], Tensor]) -> Callable[
         format: str,
         out_dtype: torch.dtype,
         scale_layout: str = "rows",
+        activation_format: str = "same",
     ) -> Tensor:
-        groups = 2 * codes.shape[-1] // get_format(format).group_size
-        x = decode(codes, in_rows(scales, codes.shape[:-1], groups, scale_layout), format)  # [.., K]
+        if activation_format == "none":
+            x = codes.to(torch.float32)  # [.., K]
+        elif activation_format == "fp8":
+            x = formats.dequantize_fp8(codes, scales)
+        else:
+            groups = 2 * codes.shape[-1] // get_format(format).group_size
+            x = decode(codes, in_rows(scales, codes.shape[:-1], groups, scale_layout), format)
         w = decode(weight_codes, weight_scales, format)  # [N, K]
         y = torch.nn.functional.linear(x, w)  # [.., N]
         factors = [g for g in (global_scale, weight_global_scale) if g is not None]
@@ -260,16 +278,23 @@ def _fp4_linear_fake(
     format,
     out_dtype,
     scale_layout="rows",
+    activation_format="same",
 ):
     fmt = _check_format(format)
+    if activation_format not in ("same", *formats.ACTIVATION_FORMATS):
+        raise ValueError(
+            f"activation format {activation_format!r} is not same, {', '.join(formats.ACTIVATION_FORMATS)}"
+        )
     if scale_layout != "rows":
+        torch._check(activation_format == "same", lambda: f"{activation_format} has scales in rows only")
         shape = scale_shape(codes.shape[:-1], 2 * codes.shape[-1] // fmt.group_size, scale_layout)
         torch._check(scales.dim() == len(shape), lambda: f"scales have {scales.dim()} dimensions, {scale_layout} has 4")
         for have, want in zip(scales.shape, shape):
             torch._check(have == want, lambda: f"{scale_layout} scales are {tuple(scales.shape)}, not {shape}")
+    channels = codes.shape[-1] * (2 if activation_format == "same" else 1)
     torch._check(
-        codes.shape[-1] == weight_codes.shape[-1],
-        lambda: f"activation has {2 * codes.shape[-1]} channels, weight {2 * weight_codes.shape[-1]}",
+        channels == 2 * weight_codes.shape[-1],
+        lambda: f"activation has {channels} channels, weight {2 * weight_codes.shape[-1]}",
     )
     for other in (scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual):
         if other is not None:

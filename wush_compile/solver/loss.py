@@ -25,8 +25,13 @@ def layer_loss(x: Tensor, weight: Tensor, solution: "GroupSolution", recipe: Rec
     t = None if solution.transform is None else solution.transform.to(torch.float32)
     values = apply_blockwise(x.T, t).T.contiguous()  # X Tᵀ [n, K]
     g = solution.input_global_scale
-    packed, scale = formats.quantize(values, recipe.format, recipe.activation_scale_rule, g)
-    x_quantized = formats.dequantize(packed, scale, recipe.format, g)  # [n, K]
+    if recipe.operand == "fp8":
+        x_quantized = formats.dequantize_fp8(*formats.quantize_fp8(values))  # [n, K]
+    elif recipe.operand == "none":
+        x_quantized = values.to(weight.dtype).to(torch.float32)
+    else:
+        packed, scale = formats.quantize(values, recipe.format, recipe.activation_scale_rule, g)
+        x_quantized = formats.dequantize(packed, scale, recipe.format, g)
     error = power = torch.zeros((), dtype=torch.float64, device=weight.device)
     step = max(1, DECODED_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], step):

@@ -142,6 +142,8 @@ def _input_global_scale(
     report: dict,
 ) -> Tensor | None:
     """g of the activations. For nvfp4, reports the share of the sample's groups whose scale leaves e4m3's range."""
+    if recipe.operand != recipe.format:
+        return None  # fp8 and 16 bits have no global scale
     rule, group_max, rms = recipe.activation_scale_rule, None, None
     if recipe.format == "nvfp4":
         if sample is not None:

@@ -83,11 +83,12 @@ def damped_cholesky(
     )
 
 
-def wush_transform(root: Tensor, gram: Tensor, damping: float, hadamard: bool = True) -> Tensor:
+def wush_transform(root: Tensor, gram: Tensor, damping: float, hadamard: bool = True, power: float = 0.5) -> Tensor:
     """T_b of eq. 7, float64 [b, B, B].
 
     root [b, B, B]: any L with L Lᵀ = the damped moment of the block's inputs. gram [b, B, B]: S_b = W_bᵀW_b / N.
     With Lᵀ S_b L = V diag(s²) Vᵀ and s descending, T_b = Had diag(√s) Vᵀ L⁻¹; `hadamard=False` leaves Had out (WUS).
+    Another `power` p replaces √s by c · s^p, with c such that the geometric mean stays that of √s (docs/spec.md §2).
     In each row of Vᵀ L⁻¹ the entry of largest magnitude is made positive, so that T is the same for every root. A block
     with gram 0 gets Had (WUS: the identity).
     """
@@ -101,7 +102,10 @@ def wush_transform(root: Tensor, gram: Tensor, damping: float, hadamard: bool = 
     index = torch.arange(size, device=root.device)
     first = torch.where(magnitude == magnitude.amax(-1, keepdim=True), index, size - 1).amin(-1, keepdim=True)
     rows = torch.where(rows.gather(-1, first) < 0, -rows, rows)
-    t = had @ (s.sqrt()[..., None] * rows)
+    stretch = s.sqrt()
+    if power != 0.5:
+        stretch = s.pow(power) * (s.log().mean(-1, keepdim=True) * (0.5 - power)).exp()
+    t = had @ (stretch[..., None] * rows)
     dead = gram.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
     return torch.where(dead[:, None, None], had, t)
 

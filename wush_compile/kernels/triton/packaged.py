@@ -182,6 +182,7 @@ def fp4_linear(
     format: str,
     out_dtype: torch.dtype,
     scale_layout: str = "rows",
+    activation_format: str = "same",
 ) -> Tensor:
     """`wush::fp4_linear` for a device of that compute capability, for scales in rows."""
     lead, half = codes.shape[:-1], codes.shape[-1]
@@ -347,6 +348,8 @@ def refuses(op: str, capability: tuple[int, int], *args) -> str | None:
     call = bind(op, args)
     if call["scale_layout"] != "rows":
         return "packaged kernels take scales in rows"
+    if call.get("activation_format", "same") != "same":
+        return f"{call['activation_format']} activations have no packaged kernel"
     reason = IMPLEMENTATIONS[op].refuses(*args)
     if reason is None and op == "fp4_linear":
         format, (n, half) = call["format"], call["weight_codes"].shape

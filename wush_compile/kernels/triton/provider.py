@@ -5,13 +5,14 @@ from collections.abc import Callable
 
 import torch
 
-from ...formats import FORMATS
-from ...ops.fused import GAINS
+from ...formats import ACTIVATION_FORMATS, FORMATS
+from ...ops.fused import ACTIVATIONS, GAINS
 from ...ops.layouts import rows_only
 from ..provider import Implementation
 from .calibration import moments as triton_gram
 from .linear import fp4_linear as triton_linear
 from .quantize import fused as triton_fused
+from .quantize import tokens as triton_tokens
 from .quantize import transform_quantize as triton_quantize
 
 NORM_LAYOUT = "the norms' kernels write scales in rows only"
@@ -19,12 +20,15 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def refuses_transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
-    if format not in ("mxfp4", "nvfp4"):
+    fmt = ACTIVATION_FORMATS.get(format) or FORMATS.get(format)
+    if fmt is None or format == "int4":
         return f"{format} has no Triton kernel"
+    if format in ACTIVATION_FORMATS and scale_layout != "rows":
+        return f"{format} has scales in rows only, not {scale_layout}"
     if x.dtype not in FLOATS:
         return f"input is {x.dtype}"
     width = x.shape[-1]
-    if width % FORMATS[format].group_size or scale_rule not in FORMATS[format].scale_rules:
+    if width % fmt.group_size or scale_rule not in fmt.scale_rules:
         return f"width {width}, rule {scale_rule}"
     if global_scale is not None and (
         global_scale.dtype != torch.float32 or global_scale.numel() != 1 or global_scale.device != x.device
@@ -58,6 +62,8 @@ def _refuses_prologue(x, transform, global_scale, format, scale_rule, others) ->
 
 
 def _refuses_norm(x, vectors, eps_tensor, transform, global_scale, format, scale_rule) -> str | None:
+    if format in ACTIVATION_FORMATS:
+        return f"no kernel has a norm in front of {format} activations"
     if any(v is not None and v.shape != x.shape[-1:] for v in vectors):
         return "the norm does not have the width of the input"
     if eps_tensor is not None and (eps_tensor.device != x.device or eps_tensor.numel() != 1):
@@ -97,6 +103,12 @@ def refuses_gelu_mul(
     return refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule)
 
 
+def refuses_activation(x, kind, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
+    if kind not in ACTIVATIONS:
+        return f"activation {kind}"
+    return _refuses_prologue(x, transform, global_scale, format, scale_rule, ())
+
+
 def refuses_fp4_linear(
     codes,
     scales,
@@ -109,9 +121,14 @@ def refuses_fp4_linear(
     format,
     out_dtype,
     scale_layout="rows",
+    activation_format="same",
 ) -> str | None:
     if scale_layout != "rows":
         return f"products read scales in rows, not {scale_layout}"
+    if activation_format not in ("same", "fp8", "none"):
+        return f"{activation_format} activations have no Triton kernel"
+    if activation_format == "none" and codes.dtype not in (torch.bfloat16, torch.float16):
+        return f"activations of {codes.dtype} have no exact product on tensor cores"
     return triton_linear.supports(format, 2 * weight_codes.shape[-1])
 
 
@@ -123,6 +140,8 @@ def refuses_observe(x, mask, moment, count, sample, seed=0) -> str | None:
 
 def transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows"):
     """`wush::transform_quantize` in Triton."""
+    if format in ACTIVATION_FORMATS:
+        return triton_tokens.quantize_tokens(x, transform, format)
     swizzled = scale_layout == "swizzled"
     return triton_quantize.transform_quantize(x, transform, global_scale, format, scale_rule, swizzled=swizzled)
 
@@ -139,6 +158,7 @@ def fp4_linear(
     format,
     out_dtype,
     scale_layout="rows",
+    activation_format="same",
 ):
     """`wush::fp4_linear` in Triton, for scales in rows."""
     rows_only(scale_layout)
@@ -153,6 +173,7 @@ def fp4_linear(
         residual,
         format,
         out_dtype,
+        activation_format=activation_format,
     )
 
 
@@ -176,7 +197,16 @@ IMPLEMENTATIONS = {
     "layer_norm_transform_quantize": Implementation(
         _there(triton_fused.layer_norm_transform_quantize), refuses_layer_norm
     ),
+    "rms_norm_keep_transform_quantize": Implementation(
+        _there(triton_fused.rms_norm_keep_transform_quantize), refuses_rms_norm
+    ),
+    "layer_norm_keep_transform_quantize": Implementation(
+        _there(triton_fused.layer_norm_keep_transform_quantize), refuses_layer_norm
+    ),
     "silu_mul_transform_quantize": Implementation(_there(triton_fused.silu_mul_transform_quantize), refuses_silu_mul),
     "gelu_mul_transform_quantize": Implementation(_there(triton_fused.gelu_mul_transform_quantize), refuses_gelu_mul),
+    "activation_transform_quantize": Implementation(
+        _there(triton_fused.activation_transform_quantize), refuses_activation
+    ),
     "fp4_linear": Implementation(_there(fp4_linear), refuses_fp4_linear),
 }

@@ -50,7 +50,7 @@ def _rewrite(graph_module: fx.GraphModule, group: LinearGroup, solved: WushGroup
             )
         )
         quantized = call(
-            wush.transform_quantize.default, source, transform, input_global, solved.format, solved.scale_rule
+            wush.transform_quantize.default, source, transform, input_global, solved.operand, solved.scale_rule
         )
         codes, scales = call(operator.getitem, quantized, 0), call(operator.getitem, quantized, 1)
 
@@ -72,6 +72,7 @@ def _rewrite(graph_module: fx.GraphModule, group: LinearGroup, solved: WushGroup
                 None,
                 solved.format,
                 node.meta["val"].dtype,
+                *solved.layout,
             )
         new.meta = {k: node.meta[k] for k in ("val", "nn_module_stack") if k in node.meta}
         node.replace_all_uses_with(new)

@@ -91,3 +91,24 @@ def e4m3_factor_bf16(words, selector):
         is_pure=True,
         pack=2,
     )
+
+
+@triton.jit
+def e8m0_factor_bf16(words, selector, top):
+    """The e8m0 byte of an int32 that a `prmt` selector names, relative to the byte `top` -> bf16, 2^(byte - top + 126);
+    2^-126 where that would be less.
+
+    The two neighbours in a register have the same byte."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 b;
+        prmt.b32 b, $1, 0, $3;
+        sub.s32 b, b, $5;
+        add.s32 b, b, 253;
+        max.s32 b, b, 1;
+        mul.lo.u32 $0, b, 0x00800080; }""",
+        "=r,r,r,r,r,r,r",
+        [words, selector, top],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )

@@ -114,8 +114,9 @@ class Workspace:
     RING = 2**20
 
     def __init__(self, device: torch.device):
-        # `prmt` selectors: byte i of a word alone (MXFP4), byte i in both halves (NVFP4).
+        # `prmt` selectors: byte i of a word alone (MXFP4), twice each (MXFP4 in bf16), byte i in both halves (NVFP4).
         self.selectors = torch.arange(0x4440, 0x4444, dtype=torch.int32, device=device)
+        self.twice = self.selectors.repeat_interleave(2)
         self.pairs = torch.arange(4, dtype=torch.int32, device=device) * 0x0101 + 0x4040
         self._ring = torch.zeros(self.RING, dtype=torch.int32, device=device)
         self._next = 0

@@ -8,6 +8,7 @@
     gemm.py         weights decoded in registers in front of the tensor core
     hopper.py       the same for many rows on Hopper; hopper_decode.py has its register layouts
     upcast.py       packed rows to fp8 or bf16 in memory
+    lane_order.py   activations of 8 or 16 bits in the same order of channels
     library.py      both operands upcast, the product by cuBLAS
     scaled.py       Blackwell's FP4 instruction
     int4.py         int8 tensor cores
@@ -16,7 +17,7 @@ The host side uses the names of the op's schema (codes, scales, weight_codes, ..
 
     x, x_scales, gx          codes, scale bytes and global scale of the activation; SCALED_X: gx is given
     w, w_scales, gw          the same of the weight; SCALED_W
-    x_unit                   fp32 [M], what the values of an upcast row of x are multiplied by
+    x_unit                   fp32 [M], what the values of an upcast row of x, or of an e4m3 row, are multiplied by
     w_top                    uint8 [N], the largest scale byte of each weight row (MXFP4)
     bias, residual, out      [N], [M, N], [M, N]; BIAS, RESIDUAL: the operand is given
     G                        channels of a scale group: 32 (MXFP4, INT4) or 16 (NVFP4)

@@ -279,6 +279,35 @@ def choose(
     return tile._replace(block_k=block_k, split_k=_power_of_two_divisor(k // block_k, 1 << most.bit_length() - 1))
 
 
+def decoded_format(format: str, activation: str, capability: tuple[int, int]) -> str:
+    """What the products that decode only the weight call it for activations of 8 or 16 bits, as FORMAT of
+    `gemm.fused_gemm_kernel`: MXFP4 times e4m3 in fp8 on Hopper; else both operands are bf16."""
+    if format == "mxfp4" and not (activation == "fp8" and capability == (9, 0)):
+        return "mxfp4_bf16"
+    return format
+
+
+def choose_decoding(
+    decoded: str,
+    rows: int,
+    n: int,
+    k: int,
+    capability: tuple[int, int] = (9, 0),
+    precise: bool = False,
+    library: bool = True,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> "Fused | Hopper | str":
+    """`choose` for activations of 8 or 16 bits: only kernels that decode the weight alone, with the tiles measured for
+    4 bits, or "library" or "bf16". decoded: as `decoded_format`; int4 too.
+
+    On Blackwell none of them has been tried, and cuBLAS multiplies decoded operands."""
+    if capability >= (10, 0) or k % 128 or decoded == "int4":
+        return "bf16"
+    format = "mxfp4" if decoded == "mxfp4" else "nvfp4"  # tiles go by the operands of the tensor core
+    kernel = choose(format, max(rows, 5), n, k, capability, precise, False, library, multiprocessors)  # no `gemv`
+    return kernel._replace(packed=False) if isinstance(kernel, Fused) else kernel
+
+
 def precise_by_default() -> bool:
     """Whether `WUSH_PRECISE` asks for sums in fp32: 1, or anything but 0."""
     return os.environ.get("WUSH_PRECISE", "0") not in ("", "0")

@@ -7,6 +7,9 @@ library  both operands upcast to fp8 in memory, then cuBLASLt                   
 bf16     both operands upcast to bf16, then cuBLAS: any width, any scale          library.py
 scaled   Blackwell's own FP4 instruction                                          scaled.py
 int4     exact integer products of groups on int8 tensor cores                    int4.py
+
+Activations of 8 or 16 bits (activation_format fp8 or none) take fused, hopper, library and bf16, which then decode only
+the weight. MXFP4 times fp8 is a product of e5m2 and e4m3 on Hopper; else both operands are bf16, and exact.
 """
 
 import functools
@@ -16,7 +19,18 @@ from torch import Tensor
 
 from ....formats import FORMATS
 from ..common.memory import row_facts
-from .choose import Fused, Gemv, Hopper, Int4, Scaled, choose, give_up_gluon, precise_by_default
+from .choose import (
+    Fused,
+    Gemv,
+    Hopper,
+    Int4,
+    Scaled,
+    choose,
+    choose_decoding,
+    decoded_format,
+    give_up_gluon,
+    precise_by_default,
+)
 from .launch import RUN, multiprocessors
 from .library import run_bf16, run_library
 from .operands import Operands, check, dense
@@ -40,6 +54,25 @@ def _fits_library(o: Operands, out_dtype: torch.dtype) -> bool:
     return plain and row_facts(o.weight_scales).fits_e4m3
 
 
+def _choose(o: Operands, out_dtype: torch.dtype) -> Gemv | Fused | Hopper | Scaled | Int4 | str:
+    """What `choose` or `choose_decoding` takes for these operands."""
+    device, shape = o.codes.device.index, o.sizes
+    options = dict(capability=capability(device), precise=o.precise, multiprocessors=multiprocessors(device))
+    if o.activation == "same":
+        chosen = choose(o.format, *shape, **options)
+        if chosen == "library" and not _fits_library(o, out_dtype):
+            chosen = choose(o.format, *shape, **options, library=False)
+        return chosen
+    if o.codes.dtype == torch.float16:  # whose products need two bf16 terms
+        return "bf16"
+    # In bf16, the units of e4m3 rows would need sums in fp32 memory: only where no other kernel can.
+    library = o.decoded == "mxfp4" or o.activation == "none"
+    chosen = choose_decoding(o.kernel_format, *shape, **options, library=library)
+    if chosen == "library" and not _fits_library(o, out_dtype):
+        chosen = choose_decoding(o.kernel_format, *shape, **options, library=False)
+    return chosen
+
+
 def _of_cuda(error: Exception) -> bool:
     """Whether the device failed: the error may be an earlier kernel's, and no other kernel could compute after it."""
     cuda_errors = torch.AcceleratorError | torch.OutOfMemoryError
@@ -48,12 +81,8 @@ def _of_cuda(error: Exception) -> bool:
 
 def _product(o: Operands, out_dtype: torch.dtype, kernel) -> Tensor:
     """[M, N] by `kernel`, or by the one that `choose` takes."""
-    m, n, k = o.sizes
-    device = o.codes.device.index
-    shape = o.format, m, n, k, capability(device), o.precise
-    chosen = kernel or choose(*shape, multiprocessors=multiprocessors(device))
-    if chosen == "library" and not _fits_library(o, out_dtype):
-        chosen = choose(*shape, multiprocessors=multiprocessors(device), library=False)
+    m, n, _ = o.sizes
+    chosen = kernel or _choose(o, out_dtype)
     if chosen == "library":
         return run_library(o)
     if isinstance(chosen, str):
@@ -82,23 +111,28 @@ def fp4_linear(
     out_dtype: torch.dtype,
     kernel: Gemv | Fused | Hopper | Scaled | Int4 | str | None = None,
     precise: bool | None = None,
+    activation_format: str = "same",
 ) -> Tensor:
     """`wush::fp4_linear` (docs/spec.md §6): codes [.., K/2] times weight_codes [N, K/2], transposed -> [.., N].
 
     kernel: a tile, "library" or "bf16" instead of what `choose` takes. precise: MXFP4 sums go from the tensor core's
     fp8 accumulator, which drops bits, to fp32 at least every 128 channels; default: what `WUSH_PRECISE` says.
+    activation_format: fp8 or none for codes [.., K] (`formats.operand_layout`).
     ValueError if an operand's shape, dtype or device does not fit."""
     precise = precise_by_default() if precise is None else precise
-    n, k = weight_codes.shape[0], 2 * weight_codes.shape[1]
+    n = weight_codes.shape[0]
     shape = (*codes.shape[:-1], n)
-    flat = codes.reshape(-1, k // 2)
-    if flat.shape[0] == 0 or n == 0:
+    if codes.shape[:-1].numel() == 0 or n == 0:
         return torch.empty(shape, dtype=out_dtype, device=codes.device)
+    flat = codes.reshape(-1, codes.shape[-1])
+    decoded = ""
+    if activation_format != "same":
+        decoded = decoded_format(format, activation_format, capability(codes.device.index))
     # The kernels add a residual in out_dtype. Another one is added to the finished product.
     inside = residual is not None and residual.dtype == out_dtype
     o = Operands(
         dense(flat),
-        dense(scales.reshape(flat.shape[0], -1)),
+        dense(scales.reshape(flat.shape[0], -1) if scales.numel() else scales.new_empty(flat.shape[0], 0)),
         global_scale,
         dense(weight_codes),
         dense(weight_scales),
@@ -107,6 +141,8 @@ def fp4_linear(
         residual.reshape(-1, n).contiguous() if inside else None,
         format,
         precise,
+        activation_format,
+        decoded,
     )
     check(o, out_dtype)
     y = _product(o, out_dtype, kernel).view(shape)

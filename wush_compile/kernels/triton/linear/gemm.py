@@ -3,7 +3,8 @@
 Weights are the left operand (outᵀ = W xᵀ), so the decoded tile goes from registers to the tensor core, and few
 activation rows waste little. MXFP4 runs in fp8 e5m2. The group scales go into the exponents, relative to the row's
 largest byte (docs/spec.md §8). A group more than 26 octaves below that byte counts as 26 octaves below, an error under
-2^-24 of the row's maximum. NVFP4 runs in bf16, where every value times its scale is exact.
+2^-24 of the row's maximum. NVFP4 runs in bf16, where every value times its scale is exact. So does MXFP4 where x has 16
+bits, under the name mxfp4_bf16: bf16's exponents hold every scale relative to the row's largest.
 
 With split-K each program stores its fp32 partial sums. The last one to arrive adds them up, always in the same order.
 """
@@ -11,7 +12,7 @@ With split-K each program stores its fp32 partial sums. The last one to arrive a
 import triton
 import triton.language as tl
 
-from ..common.decode import E5M2_UNIT, decode_bf16, decode_fp8, e4m3_factor_bf16
+from ..common.decode import E5M2_UNIT, decode_bf16, decode_fp8, e4m3_factor_bf16, e8m0_factor_bf16
 from ..common.epilogue import finish
 from ..common.formats import e8m0_factor
 from ..common.overlap import start_next, wait_inputs
@@ -26,19 +27,19 @@ def _select_byte(words, selector):
 
 
 @triton.jit
-def _scale_words(scales, row, word, selectors, WORDS: tl.constexpr, ROWS: tl.constexpr):
-    """(words, selectors), each int32 [ROWS, 4*WORDS]: where the bytes of 4*WORDS groups are.
+def _scale_words(scales, row, word, selectors, WORDS: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr = 4):
+    """(words, selectors), each int32 [ROWS, EACH*WORDS]: where the bytes of EACH*WORDS groups are; selectors [EACH].
 
     The selectors come from memory. The compiler pass that moves the decoding into the operand's layout looks through
     arithmetic down to loads, and no further."""
-    four = tl.load(selectors + tl.arange(0, 4))
+    each = tl.load(selectors + tl.arange(0, EACH))
     if WORDS == 1:
         v = tl.load(scales + row + word)[:, None]
-        return tl.broadcast_to(v, (ROWS, 4)), tl.broadcast_to(four[None, :], (ROWS, 4))
+        return tl.broadcast_to(v, (ROWS, EACH)), tl.broadcast_to(each[None, :], (ROWS, EACH))
     else:
         v = tl.load(scales + row[:, None] + word + tl.arange(0, WORDS)[None, :])[:, :, None]
-        v = tl.reshape(tl.broadcast_to(v, (ROWS, WORDS, 4)), (ROWS, 4 * WORDS))
-        return v, tl.reshape(tl.broadcast_to(four[None, None, :], (ROWS, WORDS, 4)), (ROWS, 4 * WORDS))
+        v = tl.reshape(tl.broadcast_to(v, (ROWS, WORDS, EACH)), (ROWS, EACH * WORDS))
+        return v, tl.reshape(tl.broadcast_to(each[None, None, :], (ROWS, WORDS, EACH)), (ROWS, EACH * WORDS))
 
 
 @triton.jit
@@ -63,13 +64,18 @@ def _over_lanes(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr
 @triton.jit
 def _decode(w, words, selectors, top, FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
     """Packed tile [ROWS, BLOCK_K/2] and its scale words [ROWS, BLOCK_K/G] -> two operand tiles [ROWS, BLOCK_K/2], which
-    hold the same channels for x as for w."""
+    hold the same channels for x as for w. G is 16 for mxfp4_bf16 too."""
     HALF: tl.constexpr = BLOCK_K // 2
     if FORMAT == "mxfp4":
         e = tl.maximum(_select_byte(words, selectors) - top[:, None], -26)
         return decode_fp8(_to_lanes(w, ROWS, HALF, 4), _over_lanes(e, ROWS, HALF, 4))
     else:
-        factor = e4m3_factor_bf16(_over_lanes(words, ROWS, HALF, 2), _over_lanes(selectors, ROWS, HALF, 2))
+        words = _over_lanes(words, ROWS, HALF, 2)
+        selectors = _over_lanes(selectors, ROWS, HALF, 2)
+        if FORMAT == "nvfp4":
+            factor = e4m3_factor_bf16(words, selectors)
+        else:
+            factor = e8m0_factor_bf16(words, selectors, tl.broadcast_to(top[:, None], (ROWS, HALF)))
         a, b = decode_bf16(_to_lanes(w, ROWS, HALF, 2))
         return a * factor, b * factor
 
@@ -132,13 +138,14 @@ def fused_gemm_kernel(
     """out [M, N] from w uint8 [N, K/2], w_scales int32 [N, K/(4G)] (four scale bytes a word) and, for MXFP4, w_top
     uint8 [N].
 
-    x: uint8 [M, K/2] with x_scales int32 [M, K/(4G)] if PACKED. Else x is upcast, in lane order: MXFP4 e5m2 bytes [M,
-    K] with x_unit fp32 [M] (`upcast_fp8_kernel`), NVFP4 bf16 [M, K] (`upcast_bf16_kernel`).
-    selectors: int32 [4], `Workspace.selectors` (MXFP4) or `Workspace.pairs`.
+    x: uint8 [M, K/2] with x_scales int32 [M, K/(4G)] if PACKED. Else [M, K] in lane order (`upcast.py`): e5m2 or e4m3
+    where FORMAT is mxfp4, bf16 where FORMAT is mxfp4_bf16 or nvfp4. x_unit: fp32 [M], factors of x's rows, or None.
+    selectors: int32 [4], `Workspace.selectors` (mxfp4) or `Workspace.pairs`; int32 [8], `Workspace.twice` (mxfp4_bf16).
     partials: fp32 [SPLIT_K, M, N]. arrivals: int32, one a tile, all zeros before and after.
     PROMOTE: channels whose products the tensor core sums itself before the sum goes to fp32, at most BLOCK_K/2; 0: all.
     Grid (tiles of N times tiles of M, SPLIT_K)."""
-    G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
+    G: tl.constexpr = 16 if FORMAT == "nvfp4" else 32
+    EACH: tl.constexpr = 8 if FORMAT == "mxfp4_bf16" else 4
     HALF: tl.constexpr = BLOCK_K // 2
     WORDS: tl.constexpr = BLOCK_K // (4 * G)
     ROW_WORDS: tl.constexpr = K // (4 * G)
@@ -159,7 +166,7 @@ def fused_gemm_kernel(
     wait_inputs(PDL)
     top_n = row_n
     top_m = row_m
-    if FORMAT == "mxfp4":
+    if w_top is not None:
         top_n = tl.load(w_top + row_n).to(tl.int32)
         if PACKED:
             top_m = _row_maximum(x_scales, row_m * ROW_WORDS, start // (4 * G), PART_K // (4 * G), BLOCK_M)
@@ -172,7 +179,7 @@ def fused_gemm_kernel(
     for i in tl.range(0, PART_K // BLOCK_K, num_stages=STAGES):
         k = start + i * BLOCK_K
         codes = tl.load(w_row + (k // 2 + half)[None, :])
-        words, picks = _scale_words(w_scales, row_n * ROW_WORDS, k // (4 * G), selectors, WORDS, BLOCK_N)
+        words, picks = _scale_words(w_scales, row_n * ROW_WORDS, k // (4 * G), selectors, WORDS, BLOCK_N, EACH)
         if PACKED:
             x_codes = tl.load(
                 x + row_m.to(tl.int64)[:, None] * (K // 2) + (k // 2 + half)[None, :], mask=inside[:, None], other=0
@@ -197,10 +204,12 @@ def fused_gemm_kernel(
         acc = acc * (e8m0_factor(top_n) * E5M2_UNIT)[:, None]
         if PACKED:
             acc = acc * (e8m0_factor(top_m) * E5M2_UNIT)[None, :]
-        else:
-            acc = acc * tl.load(x_unit + row_m)[None, :]
+    elif FORMAT == "mxfp4_bf16":
+        acc = acc * e8m0_factor(top_n)[:, None]
     else:
         acc = acc * (16384.0 if PACKED else 128.0)  # each decoded operand is its value times 2^-7
+    if x_unit is not None:
+        acc = acc * tl.load(x_unit + row_m)[None, :]
     mask = (m < M)[None, :] & (n < N)[:, None]
     if SPLIT_K == 1:
         finish(acc, n[:, None], m[None, :], N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL, mask)

@@ -122,7 +122,7 @@ def _produce(
 @gluon.jit
 def _scale_bytes(scales, k, FORMAT: gl.constexpr):
     """Scale bytes of a step, int32 [ROWS, H, 4]."""
-    return gl.load(scales + k // (32 if FORMAT == "mxfp4" else 16)).to(gl.int32)
+    return gl.load(scales + k // (16 if FORMAT == "nvfp4" else 32)).to(gl.int32)
 
 
 @gluon.jit
@@ -215,7 +215,7 @@ def _consume_item(
     w_scales, w_top, x_unit, extras, out, partials, arrivals = operands
     row_n, row_m, start, steps, part = item
     ROWS: gl.constexpr = BLOCK_N // WARPGROUPS
-    G: gl.constexpr = 32 if FORMAT == "mxfp4" else 16
+    G: gl.constexpr = 16 if FORMAT == "nvfp4" else 32
     ACC: gl.constexpr = mma_layout(BLOCK_M, FORMAT)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if FORMAT == "mxfp4" else 2)
     SCALES: gl.constexpr = scale_layout(ROWS, FORMAT)
@@ -225,10 +225,12 @@ def _consume_item(
     n = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, BYTES))), N - 1)
     half = gl.arange(0, 1 if FORMAT == "mxfp4" else 2, gl.SliceLayout(0, gl.SliceLayout(2, BYTES)))
     lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, BYTES)))
-    groups = gl.expand_dims(gl.expand_dims(half, 0), 2) * 4 + gl.expand_dims(gl.expand_dims(lane, 0), 1)
+    LANES: gl.constexpr = 2 if FORMAT == "mxfp4_bf16" else 1  # that share a scale byte
+    groups = gl.expand_dims(gl.expand_dims(half, 0), 2) * (4 // LANES)
+    groups += gl.expand_dims(gl.expand_dims(lane // LANES, 0), 1)
     rows = gl.expand_dims(gl.expand_dims(n, 1), 2)
     scales = w_scales + rows.to(gl.int64) * (K // G) + (start // G + groups)
-    if FORMAT == "mxfp4":
+    if w_top is not None:
         top = gl.load(w_top + rows).to(gl.int32)
     acc = gl.zeros([ROWS, BLOCK_M], gl.float32, ACC)
     acc_extra = acc
@@ -248,10 +250,15 @@ def _consume_item(
             both = gl.reshape(both, [ROWS, STEP_K]).to(gl.float8e5, bitcast=True)
             left = gl.convert_layout(both, LEFT, assert_trivial=True)
         else:
-            # e4m3's bits in fp32's fields are its value times 2^-120. Its value times 2^119, times a code's pattern of
-            # 2^-126, fits bf16.
-            factor = (byte << 20).to(gl.float32, bitcast=True) * 2.0**120 * 2.0**119
-            factor = gl.where(byte == 127, float("nan"), factor).to(gl.bfloat16)
+            if FORMAT == "nvfp4":
+                # e4m3's bits in fp32's fields are its value times 2^-120. Its value times 2^119, times a code's pattern
+                # of 2^-126, fits bf16.
+                factor = (byte << 20).to(gl.float32, bitcast=True) * 2.0**120 * 2.0**119
+                factor = gl.where(byte == 127, float("nan"), factor).to(gl.bfloat16)
+            else:
+                # `decode.e8m0_factor_bf16`; bf16 has fp32's exponent field.
+                factor = gl.maximum(byte - top + 253, 1) << 23
+                factor = factor.to(gl.float32, bitcast=True).to(gl.bfloat16)
             a, b = decode_bf16(codes, over_words(factor, ROWS, FORMAT), ROWS)
             left = gl.convert_layout(to_lanes(a, ROWS, FORMAT), LEFT, assert_trivial=True)
             right_a, extra_a = right.slice(0, 64, 1), right_extra.slice(0, 64, 1)
@@ -266,9 +273,9 @@ def _consume_item(
         codes = w_tiles.index(ahead % STAGES).slice(WARPGROUP * ROWS, ROWS, 0).load(WORDS)
         acc, acc_extra = _multiply(left, right, right_extra, acc, acc_extra, EXTRA_M)
         mbarrier.arrive(empty.index(stage))
-    acc = in_units(acc, first, row_m, w_top, x_unit, M, N, ROWS, BLOCK_M)
+    acc = in_units(acc, first, row_m, w_top, x_unit, M, N, FORMAT, ROWS, BLOCK_M)
     if EXTRA_M > 0:
-        acc_extra = in_units(acc_extra, first, row_m + BLOCK_M, w_top, x_unit, M, N, ROWS, EXTRA_M)
+        acc_extra = in_units(acc_extra, first, row_m + BLOCK_M, w_top, x_unit, M, N, FORMAT, ROWS, EXTRA_M)
     done = True
     if partials is not None:
         if part >= 0:
@@ -332,10 +339,10 @@ def hopper_gemm_kernel(
 ):
     """out [M, N].
 
-    Tensor descriptors: w int32 [N, K/8] in tiles [BLOCK_N, 16]; x in tiles [BLOCK_M, 128], upcast in lane order (MXFP4
-    e5m2 [M, K], NVFP4 bf16 [M, K]). A tile has BLOCK_M + EXTRA_M rows of x; if EXTRA_M > 0, x_extra is x in tiles
-    [EXTRA_M, 128].
-    w_scales: uint8 [N, K/G]. MXFP4: w_top uint8 [N], x_unit fp32 [M].
+    Tensor descriptors: w int32 [N, K/8] in tiles [BLOCK_N, 16]; x [M, K] in tiles [BLOCK_M, 128], in lane order: e5m2
+    or e4m3 where FORMAT is mxfp4, bf16 where FORMAT is mxfp4_bf16 or nvfp4. A tile has BLOCK_M + EXTRA_M rows of x; if
+    EXTRA_M > 0, x_extra is x in tiles [EXTRA_M, 128].
+    w_scales: uint8 [N, K/G]. MXFP4: w_top uint8 [N]. x_unit: fp32 [M], factors of x's rows, or None.
     prefetch: whether the weight and its scales may be read before the kernels in front have ended.
 
     The first `whole_tiles` of the tiles are a work item each. Every tile of the tail behind them is `split_k` work

@@ -4,7 +4,8 @@ Decoded values must lie where `wgmma` expects its left operand, so that nothing 
 say which thread holds which word of codes and which scale byte. `assert_trivial` in a conversion fails the compilation
 if a value would have to move.
 
-H is the number of halves of a scale row of a step: 1 with 4 words of codes a group (MXFP4), 2 with 2 words (NVFP4)."""
+H is the number of halves of a scale row of a step: 1 with 4 words of codes a group (MXFP4), 2 with 2 words (NVFP4, and
+MXFP4 decoded to bf16, where two lanes have the same scale)."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

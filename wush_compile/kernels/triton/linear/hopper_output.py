@@ -13,14 +13,31 @@ e8m0_factor = gluon.jit(formats.e8m0_factor.fn)
 
 
 @gluon.jit
-def in_units(acc, first, row_m, w_top, x_unit, M, N: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr):
+def in_units(
+    acc,
+    first,
+    row_m,
+    w_top,
+    x_unit,
+    M,
+    N: gl.constexpr,
+    FORMAT: gl.constexpr,
+    ROWS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+):
     """The tensor core's sums times the units of their operands."""
+    n = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout)), N - 1)
+    m = gl.minimum(row_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, acc.type.layout)), M - 1)
     if w_top is not None:
-        n = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout)), N - 1)
-        m = gl.minimum(row_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, acc.type.layout)), M - 1)
-        acc = acc * (e8m0_factor(gl.load(w_top + n).to(gl.int32)) * E5M2_UNIT)[:, None]
-        return acc * gl.load(x_unit + m)[None, :]
-    return acc * 128.0  # each decoded weight is its value times 2^-7
+        unit = e8m0_factor(gl.load(w_top + n).to(gl.int32))
+        if FORMAT == "mxfp4":
+            unit = unit * E5M2_UNIT
+        acc = acc * unit[:, None]
+    else:
+        acc = acc * 128.0  # each decoded weight is its value times 2^-7
+    if x_unit is not None:
+        acc = acc * gl.load(x_unit + m)[None, :]
+    return acc
 
 
 @gluon.jit

@@ -15,6 +15,7 @@ from .choose import GROUP_M, Fused, Gemv, Hopper, Int4, Scaled, split_tail
 from .gemm import fused_gemm_kernel
 from .gemv import gemv_kernel
 from .int4 import int4_gemm_kernel
+from .lane_order import bf16_order, fp8_order
 from .operands import Operands
 from .scaled import scaled_gemm_kernel
 from .upcast import upcast_bf16, upcast_fp8
@@ -58,15 +59,18 @@ def run_gemv(o: Operands, tile: Gemv, out: Tensor) -> None:
 
 
 def upcast_x(o: Operands) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """x as the products that decode only the weight read it: (e5m2 or bf16 [M, K] in lane order, its unit [M] or None,
+    """x as the products that decode only the weight read it: (fp8 or bf16 [M, K] in lane order, its unit [M] or None,
     the global scale that is left to divide by)."""
+    if o.activation != "same":
+        x = fp8_order(o.codes) if o.decoded == "mxfp4" else bf16_order(o.codes)
+        return x, o.scales.view(-1) if o.activation == "fp8" else None, o.global_scale
     if o.format == "mxfp4":
         return *upcast_fp8(o.codes, o.scales, o.global_scale, e4m3=False, lane_order=True), None
     return upcast_bf16(o.codes, o.scales, None, o.format, lane_order=True), None, o.global_scale
 
 
 def run_fused(o: Operands, tile: Fused, out: Tensor) -> None:
-    (m, n, k), mx = o.sizes, o.format == "mxfp4"
+    (m, n, k), mx = o.sizes, o.kernel_format == "mxfp4"
     space = workspace(out.device)
     x, x_unit, gx = (o.codes, None, o.global_scale) if tile.packed else upcast_x(o)
     tiles = triton.cdiv(n, tile.block_n) * triton.cdiv(m, tile.block_m)
@@ -83,18 +87,18 @@ def run_fused(o: Operands, tile: Fused, out: Tensor) -> None:
         gx,
         o.weight_codes,
         o.weight_scales.view(torch.int32),
-        row_facts(o.weight_scales).top if mx else None,
+        row_facts(o.weight_scales).top if o.format == "mxfp4" else None,
         o.weight_global_scale,
         o.bias,
         o.residual,
-        space.selectors if mx else space.pairs,
+        {"mxfp4": space.selectors, "mxfp4_bf16": space.twice, "nvfp4": space.pairs}[o.kernel_format],
         out,
         partials,
         space.counters(tiles) if split else None,
         m,
         n,
         k,
-        o.format,
+        o.kernel_format,
         tile.packed,
         gx is not None,
         *o.given[1:],
@@ -157,7 +161,7 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
         int(prefetch),
         n,
         k,
-        o.format,
+        o.kernel_format,
         tile.block_n,
         block_m,
         extra_m,

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from ....formats import dequantize
 from ..common.memory import is_power_of_two
+from .lane_order import fp8_order
 from .operands import Operands
-from .upcast import upcast_bf16, upcast_both
+from .upcast import upcast_bf16, upcast_both, upcast_fp8
 
 # Memory that one call may take for an upcast weight. A larger weight goes to the library in slices.
 SCRATCH_BYTES = 2**28
@@ -21,10 +23,15 @@ def run_library(o: Operands) -> Tensor:
     """bf16 [M, N] by fp8 products; MXFP4 whose weight fits e4m3. Takes no bias: the library rounds before it."""
     m, n, k = o.sizes
     y = torch.empty((m, n), dtype=torch.bfloat16, device=o.codes.device)
+    if o.activation == "fp8":
+        x = fp8_order(o.codes, lane_order=False)
+        x_unit = o.scales.view(-1) if o.global_scale is None else o.scales.view(-1) / o.global_scale
     for rows in weight_slices(n, k):
-        x, x_unit, w, w_unit = upcast_both(
-            o.codes, o.scales, o.global_scale, o.weight_codes[rows], o.weight_scales[rows], o.weight_global_scale
-        )
+        weight = o.weight_codes[rows], o.weight_scales[rows], o.weight_global_scale
+        if o.activation == "fp8":
+            w, w_unit = upcast_fp8(*weight, e4m3=True)
+        else:
+            x, x_unit, w, w_unit = upcast_both(o.codes, o.scales, o.global_scale, *weight)
         torch._scaled_mm(
             x,
             w.t(),
@@ -39,6 +46,8 @@ def run_library(o: Operands) -> Tensor:
 
 def run_bf16(o: Operands, out_dtype: torch.dtype) -> Tensor:
     """[M, N] by bf16 products: any width and any scale, the fallback for all others."""
+    if o.activation != "same":
+        return _run_bf16_activation(o, out_dtype)
     m, n, k = o.sizes
     gx, gw = o.global_scale, o.weight_global_scale
     # The library rounds once itself. No other rounding follows if only powers of two come after the sum.
@@ -51,7 +60,13 @@ def run_bf16(o: Operands, out_dtype: torch.dtype) -> Tensor:
             torch.mm(x, w.t(), out=y[:, rows])
         else:
             y[:, rows] = torch.mm(x, w.t(), out_dtype=torch.float32)
+    return _finish(y, o, direct, out_dtype)
+
+
+def _finish(y: Tensor, o: Operands, direct: bool, out_dtype: torch.dtype) -> Tensor:
+    """The epilogue of sums y [M, N]: fp32, or the rounded result but for the residual if `direct`."""
     if not direct:
+        gx, gw = o.global_scale, o.weight_global_scale
         g = gx if gw is None else gw if gx is None else gx * gw
         if g is not None:
             y = y * (1.0 / g)
@@ -59,3 +74,35 @@ def run_bf16(o: Operands, out_dtype: torch.dtype) -> Tensor:
             y = y + o.bias.to(torch.float32)
         y = y.to(out_dtype)
     return y if o.residual is None else y + o.residual
+
+
+def _terms(t: Tensor) -> list[Tensor]:
+    """bf16 tensors whose sum is t: itself, or two for fp16, and for fp32 of at most 16 significant bits."""
+    if t.dtype == torch.bfloat16:
+        return [t]
+    high = t.to(torch.bfloat16)
+    return [high, (t - high.to(t.dtype)).to(torch.bfloat16)]
+
+
+def _run_bf16_activation(o: Operands, out_dtype: torch.dtype) -> Tensor:
+    """`run_bf16` for activations of 8 or 16 bits, and weights in any format. Every operand is exact in one or two bf16
+    terms: two for fp16 activations, and for int4 weights."""
+    m, n, k = o.sizes
+    fp8 = o.activation == "fp8"
+    xs = _terms(o.codes.view(torch.float8_e4m3fn).to(torch.bfloat16) if fp8 else o.codes)
+    plain = o.bias is None and o.global_scale is None and o.weight_global_scale is None
+    direct = plain and not fp8 and len(xs) == 1 and o.format != "int4" and out_dtype == torch.bfloat16
+    y = torch.empty((m, n), dtype=torch.bfloat16 if direct else torch.float32, device=o.codes.device)
+    for rows in weight_slices(n, 2 * k):
+        codes, scales = o.weight_codes[rows], o.weight_scales[rows]
+        if o.format == "int4":
+            ws = _terms(dequantize(codes, scales, o.format))
+        else:
+            ws = [upcast_bf16(codes, scales, None, o.format)]
+        if direct:
+            torch.mm(xs[0], ws[0].t(), out=y[:, rows])
+        else:
+            y[:, rows] = sum(torch.mm(x, w.t(), out_dtype=torch.float32) for x in xs for w in ws)
+    if fp8:
+        y = y * o.scales
+    return _finish(y, o, direct, out_dtype)

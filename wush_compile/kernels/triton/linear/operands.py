@@ -5,14 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....formats import FORMATS
+from ....formats import FORMATS, operand_layout
 
 
 class Operands(NamedTuple):
     """Dense arguments; the leading dimensions of the activation and of the residual are one dimension M."""
 
-    codes: Tensor  # uint8 [M, K/2]
-    scales: Tensor  # uint8 [M, K/G]; int4: bf16
+    codes: Tensor  # uint8 [M, K/2]; activation fp8: uint8 [M, K]; none: 16-bit floats [M, K]
+    scales: Tensor  # uint8 [M, K/G]; int4: bf16; activation fp8: fp32 [M, 1]; none: fp32 [M, 0]
     global_scale: Tensor | None  # fp32 [1]
     weight_codes: Tensor  # uint8 [N, K/2]
     weight_scales: Tensor  # [N, K/G], as scales
@@ -21,11 +21,19 @@ class Operands(NamedTuple):
     residual: Tensor | None  # [M, N]
     format: str
     precise: bool = False  # see `fp4_linear`
+    activation: str = "same"  # the op's activation_format
+    decoded: str = ""  # activation fp8 or none: what the weight is decoded to, as FORMAT of `gemm.fused_gemm_kernel`
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """(M, N, K)."""
-        return self.codes.shape[0], self.weight_codes.shape[0], 2 * self.codes.shape[1]
+        k = self.codes.shape[1] * (2 if self.activation == "same" else 1)
+        return self.codes.shape[0], self.weight_codes.shape[0], k
+
+    @property
+    def kernel_format(self) -> str:
+        """The format by its name in the kernels: the operands' own, or what the weight is decoded to."""
+        return self.decoded or self.format
 
     @property
     def given(self) -> tuple[bool, bool, bool, bool]:
@@ -42,9 +50,11 @@ def dense(t: Tensor) -> Tensor:
 def check(o: Operands, out_dtype: torch.dtype) -> None:
     """ValueError if an operand's shape, dtype or device would make a kernel read memory that is not its own."""
     (m, n, k), fmt = o.sizes, FORMATS[o.format]
+    written = o.format if o.activation == "same" else o.activation
+    columns, codes_dtype, groups, scale_dtype = operand_layout(written, k, o.codes.dtype)
     expected = {
-        "codes": ((m, k // 2), torch.uint8),
-        "scales": ((m, k // fmt.group_size), fmt.scale_dtype),
+        "codes": ((m, columns), codes_dtype),
+        "scales": ((m, groups), scale_dtype),
         "weight_codes": ((n, k // 2), torch.uint8),
         "weight_scales": ((n, k // fmt.group_size), fmt.scale_dtype),
         "global_scale": ((1,), torch.float32),

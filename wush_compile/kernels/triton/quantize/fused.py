@@ -2,9 +2,11 @@
 
 from torch import Tensor
 
+from ....formats import ACTIVATION_FORMATS
 from ....ops.layouts import rows_only
 from .norm import norm_quantize
 from .prologue import Prologue
+from .tokens import quantize_tokens
 from .transform_quantize import transform_quantize
 
 
@@ -26,26 +28,53 @@ def layer_norm_transform_quantize(
     return norm_quantize(x, weight, bias, eps, "layer_norm", transform, global_scale, format, scale_rule)
 
 
+def _gated(prologue, gate, transform, global_scale, format, scale_rule, scale_layout) -> tuple[Tensor, Tensor]:
+    if format in ACTIVATION_FORMATS:
+        rows_only(scale_layout)
+        return quantize_tokens(gate, transform, format, prologue)
+    swizzled = scale_layout == "swizzled"
+    return transform_quantize(gate, transform, global_scale, format, scale_rule, swizzled=swizzled, prologue=prologue)
+
+
+def rms_norm_keep_transform_quantize(
+    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`wush::rms_norm_keep_transform_quantize`."""
+    rows_only(scale_layout)
+    eps = eps if eps_tensor is None else eps_tensor
+    kept = x.new_empty(x.shape)
+    tail = (transform, global_scale, format, scale_rule)
+    return *norm_quantize(x, weight, None, eps, f"rms_{gain}", *tail, kept=kept), kept
+
+
+def layer_norm_keep_transform_quantize(
+    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`wush::layer_norm_keep_transform_quantize`."""
+    rows_only(scale_layout)
+    eps = eps if eps_tensor is None else eps_tensor
+    kept = x.new_empty(x.shape)
+    tail = (transform, global_scale, format, scale_rule)
+    return *norm_quantize(x, weight, bias, eps, "layer_norm", *tail, kept=kept), kept
+
+
 def silu_mul_transform_quantize(
     gate, up, transform, global_scale, format, scale_rule, scale_layout="rows"
 ) -> tuple[Tensor, Tensor]:
     """`wush::silu_mul_transform_quantize`."""
-    return transform_quantize(
-        gate,
-        transform,
-        global_scale,
-        format,
-        scale_rule,
-        swizzled=scale_layout == "swizzled",
-        prologue=Prologue("silu_mul", up),
-    )
+    return _gated(Prologue("silu", up), gate, transform, global_scale, format, scale_rule, scale_layout)
 
 
 def gelu_mul_transform_quantize(
     gate, up, approximate, transform, global_scale, format, scale_rule, scale_layout="rows"
 ) -> tuple[Tensor, Tensor]:
     """`wush::gelu_mul_transform_quantize`; approximate: none or tanh."""
-    prologue = Prologue("gelu_mul" if approximate == "none" else "gelu_tanh_mul", up)
-    return transform_quantize(
-        gate, transform, global_scale, format, scale_rule, swizzled=scale_layout == "swizzled", prologue=prologue
-    )
+    prologue = Prologue("gelu" if approximate == "none" else "gelu_tanh", up)
+    return _gated(prologue, gate, transform, global_scale, format, scale_rule, scale_layout)
+
+
+def activation_transform_quantize(
+    x, kind, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> tuple[Tensor, Tensor]:
+    """`wush::activation_transform_quantize`; kind: a name in `ops.fused.ACTIVATIONS`."""
+    return _gated(Prologue(kind), x, transform, global_scale, format, scale_rule, scale_layout)

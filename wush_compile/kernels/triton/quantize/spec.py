@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ....formats import FORMATS
+from ....formats import ACTIVATION_FORMATS, FORMATS
 from .tiles import Tile
 
 
@@ -22,7 +22,7 @@ class Spec(NamedTuple):
     group: int  # channels that share a scale (G)
     block: int  # channels of a transform block (B); 0: no transform
     shared: bool  # one matrix serves all blocks
-    format: str  # mxfp4 or nvfp4
+    format: str  # mxfp4 or nvfp4; fp8 or none in tokens.py
     rule: str  # scale rule of the format
     scaled: bool  # there is a global scale
     swizzled: bool  # scales are written as `layouts.swizzle_scales` orders them
@@ -57,7 +57,7 @@ def make_spec(
     return Spec(
         width=width,
         stride=width if rows.stride(0) == width else 0,
-        group=FORMATS[format].group_size,
+        group=(ACTIVATION_FORMATS.get(format) or FORMATS[format]).group_size,
         block=block,
         shared=block > 0 and transform.shape[0] == 1 and width > block,
         format=format,

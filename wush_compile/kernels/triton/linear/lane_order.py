@@ -1,0 +1,73 @@
+"""Activations of 8 and 16 bits in the channel orders of the products that decode only the weight.
+
+A look-up decodes the channels 0..3 of every 8 weights, then the channels 4..7; a bf16 decoder the even ones, then the
+odd ones. The weight's order cannot change, so x takes the same one (`upcast.py`, `gemm._to_lanes`)."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common.formats import e4m3_factor
+from ..common.overlap import overlaps, start_next, wait_inputs
+
+
+@triton.jit
+def lane_order_kernel(
+    x,
+    out,
+    rows,
+    WIDTH: tl.constexpr,
+    ORDER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """x [rows, WIDTH] -> out [rows, WIDTH]; a program takes ROWS rows and COLUMNS columns. WIDTH is K, or K/4 where
+    int32 words hold four e4m3 bytes each; K % 128 = 0. Grid (tiles of rows, tiles of columns).
+
+    ORDER of every 128 channels, which is that of the upcasts of `upcast.py`:
+    halves   int32 words -> the even words, then the odd ones
+    lanes    int32 words -> the same, each half in lane order
+    bf16     bf16 values, or e4m3 bytes, which become bf16 -> the even channels, then the odd ones, in lane order"""
+    wait_inputs(PDL)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (r < rows)[:, None] & (c < WIDTH)[None, :]
+    at = tl.minimum(r, rows - 1).to(tl.int64)[:, None] * WIDTH + c[None, :]
+    v = tl.load(x + at, mask=inside, other=0)
+    if v.dtype == tl.uint8:
+        byte = v.to(tl.int32)
+        magnitude = e4m3_factor(byte & 0x7F)
+        v = tl.where(byte >= 0x80, -magnitude, magnitude).to(tl.bfloat16)
+    if ORDER == "halves":
+        v = tl.permute(tl.reshape(v, (ROWS, COLUMNS // 32, 16, 2)), (0, 1, 3, 2))
+    elif ORDER == "lanes":
+        v = tl.permute(tl.reshape(v, (ROWS, COLUMNS // 32, 4, 4, 2)), (0, 1, 4, 3, 2))
+    else:
+        v = tl.permute(tl.reshape(v, (ROWS, COLUMNS // 128, 2, 4, 4, 2, 2)), (0, 1, 6, 2, 4, 3, 5))
+    tl.store(out + at, tl.reshape(v, (ROWS, COLUMNS)), mask=inside)
+    start_next(PDL)
+
+
+def _launch(x: Tensor, out: Tensor, order: str) -> Tensor:
+    rows, width = x.shape
+    block, pdl = 1 if rows <= 64 else 4, x.is_cuda and overlaps(x.device.index)
+    columns = min(1024 if order == "bf16" else 512, triton.next_power_of_2(width))
+    lane_order_kernel[(triton.cdiv(rows, block), triton.cdiv(width, columns))](
+        x, out, rows, width, order, block, columns, pdl, num_warps=4, **({"launch_pdl": True} if pdl else {})
+    )
+    return out
+
+
+def fp8_order(codes: Tensor, lane_order: bool = True) -> Tensor:
+    """e4m3 bytes uint8 [M, K] -> e4m3 [M, K] in the order of `upcast_fp8`. K % 128 = 0."""
+    out = torch.empty_like(codes)
+    _launch(codes.view(torch.int32), out.view(torch.int32), "lanes" if lane_order else "halves")
+    return out.view(torch.float8_e4m3fn)
+
+
+def bf16_order(x: Tensor) -> Tensor:
+    """bf16 [M, K], or e4m3 bytes uint8 [M, K] -> bf16 [M, K], exact, in the lane order of `upcast_bf16`.
+    K % 128 = 0."""
+    return _launch(x, torch.empty(x.shape, dtype=torch.bfloat16, device=x.device), "bf16")

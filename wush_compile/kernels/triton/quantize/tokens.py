@@ -1,0 +1,184 @@
+"""Activations of 8 and 16 bits: the block transform, then e4m3 with one scale a row, or the model dtype.
+
+A row's scale needs the maximum of all its transformed values. So a launch has two kinds of programs: the first store
+the maxima of their part of the rows, the second wait for those of the whole rows, transform the same tiles again, whose
+x is in L2, and encode them. Programs of the first kind have the lower numbers (`overlap.wait_arrivals`).
+
+A row with NaN or Inf has the scale NaN in fp8. In the model dtype its NaN may reach other blocks of the row, which the
+product does anyway.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....formats import E4M3_MAX, FP8_LEAST_MAX, operand_layout
+from ..common.formats import ABS_BITS, INF_BITS, bits_float, e4m3_encode, float_bits
+from ..common.memory import workspace
+from ..common.overlap import arrive, overlaps, start_next, wait_arrivals, wait_inputs
+from .dot import dot, load_operand
+from .load import inside_mask, load_tile
+from .prologue import Prologue
+from .spec import make_spec
+from .tiles import Tile, choose_tile, device_instructions
+from .transform_quantize import dense_rows
+
+MOST_BANDS = 2**14  # tiles of rows in one launch
+# Programs that fill a large GPU: 132 multiprocessors with 16 programs each.
+ENOUGH_PROGRAMS = 2112
+LARGEST, LEAST_MAX = tl.constexpr(E4M3_MAX), tl.constexpr(FP8_LEAST_MAX)
+STEP = tl.constexpr(1.0 / E4M3_MAX)
+
+
+@triton.jit
+def _transformed(x, up, t, left, first, stride, up_stride, SPEC: tl.constexpr):
+    """fp32 [R, W]: the transformed columns from `first` on, of the rows that x and `up` point to."""
+    EVEN: tl.constexpr = SPEC.width % SPEC.columns == 0
+    source = (x + first, None if up is None else up + first, None, None, None, None, None, stride, up_stride)
+    tile = load_tile(source, 0, left, first, SPEC, True, EVEN)
+    if SPEC.block > 0:
+        return dot(tile, load_operand(t, first, SPEC, EVEN), SPEC)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def _store_tile(codes, values, left, first, SPEC: tl.constexpr):
+    """values [R, W] to columns from `first` on, of rows of K at `codes`."""
+    rows = tl.arange(0, SPEC.rows)[:, None]
+    columns = tl.arange(0, SPEC.columns)[None, :]
+    inside = inside_mask(rows, left, first + columns, SPEC.width, True, SPEC.width % SPEC.columns == 0)
+    tl.store(codes + (rows * SPEC.width + (first + columns)), values, mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def token_kernel(
+    x, up, t, codes, scales, maxima, counters, M, pitch, up_pitch, TILES: tl.constexpr, SPEC: tl.constexpr
+):
+    """x [M, K], its rows `pitch` apart, t [K/B or 1, B, B] -> codes uint8 [M, K], scales fp32 [M] (SPEC.format fp8); or
+    codes [M, K] in x's dtype (none).
+
+    A program takes SPEC.rows rows, and TILES tiles of SPEC.columns columns: a part. maxima: int32 [M, parts], counters:
+    int32, one for each tile of rows, zeros before and after; both for fp8 only. Grid: for each tile of rows, one
+    program for each part; with fp8 one that finds maxima, and later one that encodes. `up` belongs to the prologue."""
+    wait_inputs(SPEC.pdl)
+    start_next(SPEC.pdl)
+    R: tl.constexpr = SPEC.rows
+    K: tl.constexpr = SPEC.width
+    COLUMNS: tl.constexpr = (K + SPEC.columns - 1) // SPEC.columns
+    PARTS: tl.constexpr = (COLUMNS + TILES - 1) // TILES
+    FP8: tl.constexpr = SPEC.format == "fp8"
+    PROGRAMS: tl.constexpr = 2 * PARTS if FP8 else PARTS
+    stride = SPEC.stride if SPEC.stride > 0 else pitch
+    band = tl.program_id(0) // PROGRAMS
+    place = tl.program_id(0) % PROGRAMS
+    begin = place % PARTS * TILES
+    end = tl.minimum(begin + TILES, COLUMNS)
+    left = M - band * R
+    row = band.to(tl.int64) * R
+    x += row * stride
+    codes += row * K
+    if up is not None:
+        up += row * up_pitch
+    if FP8:
+        rows = tl.arange(0, R)
+        maxima += row * PARTS
+        if place < PARTS:
+            amax = tl.zeros((R,), tl.int32)
+            for i in tl.range(begin, end, num_stages=1):
+                y = _transformed(x, up, t, left, i * SPEC.columns, stride, up_pitch, SPEC)
+                amax = tl.maximum(amax, tl.max(float_bits(y) & ABS_BITS, axis=1))  # NaN > Inf > any number
+            tl.store(maxima + rows * PARTS + place, amax, mask=rows < left)
+            arrive(counters + band)
+        else:
+            wait_arrivals((counters + band, PARTS, PARTS))
+            amax = tl.zeros((R,), tl.int32)
+            for i in tl.range(0, PARTS, 32, num_stages=1):
+                parts = i + tl.arange(0, 32)[None, :]
+                inside = (rows < left)[:, None] & (parts < PARTS)
+                some = tl.load(maxima + (rows * PARTS)[:, None] + parts, mask=inside, other=0)
+                amax = tl.maximum(amax, tl.max(some, axis=1))
+            finite = amax < INF_BITS
+            largest = tl.maximum(bits_float(tl.where(finite, amax, 0x3F800000)), LEAST_MAX)
+            factor = tl.div_rn(1.0, largest) * LARGEST  # what PyTorch makes of a number over a tensor
+            if place == PARTS:
+                scale = tl.where(finite, largest * STEP, float("nan"))
+                tl.store(scales + row + rows, scale, mask=rows < left)
+            for i in tl.range(begin, end, num_stages=1):
+                y = _transformed(x, up, t, left, i * SPEC.columns, stride, up_pitch, SPEC)
+                y = tl.where(finite[:, None], y, 0.0) * factor[:, None]
+                code = e4m3_encode(tl.minimum(tl.abs(y), LARGEST)) | ((float_bits(y) >> 24) & 0x80)
+                _store_tile(codes, code.to(tl.uint8), left, i * SPEC.columns, SPEC)
+    else:
+        for i in tl.range(begin, end, num_stages=1):
+            y = _transformed(x, up, t, left, i * SPEC.columns, stride, up_pitch, SPEC)
+            _store_tile(codes, y.to(codes.dtype.element_ty), left, i * SPEC.columns, SPEC)
+
+
+def choose_tokens(rows: int, width: int, block: int, format: str) -> tuple[Tile, int]:
+    """(tile, tiles of columns that a program takes).
+
+    A program takes several tiles only where the launch still has `ENOUGH_PROGRAMS`: fewer maxima a row then, but the
+    tiles of a program come one after the other. Eight tiles a program were measured to cost 16 us at 128 rows of 4096,
+    where one tile costs 3 us at 64 rows. The rule between them follows from counting; no run has compared others."""
+    tile = choose_tile(rows, width, block)._replace(tiles=1, stages=1)
+    if block:
+        tile = tile._replace(columns=max(tile.columns, 64))
+    if format != "fp8" or not block:
+        return tile, 1
+    programs = 2 * triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns)
+    return tile, max(1, min(8, programs // ENOUGH_PROGRAMS))
+
+
+def quantize_tokens(
+    x: Tensor,
+    transform: Tensor | None,
+    format: str,
+    prologue: Prologue = Prologue(),
+    plan: tuple[Tile, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`wush::transform_quantize` for fp8 and none (`formats.ACTIVATION_FORMATS`).
+
+    x [.., K] bf16, fp16 or fp32 -> codes uint8 [.., K], scales fp32 [.., 1]; or x's dtype [.., K], fp32 [.., 0].
+    prologue: a gated activation, or nothing."""
+    rows = dense_rows(x)
+    count, width = rows.shape
+    columns, dtype, groups, scale_dtype = operand_layout(format, width, x.dtype)
+    codes = torch.empty((*x.shape[:-1], columns), dtype=dtype, device=x.device)
+    scales = torch.empty((*x.shape[:-1], groups), dtype=scale_dtype, device=x.device)
+    if codes.numel() == 0:
+        return codes, scales
+    tile, tiles = plan or choose_tokens(count, width, 0 if transform is None else transform.shape[-1], format)
+    parts, programs = triton.cdiv(triton.cdiv(width, tile.columns), tiles), 2 if format == "fp8" else 1
+    sm = device_instructions(x.device.index) if x.is_cuda else 0
+    pdl = x.is_cuda and overlaps(x.device.index)
+    spec = make_spec(rows, transform, None, format, "", tile, sm, prologue=prologue.name, pdl=pdl)
+    up = None if prologue.up is None else dense_rows(prologue.up)
+    t = None if transform is None else transform.contiguous()
+    flat_codes, flat_scales = codes.view(count, columns), scales.view(count, groups)
+    for start in range(0, count, tile.rows * MOST_BANDS):
+        some = slice(start, start + tile.rows * MOST_BANDS)
+        part = rows[some]
+        bands = triton.cdiv(part.shape[0], tile.rows)
+        maxima = counters = None
+        if format == "fp8":
+            maxima = torch.empty((part.shape[0], parts), dtype=torch.int32, device=x.device)
+            counters = workspace(x.device).counters(bands)
+        token_kernel[(bands * parts * programs,)](
+            part,
+            None if up is None else up[some],
+            t,
+            flat_codes[some],
+            flat_scales[some],
+            maxima,
+            counters,
+            part.shape[0],
+            rows.stride(0),
+            0 if up is None else up.stride(0),
+            tiles,
+            spec,
+            num_warps=tile.warps,
+            enable_fp_fusion=False,
+            **({"launch_pdl": True} if pdl else {}),
+        )
+    return codes, scales
