@@ -24,7 +24,7 @@ from wush_compile.checkpoint.record import quantization_of
 from wush_compile.errors import CheckpointError, ConfigError, WushError
 from wush_compile.modules import named_groups
 from wush_compile.reporting import follow
-from wush_compile.reporting.contents import Contents, GroupFacts, read_contents
+from wush_compile.reporting.contents import Contents, GroupFacts, read_contents, write_evaluation
 from wush_compile.reporting.page import PACKAGE, render
 from wush_compile.reporting.weights import weight_facts
 
@@ -234,10 +234,8 @@ def test_a_comparison_puts_the_largest_change_first():
 
 def test_an_evaluation_is_shown_while_it_is_of_these_weights(llama, tmp_path):
     wc.save(llama, tmp_path / "m")
-    (tmp_path / "text.txt").write_text("")
-    digest = json.loads((tmp_path / "m" / "config.json").read_text())["wush_sha256"]
+    write_evaluation(tmp_path / "m", {"perplexity": 12.345, "text": "wiki"})
     file = tmp_path / "m" / "wush_evaluation.json"
-    file.write_text(json.dumps({"wush_sha256": digest, "perplexity": 12.345, "text": "wiki"}))
     assert "Perplexity 12.345" in read_contents(tmp_path / "m", graphs=False).head[2][1]
     file.write_text(json.dumps({"wush_sha256": "other", "perplexity": 12.345}))
     assert "No evaluation is kept" in read_contents(tmp_path / "m", graphs=False).head[2][1]
