@@ -27,7 +27,7 @@ from .fingerprint import fingerprint_of_data, fingerprint_of_model
 from .inputs import moved, prepare_batches
 from .journal import Journal
 from .loop import calibrate
-from .progress import Progress
+from .progress import Progress, memory
 from .ranks import SingleProcess, join, local_device
 from .solve_group import Solved
 from .streaming import open_checkpoint
@@ -138,7 +138,13 @@ def quantize_checkpoint(
 
 def _quantize(model: nn.Module, data: Iterable | None, config: WushConfig, tokenizer, run: Run) -> nn.Module:
     """Solves every group, finishes the journal, and installs the groups in the model."""
-    solved, record = _solve(model, data, config, tokenizer, run)
+    with timing() as seconds:
+        solved, record = _solve(model, data, config, tokenizer, run)
+    record.run = {
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "device": _environment(run)["device"],
+        "peak_memory": memory(run.device),
+    }
     if run.journal is not None:
         run.journal.finish(record, partial(write_settings, model, record, tokenizer=tokenizer))
     for one in solved:
