@@ -24,7 +24,7 @@ from wush_compile.checkpoint.record import quantization_of
 from wush_compile.errors import CheckpointError, ConfigError, WushError
 from wush_compile.modules import named_groups
 from wush_compile.reporting import follow
-from wush_compile.reporting.contents import Contents, GroupFacts, read_contents, write_evaluation
+from wush_compile.reporting.contents import Contents, GroupFacts, read_contents, report_facts, write_evaluation
 from wush_compile.reporting.page import PACKAGE, render
 from wush_compile.reporting.weights import weight_facts
 
@@ -129,6 +129,15 @@ def test_power_before_the_transform_is_that_of_the_effective_weight(llama):
 
 
 # -- untrusted checkpoints -------------------------------------------------------------------------------------------
+
+
+def test_the_power_of_activations_is_shown_and_may_be_edited(llama):
+    assert "Spectrum of s" in wc.report(llama, graphs=False)
+    known = next(iter(llama.wush_quantization.report.values()))["input_power"]
+    assert report_facts({"input_power": known})["inputs"] == known
+    lacking = ({"before": "x"}, known | {"after": []}, known | {"after": [-1]}, known | {"spectrum": ["<b>"]})
+    for edited in (3, [], *lacking):
+        assert report_facts({"input_power": edited})["inputs"] is None
 
 
 def test_nothing_of_a_checkpoint_becomes_markup(tmp_path):

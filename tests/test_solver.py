@@ -13,6 +13,7 @@ from wush_compile import formats
 from wush_compile.config import WushConfig
 from wush_compile.errors import ConfigError, DataError, NonFiniteError
 from wush_compile.recipe import MOMENTS, SOLVERS, TRANSFORMS
+from wush_compile.solver.facts import moment_curves
 from wush_compile.solver.gptq import _rounder, gptq, gptq_conditional, rotate_, round_e2m1, round_group, triangular
 from wush_compile.solver.loss import layer_loss
 from wush_compile.solver.scales import global_scale
@@ -289,6 +290,24 @@ def test_the_power_of_s_splits_the_moments_between_the_sides(power):
     assert torch.det(t).abs().log().item() == pytest.approx(
         torch.det(wush_transform(torch.linalg.cholesky(h)[None], gram[None], 0.0)[0]).abs().log().item()
     )
+
+
+def test_curves_of_the_activations_power():
+    """After WUSH the channels of a block have one power, and the spectrum is that of s."""
+    generator = torch.Generator().manual_seed(7)
+    x, w = (torch.randn(n, 64, generator=generator, dtype=torch.float64) for n in (400, 96))
+    x[:, 5] *= 30
+    h, gram = diagonal_blocks(x.T @ x / 400, 32), diagonal_blocks(w.T @ w / 96, 32)
+    t = wush_transform(torch.linalg.cholesky(h), gram, damping=0.0)
+    curves = moment_curves(h, t, 32)
+    power = x.square().mean(0)
+    assert curves["before"][0] == pytest.approx((power.max() / power.mean()).item(), rel=1e-3)
+    steps = sorted(set(curves["after"]))
+    assert len(steps) == 2  # one level a block: `mean(s)`
+    s = torch.linalg.eigvalsh(torch.linalg.cholesky(h).mT @ gram @ torch.linalg.cholesky(h)).sqrt()
+    assert curves["spectrum"][0] == pytest.approx((s.max() / s.mean()).item(), rel=1e-3)
+    assert len(curves["spectrum"]) == 48 and curves["spectrum"] == sorted(curves["spectrum"], reverse=True)
+    assert moment_curves(h, None, 32)["after"] == moment_curves(h, None, 32)["before"]
 
 
 def test_rotated_factor():

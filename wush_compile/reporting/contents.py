@@ -51,6 +51,7 @@ class GroupFacts:
     members: list[str] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)  # what else the run measured
     weights: WeightFacts | None = None
+    inputs: dict[str, list[float]] | None = None  # `solver.facts.moment_curves`
 
     @property
     def depth(self) -> int | None:
@@ -117,8 +118,19 @@ def report_facts(report: dict) -> dict:
     """The fields of `GroupFacts` that come from a group's report or from its line in a log."""
     known = {name: value for name, entry in report.items() if (value := number(entry)) is not None}
     return {name: known.get(name) for name in ("tokens", "loss", "relative_loss", "seconds")} | {
-        "measured": {name: value for name, value in sorted(known.items()) if name not in SHOWN}
+        "measured": {name: value for name, value in sorted(known.items()) if name not in SHOWN},
+        "inputs": _curves(report.get("input_power")),
     }
+
+
+def _curves(given: object) -> dict[str, list[float]] | None:
+    """The three curves of a group's activations; None for anything else, since a report may be edited."""
+    names = ("before", "after", "spectrum")
+    if not isinstance(given, dict) or not all(isinstance(given.get(name), list) for name in names):
+        return None
+    curves = {name: [number(value) for value in given[name][:256]] for name in names}
+    good = all(c and all(v is not None and math.isfinite(v) and v >= 0 for v in c) for c in curves.values())
+    return curves if good else None
 
 
 def read_contents(source: nn.Module | str | os.PathLike, graphs: bool = True) -> Contents:

@@ -102,7 +102,7 @@ def _rows(page: Contents) -> list[dict]:
                 (g.seconds, "%.2f"),
                 (_kib(g), "%.1f"),
             ],
-            "facts": [_Sided(g, 0)] if g.weights or g.measured else [],
+            "facts": [_Sided(g, 0)] if g.weights or g.measured or g.inputs else [],
         }
         for g in page.groups
     ]
@@ -137,7 +137,7 @@ def _pair_rows(first: Contents, second: Contents) -> list[dict]:
         notes = ", ".join(
             filter(None, (missing, *(f"{x}: {g.notes}" for x, g in (("A", a), ("B", b)) if g and g.notes)))
         )
-        facts = [_Sided(g, k) for k, g in enumerate((a, b)) if g and (g.weights or g.measured)]
+        facts = [_Sided(g, k) for k, g in enumerate((a, b)) if g and (g.weights or g.measured or g.inputs)]
         change = math.inf if ratio is None else abs(math.log(ratio))
         rows.append({"name": name, "notes": notes, "cells": cells, "facts": facts, "change": change})
     return sorted(rows, key=lambda row: row["change"], reverse=True)

@@ -7,4 +7,5 @@ choose.py       the transform that each block gets, and the moments it follows f
 scales.py       the global scales of weights and activations
 gptq.py         rounding with error propagation
 loss.py         the loss of a solution, on rows of calibration data
+facts.py        curves of the activations' power, for the report
 """

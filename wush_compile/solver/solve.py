@@ -8,6 +8,7 @@ from ..errors import DataError, NonFiniteError
 from ..phases import phase
 from ..recipe import Recipe
 from .choose import CLOSED_FORM, Transforms, uses_conditional_moments
+from .facts import moment_curves
 from .gptq import gptq, gptq_conditional, rotate_
 from .scales import calibrates_global_scale, global_scale
 from .solution import GroupSolution, block_size
@@ -92,6 +93,8 @@ def solve(
     if recipe.format == "nvfp4":
         report["weight_scales_saturated"] = int((scale == 0x7E).sum())
         report["weight_scales_subnormal"] = int((scale < 0x08).sum())
+    if h is not None:
+        report["input_power"] = moment_curves(h, t, block)
     g_x = _input_global_scale(recipe, h, sample, t, block, weight.device, name, report)
     return GroupSolution(t, block, packed, scale, g, g_x, report)
 
