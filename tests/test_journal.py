@@ -14,8 +14,7 @@ from helpers import files, measured, same_tensors
 from torch import nn
 
 import wush_compile as wc
-from wush_compile.calibration import journal
-from wush_compile.calibration import variants
+from wush_compile.calibration import journal, variants
 from wush_compile.calibration import solve_group as solving
 from wush_compile.calibration.journal import Journal
 from wush_compile.errors import CheckpointError, ConfigError, NonFiniteError

@@ -10,8 +10,8 @@ from models import plain
 from test_journal import DATA, IDS, Words, net
 
 import wush_compile as wc
-from wush_compile.calibration import variants
 from wush_compile.calibration import solve_group as solving
+from wush_compile.calibration import variants
 from wush_compile.calibration.progress import Progress
 from wush_compile.phases import phase, timing
 
