@@ -176,7 +176,7 @@ def test_build_groups_leaves_the_skeleton_alone(saved):
         assert {n: (t.shape, t.dtype) for n, t in group.named_buffers()} == {
             n: (t.shape, t.dtype) for n, t in own.named_buffers()
         }
-    assert isinstance(skeleton.q, nn.Linear)
+    assert type(skeleton.q) is nn.Linear
 
 
 def test_split_rows_have_storages_of_their_own(saved):
@@ -369,7 +369,7 @@ def test_damage_is_named_and_the_model_left_alone(saved, name):
     before = {k: v.clone() for k, v in skeleton.state_dict().items()}
     with pytest.raises(CheckpointError, match=message):
         wc.load(directory, model=skeleton)
-    assert isinstance(skeleton.q, nn.Linear) and not hasattr(skeleton, ATTRIBUTE)
+    assert type(skeleton.q) is nn.Linear and not hasattr(skeleton, ATTRIBUTE)
     assert all(torch.equal(v, before[k]) for k, v in skeleton.state_dict().items())
 
 

@@ -125,7 +125,11 @@ def test_reload_is_exact_and_saves_the_same_bytes(models, tmp_path, name):
         assert type(loaded) is type(model) and not loaded.training
         assert same_tensors(model, loaded)
         assert torch.equal(outputs(model), outputs(loaded))
-        assert not any(hasattr(m, "weight") for m in loaded.modules() if isinstance(m, WushLinear))
+        own = dict(model.named_modules())
+        for name, m in loaded.named_modules():
+            if isinstance(m, WushLinear):  # `weight` and `bias` are answered, and are no tensors of the checkpoint
+                assert torch.equal(m.weight, m.dequantize().to(m.weight.dtype)) and not m._parameters
+                assert m.weight.dtype == own[name].weight.dtype and (m.bias is None) == (own[name].bias is None)
         record, again = getattr(model, ATTRIBUTE), getattr(loaded, ATTRIBUTE)
         assert (record.config, record.groups, record.ignored) == (again.config, again.groups, again.ignored)
     wc.save(one, tmp_path / "c")
@@ -175,7 +179,7 @@ def test_generate(saved):
     assert expected.shape == (2, 20)
     loaded = AutoModelForCausalLM.from_pretrained(directory)
     assert torch.equal(loaded.generate(IDS, **settings), expected)
-    assert loaded.hf_quantizer.is_compileable and not loaded.hf_quantizer.is_trainable
+    assert loaded.hf_quantizer.is_compileable and loaded.hf_quantizer.is_trainable
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -32,6 +32,10 @@ class SignatureError(WushError, TypeError):
     """A function that computes an op but does not take the op's arguments."""
 
 
+class GradientError(WushError, RuntimeError):
+    """A gradient is asked of an op that has none."""
+
+
 def one_of(kind: str, value: object, allowed: Iterable[str]) -> str:
     """Returns `value` if it is one of `allowed`. Otherwise raises `ConfigError` with the nearest match."""
     allowed = tuple(allowed)

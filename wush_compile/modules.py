@@ -5,14 +5,17 @@ tree. They call the group as a module, so that its hooks fire, those of offloadi
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from .errors import WushError
 from .formats import dequantize, get_format
 from .ops import core as ops  # noqa: F401  (registers torch.ops.wush)
+from .ops.straight_through import StraightThrough
 from .recipe import Recipe
 
 
@@ -45,6 +48,12 @@ def buffer_layout(
         "input_global_scale": scale if stores_global_scale(recipe.operand, recipe.activation_scale_rule) else None,
         "bias": ((rows,), dtype) if has_bias else None,
     }
+
+
+def _needs_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd records a linear of x. An exported program holds the ops alone, which refuse gradients."""
+    wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+    return torch.is_grad_enabled() and wanted and not torch.compiler.is_exporting()
 
 
 class WushGroup(nn.Module):
@@ -95,11 +104,27 @@ class WushGroup(nn.Module):
 
     def forward(self, x: Tensor, start: int, stop: int) -> Tensor:
         """x [.., K] -> [.., stop − start], the output of one member."""
-        codes, scales = self._quantize_once(x, start)
         weight, weight_scale, bias = self.weight_packed, self.weight_scale, self.bias
         if len(self.members) > 1:
             weight, weight_scale = weight[start:stop], weight_scale[start:stop]
             bias = None if bias is None else bias[start:stop]
+        if _needs_gradient(x, bias):
+            with torch.no_grad():
+                codes, scales = self._quantize_once(x, start)
+            return StraightThrough.apply(
+                x,
+                codes,
+                scales,
+                self.input_transform,
+                self.input_global_scale,
+                weight,
+                weight_scale,
+                self.weight_global_scale,
+                bias,
+                self.format,
+                *self.layout,
+            )
+        codes, scales = self._quantize_once(x, start)
         return torch.ops.wush.fp4_linear(
             codes,
             scales,
@@ -133,17 +158,93 @@ class WushGroup(nn.Module):
         return f"{self.format}{activations}, in_features={width}, rows={rows}, members={[m.name for m in self.members]}"
 
 
-class WushLinear(nn.Module):
-    """A quantized linear layer: [.., in_features] -> [.., out_features], a row range of its `WushGroup`."""
+READ_ONLY = "the weight and the bias of a quantized linear are read-only: change them, then quantize"
 
-    def __init__(self, group: WushGroup, member: Member):
-        super().__init__()
+
+class ComputedTensor(torch.Tensor):
+    """A read-only tensor whose values are computed where an op needs them; shape, dtype and device cost nothing."""
+
+    # transformers initializes only tensors without this mark.
+    _is_hf_initialized = True
+
+    @staticmethod
+    def __new__(cls, compute: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        self.compute = compute
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func == torch.Tensor.data.__set__:  # a new object each time
+            raise WushError(READ_ONLY)
+        with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:  # `.data`, which code may write to
+            return cls(args[0].compute, args[0].shape, args[0].dtype, args[0].device)
+        named = zip((a.name for a in func._schema.arguments), args)
+        given = {**dict(named), **(kwargs or {})}
+        for argument in func._schema.arguments:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(given.get(argument.name), cls):
+                raise WushError(READ_ONLY)
+        args, kwargs = pytree.tree_map_only(cls, lambda t: t.compute(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: int):
+        return self.compute().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        return self.compute().clone()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+class WushLinear(nn.Linear):
+    """A quantized linear layer: [.., in_features] -> [.., out_features], a row range of its `WushGroup`.
+
+    An `nn.Linear` for code that looks for linears (peft, for one) or reads their `weight` and `bias`. Both are
+    computed when read, are no parameters, and cannot be changed.
+    """
+
+    def __init__(self, group: WushGroup, member: Member, weight_dtype: torch.dtype):
+        nn.Module.__init__(self)  # not nn.Linear's, which makes parameters
         self._group = [group]  # in a list: only the first member registers it
         if group.members[0] == member:
             self.group = group
         self.in_features = 2 * group.weight_packed.shape[1]
         self.out_features = member.stop - member.start
         self.start, self.stop, self.has_bias = member.start, member.stop, member.has_bias
+        self.weight_dtype = weight_dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """`dequantize()` in the dtype of the linear that was quantized: [out_features, in_features]."""
+        return self._computed(
+            lambda: self.dequantize().to(self.weight_dtype), (self.out_features, self.in_features), self.weight_dtype
+        )
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The linear's rows of its group's bias [out_features]; None without a bias."""
+        if not self.has_bias:
+            return None
+        return self._computed(
+            lambda: self.owner.bias[self.start : self.stop], (self.out_features,), self.owner.bias.dtype
+        )
+
+    def _computed(self, compute: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():  # dead code in the graph, if only the dtype is read
+            return compute()
+        return ComputedTensor(compute, shape, dtype, self.owner.weight_packed.device)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        return self
 
     @property
     def owner(self) -> WushGroup:
@@ -183,11 +284,15 @@ def is_quantized(model: nn.Module) -> bool:
 def install_group(model: nn.Module, group: WushGroup) -> None:
     """Puts a group's members into the model, in place of the linears of the same names, which are freed."""
     for member in group.members:
-        old, linear = model.get_submodule(member.name), WushLinear(group, member)
+        old = model.get_submodule(member.name)
+        linear = WushLinear(group, member, old.weight.dtype)
         linear.train(old.training)
         linear._forward_hooks, linear._forward_pre_hooks = old._forward_hooks, old._forward_pre_hooks
         linear._forward_hooks_with_kwargs = old._forward_hooks_with_kwargs
         linear._forward_hooks_always_called = old._forward_hooks_always_called
         linear._forward_pre_hooks_with_kwargs = old._forward_pre_hooks_with_kwargs
-        parent, _, leaf = member.name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, linear)
+        owner, _, leaf = member.name.rpartition(".")
+        parent = model.get_submodule(owner)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # no fast path, which multiplies with `weight` and skips the linears
+        setattr(parent, leaf, linear)

@@ -27,11 +27,12 @@ from .fingerprint import fingerprint_of_data, fingerprint_of_model
 from .inputs import moved, prepare_batches
 from .journal import Journal
 from .loop import calibrate
-from .progress import Progress
+from .progress import Progress, memory
 from .ranks import SingleProcess, join, local_device
 from .solve_group import Solved
 from .streaming import open_checkpoint
 from .tensors import tensors_of
+from .verify import verify
 from .warm_up import run_during, warm_up_tasks
 
 log = logging.getLogger("wush_compile")
@@ -79,8 +80,9 @@ def quantize(
         same call continues where it stopped. A call with other data, settings or weights raises `ConfigError`;
         `restart=True` starts over instead.
 
-    The model does not change until every layer has been solved: an error or Ctrl-C leaves it as it was. Raises a
-    `WushError` that names the layer and the remedy. `wush_compile.explain(model)` shows the result.
+    The model does not change until every layer has been solved, and until one batch has shown that it computes with
+    quantized linears what its graph computes: an error or Ctrl-C leaves it as it was. Raises a `WushError` that names
+    the layer and the remedy. `wush_compile.explain(model)` shows the result.
     """
     config = _resolve(config, settings)
     given, model = model, unwrapped(model)
@@ -136,7 +138,13 @@ def quantize_checkpoint(
 
 def _quantize(model: nn.Module, data: Iterable | None, config: WushConfig, tokenizer, run: Run) -> nn.Module:
     """Solves every group, finishes the journal, and installs the groups in the model."""
-    solved, record = _solve(model, data, config, tokenizer, run)
+    with timing() as seconds:
+        solved, record = _solve(model, data, config, tokenizer, run)
+    record.run = {
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "device": _environment(run)["device"],
+        "peak_memory": memory(run.device),
+    }
     if run.journal is not None:
         run.journal.finish(record, partial(write_settings, model, record, tokenizer=tokenizer))
     for one in solved:
@@ -148,9 +156,9 @@ def _quantize(model: nn.Module, data: Iterable | None, config: WushConfig, token
 def _solve(
     model: nn.Module, data: Iterable | None, config: WushConfig, tokenizer, run: Run
 ) -> tuple[list[Solved], Quantization]:
-    """Solves every group of a model without changing the model, which may be on the meta device.
+    """Solves every group of a model, and verifies that the model runs with them.
 
-    `run.tensors` has the weights.
+    Leaves the model as it was. It may be on the meta device: `run.tensors` has the weights.
     """
     tensors, journal, ranks = run.tensors, run.journal, run.ranks
     if data is None:
@@ -182,7 +190,9 @@ def _solve(
         device=str(run.device),
         processes=ranks.size,
     )
-    solved, _ = calibrate(captured, groups, batches if calibrates else None, run)
+    solved, stages = calibrate(captured, groups, batches if calibrates else None, run)
+    with phase("verify"):
+        verify(model, captured, stages, groups, solved, batches, run)
     for group, one in zip(groups, solved, strict=True):
         if group.recipe.transform_block_size not in (None, one.group.block_size):
             log.warning(

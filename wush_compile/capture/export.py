@@ -122,7 +122,7 @@ def _tensors_in(leaf: object) -> object:
 
 
 @contextlib.contextmanager
-def _traceable(model: nn.Module, example: Batch) -> Iterator[None]:
+def traceable(model: nn.Module, example: Batch) -> Iterator[None]:
     """Gives the model, in the block, a forward that names its inputs and returns no other objects than tensors.
 
     Export refuses an input that only `**kwargs` accepts, and a result of an unknown class, such as a cache.
@@ -188,7 +188,7 @@ def _settings() -> Iterator[None]:
 def _export(model: nn.Module, example: Batch) -> torch.export.ExportedProgram:
     args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
     shapes = {k: _dynamic(v) for k, v in kwargs.items()} if kwargs else tuple(_dynamic(v) for v in args)
-    with _traceable(model, example), _settings():
+    with traceable(model, example), _settings():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 

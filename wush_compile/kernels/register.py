@@ -4,7 +4,7 @@ import functools
 
 from ..ops import core as ops
 from ..ops.fused import FUSED_REFERENCE
-from ..ops.schema import lib
+from ..ops.schema import lib, refuse_gradients
 from .dispatch import dispatch
 
 
@@ -12,7 +12,7 @@ from .dispatch import dispatch
 def register() -> None:
     """Registers `dispatch` as the CUDA implementation of every op, once a process."""
     for name, reference in (ops.REFERENCE | FUSED_REFERENCE).items():
-        lib.impl(name, functools.partial(dispatch, name, reference), "CUDA")
+        lib.impl(name, refuse_gradients(name, functools.partial(dispatch, name, reference)), "CUDA")
 
 
 register()

@@ -3,5 +3,6 @@
 core.py      observe, transform_quantize, fp4_linear
 fused.py     a norm or a gated activation in front of transform_quantize; only passes emit these ops
 schema.py    one signature an op, and the check that every function of the op has it
+straight_through.py   the gradient of a quantized linear
 layouts.py   how scales lie in memory
 """

@@ -3,16 +3,18 @@
     define    the schema, the reference and the fake kernel of an op
     bind      the arguments of a call by name; `positional` is the way back
     check     refuses a function whose parameters are not the op's
+    refuse_gradients   makes a kernel refuse tensors that require a gradient
 
 The checked functions are the fake kernels, every provider's, and the packaged ones.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from ..errors import SignatureError
+from ..errors import GradientError, SignatureError
 
 lib = torch.library.Library("wush", "DEF")
 
@@ -26,8 +28,26 @@ def define(op: str, reference: Callable, fake: Callable, mutates: Sequence[str] 
     """Defines `wush::op` with the signature of its reference; `mutates` names the arguments that it writes."""
     lib.define(torch.library.infer_schema(reference, mutates_args=mutates, op_name=op))
     check(op, "the fake kernel", fake)
-    lib.impl(op, reference, "CompositeExplicitAutograd")
+    lib.impl(op, refuse_gradients(op, reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"wush::{op}", fake, lib=lib)
+
+
+def refuse_gradients(op: str, kernel: Callable) -> Callable:
+    """`kernel`, which raises `GradientError` where autograd would record the call.
+
+    An op passes no gradient on, and a graph that continues behind the op would get wrong gradients without an error.
+    """
+
+    @functools.wraps(kernel)
+    def run(*args, **kwargs):
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            raise GradientError(
+                f"wush::{op} passes no gradient on: run an exported program under torch.no_grad(), and train the "
+                "quantized model itself, whose linears have gradients"
+            )
+        return kernel(*args, **kwargs)
+
+    return run
 
 
 def bind(op: str, args: Sequence, kwargs: Mapping[str, object] | None = None) -> dict[str, object]:

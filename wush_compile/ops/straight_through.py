@@ -1,0 +1,77 @@
+"""The gradient of a quantized linear, for training what stands around the linear (adapters, norms, embeddings).
+
+Quantization of the input counts as the identity (straight-through estimator, Bengio et al. 2013, arXiv:1308.3432). So
+with the transform T and the dequantized weight W, the gradient is that of y = x Tᵀ Wᵀ + b:
+
+    input   grad_y W T
+    bias    grad_y, summed over the rows
+    weight  none
+"""
+
+import torch
+from torch import Tensor
+
+from ..formats import dequantize
+from .core import block_transform
+
+
+class StraightThrough(torch.autograd.Function):
+    """`wush::fp4_linear` of a quantized x, with gradients for x and for the bias.
+
+    An op cannot have this gradient: codes are bytes, and autograd passes no gradient through bytes.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        transform: Tensor | None,
+        global_scale: Tensor | None,
+        weight_codes: Tensor,
+        weight_scales: Tensor,
+        weight_global_scale: Tensor | None,
+        bias: Tensor | None,
+        format: str,
+        *layout: str,
+    ) -> Tensor:
+        """x [.., K], which was quantized to codes and scales -> [.., N] in x's dtype.
+
+        layout   the last arguments of the op: (scale_layout, activation_format), or none
+        """
+        return torch.ops.wush.fp4_linear(
+            codes,
+            scales,
+            global_scale,
+            weight_codes,
+            weight_scales,
+            weight_global_scale,
+            bias,
+            None,
+            format,
+            x.dtype,
+            *layout,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        x, _, _, transform, _, weight_codes, weight_scales, weight_global_scale, bias, ctx.format, *_ = inputs
+        ctx.arguments = len(inputs)
+        ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(transform, weight_codes, weight_scales, weight_global_scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """grad [.., N] -> gradients of x [.., K] and of the bias [N]."""
+        transform, weight_codes, weight_scales, weight_global_scale = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = dequantize(weight_codes, weight_scales, ctx.format, weight_global_scale)  # [N, K]
+            grad_x = grad @ weight.to(grad.dtype)  # [.., K]
+            if transform is not None:
+                grad_x = block_transform(grad_x, transform.transpose(1, 2))
+            grad_x = grad_x.to(ctx.dtype)
+        if ctx.needs_input_grad[8]:
+            rows = grad.reshape(-1, grad.shape[-1])  # [M, N]
+            grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, *[None] * 7, grad_bias, *[None] * (ctx.arguments - 9)
