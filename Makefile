@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo lint test docs figures cuda cuda-check bench clean
+.PHONY: demo lint test docs figures test-report cuda cuda-check bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/wush-compile demo
@@ -20,6 +20,12 @@ lint: $(VENV)/ready
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# The report's page in a headless Chromium. Debian's package of it is installed where it is missing.
+test-report: $(VENV)/ready
+	command -v chromium || apt-get install --yes --no-install-recommends chromium
+	$(BIN)/python -m pip install --quiet "playwright>=1.50"
+	$(BIN)/python -m pytest tests/test_report_browser.py
 
 # Builds the site in build/site. A broken link or a missing reference is an error. With --quiet mkdocs would not count it.
 docs: $(VENV)/docs-ready

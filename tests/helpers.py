@@ -126,7 +126,7 @@ def same_tensors(a: nn.Module, b: nn.Module) -> bool:
 
 
 def files(directory: Path) -> dict[str, str]:
-    """sha256 of every file under a directory, by its relative path; seconds do not count."""
+    """sha256 of every file under a directory, by its relative path; seconds and memory do not count."""
     found = {p.relative_to(directory): p.read_bytes() for p in sorted(Path(directory).rglob("*")) if p.is_file()}
     for path in found:
         if path.name == "wush_report.json" or path.match(".wush/stage-*.json"):
@@ -140,7 +140,7 @@ def measured(model: nn.Module) -> dict[str, dict]:
 
 
 def _without_seconds(value: object) -> object:
-    """Without the times of a run, and without `after`, a digest that they are part of."""
+    """Without the times and the memory of a run, and without `after`, a digest that they are part of."""
     if not isinstance(value, dict):
         return value
-    return {key: _without_seconds(v) for key, v in value.items() if key not in ("seconds", "after")}
+    return {key: _without_seconds(v) for key, v in value.items() if key not in ("seconds", "after", "run")}

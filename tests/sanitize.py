@@ -138,17 +138,22 @@ def tile_cases() -> Iterator[Case]:
 def prologue_cases() -> Iterator[Case]:
     kinds = [("rms_norm", gain) for gain in fused_ops.GAINS]
     kinds += [("layer_norm", ""), ("silu_mul", ""), ("gelu_mul", "none"), ("gelu_mul", "tanh")]
+    kinds += [("rms_norm_keep", "rounded"), ("layer_norm_keep", ""), ("activation", "relu2"), ("activation", "gelu")]
     for index, (format, (kind, detail), transform) in enumerate(itertools.product(FLOATS, kinds, ("none", "distinct"))):
         m, k = size(index)
 
         def call(format=format, kind=kind, detail=detail, transform=transform, m=m, k=k):
             x, weight = rows(m, k), normal(k)
             tail = (matrices(transform, k, format), None, format, "absmax")
-            if kind == "rms_norm":
+            if kind == "activation":
+                return triton_fused.activation_transform_quantize(x, detail, *tail)
+            if kind.startswith("rms_norm"):
                 weight = None if detail == "none" else weight
-                return triton_fused.rms_norm_transform_quantize(x, weight, 1e-5, None, detail, *tail)
-            if kind == "layer_norm":
-                return triton_fused.layer_norm_transform_quantize(x, weight, normal(k), 1e-5, None, *tail)
+                norm = getattr(triton_fused, f"{kind}_transform_quantize")
+                return norm(x, weight, 1e-5, None, detail, *tail)
+            if kind.startswith("layer_norm"):
+                norm = getattr(triton_fused, f"{kind}_transform_quantize")
+                return norm(x, weight, normal(k), 1e-5, None, *tail)
             both = normal(m, 2 * k)
             if kind == "silu_mul":
                 return triton_fused.silu_mul_transform_quantize(both[:, :k], both[:, k:], *tail)

@@ -22,6 +22,7 @@ from wush_compile import backend
 from wush_compile.errors import ConfigError
 from wush_compile.kernels import dispatch as kernels
 from wush_compile.ops import core as ops
+from wush_compile.ops.fused import ACTIVATIONS
 
 EXACT = {"emulate_precision_casts": True}
 EMULATED = emulates_rounding()
@@ -201,6 +202,12 @@ FUSED = {
         lambda x, w: (x, w, w.flip(0), 1e-5, None),
         lambda x, w: (x, None, None, 0.0, torch.tensor(1e-5)),
     ],
+    "rms_norm_keep_transform_quantize": [
+        lambda x, w: (x, w, 1e-6, None, "rounded"),
+        lambda x, w: (x, w, 0.0, torch.tensor(1e-6, dtype=torch.float64), "wide"),
+    ],
+    "layer_norm_keep_transform_quantize": [lambda x, w: (x, w, w.flip(0), 1e-5, None)],
+    "activation_transform_quantize": [lambda x, w, kind=kind: (x, kind) for kind in ACTIVATIONS],
     "silu_mul_transform_quantize": [lambda x, w: (x, x.flip(-1))],
     "gelu_mul_transform_quantize": [
         lambda x, w: (x, x.flip(-1), "tanh"),

@@ -102,7 +102,10 @@ def test_quantize_goes_on_streams_and_logs(tiny, tmp_path):
 
 def test_evaluate(tiny, quantized):
     model, text = tiny
-    output = run("evaluate", quantized[0], "--text", text, "--reference", model, "--window", 64, "--device", "cpu")
+    output = run(
+        "evaluate", quantized[0], "--text", text, "--reference", model, "--window", 64, "--device", "cpu", "--save"
+    )
+    assert json.loads((quantized[0] / "wush_evaluation.json").read_text())["text"] == "text.txt"
     kl = float(re.search(r"(\d\.\d{4})", output).group(1))
     assert 0 < kl < 0.1 and "top-1" in output  # measured: .0018
     assert float(re.search(r"(\d+\.\d{3})", run("evaluate", model, "--text", text, "--window", 64)).group(1)) > 100
@@ -148,7 +151,7 @@ def test_errors_are_one_line(tiny, tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["demo", "quantize", "evaluate", "explain", "generate"])
+@pytest.mark.parametrize("command", ["demo", "quantize", "evaluate", "explain", "report", "generate"])
 def test_help(command):
     assert "--help" in run(command, "--help")
 

@@ -21,9 +21,9 @@ from transformers import (
 import wush_compile as wc
 from wush_compile.checkpoint.record import quantization_of
 from wush_compile.errors import CaptureError, ConfigError
-from wush_compile.report.graphs import compiled_graph, example_inputs
-from wush_compile.report.summary import model_bytes
-from wush_compile.report.table import group_table
+from wush_compile.reporting.graphs import compiled_graph, example_inputs
+from wush_compile.reporting.summary import model_bytes
+from wush_compile.reporting.table import group_table
 
 VOCABULARY = 97
 

@@ -14,8 +14,7 @@ from helpers import files, measured, same_tensors
 from torch import nn
 
 import wush_compile as wc
-from wush_compile.calibration import journal
-from wush_compile.calibration import loop as calibrate
+from wush_compile.calibration import journal, variants
 from wush_compile.calibration import solve_group as solving
 from wush_compile.calibration.journal import Journal
 from wush_compile.errors import CheckpointError, ConfigError, NonFiniteError
@@ -106,7 +105,7 @@ KILLED = """
     import safetensors.torch
     import tqdm
     import wush_compile as wc
-    from wush_compile.calibration import journal, loop as calibrate, solve_group as solving
+    from wush_compile.calibration import journal, solve_group as solving, variants
     from test_journal import net, quantize
 
     tqdm.tqdm.monitor_interval = 0                          # a thread's lock, held while this forks, would stay locked
@@ -139,8 +138,8 @@ KILLED = """
             file.write(data[len(data) // 2:])
 
     journal.save_file = in_two_halves
-    for module, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (os, "mkdir"), (calibrate, "functional_call"),
-                         (solving, "solve"), (calibrate, "rewrite")):
+    for module, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (os, "mkdir"), (variants, "functional_call"),
+                         (solving, "solve"), (variants, "rewrite")):
         around(module, name)
 
     def run(out, kill_at=0, kill_after=None):
@@ -288,14 +287,14 @@ def test_sampled_text_is_kept(tmp_path):
 def test_out_of_memory_halves_the_micro_batch_and_a_resumed_run_takes_that(tmp_path, failing):
     one, two = tmp_path / "one", tmp_path / "two"
     plain = wc.quantize(net(Words), IDS, progress=False, batch_size=4)
-    failing(calibrate, "functional_call", 14, torch.OutOfMemoryError("simulated"))
+    failing(variants, "functional_call", 14, torch.OutOfMemoryError("simulated"))
     model = quantize(net(Words), one, IDS)
     manifest = json.loads((one / ".wush" / "manifest.json").read_text())
     assert manifest["micro_batch"] == 2 and manifest["events"] == [
         {"stage": "net.layers.1", "micro_batch": 2, "reason": "out of memory"}
     ]
     assert not same_tensors(model, plain)
-    failing(calibrate, "functional_call", 14, torch.OutOfMemoryError("simulated"))
+    failing(variants, "functional_call", 14, torch.OutOfMemoryError("simulated"))
     calls = failing(solving, "solve", 6, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         quantize(net(Words), two, IDS)
@@ -308,7 +307,7 @@ def test_a_single_sequence_that_does_not_fit_is_an_error(monkeypatch):
     def short(*_):
         raise torch.OutOfMemoryError("simulated")
 
-    monkeypatch.setattr(calibrate, "functional_call", short)
+    monkeypatch.setattr(variants, "functional_call", short)
     with pytest.raises(wc.WushError, match="does not fit the memory of cpu"):
         wc.quantize(net(Words), IDS, progress=False)
     with pytest.raises(wc.WushError, match="does not fit the memory of cpu"):
@@ -329,7 +328,7 @@ def test_a_full_disk_is_our_error_and_the_run_goes_on(whole, tmp_path, failing):
 
 
 def test_a_directory_that_cannot_be_written_is_an_error_before_any_work(tmp_path, monkeypatch, failing):
-    calls = failing(calibrate, "functional_call", 0, None)
+    calls = failing(variants, "functional_call", 0, None)
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="is a file"):
         quantize(net(), tmp_path / "file")

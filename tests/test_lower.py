@@ -46,6 +46,8 @@ class Gate(nn.Module):
 FUSED = {
     "rms_norm_transform_quantize": (Norm("rounded", torch.bfloat16), (x_like(5, 64),)),
     "silu_mul_transform_quantize": (Gate(), (x_like(5, 64), x_like(5, 64, seed=1))),
+    "activation_transform_quantize": (nn.ReLU(), (x_like(5, 64),)),
+    "rms_norm_keep_transform_quantize": (Norm("rounded", torch.bfloat16), (x_like(5, 64),)),
 }
 
 
@@ -58,7 +60,9 @@ def test_lower_takes_apart_what_a_gpu_has_only_the_quantizer_for(fused, kernels_
 
     class Forward(Quantizer):
         def forward(self, a, b=None):
-            return super().forward(*(t for t in (a, b) if t is not None))
+            h = self.prologue(*(t for t in (a, b) if t is not None))
+            codes, scales = wush.transform_quantize(h, self.transform, None, "mxfp4", "absmax")
+            return (codes, scales, h) if "keep" in fused else (codes, scales)
 
     def implementation(arguments, reason=None):
         def refuses(*args):

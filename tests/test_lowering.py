@@ -30,6 +30,7 @@ from wush_compile.kernels.triton.quantize import statistics as triton_statistics
 from wush_compile.kernels.triton.quantize import tiles as triton_tiles
 from wush_compile.kernels.triton.quantize import tokens as triton_tokens
 from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
+from wush_compile.ops.fused import ACTIVATIONS
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 8192)
 SHAPES = ((28672, 4096), (4096, 14336))
@@ -172,34 +173,36 @@ def compile_linear(format, n, k, kernel, cc, promote=0, activation="same"):
     return compile_kernel(fused_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
 
 
-def compile_quantize(format, cc, block, tile, rule="absmax", words=None, pdl=None, flat=None):
+def compile_quantize(format, cc, block, tile, rule="absmax", words=None, pdl=None, flat=None, prologue=None):
     """The quantizer for x bf16 [M, 4096]; words and pdl as a launch has them where they are None; flat: the kernel that
-    takes the fields of the spec one by one."""
+    takes the fields of the spec one by one; prologue: an activation without a gate."""
     pointers = dict(x="*bf16", codes="*u8", scales="*u8", M="i32", pitch="i32") | ({"t": "*bf16"} if block else {})
     rows = torch.empty(1, 4096, dtype=torch.bfloat16, device="meta")
     t = rows.new_empty(4096 // block, block, block) if block else None
-    spec = triton_spec.make_spec(rows, t, None, format, rule, tile, triton_tiles.instructions(divmod(cc, 10)))
+    sm = triton_tiles.instructions(divmod(cc, 10))
+    spec = triton_spec.make_spec(rows, t, None, format, rule, tile, sm, prologue=prologue)
     spec = spec._replace(
         words=triton_tiles.words(tile, spec.fp32_dot, block, 4096) if words is None else words,
         pdl=cc >= 90 if pdl is None else pdl,
     )
-    constants = dict.fromkeys(("t", "global_scale", "up", "weight", "bias", "mean", "scale")) | dict(up_pitch=0)
+    constants = dict.fromkeys(("t", "global_scale", "up", "weight", "bias", "mean", "scale", "kept")) | dict(up_pitch=0)
     constants |= spec._asdict() if flat else dict(SPEC=spec)
     kernel = flat or triton_quantize.transform_quantize_kernel
     return compile_kernel(kernel, pointers, constants, cc, tile.warps, fusion=False)
 
 
-def compile_norm(k, plan, cc):
+def compile_norm(k, plan, cc, keep=False):
     tile, own = plan.tile, plan.way == "own"
     pointers = dict(x="*bf16", weight="*bf16", t="*bf16", codes="*u8", scales="*u8", M="i32", lead="i32", pitch="i32")
     pointers |= dict(eps="fp32") | ({} if own else dict(scale="*fp32", counters="*i32"))
+    pointers |= dict(kept="*bf16") if keep else {}
     rows = torch.empty(1, k, dtype=torch.bfloat16, device="meta")
     t = rows.new_empty(k // 32, 32, 32)
     sm = triton_tiles.instructions(divmod(cc, 10))
     spec = triton_spec.make_spec(rows, t, None, "mxfp4", "absmax", tile, sm, prologue="rms_rounded", pdl=cc >= 90)
     steps = triton_statistics.steps(k, plan.rows, tile.warps)
     constants = dict(
-        dict.fromkeys(("bias", "mean", "scale", "counters", "global_scale")),
+        dict.fromkeys(("bias", "mean", "scale", "kept", "counters", "global_scale")),
         SPEC=spec._replace(words=triton_tiles.words(tile, spec.fp32_dot, 32, k)),
         SUMS=triton_statistics.Sums(k, plan.rows, steps, centered=False, eps_tensor=False, sm=sm),
     )
@@ -458,6 +461,21 @@ def test_rows_are_read_in_wide_loads_for_a_norm(k):
             order = re.findall(r"LDG\.E\.128|FFMA", code)
             together = max(len(list(run)) for name, run in itertools.groupby(order) if name != "FFMA")
             assert together >= asked // 2, (plan, together, asked)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 4096])
+def test_a_norm_that_is_kept_spills_nothing(rows):
+    code = sass(compile_norm(4096, triton_norm.choose_plan(rows, 4096, 32), 90, keep=True))
+    assert "STG.E" in code and not re.search(r"\b(STL|LDL)\b", code)
+
+
+@pytest.mark.parametrize("cc", [80, 90, 100, 120])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activations_spill_next_to_nothing(kind, cc):
+    """Nothing but on sm_120: there gelu_new keeps four words in memory."""
+    tile = triton_tiles.choose_tile(4096, 4096, 32)
+    compiled = compile_quantize("mxfp4", cc, 32, tile, prologue=kind)
+    assert len(re.findall(r"\b(?:STL|LDL)\b", sass(compiled))) <= (8 if cc == 120 else 0)
 
 
 @pytest.mark.parametrize("cc", [80, 86, 89])

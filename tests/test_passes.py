@@ -172,16 +172,6 @@ def test_norms_that_round_or_reduce_differently_stay(change):
         assert seen.counts_after == {"transform_quantize": 1}
 
 
-def test_a_norm_read_by_others_is_not_computed_twice():
-    norm = Norm("rounded", torch.bfloat16)
-
-    def forward(x):
-        h = norm(x)
-        return wush.transform_quantize(h, None, None, "mxfp4", "absmax"), h
-
-    assert run(forward, x_like(5, 64), steps=[passes.fuse_norm]).counts_after == {"transform_quantize": 1}
-
-
 @pytest.mark.parametrize("dtype, gate_first", [(torch.float32, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize(
     "name, act",

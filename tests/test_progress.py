@@ -10,8 +10,8 @@ from models import plain
 from test_journal import DATA, IDS, Words, net
 
 import wush_compile as wc
-from wush_compile.calibration import loop as calibrate
 from wush_compile.calibration import solve_group as solving
+from wush_compile.calibration import variants
 from wush_compile.calibration.progress import Progress
 from wush_compile.phases import phase, timing
 
@@ -63,7 +63,7 @@ def test_the_log_is_of_json_lines(tmp_path, monkeypatch):
 
 
 def test_a_smaller_micro_batch_is_logged(tmp_path, monkeypatch):
-    real, calls = calibrate.functional_call, []
+    real, calls = variants.functional_call, []
 
     def short(*args):
         calls.append(1)
@@ -71,7 +71,7 @@ def test_a_smaller_micro_batch_is_logged(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("simulated")
         return real(*args)
 
-    monkeypatch.setattr(calibrate, "functional_call", short)
+    monkeypatch.setattr(variants, "functional_call", short)
     progress = Progress(False, tmp_path / "log.jsonl")
     wc.quantize(net(Words), IDS, progress=progress)
     [event] = [e for e in events(tmp_path / "log.jsonl") if e["event"] == "batch_size"]

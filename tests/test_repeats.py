@@ -19,9 +19,11 @@ def traced(model: nn.Module, batches: list, monkeypatch) -> tuple[fx.GraphModule
     """The graph by layers, if there is one, and the whole one."""
     made, by_layers = [], repeats.export_by_layers
     with monkeypatch.context() as patch:
-        patch.setattr(repeats, "export_by_layers", lambda *a: made.append(by_layers(*a)))
+        patch.setattr(repeats, "export_by_layers", lambda *a: made.append(by_layers(*a)) or made[-1])
+        graph_module = capture(model, batches).graph_module
+        patch.setattr(repeats, "export_by_layers", lambda *a: None)
         whole = capture(model, batches).graph_module
-    return made[0], whole
+    return None if made[0] is None else graph_module, whole
 
 
 def lines(graph_module: fx.GraphModule) -> list[tuple]:
@@ -52,9 +54,8 @@ def test_the_graph_is_the_same(kind, monkeypatch):
     by_layers, whole = traced(model, BATCHES, monkeypatch)
     assert lines(by_layers) == lines(whole)
     for batch in BATCHES:
-        inputs = {**batch, "use_cache": False}
         with torch.no_grad():
-            assert torch.equal(by_layers(**inputs).logits, whole(**inputs).logits)
+            assert torch.equal(by_layers(**batch).logits, whole(**batch).logits)
 
 
 def test_one_layer_of_each_kind_is_traced(monkeypatch):
@@ -65,7 +66,9 @@ def test_one_layer_of_each_kind_is_traced(monkeypatch):
         monkeypatch.setattr(
             layer.self_attn, "forward", lambda *a, original=original, **k: calls.append(1) or original(*a, **k)
         )
-    monkeypatch.setattr(repeats, "verify", lambda kinds, meta: None)
+    monkeypatch.setattr(
+        repeats, "verify", lambda kinds, meta: dict.fromkeys([n for k in kinds for n in (k.name, *k.others)], 0)
+    )
     capture(model, BATCHES)
     assert len(calls) == 1
 
@@ -144,7 +147,6 @@ def hooks(net: Net) -> Net:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Net(Numbered),
         lambda: Net(Remembers),
         lambda: Net(Appends),
         lambda: Net(Writes),
@@ -154,7 +156,7 @@ def hooks(net: Net) -> Net:
         lambda: hooks(Net(Layer)),
         lambda: Net(Layer, count=3),
     ],
-    ids=["number", "attribute", "argument", "in place", "buffer", "width", "shared", "hook", "few"],
+    ids=["attribute", "argument", "in place", "buffer", "width", "shared", "hook", "few"],
 )
 def test_layers_that_differ_are_all_traced(make, monkeypatch):
     model, batches = make().eval(), [(torch.randn(4, 32),)]
@@ -166,6 +168,55 @@ def test_layers_that_differ_are_all_traced(make, monkeypatch):
         got = whole(*batches[0])
         model.load_state_dict(state)
         torch.testing.assert_close(got, model(*batches[0]))
+
+
+class Other(Layer):
+    """The same modules and tensors as a `Layer`, another forward."""
+
+    def forward(self, x):
+        return x - self.linear(x)
+
+
+class Deep(Layer):
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.more = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.more(self.linear(x))
+
+
+class Sometimes(Layer):
+    """Every third one does more: only running it tells."""
+
+    def forward(self, x):
+        return self.linear(x).relu() if self.number % 3 == 2 else self.linear(x)
+
+
+class Mixed(Net):
+    def __init__(self, *kinds: type[Layer]):
+        super().__init__(Layer)
+        self.layers = nn.ModuleList(kind(i) for i, kind in enumerate(kinds))
+
+
+@pytest.mark.parametrize(
+    "make, traced_layers",
+    [
+        (lambda: Mixed(Layer, Other, Layer, Other, Layer), 3),
+        (lambda: Mixed(Layer, Layer, Deep, Layer, Layer, Deep), 3),
+        (lambda: Mixed(Layer, Layer, Layer, Deep), 3),
+        (lambda: Net(Sometimes, count=7), 3),
+        (lambda: Net(Numbered), 5),
+    ],
+    ids=["class", "structure", "alone", "path", "number"],
+)
+def test_each_kind_of_a_hybrid_stack_is_traced_once(make, traced_layers, monkeypatch):
+    model, kinds = make().eval(), []
+    expand = repeats.expand_repeats
+    monkeypatch.setattr(repeats, "expand_repeats", lambda graph, found: kinds.extend(found) or expand(graph, found))
+    by_layers, whole = traced(model, [(torch.randn(4, 32),)], monkeypatch)
+    assert lines(by_layers) == lines(whole)
+    assert len(kinds) == traced_layers  # the first layer alone sees the width as a symbol
 
 
 def test_layers_that_are_alike_are_not(monkeypatch):
@@ -187,8 +238,8 @@ def test_a_scale_by_the_layers_number_is_seen(monkeypatch):
             attn_implementation="eager",
         )
     ).eval()
-    by_layers, _ = traced(model, BATCHES, monkeypatch)
-    assert by_layers is None
+    by_layers, whole = traced(model, BATCHES, monkeypatch)
+    assert lines(by_layers) == lines(whole)
 
 
 def test_the_quantized_model_is_the_same(monkeypatch):

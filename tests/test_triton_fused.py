@@ -1,4 +1,4 @@
-"""Norms and gated activations inside the quantizer's kernel, against the ops of PyTorch that they replace, on a GPU."""
+"""Norms and activations inside the quantizer's kernel, against the ops of PyTorch that they replace, on a GPU."""
 
 import pytest
 import torch
@@ -28,28 +28,32 @@ def same_numbers_every_time():
 
 
 @triton.jit
-def gated_kernel(gate, up, out, n, KIND: tl.constexpr, SIZE: tl.constexpr):
+def activation_kernel(x, up, out, n, KIND: tl.constexpr, SIZE: tl.constexpr):
     i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     there = i < n
-    value = triton_prologue.gated(tl.load(gate + i, mask=there), tl.load(up + i, mask=there), KIND)
+    value = tl.load(x + i, mask=there)
+    if up is None:
+        value = triton_prologue.activated(value, KIND)
+    else:
+        value = triton_prologue.gated(value, tl.load(up + i, mask=there), KIND)
     tl.store(out + i, value, mask=there)
 
 
-ACTIVATIONS = {"silu_mul": F.silu, "gelu_mul": F.gelu, "gelu_tanh_mul": lambda x: F.gelu(x, approximate="tanh")}
-
-
 @dtypes
-@pytest.mark.parametrize("kind", ACTIVATIONS)
-@pytest.mark.parametrize("factor", [1.0, -1.6875])
+@pytest.mark.parametrize("kind", fused_ops.ACTIVATIONS)
+@pytest.mark.parametrize("factor", [None, 1.0, -1.6875])
 def test_activations_for_every_value(kind, dtype, factor):
-    """All 65536 values of a 16-bit float: the same bits as PyTorch's own kernel, NaN and Inf included; but for erf."""
+    """All 65536 values of a 16-bit float: the same bits as PyTorch's own kernels, NaN and Inf included; but for erf.
+    Without a factor there is no gate."""
     gate = torch.arange(2**16, dtype=torch.int32, device=DEVICE).to(torch.int16).view(dtype)
-    up = torch.full_like(gate, factor)
+    up = None if factor is None else torch.full_like(gate, factor)
     out = torch.empty_like(gate)
-    gated_kernel[(64,)](gate, up, out, gate.numel(), kind, 1024, enable_fp_fusion=False)
-    want = ACTIVATIONS[kind](gate) * up
+    activation_kernel[(64,)](gate, up, out, gate.numel(), kind, 1024, enable_fp_fusion=False)
+    want = fused_ops.ACTIVATIONS[kind](gate)
+    if up is not None:
+        want = want * up
     same = (out.view(torch.int16) == want.view(torch.int16)) | (out.isnan() & want.isnan())
-    if kind == "gelu_mul":
+    if kind == "gelu":
         # erf's last bit is not the same in every release of CUDA's library, and Triton brings its own: 10 values in
         # bf16 and 151 in fp16, all on the negative tail, where 1 + erf cancels.
         assert (~same).sum() <= 200 and torch.allclose(out[~same], want[~same], rtol=2**-7, atol=1e-6)
@@ -84,20 +88,24 @@ def with_scales_at_ties(got, want, x, t, format):
 @cases
 @dtypes
 @shapes
-def test_gated_activations(format, rule, block, dtype, m, k):
+def test_activations(format, rule, block, dtype, m, k):
     """Bit for bit without a transform; with one an fp32 sum has another order, which shows at ties alone. gate and up
     are halves of one product, as after a merged linear."""
     both = (torch.randn(m, 2 * k, device=DEVICE) * 2).to(dtype)
     gate, up = both[:, :k], both[:, k:]
     t = transform(k, block, dtype)
     gelu_mul = triton_fused.gelu_mul_transform_quantize
-    for run, activation in (
-        (lambda *a: triton_fused.silu_mul_transform_quantize(gate, up, *a), "silu_mul"),
-        (lambda *a: gelu_mul(gate, up, "none", *a), "gelu_mul"),
-        (lambda *a: gelu_mul(gate, up, "tanh", *a), "gelu_tanh_mul"),
+    plain = triton_fused.activation_transform_quantize
+    for run, activation, other in (
+        (lambda *a: triton_fused.silu_mul_transform_quantize(gate, up, *a), "silu", up),
+        (lambda *a: gelu_mul(gate, up, "none", *a), "gelu", up),
+        (lambda *a: gelu_mul(gate, up, "tanh", *a), "gelu_tanh", up),
+        *((lambda *a, kind=kind: plain(gate, kind, *a), kind, None) for kind in fused_ops.ACTIVATIONS),
     ):
         got = run(t, None, format, rule)
-        x = ACTIVATIONS[activation](gate) * up
+        x = fused_ops.ACTIVATIONS[activation](gate)
+        if other is not None:
+            x = x * other
         want = ops._transform_quantize(x, t, None, format, rule)
         if rule == "mse" and not torch.equal(got[1], want[1]):
             got = with_scales_at_ties(got, want, x, t, format)
@@ -135,6 +143,33 @@ def test_layer_norm(format, rule, block, dtype, m, k, vectors):
     got = triton_fused.layer_norm_transform_quantize(x, weight, bias, 1e-5, None, t, None, format, rule)
     want = ops._transform_quantize(F.layer_norm(x, (k,), weight, bias, 1e-5), t, None, format, rule)
     assert max(differing(got, want)) <= 1e-2, differing(got, want)
+
+
+@cases
+@dtypes
+@shapes
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_a_norm_that_is_kept(format, rule, block, dtype, m, k, norm):
+    """The codes are those of the op that keeps nothing, and without a transform they are those of the kept norm. It has
+    the bits of PyTorch's where its sums do."""
+    t = transform(k, block, dtype)
+    weight = (1 + 0.1 * torch.randn(k, device=DEVICE)).to(dtype)
+    x = torch.randint(-12, 13, (m, k), device=DEVICE).to(dtype)
+    if norm == "rms_norm":
+        arguments, want = (x, weight, 1e-5, None, "rounded"), fused_ops.rms_norm(x, weight, 1e-5, "rounded")
+    else:
+        bias = torch.randn(k, device=DEVICE).to(dtype)
+        arguments, want = (x, weight, bias, 1e-5, None), F.layer_norm(x, (k,), weight, bias, 1e-5)
+    tail = (t, None, format, rule)
+    *got, kept = getattr(triton_fused, f"{norm}_keep_transform_quantize")(*arguments, *tail)
+    alone = getattr(triton_fused, f"{norm}_transform_quantize")(*arguments, *tail)
+    assert all(torch.equal(a, b) for a, b in zip(got, alone))
+    if t is None:
+        assert max(differing(got, ops._transform_quantize(kept, *tail))) == 0
+    if norm == "rms_norm":
+        assert torch.equal(kept, want)
+    else:
+        torch.testing.assert_close(kept, want, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
 
 
 def test_rows_of_nan_stay_alone():

@@ -61,6 +61,12 @@ for m, k, norm in cases:
         got = norm_quantize(x, weight, weight, eps, norm, t, None, "mxfp4", "absmax", plan)
         first = got if plan == plans[0] else first
         assert all(torch.equal(a, b) for a, b in zip(got, first)), (m, k, norm, plan)
+        kept = torch.full_like(x, 7)
+        again = norm_quantize(x, weight, weight, eps, norm, t, None, "mxfp4", "absmax", plan, kept)
+        assert all(torch.equal(a, b) for a, b in zip(got, again)), (m, k, norm, plan)
+        of_kept = ops._transform_quantize(kept, t, None, "mxfp4", "absmax")
+        wrong = [(a != b).float().mean().item() for a, b in zip(got, of_kept)]
+        assert max(wrong) <= (0 if norm == "rms_rounded" else 1e-3), (m, k, norm, plan, wrong)
         wrong = [(a != b).float().mean().item() for a, b in zip(got, want)]
         assert max(wrong) <= (0 if norm == "rms_rounded" else 1e-2), (m, k, norm, plan, wrong)
         assert (got[1][2] == 255).all()

@@ -18,7 +18,8 @@ from .data import windows
 from .errors import WushError
 from .graphs.log import trace_graphs
 from .kernels import register as _providers  # noqa: F401  (registers the GPU kernels of the ops)
-from .report.explain import explain
+from .reporting.explain import explain
+from .reporting.page import report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "load_tokenizer",
     "quantize",
     "quantize_checkpoint",
+    "report",
     "save",
     "trace_graphs",
     "windows",

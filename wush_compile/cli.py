@@ -21,14 +21,17 @@ from . import __version__
 from .calibration.progress import Progress
 from .calibration.run import quantize as quantize_model
 from .calibration.run import quantize_checkpoint
+from .checkpoint.files import read_config
 from .checkpoint.save_load import load, load_model, load_tokenizer
 from .config import DEFAULT_IGNORE, WushConfig
 from .data import windows
 from .errors import ConfigError, WushError, one_of
 from .evaluation import language as evaluation
 from .recipe import RECIPE_FIELDS, Recipe
-from .report.explain import explain as explanation
-from .report.graphs import compiled_graph
+from .reporting.contents import write_evaluation
+from .reporting.explain import explain as explanation
+from .reporting.graphs import compiled_graph
+from .reporting.page import report as html_report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -233,9 +236,12 @@ def evaluate(
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     count: Annotated[int | None, typer.Option(help="Only the first windows.")] = None,
     device: Device = "auto",
+    save: Annotated[bool, typer.Option("--save", help="Keep the result in the checkpoint MODEL, for report.")] = False,
 ) -> None:
     """Perplexity of MODEL on a text; with --reference also KL divergence and top-1 agreement."""
     with _one_line_errors():
+        if save:
+            read_config(Path(model))  # before minutes of work
         contents = text.read_text(encoding="utf-8")
         net, tokenizer = load_model(model)
         net.to(_device(device))
@@ -243,13 +249,17 @@ def evaluate(
         ids = ids if count is None else ids[: count * window]
         table = Table("", "perplexity", *(["KL to reference", "top-1 agreement"] if reference else []))
         if reference is None:
-            table.add_row(model, f"{evaluation.perplexity(net, ids, window):.3f}")
+            result = {"perplexity": evaluation.perplexity(net, ids, window)}
+            table.add_row(model, f"{result['perplexity']:.3f}")
         else:
             other, _ = load_model(reference)
             measured = evaluation.compare(other.to(_device(device)), net, ids, window)
+            result = measured.to_dict()
             table.add_row(reference, f"{measured.reference_perplexity:.3f}", "", "")
             table.add_row(model, f"{measured.perplexity:.3f}", f"{measured.kl:.4f}", f"{100 * measured.top1:.1f} %")
         console.print(table)
+        if save:
+            write_evaluation(Path(model), {"text": text.name, "window": window, **result})
 
 
 @app.command()
@@ -274,6 +284,41 @@ def explain(
                 raise ConfigError(f"--graph is layer.0, layer.1 and so on, not {graph!r}")
             text = compiled_graph(model, int(layer[1]), after)
         _print(text)
+
+
+@app.command()
+def report(
+    directory: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="A checkpoint; with --follow: the last run's, to compare with."),
+    ] = None,
+    other: Annotated[Path | None, typer.Argument(metavar="[OTHER]", help="A second checkpoint, side by side.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page. Default: report.html.")] = None,
+    follow: Annotated[Path | None, typer.Option(help="Show a run that goes on, by the file of quantize --log.")] = None,
+    port: Annotated[int, typer.Option(help="Of --follow without --out, on 127.0.0.1; 0: a free one.")] = 0,
+    once: Annotated[bool, typer.Option("--once", help="With --follow and --out: write the page one time.")] = False,
+) -> None:
+    """Write a page (HTML, one file) about a checkpoint, about two of them, or about a run that goes on."""
+    from .reporting import follow as following
+
+    with _one_line_errors("stopped"):
+        if follow is not None:
+            if other is not None:
+                raise ConfigError("--follow compares with one checkpoint: leave the second one out")
+            if out is not None:
+                following.rewrite(follow, out, directory, once)
+                _print(f"written to {out}")
+                return
+            if once:
+                raise ConfigError("--once writes one page: say where with --out")
+            with following.serving(follow, directory, port) as server:
+                _print(f"http://127.0.0.1:{server.server_port}/ shows {follow}; Ctrl-C ends it")
+                server.serve_forever()
+        if directory is None:
+            raise ConfigError("give the directory of a checkpoint, or --follow FILE")
+        out = out or Path("report.html")
+        following.write_page(out, html_report(directory, other))
+        _print(f"written to {out}")
 
 
 @app.command()

@@ -37,7 +37,8 @@ class WushConfig(Recipe):
     ignore
         Modules that stay in 16 bits: glob patterns of names, or of the last component of a name (`"*.down_proj"`,
         `"router"`). The patterns add to the default, `("lm_head",)`. One that begins with `!` takes modules out again:
-        `ignore=("!lm_head",)` quantizes the head. The last pattern that matches decides.
+        `ignore=("!lm_head",)` quantizes the head. The last pattern that matches decides. Encoders of images or sound
+        in front of a language model stay in 16 bits too, unless such a pattern matches them.
     overrides
         Settings for some linears: `{"*.down_proj": {"format": "nvfp4"}}`. Patterns are those of `ignore`; later ones
         win. Linears with the same input share a transform only where their recipes are equal.

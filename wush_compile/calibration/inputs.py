@@ -1,8 +1,9 @@
 """Prepares the batches for the trace and for calibration: the user's data, or text that the model samples."""
 
 import contextlib
+import inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +32,47 @@ def prepare_batches(
     if data is None:
         batches, calibrates = _without_data(model, config, tokenizer, progress, device, journal)
     else:
-        batches, calibrates = calibration_data.normalize(data, tokenizer, model), True
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if isinstance(embeddings, nn.Embedding):
+        batches, calibrates = calibration_data.normalize(_with_decoder_inputs(model, data), tokenizer, model), True
+    batches = [_with_shifted_text(model, batch) for batch in batches]
+    embeddings = input_embeddings(model)
+    if embeddings is not None:
         calibration_data.check_token_ids(batches, embeddings.num_embeddings)
     home = next(model.parameters()).device
     return batches if home.type == "meta" else moved(batches, home), calibrates
+
+
+def input_embeddings(model: nn.Module) -> nn.Embedding | None:
+    """Returns the embedding of `input_ids`, if the model names one. A model with two towers may raise instead."""
+    try:
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    except (NotImplementedError, AttributeError):
+        return None
+    return embeddings if isinstance(embeddings, nn.Embedding) else None
+
+
+def _with_decoder_inputs(model: nn.Module, data: Iterable) -> Iterator:
+    """Yields the user's batches. An encoder-decoder gets `decoder_input_ids` from `labels`, as in its training."""
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    for item in data if isinstance(data, Iterable) else [data]:
+        given = isinstance(item, Mapping) and isinstance(item.get("labels"), Tensor)
+        if given and shift is not None and "decoder_input_ids" not in item:
+            item = {**item, "decoder_input_ids": shift(labels=item["labels"])}
+        yield item
+
+
+def _with_shifted_text(model: nn.Module, batch: Batch) -> Batch:
+    """Gives the decoder of a text-to-text model the encoder's text, shifted right, if the batch has nothing for it."""
+    if not isinstance(batch, Mapping) or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return batch
+    accepted = inspect.signature(model.forward).parameters
+    if "decoder_input_ids" not in accepted or "input_ids" not in batch or any(n.startswith("decoder_") for n in batch):
+        return batch
+    ids, start = batch["input_ids"], getattr(model.config, "decoder_start_token_id", None)
+    first = torch.full_like(ids[:, :1], 0 if start is None else start)
+    shifted = torch.cat([first, ids[:, :-1]], 1)
+    mask = batch.get("attention_mask")
+    # A token follows those before it: the decoder's rows are masked where the encoder's are.
+    return {**batch, "decoder_input_ids": shifted} | ({} if mask is None else {"decoder_attention_mask": mask})
 
 
 def moved(batches: list[Batch], device: torch.device) -> list[Batch]:
@@ -59,15 +95,16 @@ def _without_data(
     model: nn.Module, config: WushConfig, tokenizer, progress: bool, device: torch.device, journal: Journal | None
 ) -> tuple[list[Batch], bool]:
     """Returns (batches for the trace, whether to calibrate on them) if the user gave no data."""
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if isinstance(embeddings, nn.Embedding) and not _needs_data(model, config):
+    if input_embeddings(model) is not None and not _needs_data(model, config):
         return [{"input_ids": torch.zeros((2, 8), dtype=torch.int64)}], False
     if not getattr(model, "can_generate", lambda: False)():
         raise DataError(
             f"{type(model).__name__} cannot sample its own calibration text: pass data, an iterable of its inputs"
         )
     if next(model.parameters()).is_meta:
-        raise DataError("a streamed model cannot sample its own calibration text: pass data, or do not stream")
+        raise DataError(
+            "a streamed or offloaded model cannot sample its own calibration text: pass data, or load all of it"
+        )
 
     def sample() -> Tensor:
         with _on_device(model, device):

@@ -18,23 +18,20 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from ..capture.export import Captured
 from ..data import Batch
 from ..errors import DataError, NonFiniteError
 from ..passes.calibration.group import LinearGroup
-from ..passes.calibration.observe import Observation, allocate, insert_observers, observed, remove_observers
-from ..passes.calibration.partition import Stage, partition
-from ..passes.calibration.place import place
-from ..passes.calibration.rewrite import rewrite
+from ..passes.calibration.observe import Observation, allocate, observed
+from ..passes.calibration.partition import Stage
 from ..phases import phase
 from ..solver.solution import solve_cost
-from .activations import Activations
 from .context import Run
 from .microbatch import MicroBatch, choose_batch_size, regroup, sequences
 from .solve_group import Solved, solve_group
 from .tensors import Loader, ResultMover
+from .variants import Variant, Variants, used
 
 T = TypeVar("T")
 log = logging.getLogger("wush_compile")
@@ -51,26 +48,6 @@ def calibrate(
     Returns the solved groups in the order of `groups`, and the stages with rewritten graphs.
     """
     return Calibration(captured, groups, batches, run).calibrate()
-
-
-def _warn_if_short(groups: list[LinearGroup], tokens: int) -> None:
-    """Warns if a group uses its whole second moment and has more channels than there are tokens."""
-    whole = [g for g in groups if g.recipe.solver == "gptq" or g.recipe.moments == "conditional"]
-    wide = max(whole, key=lambda g: g.width, default=None)
-    if wide is not None and tokens < wide.width:
-        log.warning(
-            "%d calibration tokens are fewer than the %d channels of %s: its second moment is rank-deficient and rests "
-            "on damping; give at least %d tokens",
-            tokens,
-            wide.width,
-            wide.name,
-            4 * wide.width,
-        )
-
-
-def _used(stage: Stage) -> set[str]:
-    """Returns the names of the tensors in a stage's graph."""
-    return {n.target for n in stage.graph_module.graph.nodes if n.op == "get_attr"}
 
 
 def _groups_by_stage(stages: list[Stage], groups: list[LinearGroup]) -> list[list[int]]:
@@ -94,16 +71,11 @@ class Calibration:
         self.captured, self.groups, self.run = captured, groups, run
         self.progress, self.ranks, self.journal, self.device = run.progress, run.ranks, run.journal, run.device
         self.solved: list[Solved | None] = [None] * len(groups)
-        graph_module = captured.graph_module
-        if run.offloads:
-            place(graph_module, run.device, {name for name, _ in graph_module.named_buffers() if name in run.tensors})
-        if batches is not None:
-            mask = next((p for p in captured.placeholders() if p.name == "attention_mask"), None)
-            insert_observers(graph_module, groups, mask)
-        self.stages = partition(graph_module)
+        self.variants = Variants(captured, groups, run, observes=batches is not None)
+        self.stages = self.variants.first.stages
         self.groups_in = _groups_by_stage(self.stages, groups)
         self.last = max(number for number, own in enumerate(self.groups_in) if own)
-        self.last_use = {name: number for number, stage in enumerate(self.stages) for name in stage.inputs}
+        self.short: dict[int, int] = {}
         self._loaded: tuple[int, dict[str, Tensor]] | None = None
         self.loader = Loader(run.tensors, run.device)
         self.mover = ResultMover(run.tensors.home, run.device)
@@ -113,7 +85,7 @@ class Calibration:
         )
         if run.journal is not None:
             groups_by_stage = [[groups[i] for i in own] for own in self.groups_in]
-            run.journal.lay_out([_used(stage) for stage in self.stages], groups_by_stage, run.tensors)
+            run.journal.lay_out([used(stage) for stage in self.stages], groups_by_stage, run.tensors)
         self._start()
 
     # -- batches -----------------------------------------------------------------------------------------------------
@@ -128,12 +100,8 @@ class Calibration:
 
     def _start(self) -> None:
         """Regroups the windows and resets the activations to the model's inputs."""
-        if self.windows is None:
-            self.batches, self.activations = [], None
-            return
-        self.batches: list[MicroBatch] = regroup(self.windows, self.batch_size)
-        values = [self.captured.flatten(i, batch.inputs) for i, batch in enumerate(self.batches)]
-        self.activations = Activations(values, self.device, self.run.offloads, self.run.activations_dir)
+        grouped = [] if self.windows is None else regroup(self.windows, self.batch_size)
+        self.batches: list[MicroBatch] = self.variants.route(grouped)
 
     def _halved(self) -> int:
         """Returns half the micro-batch size, after the current size did not fit."""
@@ -182,7 +150,7 @@ class Calibration:
 
     def _names(self, number: int) -> list[str]:
         """Returns the names of the model's tensors that a stage uses."""
-        return [name for name in _used(self.stages[number]) if name in self.run.tensors]
+        return [name for name in self.variants.used(number) if name in self.run.tensors]
 
     def _load(self, number: int) -> dict[str, Tensor]:
         """Returns a stage's weights and solved groups on the compute device, and drops those of another stage."""
@@ -199,12 +167,13 @@ class Calibration:
             self._loaded = (number, loaded)
         return self._loaded[1]
 
-    def _forwards(self, number: int) -> Iterator[tuple[int, tuple]]:
-        """Runs every batch through a stage. Yields (index, outputs)."""
-        stage, loaded = self.stages[number], self._load(number)
-        for index, inputs in enumerate(self.activations.read(stage.inputs)):
-            yield index, functional_call(stage.graph_module, loaded, tuple(inputs))
-            self.progress.advance(self.batches[index].tokens())
+    def _forwards(self, number: int) -> Iterator[tuple[Variant, int, tuple]]:
+        """Runs every batch through a stage. Yields (variant, index among its batches, outputs)."""
+        loaded, batches = self._load(number), iter(self.batches)
+        for variant in self.variants:
+            for index, outputs in enumerate(variant.forwards(number, loaded)):
+                yield variant, index, outputs
+                self.progress.advance(next(batches).tokens())
 
     def _observe(self, number: int) -> dict[int, Observation]:
         """Runs every batch through a stage. Returns what its observers saw, by group number."""
@@ -212,6 +181,7 @@ class Calibration:
         with phase("forwards"):
             self._load(number)
             seen = {i: allocate(graph_module, i, self.device) for i in observed(graph_module)}
+            self.variants.observe_into(number, seen)
             finite = [
                 # A NaN or Inf in an input reaches the diagonal of its moment, so checking K values is enough.
                 torch.stack([s.moment.diagonal(dim1=-2, dim2=-1).isfinite().all() for s in seen.values()])
@@ -219,6 +189,25 @@ class Calibration:
             ]
             self._check_finite(list(seen), torch.stack(finite).cpu())
         return seen
+
+    def _warn_if_short(self, seen: dict[int, Observation]) -> None:
+        """Warns of a group that uses its whole second moment and has more channels than it has seen tokens.
+
+        Of groups with as many tokens, as in all layers of a decoder, it names the widest of the first stage alone.
+        """
+        for i in sorted(seen, key=lambda i: -self.groups[i].width):
+            group, count = self.groups[i], int(seen[i].count)
+            whole = group.recipe.solver == "gptq" or group.recipe.moments == "conditional"
+            if whole and count < group.width and group.width > self.short.get(count, 0):
+                self.short[count] = group.width
+                log.warning(
+                    "%d calibration tokens are fewer than the %d channels of %s: its second moment is rank-deficient "
+                    "and rests on damping; give at least %d tokens",
+                    count,
+                    group.width,
+                    group.name,
+                    4 * group.width,
+                )
 
     def _check_finite(self, numbers: list[int], finite: Tensor) -> None:
         """Raises `NonFiniteError` unless all moments are finite.
@@ -240,13 +229,12 @@ class Calibration:
         """Observes a stage, solves its groups and rewrites its graph."""
         stage, own = self.stages[number], self.groups_in[number]
         seen = {}
-        if self.activations is not None:
+        if self.windows is not None:
             seen = self._retry_smaller(number, lambda: self._observe(number))
             with phase("reduce"):
                 self.ranks.reduce(seen, {i: self._cost(self.groups[i]) for i in seen})
-            if not any(self.groups_in[:number]):
-                _warn_if_short(self.groups, int(next(iter(seen.values())).count))
-            remove_observers(stage.graph_module)
+            self._warn_if_short(seen)
+            self.variants.remove_observers(number)
         loaded = self._load(number)
 
         def solve_one(i: int) -> Solved:
@@ -254,7 +242,7 @@ class Calibration:
             with phase("solve"):
                 solved = solve_group(self.groups[i], loaded, seen.pop(i, None))
             self.progress.at(stage.name, self.groups[i].name, solved.report.get("relative_loss"))
-            if self.activations is None:
+            if self.windows is None:
                 self.progress.advance()
             return solved
 
@@ -270,23 +258,17 @@ class Calibration:
                     report["damping_tries"],
                 )
         self._rewrite(number)
-        for name in set(loaded) - _used(stage):  # frees the original weights on the device
+        for name in set(loaded) - self.variants.used(number):  # frees the original weights on the device
             del loaded[name]
 
     def _rewrite(self, number: int) -> None:
-        rewrite(
-            self.stages[number].graph_module,
-            [(self.groups[i], self.solved[i].group, f"wush_group_{i}") for i in self.groups_in[number]],
-        )
+        self.variants.rewrite(number, {i: self.solved[i] for i in self.groups_in[number]})
 
     def _propagate(self, number: int) -> None:
-        """Runs every batch through a stage, keeps the outputs, and drops values that no later stage reads."""
-        stage = self.stages[number]
+        """Runs every batch through a stage and keeps the outputs."""
         with phase("forwards"):
-            for index, outputs in self._forwards(number):
-                self.activations.write(index, dict(zip(stage.outputs, outputs, strict=True)))
-                dead = [n for n in self.activations.names(index) if self.last_use.get(n, -1) <= number]
-                self.activations.drop(index, dead)
+            for variant, index, outputs in self._forwards(number):
+                variant.keep(number, index, outputs)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -294,7 +276,7 @@ class Calibration:
         """Restores the stages that the journal holds. Returns the number of the first stage to run."""
         number = self.ranks.smallest(0 if self.journal is None else self.journal.finished())
         for k in range(min(number, self.last + 1)):
-            remove_observers(self.stages[k].graph_module)
+            self.variants.remove_observers(k)
             for i in self.groups_in[k]:
                 self.solved[i] = Solved(*self.journal.restore(self.groups[i], k, self.run.tensors.home))
             self._rewrite(k)
@@ -304,7 +286,7 @@ class Calibration:
 
     def _steps(self, first: int) -> int:
         """Returns the steps of the progress bar if the loop starts at stage `first`."""
-        if self.activations is None:
+        if self.windows is None:
             return sum(map(len, self.groups_in))
         replayed = first if first <= self.last else 0
         todo = sum(bool(self.groups_in[k]) + (k < self.last) for k in range(first, self.last + 1))
@@ -314,7 +296,7 @@ class Calibration:
         """Runs the stages up to the last one with a group. A journal also gets the tensors of later stages."""
         first = self._resume()
         self.progress.begin(self._steps(first), self.device, "batch" if self.batches else "group")
-        if 0 < first <= self.last and self.activations is not None:
+        if 0 < first <= self.last and self.windows is not None:
             self._retry_smaller(first, lambda: None, replay=True)
         for number in range(first, len(self.stages) if self.journal is not None else self.last + 1):
             stage, own = self.stages[number], self.groups_in[number]
@@ -324,7 +306,7 @@ class Calibration:
             if self.journal is not None:
                 with phase("journal"):
                     self.journal.commit(number, {self.groups[i].name: self.solved[i] for i in own})
-            if number < self.last and self.activations is not None:
+            if number < self.last and self.windows is not None:
                 self.loader.start(number + 1, self._names(number + 1))
                 self._retry_smaller(number, lambda number=number: self._propagate(number))
             if self.journal is not None:

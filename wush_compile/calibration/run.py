@@ -13,6 +13,7 @@ from torch import nn
 from ..capture.example import describe_batch
 from ..capture.export import capture, largest_batch
 from ..capture.meta import meta_copy
+from ..capture.wrappers import unwrapped
 from ..checkpoint import hf
 from ..checkpoint.record import Quantization
 from ..checkpoint.save_load import saved_names, write_settings
@@ -26,11 +27,11 @@ from .fingerprint import fingerprint_of_data, fingerprint_of_model
 from .inputs import moved, prepare_batches
 from .journal import Journal
 from .loop import calibrate
-from .progress import Progress
+from .progress import Progress, memory
 from .ranks import SingleProcess, join, local_device
 from .solve_group import Solved
 from .streaming import open_checkpoint
-from .tensors import ModelTensors
+from .tensors import tensors_of
 from .verify import verify
 from .warm_up import run_during, warm_up_tasks
 
@@ -54,7 +55,8 @@ def quantize(
     """Quantizes the linears of a model to 4 bits on both sides, in place, and returns the same object.
 
     model
-        Any `nn.Module` that `torch.export` can trace. Hugging Face models keep `generate`, `save_pretrained` and the
+        Any `nn.Module` that `torch.export` can trace. What `torch.compile`, `DataParallel` or accelerate's offloading
+        has wrapped is quantized inside its wrapper. Hugging Face models keep `generate`, `save_pretrained` and the
         rest.
     data
         Calibration inputs: an iterable of `input_ids` tensors, of dicts of model inputs, or of strings (with
@@ -83,16 +85,18 @@ def quantize(
     the layer and the remedy. `wush_compile.explain(model)` shows the result.
     """
     config = _resolve(config, settings)
+    given, model = model, unwrapped(model)
     if is_quantized(model):
         raise WushError(f"this {type(model).__name__} is already quantized: start again from the original model")
     if next(model.parameters(), None) is None:
         raise CaptureError(f"nothing to quantize in {type(model).__name__}: it has no parameters")
-    _check_values(model)
-    where = next(model.parameters()).device if device is None else _numbered(local_device(torch.device(device)))
+    tensors = tensors_of(model)
+    where = tensors.home if device is None else _numbered(local_device(torch.device(device)))
     ranks = join(where)
     with _shown(progress, ranks) as shown, _journal(out, restart, ranks) as journal:
-        run = Run(ModelTensors(model), where, shown, ranks, journal, batch_size, activations_dir)
-        return _quantize(model, data, config, tokenizer, run)
+        run = Run(tensors, where, shown, ranks, journal, batch_size, activations_dir)
+        _quantize(model, data, config, tokenizer, run)
+    return given
 
 
 def quantize_checkpoint(
@@ -134,7 +138,13 @@ def quantize_checkpoint(
 
 def _quantize(model: nn.Module, data: Iterable | None, config: WushConfig, tokenizer, run: Run) -> nn.Module:
     """Solves every group, finishes the journal, and installs the groups in the model."""
-    solved, record = _solve(model, data, config, tokenizer, run)
+    with timing() as seconds:
+        solved, record = _solve(model, data, config, tokenizer, run)
+    record.run = {
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "device": _environment(run)["device"],
+        "peak_memory": memory(run.device),
+    }
     if run.journal is not None:
         run.journal.finish(record, partial(write_settings, model, record, tokenizer=tokenizer))
     for one in solved:
@@ -226,12 +236,6 @@ def _resolve(config: WushConfig | None, settings: dict) -> WushConfig:
 def _numbered(device: torch.device) -> torch.device:
     """Resolves `cuda` to `cuda:0`, so that devices can be compared."""
     return torch.empty(0, device=device).device
-
-
-def _check_values(model: nn.Module) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.device.type == "meta":
-            raise WushError(f"{name} has no values (meta device): load the weights before quantizing")
 
 
 def _nothing(model: nn.Module, ignored: dict[str, str]) -> CaptureError:

@@ -9,7 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from ..errors import NonFiniteError
+from ..capture.wrappers import execution_device, offloaded_tensors
+from ..errors import NonFiniteError, WushError
+from ..passes.calibration.linears import parametrized_weights
 
 
 def finite(tensor: Tensor) -> bool:
@@ -18,6 +20,14 @@ def finite(tensor: Tensor) -> bool:
     Its minimum or its maximum carries any of them. A CPU finds these two fifty times faster than it tests every value.
     """
     return not tensor.is_floating_point() or tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raises a `NonFiniteError` if a weight has NaN or Inf."""
+    if not finite(weight):
+        raise NonFiniteError(
+            f"the weight {name} has NaN or Inf: the checkpoint is damaged, or was cast to a dtype too small"
+        )
 
 
 class ModelTensors:
@@ -34,7 +44,7 @@ class ModelTensors:
             name: tensor.detach()
             for named in (model.named_parameters, model.named_buffers)
             for name, tensor in named(remove_duplicate=False)
-        }
+        } | parametrized_weights(model)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -42,14 +52,45 @@ class ModelTensors:
     def check(self) -> None:
         """Raises a `NonFiniteError` that names the first parameter with NaN or Inf."""
         for name, tensor in self._weights.items():
-            if not finite(tensor):
-                raise NonFiniteError(
-                    f"the weight {name} has NaN or Inf: the checkpoint is damaged, or was cast to a dtype too small"
-                )
+            check_finite(name, tensor)
 
     def load(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         """Returns the named tensors on a device. A tensor that is already there is not copied."""
         return {name: self._tensors[name].to(device) for name in names}
+
+
+class OffloadedTensors(ModelTensors):
+    """The tensors of a model that accelerate has offloaded. Its hooks hold the values of those on the meta device.
+
+    Solved groups live where the hooks bring weights to: they are small enough to stay there.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.device, self.home = torch.device("meta"), execution_device(model)
+        self._held = offloaded_tensors(model)
+
+    def check(self) -> None:
+        """Raises a `NonFiniteError` that names the first parameter with NaN or Inf."""
+        for name in self._weights:
+            check_finite(name, self.load([name], torch.device("cpu"))[name])
+
+    def load(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+        """Returns the named tensors on a device, those on the meta device with the values that the hooks hold."""
+        loaded = {}
+        for name in names:
+            values, key = self._held.get(name, (self._tensors, name))
+            loaded[name] = values[key].detach().to(device)
+        return loaded
+
+
+def tensors_of(model: nn.Module) -> ModelTensors:
+    """Returns the tensors of a model in memory, which accelerate may have offloaded. A tensor without values raises."""
+    held = offloaded_tensors(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta and name not in held:
+            raise WushError(f"{name} has no values (meta device): load the weights before quantizing")
+    return OffloadedTensors(model) if held else ModelTensors(model)
 
 
 class Loader:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..capture.export import Captured, evaluating
+from ..capture.export import Captured, evaluating, traceable
 from ..data import Batch
 from ..errors import WushError
 from ..modules import WushGroup, WushLinear, install_group
@@ -75,9 +75,9 @@ class _Check:
 
     def run_model(self) -> list[Tensor]:
         """The model's results, with the linears that it has now."""
-        if isinstance(self.batch, dict):
-            return self._seeded(lambda: self.model(**self.batch, **self.captured.constants))
-        return self._seeded(lambda: self.model(*self.batch))
+        args, kwargs = ((), self.batch) if isinstance(self.batch, dict) else (self.batch, {})
+        with traceable(self.model, self.batch):  # the forward that was traced: no cache, tensors alone
+            return self._seeded(lambda: self.model(*args, **kwargs))
 
     def run_original_graph(self) -> list[Tensor]:
         """The results of the graph before quantization."""

@@ -27,6 +27,7 @@ from ..solver.solution import block_size, moment_shape
 from ..solver.solve import ROUNDED_ELEMENTS, solve
 from ..solver.transforms import PANEL
 from .context import Run
+from .inputs import input_embeddings
 from .microbatch import largest_batch, sequences
 
 log = logging.getLogger("wush_compile")
@@ -105,7 +106,7 @@ def warm_up_tasks(model: nn.Module, batches: list[Batch], config: WushConfig, ru
     longest, own = max(batch["input_ids"].shape[1] for batch in batches), -(-sum(counts) // run.ranks.size)
     batch_size = run.batch_size or largest_batch(own, longest)
     tokens, device = batch_size * longest, run.device
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    embeddings = input_embeddings(model)
     in_memory = run.activations_dir is None
     if in_memory and device.type == "cuda" and isinstance(embeddings, nn.Embedding) and not embeddings.weight.is_cuda:
         # One value for each micro-batch, and two in flight.

@@ -18,6 +18,8 @@ from ..data import Batch
 from ..errors import CaptureError, DataError
 from . import repeats
 
+PLAIN_TYPES = (type(None), bool, int, float, str)
+
 
 @dataclass
 class Captured:
@@ -25,12 +27,14 @@ class Captured:
 
     graph_module  its placeholders are the flattened inputs; its weights are `get_attr` nodes under their own names
     keys          names of the keyword inputs, in the order of the placeholders; None for positional inputs
-    constants     keyword inputs that are the same for every batch (`use_cache=False`)
+    guards        raises an `AssertionError` if the graph is not valid for inputs of these sizes; None if it always is
+    model         what was traced
     """
 
     graph_module: fx.GraphModule
     keys: tuple[str, ...] | None
-    constants: dict[str, object]
+    guards: nn.Module | None = None
+    model: nn.Module | None = None
 
     def placeholders(self) -> list[fx.Node]:
         """Returns the graph's inputs in order."""
@@ -44,13 +48,22 @@ class Captured:
                     f"batch {index} has the inputs {sorted(batch)}, the first one had {list(self.keys or ())}: "
                     "give every batch the same inputs"
                 )
-            kwargs = {**{key: batch[key] for key in self.keys}, **self.constants}
-            leaves = pytree.tree_leaves(((), kwargs))
+            leaves = pytree.tree_leaves([batch[key] for key in self.keys])
         else:
             if self.keys is not None:
                 raise DataError(f"batch {index} is a tensor, the first one a dict: give every batch the same inputs")
-            leaves = pytree.tree_leaves((batch, {}))
+            leaves = pytree.tree_leaves(batch)
         return dict(zip((p.name for p in self.placeholders()), leaves, strict=True))
+
+    def refusal(self, batch: Batch) -> str | None:
+        """Returns the condition of the graph that a batch breaks; None if the graph is valid for the batch."""
+        if self.guards is None:
+            return None
+        try:
+            self.guards(*self.flatten(0, batch).values())
+        except AssertionError as error:
+            return str(error).removeprefix("Guard failed: ").split("\n")[0]
+        return None
 
 
 @contextlib.contextmanager
@@ -65,6 +78,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             m.training = True
 
 
+def _configs(model: nn.Module) -> list[object]:
+    """Returns the configurations of all modules and the configurations inside them, each once."""
+    found: dict[int, object] = {}
+    left = [config for module in model.modules() if (config := vars(module).get("config")) is not None]
+    while left:
+        config = left.pop()
+        if hasattr(config, "__dict__") and id(config) not in found:
+            found[id(config)] = config
+            left += [value for key, value in vars(config).items() if key.endswith("config")]
+    return list(found.values())
+
+
 def constant_inputs(model: nn.Module) -> dict[str, object]:
     """Returns the inputs that stop a Hugging Face decoder from building a KV cache, which nothing here reads."""
     config = getattr(model, "config", None)
@@ -73,26 +98,101 @@ def constant_inputs(model: nn.Module) -> dict[str, object]:
     return {"use_cache": False} if named and getattr(config, "use_cache", None) is not None else {}
 
 
-def _example(batch: Batch) -> Batch:
-    """Repeats a batch of one row to two rows, because export traces a dimension of size one as a constant."""
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Stops a model from building a KV cache in the block, which nothing here reads.
 
-    def widen(t: object) -> object:
-        return t.repeat_interleave(2, 0) if isinstance(t, Tensor) and t.dim() > 1 and t.shape[0] == 1 else t
+    A vision-language model takes the setting from the configuration of its language part.
+    """
+    changed = [config for config in _configs(model) if vars(config).get("use_cache")]
+    for config in changed:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in changed:
+            config.use_cache = True
 
-    return {k: widen(v) for k, v in batch.items()} if isinstance(batch, dict) else tuple(widen(v) for v in batch)
+
+def _tensors_in(leaf: object) -> object:
+    """Returns a result that export can return: a tensor, a plain value, or the tensors among an object's attributes."""
+    if isinstance(leaf, (Tensor, *PLAIN_TYPES)):
+        return leaf
+    return {name: value for name, value in getattr(leaf, "__dict__", {}).items() if isinstance(value, Tensor)}
+
+
+@contextlib.contextmanager
+def traceable(model: nn.Module, example: Batch) -> Iterator[None]:
+    """Gives the model, in the block, a forward that names its inputs and returns no other objects than tensors.
+
+    Export refuses an input that only `**kwargs` accepts, and a result of an unknown class, such as a cache.
+    """
+    before, forward = vars(model).get("forward"), model.forward
+    # A default of `use_cache=True` in the signature would win over the configuration.
+    off = {"use_cache": False} if "use_cache" in inspect.signature(forward).parameters else {}
+
+    def traced(*args: object, **kwargs: object) -> object:
+        return pytree.tree_map(_tensors_in, forward(*args, **kwargs, **(off if kwargs else {})))
+
+    if isinstance(example, dict):
+        named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in example]
+        traced.__signature__ = inspect.Signature(named)
+    else:
+        traced.__signature__ = inspect.signature(forward)
+    model.forward = traced
+    try:
+        with without_cache(model):
+            yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
+def _examples(batch: Batch) -> list[Batch]:
+    """Returns the inputs to trace with, the best first: two rows in place of one, then the batch itself.
+
+    Export traces a dimension of size one as a constant, and a batch of one row must not make the graph one for single
+    rows. The inputs that have a batch dimension are not known. So the first try is that all inputs have one, the second
+    that vectors have none.
+    """
+    tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
+
+    def widened(least: int) -> Batch | None:
+        wide = [t for t in tensors if t.dim() >= least]
+        if not wide or any(len(t) != 1 for t in wide):
+            return None
+        return pytree.tree_map(lambda t: t.repeat_interleave(2, 0) if t.dim() >= least else t, batch)
+
+    first = widened(1)
+    tries = [first, widened(2) if first is None else None, batch]
+    return [example for example in tries if example is not None]
 
 
 def _dynamic(value: object) -> dict[int, object] | None:
-    return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor):
+        return None
+    return {d: Dim.STATIC if size == 1 else Dim.AUTO for d, size in enumerate(value.shape)}
 
 
-def _export(model: nn.Module, example: Batch, constants: dict[str, object]) -> torch.export.ExportedProgram:
-    args, kwargs = ((), {**example, **constants}) if isinstance(example, dict) else (example, {})
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """Runs compiled parts of a model in eager mode, and does without the cache of fake tensors.
+
+    That cache checks every entry with a second, symbolic output. In graphs whose ops differ this takes half the time.
+    """
+    with torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        yield
+
+
+def _export(model: nn.Module, example: Batch) -> torch.export.ExportedProgram:
+    args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
     shapes = {k: _dynamic(v) for k, v in kwargs.items()} if kwargs else tuple(_dynamic(v) for v in args)
-    return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    with traceable(model, example), _settings():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
-def _failing_module(model: nn.Module, example: Batch, constants: dict[str, object]) -> str:
+def _failing_module(model: nn.Module, example: Batch) -> str:
     """Exports again and returns the name of the innermost module that runs when the export fails."""
     running, failed, handles = [], [], []
 
@@ -105,7 +205,7 @@ def _failing_module(model: nn.Module, example: Batch, constants: dict[str, objec
     for name, module in model.named_modules():
         handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
     try:
-        _export(model, example, constants)
+        _export(model, example)
     except Exception:
         failed = list(running)
     finally:
@@ -114,25 +214,58 @@ def _failing_module(model: nn.Module, example: Batch, constants: dict[str, objec
     return failed[-1] if failed and failed[-1] else type(model).__name__
 
 
+def _remedy(example: Batch) -> str:
+    """Returns what helps a user whose model cannot be traced on these inputs."""
+    text = ("input", "attention_mask", "position", "token_type")
+    others = [name for name in example if not name.startswith(text)] if isinstance(example, dict) else []
+    if others and "input_ids" in example and any(example[name].is_floating_point() for name in others):
+        return f"Calibrate on text alone, without {', '.join(others)}: then its language part is quantized."
+    return "Make its forward traceable (no data-dependent Python control flow), or quantize a traceable submodule."
+
+
+def _take_guards(graph_module: fx.GraphModule) -> nn.Module | None:
+    """Removes the check of the inputs' sizes from a graph and returns it."""
+    node = next((n for n in graph_module.graph.nodes if n.op == "call_module" and n.target == "_guards_fn"), None)
+    if node is None:
+        return None
+    guards = graph_module.get_submodule(node.target)
+    graph_module.graph.erase_node(node)
+    graph_module.delete_submodule(node.target)
+    graph_module.recompile()
+    return guards
+
+
+def _trace(model: nn.Module, example: Batch) -> Captured:
+    graph_module = repeats.export_by_layers(model, lambda: _export(model, example))
+    if graph_module is None:
+        graph_module = _export(model, example).module()
+    keys = tuple(example) if isinstance(example, dict) else None
+    return Captured(graph_module, keys, _take_guards(graph_module), model)
+
+
 def largest_batch(batches: list[Batch]) -> Batch:
-    """The batch with the most elements, on which a model is traced."""
+    """Returns the batch with the most elements, on which a model is traced."""
     return max(batches, key=lambda b: sum(t.numel() for t in pytree.tree_leaves(b) if isinstance(t, Tensor)))
 
 
 def capture(model: nn.Module, batches: list[Batch]) -> Captured:
-    """Traces the model's forward on the largest batch. Raises `CaptureError` if `torch.export` cannot trace it."""
+    """Traces the model's forward on the largest batch. The graph is valid for this batch at least.
+
+    Raises `CaptureError` if `torch.export` cannot trace the model.
+    """
     largest = largest_batch(batches)
-    example, constants = _example(largest), constant_inputs(model) if isinstance(largest, dict) else {}
     with evaluating(model), torch.no_grad():
-        graph_module = repeats.export_by_layers(model, lambda: _export(model, example, constants))
+        *widened, own = _examples(largest)
+        for example in widened:
+            with contextlib.suppress(Exception):
+                captured = _trace(model, example)
+                if captured.refusal(largest) is None:
+                    return captured
         try:
-            if graph_module is None:
-                graph_module = _export(model, example, constants).module()
+            return _trace(model, own)
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             raise CaptureError(
                 f"torch.export cannot trace {type(model).__name__}: it stopped in module "
-                f"{_failing_module(model, example, constants)!r} with {type(error).__name__}: {reason}. "
-                "Make its forward traceable (no data-dependent Python control flow), or quantize a traceable submodule."
+                f"{_failing_module(model, own)!r} with {type(error).__name__}: {reason}. {_remedy(own)}"
             ) from error
-    return Captured(graph_module, tuple(largest) if isinstance(largest, dict) else None, constants)

@@ -1,9 +1,10 @@
 """Traces one of several identical layers and copies its graph, because tracing time grows with the number of layers.
 
-1. Trace. The first layer of a kind runs between the ops `wush::enter` and `wush::leave`. Every later layer that gets
-   the same kind of arguments becomes a single node, `wush::again`.
+1. Trace. The first layer of a kind runs between the ops `wush::enter` and `wush::leave`. Every later layer with the
+   same structure that gets the same kind of arguments becomes a single node, `wush::again`.
 2. Verify. The layers of a kind run on the meta device at two sizes of the inputs. They must call the same ops with the
-   same arguments in the same order. Otherwise the model is traced as a whole.
+   same arguments in the same order. Layers that do not are a kind of their own, and the model is traced once more.
+   Layers that cannot be compared make the model be traced as a whole.
 3. Expand. A copy of the nodes between `enter` and `leave`, with the layer's own weights, replaces each `again`.
 
 The model's own forward runs around the layers. So the graph holds what the model passes to each layer, such as masks
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
+from torch._export.utils import _compiling_state_context
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,9 +81,16 @@ def export_by_layers(model: nn.Module, export: Callable[[], torch.export.Exporte
         return None
     try:
         meta = meta_copy(model)  # copied before the layers' forwards are replaced
-        with mark_calls(layers) as kinds:
-            program = export()
-        verify(kinds, meta)
+        kind_of = {name: structure(layer) for name, layer in layers.items()}
+        for _ in range(2):
+            with mark_calls(layers, kind_of) as kinds:
+                program = export()
+            ops = verify(kinds, meta)
+            if all(ops[name] == ops[kind.name] for kind in kinds for name in kind.others):
+                break
+            kind_of = {name: (*kind, ops.get(name)) for name, kind in kind_of.items()}
+        else:
+            raise LayersDiffer("layers run other ops in a second trace")
         graph_module = program.module()
         expand_repeats(graph_module, kinds)
     except Exception as error:
@@ -94,15 +103,16 @@ def export_by_layers(model: nn.Module, export: Callable[[], torch.export.Exporte
 
 
 def find_repeated_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns, by name, the layers of every `ModuleList` of at least `MIN_LAYERS` modules of one class.
+    """Returns, by name, the layers of every `ModuleList` of at least `MIN_LAYERS` modules, some of one structure.
 
     Lists inside these layers do not count. The result is empty if a layer occurs twice or shares weights with
     another. It is empty, too, if a module inside a layer has hooks, because the effect of a hook cannot be verified.
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) >= MIN_LAYERS and len({type(m) for m in module}) == 1:
-            if not name.startswith(tuple(f"{other}." for other in found)):
+        if isinstance(module, nn.ModuleList) and len(module) >= MIN_LAYERS:
+            repeated = len(set(map(structure, module))) < len(module)
+            if repeated and not name.startswith(tuple(f"{other}." for other in found)):
                 found |= {f"{name}.{i}": layer for i, layer in enumerate(module)}
     owners: dict[int, int] = {}
     for layer in found.values():
@@ -110,6 +120,14 @@ def find_repeated_layers(model: nn.Module) -> dict[str, nn.Module]:
             owners[tensor] = owners.get(tensor, 0) + 1
     alone = all(count == 1 for count in owners.values())
     return found if alone and not has_inner_hooks(found) else {}
+
+
+def structure(layer: nn.Module) -> tuple:
+    """Returns the names and classes of a layer's modules, and the shapes and dtypes of its tensors."""
+    return (
+        tuple((name, type(module)) for name, module in layer.named_modules()),
+        tuple((name, t.shape, t.dtype) for name, t in (*layer.named_parameters(), *layer.named_buffers())),
+    )
 
 
 def has_inner_hooks(layers: dict[str, nn.Module]) -> bool:
@@ -164,16 +182,23 @@ def _each_once(tensors: list[Tensor]) -> bool:
 
 
 def _marked_call(
-    layer: nn.Module, forward: Callable, name: str, kinds: dict[tuple, int], args: tuple, kwargs: dict
+    layer: nn.Module,
+    forward: Callable,
+    name: str,
+    kind_of: dict[str, tuple],
+    kinds: dict[tuple, int],
+    args: tuple,
+    kwargs: dict,
 ) -> object:
     """Calls a layer: the first of its kind between `enter` and `leave`, a later one as `again`.
 
-    kinds   kind of arguments -> index in `_kinds`
+    kind_of   what tells layers apart, by name
+    kinds     that and the kind of arguments -> index in `_kinds`
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     if not _is_simple((args, kwargs)) or not _each_once(_tensors(leaves)):
         return forward(*args, **kwargs)
-    key = (name.rpartition(".")[0], str(spec), *map(_signature, leaves))
+    key = (name.rpartition(".")[0], kind_of[name], str(spec), *map(_signature, leaves))
     if key in kinds:
         kind = _kinds[kinds[key]]
         kind.others.append(name)
@@ -193,7 +218,7 @@ def _marked_call(
 
 
 @contextlib.contextmanager
-def mark_calls(layers: dict[str, nn.Module]) -> Iterator[list[Kind]]:
+def mark_calls(layers: dict[str, nn.Module], kind_of: dict[str, tuple]) -> Iterator[list[Kind]]:
     """Puts `enter`, `leave` and `again` in place of calls of these layers. Yields the list that the kinds go to."""
     global _kinds
     kinds: dict[tuple, int] = {}
@@ -202,7 +227,7 @@ def mark_calls(layers: dict[str, nn.Module]) -> Iterator[list[Kind]]:
     for name, layer in layers.items():
 
         def marked(*args, layer=layer, forward=layer.forward, name=name, **kwargs):
-            return _marked_call(layer, forward, name, kinds, args, kwargs)
+            return _marked_call(layer, forward, name, kind_of, kinds, args, kwargs)
 
         layer.forward = functools.wraps(layer.forward)(marked)
     try:
@@ -281,22 +306,25 @@ def _run(layer: nn.Module, leaves: list, spec: pytree.TreeSpec, scale: int) -> l
     known = {f"argument {i}": t for i, t in enumerate(tensors)}
     known |= dict(layer.named_parameters(remove_duplicate=False)) | dict(layer.named_buffers(remove_duplicate=False))
     args, kwargs = _assembler(leaves, spec)(tensors)
-    with _OpLog(known) as ops:
+    with _OpLog(known) as ops, _compiling_state_context():  # `is_compiling()` is true, as in a trace
         out = layer(*args, **kwargs)
     return [*ops.entries, ops._describe(pytree.tree_leaves(out))]
 
 
-def verify(kinds: list[Kind], meta: nn.Module) -> None:
-    """Raises `LayersDiffer` if a layer runs other ops than the traced layer of its kind.
+def verify(kinds: list[Kind], meta: nn.Module) -> dict[str, int]:
+    """Returns a number for the layers of every kind with more than one: equal for layers of a kind with the same ops.
 
     meta   a copy of the model on the meta device
     """
+    numbers: dict[str, int] = {}
     for kind in kinds:
-        for scale in (1, 3) if kind.others else ():
-            expected = _run(meta.get_submodule(kind.name), *kind.inputs, scale)
-            for name in kind.others:
-                if _run(meta.get_submodule(name), *kind.inputs, scale) != expected:
-                    raise LayersDiffer(f"{name} runs other ops than {kind.name}")
+        seen: list[list] = []
+        for name in (kind.name, *kind.others) if kind.others else ():
+            ops = [_run(meta.get_submodule(name), *kind.inputs, scale) for scale in (1, 3)]
+            if ops not in seen:
+                seen.append(ops)
+            numbers[name] = seen.index(ops)
+    return numbers
 
 
 # -- expand ----------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
 from ..modules import WushGroup, install_group, named_groups
-from .files import DIGEST, Weights, digest
+from .files import DIGEST, Spec, Weights, digest
 from .layout import build_groups, check_specs, group_specs, join_rows, parts, read_record, split_state_dict
 from .record import ATTRIBUTE, Quantization, read_report
 
@@ -235,18 +235,53 @@ def empty_hf_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def load(directory: Path, config: Mapping, weights: Weights) -> PreTrainedModel:
-    """The Hugging Face model of a checkpoint, exactly as saved. `config` and `weights` are those of the directory."""
-    name = config["architectures"][0]
-    kind = getattr(transformers, name, None)
+def _class_of(directory: Path, config: Mapping) -> type[PreTrainedModel]:
+    """The transformers class that a checkpoint's `config.json` names."""
+    try:
+        name = config["architectures"][0]
+    except (KeyError, IndexError, TypeError):
+        raise CheckpointError(
+            f"{directory} does not name the class of its model: load it with "
+            "wush_compile.load(directory, model=...) and an unquantized model of the same kind"
+        ) from None
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise CheckpointError(
             f"{directory} holds a {name}, which transformers does not have: load it with that "
             "class's from_pretrained, or with wush_compile.load(directory, model=...)"
         )
+    return kind
+
+
+def empty_quantized(
+    directory: Path, config: Mapping, record: Quantization, specs: Mapping[str, Spec]
+) -> PreTrainedModel:
+    """The quantized Hugging Face model of a checkpoint on the meta device, with the dtypes of `specs`, without weights.
+
+    `config`, `record` and `specs` (of the tensors on disk, by name) are those of the directory.
+    """
+    kind = _class_of(directory, config)
+    settings = kind.config_class.from_pretrained(directory)
+    del settings.quantization_config
+    with init_empty_weights(include_buffers=True):
+        model = kind._from_config(settings, dtype=settings.dtype)
+    model.tie_weights()  # above, every name got a tensor of its own
+    for group in build_groups(model, record, specs):
+        install_group(model, group)
+    for name, tensor in model.state_dict().items():
+        if name in specs and specs[name].dtype != tensor.dtype:
+            empty = torch.empty_like(tensor, dtype=specs[name].dtype, device="meta")
+            model.get_parameter_or_buffer(name).data = empty
+    attach(model, record)
+    return model.eval()
+
+
+def load(directory: Path, config: Mapping, weights: Weights) -> PreTrainedModel:
+    """The Hugging Face model of a checkpoint, exactly as saved. `config` and `weights` are those of the directory."""
+    kind = _class_of(directory, config)
     model, info = kind.from_pretrained(directory, dtype="auto", use_safetensors=True, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(f"{directory} lacks {', '.join(missing[:3])} of a {name}: copy or save it again")
+        raise CheckpointError(f"{directory} lacks {', '.join(missing[:3])} of a {kind.__name__}: copy or save it again")
     # transformers casts every float tensor to the model's dtype. Tensors saved in another dtype get it back.
     for name, tensor in model.state_dict().items():
         spec = weights.specs.get(name)

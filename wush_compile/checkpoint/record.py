@@ -28,6 +28,7 @@ class Quantization:
     ignored  name of a module or parameter -> why it was not quantized
     report   name of a group's first member -> what the run measured (tokens, losses, seconds); `wush_report.json`
     example  names, dtypes and shapes of the inputs that the model was traced on (`capture.example`); in the same file
+    run      `seconds` by phase, `device`, and `peak_memory` in bytes, of the call that finished the run; same file
     """
 
     config: WushConfig
@@ -35,6 +36,7 @@ class Quantization:
     ignored: dict[str, str]
     report: dict[str, dict] = field(default_factory=dict)
     example: dict | None = None
+    run: dict | None = None
 
     def describe(self, members: list[str], transform_block_size: int, recipe: Recipe) -> dict:
         """The entry of a group in `groups`."""
@@ -105,9 +107,9 @@ def quantization_of(model: nn.Module) -> Quantization:
 
 
 def write_report(record: Quantization, directory: Path) -> None:
-    """Writes `wush_report.json`: the report of every group and the example inputs. Without reports there is no file."""
+    """Writes `wush_report.json`: what the run measured and took, and the example inputs. No file without reports."""
     if record.report:
-        contents = {"report_version": 1, "groups": record.report, "example": record.example}
+        contents = {"report_version": 1, "groups": record.report, "example": record.example, "run": record.run}
         text = json.dumps(contents, indent=1, sort_keys=True)
         (directory / REPORT).write_text(text + "\n", encoding="utf-8")
 
@@ -118,7 +120,7 @@ def read_report(record: Quantization, directory: Path) -> None:
     No weight depends on them.
     """
     path = directory / REPORT
-    record.report, record.example = {}, None
+    record.report, record.example, record.run = {}, None, None
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
         groups, example = contents["groups"], contents.get("example")
@@ -132,3 +134,4 @@ def read_report(record: Quantization, directory: Path) -> None:
         log.warning("%s cannot be read (%s): explain shows no losses", path, error)
         return
     record.report, record.example = groups, example
+    record.run = contents.get("run") if isinstance(contents.get("run"), dict) else None

@@ -141,11 +141,6 @@ def load(directory: str | os.PathLike, model: nn.Module | None = None) -> nn.Mod
     read_report(record, path)
     weights = Weights(weight_files(path))
     if model is None:
-        if not config.get("architectures"):
-            raise CheckpointError(
-                f"{directory} does not name the class of its model: load it with "
-                "wush_compile.load(directory, model=...) and an unquantized model of the same kind"
-            )
         return hf.load(path, config, weights)
     groups = build_groups(model, record, weights.specs)
     members = tuple(f"{m.name}." for group in groups for m in group.members)

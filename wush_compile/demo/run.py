@@ -1,6 +1,7 @@
 """The demonstration: quantizes a real language model to W4A4 on a CPU, measures it and saves it."""
 
 import copy
+import importlib.util
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,9 @@ from ..config import WushConfig
 from ..data import python_topics, windows
 from ..evaluation.language import compare
 from ..modules import WushLinear
-from ..report.summary import quantized_bytes
+from ..reporting.contents import write_evaluation
+from ..reporting.page import report
+from ..reporting.summary import quantized_bytes
 from . import smollm2
 
 WINDOW = 512
@@ -75,10 +78,16 @@ def demo(out: Path, format: str = "mxfp4", console: Console | None = None) -> nn
     console.print(table)
     console.print(f"[bold]{ROWS[-1][0]} goes on:[/bold] {_generate(quantized, tokenizer, PROMPT, 24)}", soft_wrap=True)
     save(quantized, out, tokenizer=tokenizer)
+    write_evaluation(out, {"text": "Python's documentation", "window": WINDOW, **measured.to_dict()})
+    told = ""
+    if importlib.util.find_spec("matplotlib") is not None:
+        page = out.with_name(f"{out.name}.html")
+        page.write_text(report(out), encoding="utf-8")
+        told = f"\n\nA report to open in a browser: {page}"
     console.print(
         f"\nSaved in {out}. Load it with\n\n    import wush_compile as wc\n    model = wc.load({str(out)!r})\n\n"
         f"or from the shell (the commands are in .venv/bin after make demo): wush-compile generate {out} "
-        f"--prompt '...'; wush-compile explain {out}",
+        f"--prompt '...'; wush-compile explain {out}{told}",
         soft_wrap=True,
     )
     return quantized

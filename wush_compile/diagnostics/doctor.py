@@ -9,7 +9,7 @@ import torch
 
 from .. import formats
 from ..formats import FORMATS
-from ..kernels.dispatch import PROVIDERS, forced, resolve
+from ..kernels.dispatch import PROVIDERS, arithmetic, forced, resolve
 from ..ops import core as ops
 
 VERSIONS = ("torch", "triton", "transformers", "wush-compile")
@@ -23,19 +23,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def arithmetic(format: str, capability: tuple[int, int] | None) -> str:
-    """How a device multiplies two tensors of this format, in words."""
-    if capability is None:
-        return "reference: fp32 products of decoded values"
-    if format == "int4":
-        return "emulated, exact: INT8 tensor cores"
-    if capability >= (10, 0):
-        return "native FP4 tensor cores"
-    if capability >= (9, 0) and format == "mxfp4":
-        return "emulated, exact: integer dot products up to 4 rows, FP8 tensor cores above"
-    return "emulated, exact: integer dot products up to 4 rows, BF16 tensor cores above"
 
 
 class Check(NamedTuple):

@@ -69,6 +69,19 @@ IN_PLACE = ("observe",)
 NAMES = (*(p.name for p in PROVIDERS), "reference")
 
 
+def arithmetic(format: str, capability: tuple[int, int] | None) -> str:
+    """How a device multiplies two tensors of this format, in words."""
+    if capability is None:
+        return "reference: fp32 products of decoded values"
+    if format == "int4":
+        return "emulated, exact: INT8 tensor cores"
+    if capability >= (10, 0):
+        return "native FP4 tensor cores"
+    if capability >= (9, 0) and format == "mxfp4":
+        return "emulated, exact: integer dot products up to 4 rows, FP8 tensor cores above"
+    return "emulated, exact: integer dot products up to 4 rows, BF16 tensor cores above"
+
+
 def forced() -> str | None:
     """The provider that `WUSH_PROVIDER` names; None if it is not set; `ConfigError` for an unknown name."""
     name = os.environ.get("WUSH_PROVIDER")

@@ -9,6 +9,7 @@ from torch.fx import Graph
 
 from .execution.cleanup import cleanup
 from .execution.cse import cse
+from .execution.drop_identities import drop_identities
 from .execution.fuse_activation import fuse_activation
 from .execution.fuse_epilogue import fuse_epilogue
 from .execution.fuse_norm import fuse_norm
@@ -18,11 +19,12 @@ from .execution.merge_siblings import merge_siblings
 from .execution.package import package
 
 _ALWAYS: tuple[Callable[[Graph], int], ...] = (
+    drop_identities,  # dropout in eval mode
     cse,  # one quantizer for each distinct input
     merge_siblings,  # one matmul for each group of siblings
     fuse_epilogue,  # bias and residual adds into the matmul
     fuse_norm,  # RMSNorm, LayerNorm into the quantizer
-    fuse_activation,  # SiLU·up, GELU·up into the quantizer
+    fuse_activation,  # SiLU·up, GELU·up, GELU, ReLU, .. into the quantizer
     cleanup,  # no-op views, paddings, dead code
     lower,  # fused ops that the target device has no kernel for
 )

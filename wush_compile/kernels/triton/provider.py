@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from ...formats import ACTIVATION_FORMATS, FORMATS
-from ...ops.fused import GAINS
+from ...ops.fused import ACTIVATIONS, GAINS
 from ...ops.layouts import rows_only
 from ..provider import Implementation
 from .calibration import moments as triton_gram
@@ -103,6 +103,12 @@ def refuses_gelu_mul(
     return refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule)
 
 
+def refuses_activation(x, kind, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
+    if kind not in ACTIVATIONS:
+        return f"activation {kind}"
+    return _refuses_prologue(x, transform, global_scale, format, scale_rule, ())
+
+
 def refuses_fp4_linear(
     codes,
     scales,
@@ -191,7 +197,16 @@ IMPLEMENTATIONS = {
     "layer_norm_transform_quantize": Implementation(
         _there(triton_fused.layer_norm_transform_quantize), refuses_layer_norm
     ),
+    "rms_norm_keep_transform_quantize": Implementation(
+        _there(triton_fused.rms_norm_keep_transform_quantize), refuses_rms_norm
+    ),
+    "layer_norm_keep_transform_quantize": Implementation(
+        _there(triton_fused.layer_norm_keep_transform_quantize), refuses_layer_norm
+    ),
     "silu_mul_transform_quantize": Implementation(_there(triton_fused.silu_mul_transform_quantize), refuses_silu_mul),
     "gelu_mul_transform_quantize": Implementation(_there(triton_fused.gelu_mul_transform_quantize), refuses_gelu_mul),
+    "activation_transform_quantize": Implementation(
+        _there(triton_fused.activation_transform_quantize), refuses_activation
+    ),
     "fp4_linear": Implementation(_there(fp4_linear), refuses_fp4_linear),
 }

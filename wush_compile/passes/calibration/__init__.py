@@ -1,6 +1,10 @@
 """Passes over the graph of the whole model, in the order in which calibration runs them.
 
-group.py       finds the linears, and groups those with the same input
+linears.py     what a linear is in a graph; makes one node of linears that a trace took apart
+group.py       groups the linears with the same input
+encoders.py    finds encoders of images or sound in front of a language model
+skipped.py     why a weight is not quantized
+dataflow.py    which values depend on which inputs
 place.py       moves the graph to the compute device
 observe.py     puts a `wush::observe` node in front of each group
 partition.py   cuts the graph into stages: the inputs, each repeated layer, the outputs

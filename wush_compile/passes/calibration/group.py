@@ -2,14 +2,16 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 
 from ...config import DEFAULT_IGNORE, WushConfig, ignored_by, matches
-from ...errors import ConfigError, one_of
+from ...errors import CaptureError, ConfigError, one_of
 from ...recipe import Recipe
+from .encoders import asked_for, encoders_beside_tokens, encodes
+from .linears import nodes_by_module, operands, parametrized_weights, restore_linears
 from .partition import assign_stages
 from .skipped import belongs_to, called_by, is_linear_layer, own_product, read_by, readers_of, reason_to_skip
 
@@ -93,17 +95,28 @@ def _check_overrides(config: WushConfig, linears: Iterable[Linear], skipped: Map
             raise ConfigError(f"overrides[{pattern!r}] matches no linear that is quantized{reason}")
 
 
-def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
-    """Returns (input, weight, bias, transposed) of a linear node; None for any other node."""
-    if node.op != "call_function":
-        return None
-    if node.target is aten.linear.default:
-        return node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None, False
-    if node.target is aten.addmm.default and not node.kwargs and len(node.args) == 3:
-        return node.args[1], node.args[2], node.args[0], True
-    if node.target is aten.mm.default:
-        return node.args[0], node.args[1], None, True
-    return None
+def find_again(graph_module: fx.GraphModule, model: nn.Module, groups: list[LinearGroup]) -> list[LinearGroup | None]:
+    """Returns the same groups in another graph of the model; None for a group that this graph does not reach.
+
+    Raises `CaptureError` if the members of a group do not have one input there.
+    """
+    names = {linear.name for group in groups for linear in group.linears}
+    restore_linears(graph_module, model, names.__contains__)
+    by_weight: dict[str, list[fx.Node]] = {}
+    for node in graph_module.graph.nodes:
+        found = operands(node)
+        if found is not None and found[1].op == "get_attr":
+            by_weight.setdefault(found[1].target, []).append(node)
+    again: list[LinearGroup | None] = []
+    for group in groups:
+        found = [by_weight.get(linear.weight, []) for linear in group.linears]
+        nodes = [node for own in found for node in own]
+        sources = {operands(node)[0] for node in nodes}
+        if nodes and (any(len(own) != 1 for own in found) or len(sources) > 1):
+            raise CaptureError(f"it reaches {group.name} in another way than the traced batch")
+        linears = tuple(replace(linear, node=node) for linear, node in zip(group.linears, nodes))
+        again.append(replace(group, source=sources.pop(), linears=linears) if nodes else None)
+    return again
 
 
 def find_groups(
@@ -111,7 +124,8 @@ def find_groups(
 ) -> tuple[list[LinearGroup], dict[str, str]]:
     """Returns the groups to quantize, in graph order, and `{name: reason}` of every other matrix of the model."""
     _check_patterns(model, config)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    restore_linears(graph_module, model, lambda name: not ignored_by(name, config.ignore))
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | parametrized_weights(model)
     names_of: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
         names_of.setdefault(id(parameter), []).append(name)
@@ -122,12 +136,21 @@ def find_groups(
         readers.setdefault(id(parameters[node.target]), []).extend(readers_of(node))
 
     stage_of, _ = assign_stages(graph_module.graph)  # layers that read the same tensor (cross-attention) share no group
+    by_module = nodes_by_module(graph_module.graph)
+    encoders = encoders_beside_tokens(graph_module.graph)
     skipped: dict[str, str] = {}
     by_source: dict[tuple, list[Linear]] = {}  # (.., recipe) -> linears
     done: set[int] = set()
     for node in graph_module.graph.nodes:
         found = operands(node)
-        if found is None or found[1].op != "get_attr" or found[1].target not in parameters:
+        if found is None:
+            continue
+        if found[1].op != "get_attr" or found[1].target not in parameters:
+            caller, _ = called_by(node)
+            module = model.get_submodule(caller)
+            if isinstance(module, nn.Linear):
+                skipped[caller] = "its weight is computed in its forward or by a hook"
+                done |= {id(parameter) for parameter in module.parameters()}
             continue
         source, weight, bias, transposed = found
         parameter = parameters[weight.target]
@@ -140,6 +163,8 @@ def find_groups(
         bias_name = bias.target if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
         if pattern := ignored_by(name, config.ignore):
             reason = f"ignored by the configuration ({pattern!r})"
+        elif node in encoders and not asked_for(name, config.ignore):
+            reason = encodes(name, encoders[node])
         elif len(aliases) > 1:
             other = next((a for a in aliases if a != owned), owned).rpartition(".")[0]
             reason = f"weight is tied to {other}"
@@ -147,7 +172,7 @@ def find_groups(
             reason = belongs_to(module)
         elif caller != name:
             reason = read_by(caller_kind or type(model).__name__)
-        elif not own_product(module, transposed):
+        elif not own_product(module, transposed, by_module.get(name, [])):
             reason = f"{type(module).__name__} has a forward of its own"
         elif uses[id(parameter)] > 1:
             reason = f"applied {uses[id(parameter)]} times in one forward"
@@ -159,7 +184,7 @@ def find_groups(
             key = (source, stage_of[node], recipe) if recipe.share_transform else (node, recipe)
             rows = parameter.shape[1 if transposed else 0]
             by_source.setdefault(key, []).append(Linear(node, name, owned, bias_name, rows, transposed))
-            done.add(id(parameter))
+            done |= {id(parameter), *map(id, module.parameters())}
             continue
         skipped[name if owned == f"{name}.weight" else owned] = reason
         done.add(id(parameter))

@@ -1,12 +1,14 @@
 """Inserts and removes the calibration observers: one `wush::observe` node for each group of linears."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from ...solver.solution import moment_shape
+from .dataflow import depend_on
 from .group import LinearGroup
 
 # Rows R that the sample of a group keeps.
@@ -44,15 +46,31 @@ def _covers(mask: fx.Node, source: fx.Node) -> bool:
     return _traced_size(source.meta["val"].shape[:-1]) == _traced_size(mask.meta["val"].shape)
 
 
-def insert_observers(graph_module: fx.GraphModule, groups: list[LinearGroup], mask: fx.Node | None = None) -> None:
-    """Puts an observer before the first member of every group.
+def _masks(graph: fx.Graph) -> Callable[[fx.Node], fx.Node | None]:
+    """Returns a function that gives the attention mask for the rows of a node, or None.
+
+    In an encoder-decoder, what depends on the decoder's inputs has the decoder's mask.
+    """
+    inputs = {n.target: n for n in graph.nodes if n.op == "placeholder"}
+    after = depend_on(graph, [n for name, n in inputs.items() if name.startswith("decoder_")])
+
+    def mask_of(source: fx.Node) -> fx.Node | None:
+        mask = inputs.get("decoder_attention_mask" if source in after else "attention_mask")
+        return mask if mask is not None and _covers(mask, source) else None
+
+    return mask_of
+
+
+def insert_observers(graph_module: fx.GraphModule, groups: list[LinearGroup | None]) -> None:
+    """Puts an observer before the first member of every group. It leaves out the rows that the attention mask excludes.
 
     The observers' buffers are on the meta device until `allocate`, so that only one stage's moments are in memory.
-
-    mask   the placeholder of the attention mask, if the model has one
     """
     graph = graph_module.graph
+    mask_of = _masks(graph)
     for index, group in enumerate(groups):
+        if group is None:
+            continue
         names = _buffers(index)
         shapes = (moment_shape(group.recipe, group.width), (), (GROUP_SAMPLE_ROWS, group.width))
         dtypes = (torch.float32, torch.int64, group.source.meta["val"].dtype)
@@ -60,9 +78,8 @@ def insert_observers(graph_module: fx.GraphModule, groups: list[LinearGroup], ma
             graph_module.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         with graph.inserting_before(group.linears[0].node):
             state = [graph.get_attr(name) for name in names.values()]
-            applies = mask if mask is not None and _covers(mask, group.source) else None
             node = graph.call_function(
-                torch.ops.wush.observe.default, (group.source, applies, *state, group.recipe.seed)
+                torch.ops.wush.observe.default, (group.source, mask_of(group.source), *state, group.recipe.seed)
             )
         node.meta["wush_group"] = index
         node.meta["nn_module_stack"] = group.linears[0].node.meta.get("nn_module_stack")
@@ -82,6 +99,12 @@ def allocate(graph_module: fx.GraphModule, index: int, device: torch.device) -> 
         tensors.append(torch.zeros_like(getattr(graph_module, name), device=device))
         setattr(graph_module, name, tensors[-1])
     return Observation(*tensors)
+
+
+def share(graph_module: fx.GraphModule, index: int, observation: Observation) -> None:
+    """Makes the observer of group `index` add to the buffers of another graph's observer."""
+    for name, tensor in zip(_buffers(index).values(), vars(observation).values(), strict=True):
+        setattr(graph_module, name, tensor)
 
 
 def remove_observers(graph_module: fx.GraphModule) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import fx
 
 from ...modules import WushGroup
-from .group import LinearGroup, operands
+from .group import LinearGroup
+from .linears import operands
 
 aten, wush = torch.ops.aten, torch.ops.wush
 

@@ -26,10 +26,13 @@ def is_linear_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def own_product(module: nn.Module, transposed: bool) -> bool:
-    """Whether the forward of a linear layer is the product alone, so that a quantized linear can take its place."""
+def own_product(module: nn.Module, transposed: bool, nodes: list[fx.Node]) -> bool:
+    """Whether the forward of a linear layer is the product alone, so that a quantized linear can take its place.
+
+    nodes: what the trace of its forward computes.
+    """
     if isinstance(module, nn.Linear):
-        return not transposed and type(module).forward is nn.Linear.forward
+        return not transposed and (type(module).forward is nn.Linear.forward or len(nodes) == 1)
     return transposed
 
 

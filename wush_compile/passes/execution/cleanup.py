@@ -3,6 +3,7 @@
 from torch.fx import Graph
 
 from ..pattern import is_wush, op_name, replace, same_layout
+from .drop_identities import drop_identities
 
 _VIEWS = ("view", "reshape", "_unsafe_view", "expand", "slice", "alias")
 _COPIES = ("constant_pad_nd", "contiguous", "clone")  # the copy matters if it is returned or written to
@@ -31,5 +32,6 @@ def cleanup(graph: Graph) -> int:
     for node in list(graph.nodes):
         if op_name(node) == "_assert_tensor_metadata":
             graph.erase_node(node)
+    drop_identities(graph)  # copies that only changed the layout, before a fused residual did
     graph.eliminate_dead_code()
     return before - len(graph.nodes)

@@ -2,14 +2,36 @@
 
     transform_quantize(rms_norm(x, w), T, ..)  ->  rms_norm_transform_quantize(x, w, eps, .., T, ..)
 
+A norm that something else reads too (a residual behind the norm, a router) becomes an op that writes both:
+
+    y = rms_norm(x, w); transform_quantize(y, T, ..)  ->  codes, scales, y = rms_norm_keep_transform_quantize(x, w, ..)
+
 The norm is decomposed (Inductor, or a model that spells it out) or one ATen op (export). The fused op rounds to the
 model dtype where the graph does. A graph that rounds elsewhere is not fused.
 """
 
+import operator
+
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..pattern import ANY, Cast, Either, Num, Op, Var, arguments, insert_op, is_wush, match, only_user, replace, value
+from ..pattern import (
+    ANY,
+    Cast,
+    Either,
+    Num,
+    Op,
+    Var,
+    arguments,
+    insert,
+    insert_op,
+    is_wush,
+    match,
+    only_user,
+    replace,
+    value,
+)
 
 _X = Cast(Var("x"), bind="wide")
 _W = Cast(Var("weight"))
@@ -65,7 +87,7 @@ def _rms_norm(root: Node) -> tuple[str, dict] | None:
             continue
         if gain == "rounded" and not value(found["rounded"]).dtype == value(found["weight"]).dtype == value(root).dtype:
             continue
-        return "rms_norm_transform_quantize", _arguments(found, gain=gain)
+        return "rms_norm", _arguments(found, gain=gain)
     return None
 
 
@@ -75,22 +97,38 @@ def _layer_norm(root: Node) -> tuple[str, dict] | None:
         return None
     if any(value(found[name]).dtype != value(root).dtype for name in ("weight", "bias") if name in found):
         return None
-    return "layer_norm_transform_quantize", _arguments(found)
+    return "layer_norm", _arguments(found)
+
+
+def _keep(graph: Graph, root: Node, node: Node, op: str, named: dict) -> bool:
+    """Replaces a norm and one of its readers, the quantizer `node`, by the op that writes both; whether it did."""
+    dense = torch.empty_like(value(root), memory_format=torch.contiguous_format)
+    others = [a for a in named.values() if isinstance(a, Node)]
+    same = all(statically_known_true(i == j) for i, j in zip(dense.stride(), value(root).stride()))
+    if not same or not all(other < root for other in others):
+        return False
+    new = insert_op(graph, root, f"{op}_keep_transform_quantize", named, val=(*value(node), dense))
+    kept = insert(graph, root, operator.getitem, (new, 2), val=dense)
+    replace(node, new)
+    replace(root, kept)
+    return True
 
 
 def fuse_norm(graph: Graph) -> int:
-    """Fuses each quantizer with the norm before it, unless something else reads the norm; the number fused."""
+    """Fuses each quantizer with the norm before it; the number fused."""
     fused = 0
     for node in list(graph.nodes):
         if not is_wush(node, "transform_quantize"):
             continue
         quantizer = arguments(node)
         x = quantizer["x"]
-        if not only_user(x, node):
-            continue
         found = _rms_norm(x) or _layer_norm(x)
-        if found is not None:
-            op, norm = found
-            replace(node, insert_op(graph, node, op, quantizer | norm, val=value(node)))
-            fused += 1
+        if found is None:
+            continue
+        op, norm = found
+        if only_user(x, node):
+            replace(node, insert_op(graph, node, f"{op}_transform_quantize", quantizer | norm, val=value(node)))
+        elif not _keep(graph, x, node, op, quantizer | norm):
+            continue
+        fused += 1
     return fused

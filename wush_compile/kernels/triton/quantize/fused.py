@@ -36,17 +36,45 @@ def _gated(prologue, gate, transform, global_scale, format, scale_rule, scale_la
     return transform_quantize(gate, transform, global_scale, format, scale_rule, swizzled=swizzled, prologue=prologue)
 
 
+def rms_norm_keep_transform_quantize(
+    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`wush::rms_norm_keep_transform_quantize`."""
+    rows_only(scale_layout)
+    eps = eps if eps_tensor is None else eps_tensor
+    kept = x.new_empty(x.shape)
+    tail = (transform, global_scale, format, scale_rule)
+    return *norm_quantize(x, weight, None, eps, f"rms_{gain}", *tail, kept=kept), kept
+
+
+def layer_norm_keep_transform_quantize(
+    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`wush::layer_norm_keep_transform_quantize`."""
+    rows_only(scale_layout)
+    eps = eps if eps_tensor is None else eps_tensor
+    kept = x.new_empty(x.shape)
+    tail = (transform, global_scale, format, scale_rule)
+    return *norm_quantize(x, weight, bias, eps, "layer_norm", *tail, kept=kept), kept
+
+
 def silu_mul_transform_quantize(
     gate, up, transform, global_scale, format, scale_rule, scale_layout="rows"
 ) -> tuple[Tensor, Tensor]:
     """`wush::silu_mul_transform_quantize`."""
-    prologue = Prologue("silu_mul", up)
-    return _gated(prologue, gate, transform, global_scale, format, scale_rule, scale_layout)
+    return _gated(Prologue("silu", up), gate, transform, global_scale, format, scale_rule, scale_layout)
 
 
 def gelu_mul_transform_quantize(
     gate, up, approximate, transform, global_scale, format, scale_rule, scale_layout="rows"
 ) -> tuple[Tensor, Tensor]:
     """`wush::gelu_mul_transform_quantize`; approximate: none or tanh."""
-    prologue = Prologue("gelu_mul" if approximate == "none" else "gelu_tanh_mul", up)
+    prologue = Prologue("gelu" if approximate == "none" else "gelu_tanh", up)
     return _gated(prologue, gate, transform, global_scale, format, scale_rule, scale_layout)
+
+
+def activation_transform_quantize(
+    x, kind, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> tuple[Tensor, Tensor]:
+    """`wush::activation_transform_quantize`; kind: a name in `ops.fused.ACTIVATIONS`."""
+    return _gated(Prologue(kind), x, transform, global_scale, format, scale_rule, scale_layout)

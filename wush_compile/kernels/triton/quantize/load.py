@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .prologue import gated, normed
+from .prologue import activated, gated, normed
 
 
 @triton.jit
@@ -47,12 +47,14 @@ def load_rows(
 
 @triton.jit
 def apply_prologue(tile, source, row, left, first, SPEC: tl.constexpr, MASKED: tl.constexpr, EVEN: tl.constexpr):
-    """What the prologue makes of a tile of x and of its other operands."""
-    x, up, weight, bias, mean, scale, stride, up_stride = source
+    """What the prologue makes of a tile of x and of its other operands; a norm that is kept is stored."""
+    x, up, weight, bias, mean, scale, kept, stride, up_stride = source
     PROLOGUE: tl.constexpr = SPEC.prologue
     if PROLOGUE is not None:
         if up is not None:
             tile = gated(tile, load_rows(up, row, left, up_stride, first, SPEC, MASKED, EVEN), PROLOGUE)
+        elif scale is None:
+            tile = activated(tile, PROLOGUE)
         else:
             rows = row + tl.arange(0, SPEC.rows)[:, None]
             inside = inside_mask(rows, left, 0, SPEC.width, MASKED, True)
@@ -62,6 +64,10 @@ def apply_prologue(tile, source, row, left, first, SPEC: tl.constexpr, MASKED: t
             if scale.dtype.is_ptr():
                 scale = tl.load(scale + rows, mask=inside, other=None if inside is None else 0.0)
             tile = normed(tile, mean, scale, weight, bias, PROLOGUE)
+            if kept is not None:
+                columns = tl.arange(0, SPEC.columns)[None, :]
+                inside = inside_mask(rows, left, first + columns, SPEC.width, MASKED, EVEN)
+                tl.store(kept + (rows * SPEC.width + columns), tile, mask=inside)
     return tile
 
 
@@ -69,5 +75,5 @@ def apply_prologue(tile, source, row, left, first, SPEC: tl.constexpr, MASKED: t
 def load_tile(source, row, left, first, SPEC: tl.constexpr, MASKED: tl.constexpr, EVEN: tl.constexpr):
     """The tile that is transformed and quantized: of x, or what the prologue makes of it."""
     OTHER: tl.constexpr = 0.0 if source[1] is None else 1.0
-    tile = load_rows(source[0], row, left, source[6], first, SPEC, MASKED, EVEN, OTHER)
+    tile = load_rows(source[0], row, left, source[7], first, SPEC, MASKED, EVEN, OTHER)
     return apply_prologue(tile, source, row, left, first, SPEC, MASKED, EVEN)

@@ -40,6 +40,7 @@ def norm_quantize_kernel(
     eps,
     mean,
     scale,
+    kept,
     counters,
     t,
     global_scale,
@@ -51,7 +52,7 @@ def norm_quantize_kernel(
     SPEC: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """`transform_quantize_kernel` of a norm of x, the prologue of SPEC.
+    """`transform_quantize_kernel` of a norm of x, the prologue of SPEC; kept [M, K], if there is one, is that norm.
 
     counters None: every program computes the statistics of its rows itself; SUMS.rows is at least M, or R*TILES.
     Else counters is int32 [bands], all 0; a band is the R*TILES rows of a program. Statistics go through mean (None:
@@ -79,6 +80,7 @@ def norm_quantize_kernel(
             bias,
             means,
             factors,
+            kept,
             t,
             global_scale,
             codes,
@@ -114,6 +116,7 @@ def norm_quantize_kernel(
                 bias,
                 mean,
                 scale,
+                kept,
                 t,
                 global_scale,
                 codes,
@@ -172,11 +175,12 @@ def norm_quantize(
     format: str,
     scale_rule: str,
     plan: NormPlan | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`wush::transform_quantize` of a norm of x [.., K] bf16 or fp16.
 
     norm: "layer_norm", or "rms_" and a gain of `ops.fused.GAINS`; weight, bias [K] of x's dtype or None; eps a number
-    or a tensor of one."""
+    or a tensor of one. The norm itself is written to `kept`, dense and like x, if there is one."""
     if x.numel() == 0:
         return transform_quantize(x, transform, global_scale, format, scale_rule)
     rows, width = dense_rows(x), x.shape[-1]
@@ -211,7 +215,7 @@ def norm_quantize(
             enable_fp_fusion=False,
             **({"launch_pdl": True} if pdl else {}),
         )
-        prologue = Prologue(norm, weight=weight, bias=bias, mean=mean, scale=scale)
+        prologue = Prologue(norm, weight=weight, bias=bias, mean=mean, scale=scale, kept=kept)
         return transform_quantize(x, transform, global_scale, format, scale_rule, tile, prologue=prologue)
     codes, scales, arguments = prepare(x, rows, transform, global_scale, format, scale_rule, tile, norm)
     bands, columns, lead = triton.cdiv(count, height), triton.cdiv(width, tile.columns), 0
@@ -227,6 +231,7 @@ def norm_quantize(
         eps=eps,
         mean=mean,
         scale=scale,
+        kept=kept,
         counters=counters,
         lead=lead,
         SUMS=sums,

@@ -1,4 +1,4 @@
-"""Prologues: norms and gated activations in front of the quantizer, in the same kernel.
+"""Prologues: norms and activations in front of the quantizer, in the same kernel.
 
 A prologue is a function of one tile. It computes in fp32, and rounds to the model dtype once for every operation of the
 graph that it replaces (`ops/fused.py` has the definitions). `norm.py` says where the statistics of a norm's rows come
@@ -16,6 +16,7 @@ SQRT1_2 = tl.constexpr(0.7071067811865476)
 # The tanh approximation of GELU: tanh(BETA * (x + KAPPA * x^3)).
 GELU_BETA = tl.constexpr(0.7978845608028654)
 GELU_KAPPA = tl.constexpr(0.044715)
+QUICK_GELU = tl.constexpr(1.702)
 
 
 @triton.jit
@@ -34,15 +35,50 @@ def gelu(x, TANH: tl.constexpr):
 
 
 @triton.jit
-def gated(gate, up, KIND: tl.constexpr):
-    """act(gate) rounded, times up, rounded: tiles of one 16-bit dtype."""
-    wide = gate.to(tl.float32)
-    if KIND == "silu_mul":
-        activated = silu(wide)
+def rounded(x, DTYPE: tl.constexpr):
+    """x fp32, as one operation of a graph in DTYPE leaves it."""
+    return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def gelu_new(x, DTYPE: tl.constexpr):
+    """The tanh approximation of GELU in single ops of DTYPE, as transformers spells it out; x fp32. The cube rounds
+    twice, as that of torch.pow on a GPU does."""
+    cube = rounded(rounded(x * x, DTYPE) * x, DTYPE)
+    inner = rounded(x + rounded(cube * GELU_KAPPA, DTYPE), DTYPE)
+    tanh = rounded(libdevice.tanh(rounded(inner * GELU_BETA, DTYPE)), DTYPE)
+    return rounded(0.5 * x, DTYPE) * rounded(1.0 + tanh, DTYPE)
+
+
+@triton.jit
+def quick_gelu(x, DTYPE: tl.constexpr):
+    """x * sigmoid(1.702 * x) in single ops of DTYPE; x fp32."""
+    return x * rounded(tl.div_rn(1.0, 1.0 + libdevice.exp(-rounded(x * QUICK_GELU, DTYPE))), DTYPE)
+
+
+@triton.jit
+def activated(x, KIND: tl.constexpr):
+    """An activation of a tile of a 16-bit dtype, by its name in `ops.fused.ACTIVATIONS`, rounded."""
+    wide = x.to(tl.float32)
+    if KIND == "silu":
+        y = silu(wide)
+    elif KIND == "gelu_new":
+        y = gelu_new(wide, x.dtype)
+    elif KIND == "quick_gelu":
+        y = quick_gelu(wide, x.dtype)
+    elif KIND == "relu":
+        y = tl.where(wide <= 0.0, 0.0, wide)  # NaN stays
+    elif KIND == "relu2":
+        y = tl.where(wide <= 0.0, 0.0, wide * wide)
     else:
-        activated = gelu(wide, KIND == "gelu_tanh_mul")
-    activated = activated.to(gate.dtype).to(tl.float32)
-    return (activated * up.to(tl.float32)).to(gate.dtype)
+        y = gelu(wide, KIND == "gelu_tanh")
+    return y.to(x.dtype)
+
+
+@triton.jit
+def gated(gate, up, KIND: tl.constexpr):
+    """activation(gate) rounded, times up, rounded: tiles of one 16-bit dtype."""
+    return (activated(gate, KIND).to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
 
 
 @triton.jit
@@ -69,7 +105,9 @@ def normed(x, mean, scale, weight, bias, KIND: tl.constexpr):
 
 
 class Prologue(NamedTuple):
-    """The operation on x before the quantizer: its name, a KIND of `gated` or `normed`, and its other operands."""
+    """The operation on x before the quantizer: its name, a KIND of `activated` or `normed`, and its other operands.
+
+    An activation with `up` is a gated one."""
 
     name: str | None = None
     up: Tensor | None = None
@@ -77,3 +115,4 @@ class Prologue(NamedTuple):
     bias: Tensor | None = None
     mean: Tensor | None = None
     scale: Tensor | None = None
+    kept: Tensor | None = None  # where the result of a norm is written, dense

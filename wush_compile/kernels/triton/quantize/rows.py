@@ -96,6 +96,7 @@ def quantize_rows(
     bias,
     mean,
     scale,
+    kept,
     t,
     global_scale,
     codes,
@@ -107,7 +108,8 @@ def quantize_rows(
 ):
     """The part of program number `program` of `transform_quantize_kernel`.
 
-    mean, scale: a norm's statistics, as pointers to those of all rows, or as tiles [R, 1]. arrivals: None, or what to
+    mean, scale: a norm's statistics, as pointers to those of all rows, or as tiles [R, 1]. kept: None, or where the
+    norm is written, dense [M, K]. arrivals: None, or what to
     wait for (`overlap.wait_arrivals`) before these pointers are read."""
     R: tl.constexpr = SPEC.rows
     W: tl.constexpr = SPEC.columns
@@ -131,6 +133,8 @@ def quantize_rows(
     if scale is not None:
         if scale.dtype.is_ptr():
             scale += start
+    if kept is not None:
+        kept += row * K + first
     codes += row * (K // 2) + first // 2
     shift = 0
     if SPEC.swizzled:
@@ -143,7 +147,7 @@ def quantize_rows(
         weight = tl.load(weight + columns, mask=columns < K, other=0.0)
     if bias is not None:
         bias = tl.load(bias + columns, mask=columns < K, other=0.0)
-    source = (x, up, weight, bias, mean, scale, stride, up_pitch)
+    source = (x, up, weight, bias, mean, scale, kept, stride, up_pitch)
     g = tl.full((), 1.0, tl.float32)
     if SPEC.scaled:
         g = tl.load(global_scale)

@@ -35,7 +35,7 @@ STEP = tl.constexpr(1.0 / E4M3_MAX)
 def _transformed(x, up, t, left, first, stride, up_stride, SPEC: tl.constexpr):
     """fp32 [R, W]: the transformed columns from `first` on, of the rows that x and `up` point to."""
     EVEN: tl.constexpr = SPEC.width % SPEC.columns == 0
-    source = (x + first, None if up is None else up + first, None, None, None, None, stride, up_stride)
+    source = (x + first, None if up is None else up + first, None, None, None, None, None, stride, up_stride)
     tile = load_tile(source, 0, left, first, SPEC, True, EVEN)
     if SPEC.block > 0:
         return dot(tile, load_operand(t, first, SPEC, EVEN), SPEC)

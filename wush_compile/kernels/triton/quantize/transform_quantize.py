@@ -29,12 +29,13 @@ from .tiles import MOST_ROWS, Tile, choose_tile, device_instructions, words
 
 @triton.jit(do_not_specialize=["M"])
 def transform_quantize_kernel(
-    x, up, weight, bias, mean, scale, t, global_scale, codes, scales, M, pitch, up_pitch, SPEC: tl.constexpr
+    x, up, weight, bias, mean, scale, kept, t, global_scale, codes, scales, M, pitch, up_pitch, SPEC: tl.constexpr
 ):
     """x [M, K], its rows `pitch` apart, t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G].
 
     A program takes W columns and R*TILES rows; neighbours take the next columns. `up` [M, K], its rows `up_pitch`
-    apart, and the vectors of a norm belong to the prologue, and are None where the prologue has none."""
+    apart, and the vectors of a norm belong to the prologue, and are None where the prologue has none. kept [M, K], if
+    there is one, is written: the norm in x's dtype."""
     wait_inputs(SPEC.pdl)
     start_next(SPEC.pdl)
     quantize_rows(
@@ -46,6 +47,7 @@ def transform_quantize_kernel(
         bias,
         mean,
         scale,
+        kept,
         t,
         global_scale,
         codes,
@@ -107,7 +109,7 @@ def flat_transform_quantize_kernel(
         words,
         pdl,
     )
-    transform_quantize_kernel(x, None, None, None, None, None, t, global_scale, codes, scales, M, pitch, 0, SPEC)
+    transform_quantize_kernel(x, None, None, None, None, None, None, t, global_scale, codes, scales, M, pitch, 0, SPEC)
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -194,6 +196,7 @@ def transform_quantize(
         bias=prologue.bias,
         mean=prologue.mean,
         scale=prologue.scale,
+        kept=prologue.kept,
         up_pitch=0 if up is None else up.stride(0),
         **arguments,
     )

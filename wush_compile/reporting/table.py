@@ -35,7 +35,7 @@ def group_table(model: nn.Module, limit: int | None = None, width: int = 120) ->
     """
     record = quantization_of(model)
     groups = worst_first(model)[:limit]
-    notes = [_notes(group, record) for group in groups]
+    notes = [group_notes(group, record) for group in groups]
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in (*COLUMNS, "notes") if any(notes) else COLUMNS:
         text = heading in ("group", "notes")
@@ -47,12 +47,17 @@ def group_table(model: nn.Module, limit: int | None = None, width: int = 120) ->
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
 
 
-def _row(group: WushGroup, record: Quantization) -> tuple[str, ...]:
+def group_name(group: WushGroup) -> str:
+    """The first member's name, and the last parts of the others' (`layers.0.self_attn.q_proj+k_proj+v_proj`)."""
     first, *others = [member.name for member in group.members]
-    report = record.report.get(first, {})
+    return first + "".join(f"+{other.rpartition('.')[2]}" for other in others)
+
+
+def _row(group: WushGroup, record: Quantization) -> tuple[str, ...]:
+    report = record.report.get(group.members[0].name, {})
     rows, packed_width = group.weight_packed.shape
     return (
-        first + "".join(f"+{other.rpartition('.')[2]}" for other in others),
+        group_name(group),
         f"{rows} x {2 * packed_width}",
         str(report.get("tokens", "")),
         *(f"{report[key]:.2e}" if key in report else "" for key in ("loss", "relative_loss")),
@@ -61,7 +66,8 @@ def _row(group: WushGroup, record: Quantization) -> tuple[str, ...]:
     )
 
 
-def _notes(group: WushGroup, record: Quantization) -> str:
+def group_notes(group: WushGroup, record: Quantization) -> str:
+    """What is special about a group: other settings, smaller blocks, more damping."""
     recipe = group.recipe
     notes = [f"{name}={value}" for name, value in recipe.changes_from(record.config).items()]
     if group.block_size < (recipe.transform_block_size or 0):

@@ -44,7 +44,7 @@ def model_bytes(model: nn.Module) -> tuple[int, int]:
     return after - quantized_bytes(model) + plain, after
 
 
-def _bits(model: nn.Module) -> str:
+def bits_per_weight(model: nn.Module) -> str:
     """`4.63 bits a weight (4 codes, 0.25 scales, ..)`: all that is stored for the linears, over their weights."""
     weights, bits = 0, Counter()
     for _, group in named_groups(model):
@@ -55,7 +55,8 @@ def _bits(model: nn.Module) -> str:
     return f"{bits.total() / weights:.2f} bits a weight ({parts})"
 
 
-def _settings(config: WushConfig, everything: bool) -> str:
+def settings_text(config: WushConfig, everything: bool = False) -> str:
+    """Settings as `name=value`: those that are always named, and those that differ from their defaults (or all)."""
     default, settings = WushConfig().to_dict(), config.to_dict()
     shown = {k: v for k, v in settings.items() if everything or k in ALWAYS or v != default[k]}
     return ", ".join(f"{name}={_text(value)}" for name, value in shown.items())
@@ -70,13 +71,18 @@ def _text(value: object) -> str:
     return str(value)
 
 
+def by_reason(ignored: dict[str, str]) -> dict[str, list[str]]:
+    """Why modules were not quantized -> their names."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in ignored.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons
+
+
 def _skipped(ignored: dict[str, str], everything: bool) -> list[str]:
     """A line for each reason, with the number of modules and their first names (or all)."""
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in ignored.items():
-        by_reason.setdefault(reason, []).append(name)
     lines = []
-    for reason, names in by_reason.items():
+    for reason, names in by_reason(ignored).items():
         shown = names if everything else names[:NAMES]
         more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
         lines.append(f"  {len(names)}: {reason}: {', '.join(shown)}{more}")
@@ -92,9 +98,9 @@ def summary(model: nn.Module, everything: bool = False, width: int = 120) -> str
     linears = sum(len(group.members) for group in groups)
     before, after = model_bytes(model)
     lines = [
-        f"settings: {_settings(record.config, everything)}",
+        f"settings: {settings_text(record.config, everything)}",
         f"quantized: {linears} linears in {len(groups)} groups, {quantized_bytes(model) / 2**20:.1f} MiB, "
-        f"{_bits(model)}",
+        f"{bits_per_weight(model)}",
         f"model: {before / 2**20:.1f} MiB before, {after / 2**20:.1f} MiB now",
     ]
     if reports := list(record.report.values()):

@@ -3,6 +3,8 @@
 Graphs are derived anew from the model on every call: a stored copy would lie after a change.
 """
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -13,6 +15,7 @@ from ..capture.meta import meta_copy
 from ..checkpoint.record import quantization_of
 from ..data import Batch
 from ..errors import CaptureError, ConfigError, one_of
+from ..graphs.log import GraphTrace
 from ..graphs.printing import print_graph
 from ..modules import WushLinear
 from ..passes.calibration.partition import Stage, partition
@@ -43,6 +46,27 @@ def example_inputs(model: nn.Module, device: torch.device | str) -> Batch:
     )
 
 
+def first_layers(model: nn.Module) -> nn.Module:
+    """A copy without values that keeps only the first element of each list of layers: quick to trace.
+
+    It is on the model's device, and on the CPU for a model on the meta device. No memory is written.
+    """
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    model, cut = meta_copy(model), []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in cut)
+        if (
+            isinstance(module, nn.ModuleList)
+            and not inside
+            and any(isinstance(m, WushLinear) for m in module.modules())
+        ):
+            cut.append(name)
+    for name in cut:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, model.get_submodule(name)[:1])
+    return model.to_empty(device="cpu" if device.type == "meta" else device)
+
+
 def _before(model: nn.Module) -> nn.Module:
     """The model with plain linears where the quantized ones were."""
     for name, module in list(model.named_modules()):
@@ -61,13 +85,28 @@ def _first_layer(model: nn.Module) -> Stage:
     return next((s for s in stages if s.name not in ("inputs", "outputs")), stages[0])
 
 
+def captured_stages(model: nn.Module) -> dict[str, Stage]:
+    """The first layer `before` and `after` quantization, traced on the meta device."""
+    return {"before": _first_layer(_before(meta_copy(model))), "after": _first_layer(meta_copy(model))}
+
+
 def captured_graphs(model: nn.Module) -> str:
-    """The first layer's graph before and after quantization, traced on the meta device."""
-    text = []
-    for when, net in (("before", _before(meta_copy(model))), ("after", meta_copy(model))):
-        stage = _first_layer(net)
-        text.append(f"{when}: {stage.name}({', '.join(stage.inputs)})\n{print_graph(stage.graph_module.graph)}")
-    return "\n\n".join(text)
+    """The first layer's graph before and after quantization, as text."""
+    return "\n\n".join(
+        f"{when}: {stage.name}({', '.join(stage.inputs)})\n{print_graph(stage.graph_module.graph)}"
+        for when, stage in captured_stages(model).items()
+    )
+
+
+def compiled_trace(model: nn.Module) -> GraphTrace:
+    """The graph inside the compile backend, in eval mode, after each pass. The model does not run.
+
+    Raises `CaptureError` for a model that torch.compile does not trace as one graph.
+    """
+    example = example_inputs(model, next(model.parameters(), next(model.buffers())).device)
+    named = {**example, **constant_inputs(model)} if isinstance(example, dict) else {}
+    with evaluating(model):
+        return preview(model, *(() if named else example), **named)
 
 
 def compiled_graph(model: nn.Module, layer: int = 0, after: str | None = None) -> str:
@@ -76,10 +115,7 @@ def compiled_graph(model: nn.Module, layer: int = 0, after: str | None = None) -
     The model does not run. Raises `ConfigError` for an unknown pass, or a layer that the model does not have, and
     `CaptureError` for a model that torch.compile does not trace as one graph.
     """
-    example = example_inputs(model, next(model.parameters(), next(model.buffers())).device)
-    named = {**example, **constant_inputs(model)} if isinstance(example, dict) else {}
-    with evaluating(model):
-        trace = preview(model, *(() if named else example), **named)
+    trace = compiled_trace(model)
     if after is not None:
         one_of("pass", after, [snapshot.step for snapshot in trace.snapshots])
     if layer and not trace["incoming"].text(layer):

@@ -1,0 +1,167 @@
+"""The graphs of a run: the model's graph, and further ones for batches that this graph is not valid for.
+
+A trace may hold only for some sizes of the inputs: a model that loops over chunks of its sequence has another graph for
+another number of chunks. All graphs of a run have the same stages and the same groups. A stage observes all batches,
+each in its own graph, before its groups are solved.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.func import functional_call
+
+from ..capture.export import Captured, capture
+from ..errors import CaptureError, DataError
+from ..passes.calibration.group import LinearGroup, find_again
+from ..passes.calibration.observe import Observation, insert_observers, observed, remove_observers, share
+from ..passes.calibration.partition import Stage, partition
+from ..passes.calibration.place import place
+from ..passes.calibration.rewrite import rewrite
+from .activations import Activations
+from .context import Run
+from .microbatch import MicroBatch
+from .solve_group import Solved
+
+# More graphs than this take longer to trace than a user expects, and hint at data that nobody wants to mix.
+MAX_GRAPHS = 8
+
+
+def used(stage: Stage) -> set[str]:
+    """Returns the names of the tensors in a stage's graph."""
+    return {n.target for n in stage.graph_module.graph.nodes if n.op == "get_attr"}
+
+
+class Variant:
+    """A graph in stages, and the batches that go through it.
+
+    groups   the run's groups in this graph; None for a group that it does not reach
+    """
+
+    def __init__(self, captured: Captured, groups: list[LinearGroup | None], run: Run, observes: bool):
+        self.captured, self.groups, self._run = captured, groups, run
+        graph_module = captured.graph_module
+        if run.offloads:
+            place(graph_module, run.device, {name for name, _ in graph_module.named_buffers() if name in run.tensors})
+        if observes:
+            insert_observers(graph_module, groups)
+        self.stages = partition(graph_module)
+        self.last_use = {name: number for number, stage in enumerate(self.stages) for name in stage.inputs}
+        self.activations: Activations | None = None
+
+    def start(self, batches: list[MicroBatch], first: int) -> None:
+        """Resets the activations to the inputs of these batches, of which the first has the number `first`."""
+        values = [self.captured.flatten(first + i, batch.inputs) for i, batch in enumerate(batches)]
+        run = self._run
+        self.activations = Activations(values, run.device, run.offloads, run.activations_dir)
+
+    def forwards(self, number: int, loaded: dict[str, Tensor]) -> Iterator[tuple]:
+        """Runs every batch through a stage with these tensors. Yields the outputs."""
+        stage = self.stages[number]
+        if len(self.activations):
+            for inputs in self.activations.read(stage.inputs):
+                yield functional_call(stage.graph_module, loaded, tuple(inputs))
+
+    def keep(self, number: int, index: int, outputs: tuple) -> None:
+        """Keeps a stage's outputs for its batch `index`, and drops the values that no later stage reads."""
+        self.activations.write(index, dict(zip(self.stages[number].outputs, outputs, strict=True)))
+        dead = [n for n in self.activations.names(index) if self.last_use.get(n, -1) <= number]
+        self.activations.drop(index, dead)
+
+    def observe_into(self, number: int, seen: dict[int, Observation]) -> None:
+        """Makes the observers of a stage add to these buffers."""
+        graph_module = self.stages[number].graph_module
+        for i in observed(graph_module):
+            share(graph_module, i, seen[i])
+
+    def remove_observers(self, number: int) -> None:
+        """Removes the observers of a stage."""
+        remove_observers(self.stages[number].graph_module)
+
+    def rewrite(self, number: int, solved: dict[int, Solved]) -> None:
+        """Rewrites the solved groups, by number, of a stage."""
+        reached = [(self.groups[i], one.group, f"wush_group_{i}") for i, one in solved.items() if self.groups[i]]
+        rewrite(self.stages[number].graph_module, reached)
+
+
+class Variants:
+    """All graphs of a run. The first one is the model's; `route` adds the others."""
+
+    def __init__(self, captured: Captured, groups: list[LinearGroup], run: Run, observes: bool):
+        self._groups, self._run, self._observes = groups, run, observes
+        self._all = [Variant(captured, list(groups), run, observes)]
+        self._solved: list[tuple[int, dict[int, Solved]]] = []
+
+    def __iter__(self) -> Iterator[Variant]:
+        return iter(self._all)
+
+    @property
+    def first(self) -> Variant:
+        """The model's graph."""
+        return self._all[0]
+
+    def route(self, batches: list[MicroBatch]) -> list[MicroBatch]:
+        """Starts every graph with its batches. Returns all batches in the order in which they run.
+
+        Raises `DataError` if a batch needs a graph that cannot be had.
+        """
+        of: dict[int, list[MicroBatch]] = {}
+        for batch in batches:
+            of.setdefault(self._number_for(batch), []).append(batch)
+        ordered: list[MicroBatch] = []
+        for number, variant in enumerate(self._all):
+            own = of.get(number, [])
+            variant.start(own, len(ordered))
+            ordered += own
+        return ordered
+
+    def _number_for(self, batch: MicroBatch) -> int:
+        refusal = None
+        for number, variant in enumerate(self._all):
+            reason = variant.captured.refusal(batch.inputs)
+            if reason is None:
+                return number
+            refusal = refusal or reason
+        if len(self._all) == MAX_GRAPHS:
+            raise DataError(
+                f"{batch} needs graph number {MAX_GRAPHS + 1}, because the model runs other ops for every size of its "
+                f"inputs (the first graph holds for {refusal}): give batches of one size"
+            )
+        self._all.append(self._trace(batch, refusal))
+        return len(self._all) - 1
+
+    def _trace(self, batch: MicroBatch, refusal: str) -> Variant:
+        try:
+            captured = capture(self.first.captured.model, [batch.inputs])
+            groups = find_again(captured.graph_module, captured.model, self._groups)
+            variant = Variant(captured, groups, self._run, self._observes)
+            if [s.name for s in variant.stages] != [s.name for s in self.first.stages]:
+                raise CaptureError("it runs other layers than the traced batch")
+        except CaptureError as error:
+            raise DataError(
+                f"{batch} needs a graph of its own, because the model's graph holds only for {refusal}, and cannot "
+                f"have one: {error}. Give batches of one size"
+            ) from error
+        for number, solved in self._solved:  # traced late, for a smaller micro-batch
+            variant.remove_observers(number)
+            variant.rewrite(number, solved)
+        return variant
+
+    def observe_into(self, number: int, seen: dict[int, Observation]) -> None:
+        """Makes the observers of a stage in all graphs add to these buffers."""
+        for variant in self._all:
+            variant.observe_into(number, seen)
+
+    def remove_observers(self, number: int) -> None:
+        """Removes the observers of a stage from all graphs."""
+        for variant in self._all:
+            variant.remove_observers(number)
+
+    def rewrite(self, number: int, solved: dict[int, Solved]) -> None:
+        """Rewrites the solved groups, by number, of a stage in all graphs."""
+        for variant in self._all:
+            variant.rewrite(number, solved)
+        self._solved.append((number, solved))
+
+    def used(self, number: int) -> set[str]:
+        """Returns the names of the tensors in the graphs of a stage."""
+        return set().union(*(used(variant.stages[number]) for variant in self._all))
