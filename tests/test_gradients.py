@@ -18,6 +18,7 @@ SETTINGS = {
     "mxfp4, a transform a block": {"transform": "wush"},
     "nvfp4": {"format": "nvfp4", "transform": "hadamard"},
     "int4, no transform": {"format": "int4", "transform": "identity"},
+    "16-bit activations": {"activation_format": None, "transform": "hadamard"},
     "fp8 activations": {"activation_format": "fp8", "transform": "hadamard"},
 }
 
