@@ -14,6 +14,7 @@ from wush_compile.formats import FORMATS
 from wush_compile.kernels.provider import Implementation
 from wush_compile.ops import core as ops
 from wush_compile.ops import fused as fused_ops
+from wush_compile.ops.schema import bind
 
 CPU = torch.device("cpu")
 GROUPS = {name: format.group_size for name, format in FORMATS.items()}
@@ -106,13 +107,11 @@ def rounds_twice(*args):
 
 def reads_padding(*args):
     """Like a kernel that reads swizzled scales as rows."""
-    if args[-1] == "swizzled":
-        args = (
-            args[0],
-            args[1].flatten()[: args[0].numel() * 2 // GROUPS[args[8]]].view(len(args[0]), -1),
-            *args[2:-1],
-        )
-    return ops._fp4_linear(*args)
+    call = bind("fp4_linear", args)
+    if call["scale_layout"] == "swizzled":
+        rows, groups = len(call["codes"]), call["codes"].numel() * 2 // GROUPS[call["format"]]
+        call |= {"scales": call["scales"].flatten()[:groups].view(rows, -1), "scale_layout": "rows"}
+    return ops._fp4_linear(*call.values())
 
 
 @pytest.mark.parametrize("broken", [forgets_the_bias, loses_nan, rounds_twice, reads_padding])

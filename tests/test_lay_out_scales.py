@@ -23,7 +23,7 @@ QUANTIZERS = ("transform_quantize", *fused_ops.FUSED_REFERENCE)
 
 
 def rows_only(*args):
-    return "rows only" if args[-1] == "swizzled" else None
+    return "rows only" if "swizzled" in args[-2:] else None
 
 
 def table(**refusals):
@@ -89,7 +89,8 @@ def sample(*lead):
 @pytest.mark.parametrize("lead", [(0,), (1,), (3,), (17,), (129,), (2, 0), (2, 65)])
 def test_the_swizzled_graph_computes_the_same_bits(blackwell, format, lead):
     model, x = Mlp(format), sample(*lead)
-    want = model(x)
+    with torch.no_grad():
+        want = model(x)
     program, graph = lowered(model, sample(*(max(size, 2) for size in lead)))
     assert passes.lay_out_scales(graph) == 2
     assert {layout for _, layout in layouts(graph)} == {"swizzled"} and count_ops(graph)["fp4_linear"] == 3

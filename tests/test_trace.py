@@ -113,7 +113,8 @@ def test_a_log_sees_every_step_and_saves_it(tmp_path, capsys):
     log.save(tmp_path)
     names = sorted(p.name for p in (tmp_path / "graph0").iterdir())
     assert names == [f"{i:02d}_{s}.txt" for i, s in enumerate(["dynamo", *STEPS])] + ["kernels.txt"]
-    assert (tmp_path / "graph0" / "02_cse.txt").read_text().splitlines()[1:] == graph["cse"].text().splitlines()
+    (saved,) = (tmp_path / "graph0").glob("*_cse.txt")
+    assert saved.read_text().splitlines()[1:] == graph["cse"].text().splitlines()
     with pytest.raises(KeyError, match="the steps are"):
         graph["fuse_everything"]
 
