@@ -101,7 +101,7 @@ def test_unknown_formats_are_refused():
     x = torch.randn(3, 64)
     with pytest.raises(ValueError, match="scale rule 'mse' is not one of fp8's: token"):
         wush.transform_quantize(x, None, None, "fp8", "mse")
-    with pytest.raises(ConfigError, match="unknown activation_format 'fp9'"):
+    with pytest.raises(ConfigError, match="unknown activation_format 'fp9'; did you mean 'fp8'.*same, fp8, None"):
         wc.WushConfig(activation_format="fp9")
 
 

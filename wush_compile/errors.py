@@ -36,11 +36,11 @@ class GradientError(WushError, RuntimeError):
     """A gradient is asked of an op that has none."""
 
 
-def one_of(kind: str, value: object, allowed: Iterable[str]) -> str:
+def one_of(kind: str, value: object, allowed: Iterable[str | None]) -> str | None:
     """Returns `value` if it is one of `allowed`. Otherwise raises `ConfigError` with the nearest match."""
     allowed = tuple(allowed)
     if value in allowed:
         return value
-    near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(value), filter(None, allowed), n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"unknown {kind} {value!r}{hint} (one of: {', '.join(allowed)})")
+    raise ConfigError(f"unknown {kind} {value!r}{hint} (one of: {', '.join(map(str, allowed))})")

@@ -9,7 +9,7 @@ from .formats import get_format
 TRANSFORMS = ("identity", "random", "hadamard", "wus", "wush")
 SOLVERS = ("rtn", "gptq")
 MOMENTS = ("marginal", "conditional")
-ACTIVATIONS = ("same", "fp8")
+ACTIVATION_FORMATS = ("same", "fp8", None)
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ class Recipe:
         one_of("moments", self.moments, MOMENTS)
         for side in ("weight_scale_rule", "activation_scale_rule"):
             one_of(f"{side} for {self.format}", getattr(self, side), fmt.scale_rules)
-        if self.activation_format is not None:
-            one_of("activation_format", self.activation_format, ACTIVATIONS)
+        one_of("activation_format", self.activation_format, ACTIVATION_FORMATS)
         block = self.transform_block_size
         if block is not None and (not isinstance(block, int) or block < fmt.group_size or block & (block - 1)):
             raise ConfigError(
