@@ -28,6 +28,10 @@ class CheckpointError(WushError, ValueError):
     """A directory or file that is not a complete, readable wush checkpoint."""
 
 
+class OffsetsError(WushError, ValueError):
+    """Offsets of experts' rows that are not sorted, or go past the rows."""
+
+
 class SignatureError(WushError, TypeError):
     """A function that computes an op but does not take the op's arguments."""
 

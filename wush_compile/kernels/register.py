@@ -4,6 +4,7 @@ import functools
 
 from ..ops import core as ops
 from ..ops.fused import FUSED_REFERENCE
+from ..ops.grouped import GROUPED_REFERENCE
 from ..ops.schema import lib, refuse_gradients
 from .dispatch import dispatch
 
@@ -11,7 +12,7 @@ from .dispatch import dispatch
 @functools.cache
 def register() -> None:
     """Registers `dispatch` as the CUDA implementation of every op, once a process."""
-    for name, reference in (ops.REFERENCE | FUSED_REFERENCE).items():
+    for name, reference in (ops.REFERENCE | FUSED_REFERENCE | GROUPED_REFERENCE).items():
         lib.impl(name, refuse_gradients(name, functools.partial(dispatch, name, reference)), "CUDA")
 
 

@@ -1,0 +1,131 @@
+"""`wush::fp4_grouped_linear`: rows sorted by expert, each times the weight of its own expert (mixtures of experts).
+
+    rows offs[e-1] .. offs[e]    belong to expert e; offs[-1] counts as 0
+    rows offs[E-1] .. S          belong to no expert: their results are zeros
+
+The reference is `fp4_linear` of each expert's rows. It reads the offsets back, so a CUDA graph cannot hold it; the
+kernels find every row's expert on the device.
+"""
+
+import torch
+from torch import Tensor
+
+from ..errors import OffsetsError
+from ..formats import get_format
+from .core import FAKE, REFERENCE
+from .layouts import in_rows
+from .schema import define
+
+
+def check_offsets(offs: Tensor, rows: int) -> list[int]:
+    """The offsets as numbers; `OffsetsError` unless 0 <= offs[0] <= offs[1] <= .. <= rows. Waits for a GPU."""
+    ends = offs.tolist()
+    for expert, (start, end) in enumerate(zip([0, *ends], ends)):
+        if not start <= end <= rows:
+            raise OffsetsError(
+                f"offs[{expert}] is {end}, after {start} and of {rows} rows: pass the running sums of the experts' row "
+                "counts"
+            )
+    return ends
+
+
+def _fp4_grouped_linear(
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: Tensor | None,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    weight_global_scale: Tensor | None,
+    offs: Tensor,
+    bias: Tensor | None,
+    format: str,
+    out_dtype: torch.dtype,
+    scale_layout: str = "rows",
+    activation_format: str = "same",
+) -> Tensor:
+    # The fake kernel has the checks of shapes; a call on real tensors does not pass it.
+    out = _fp4_grouped_linear_fake(
+        codes,
+        scales,
+        global_scale,
+        weight_codes,
+        weight_scales,
+        weight_global_scale,
+        offs,
+        bias,
+        format,
+        out_dtype,
+        scale_layout,
+        activation_format,
+    ).zero_()  # [S, N]
+    ends = check_offsets(offs, codes.shape[0])
+    if activation_format == "same":
+        groups = 2 * codes.shape[-1] // get_format(format).group_size
+        scales = in_rows(scales, codes.shape[:-1], groups, scale_layout)
+    for expert, (start, end) in enumerate(zip([0, *ends], ends)):
+        if start < end:
+            out[start:end] = REFERENCE["fp4_linear"](
+                codes[start:end],
+                scales[start:end],
+                global_scale,
+                weight_codes[expert],
+                weight_scales[expert],
+                None if weight_global_scale is None else weight_global_scale[expert : expert + 1],
+                None if bias is None else bias[expert],
+                None,
+                format,
+                out_dtype,
+                "rows",
+                activation_format,
+            )
+    return out
+
+
+def _fp4_grouped_linear_fake(
+    codes,
+    scales,
+    global_scale,
+    weight_codes,
+    weight_scales,
+    weight_global_scale,
+    offs,
+    bias,
+    format,
+    out_dtype,
+    scale_layout="rows",
+    activation_format="same",
+):
+    torch._check(codes.dim() == 2, lambda: f"rows of experts have 2 dimensions, codes have {codes.dim()}")
+    torch._check(weight_codes.dim() == 3, lambda: f"experts' weights have 3 dimensions, not {weight_codes.dim()}")
+    experts, n = weight_codes.shape[:2]
+    torch._check(experts > 0, lambda: "there is no expert")
+    torch._check(
+        offs.dim() == 1 and offs.dtype == torch.int32, lambda: f"offs are {offs.dim()}-dimensional {offs.dtype}"
+    )
+    per_expert = {"weight_scales": weight_scales, "weight_global_scale": weight_global_scale, "offs": offs, "bias": bias}
+    for name, t in per_expert.items():
+        if t is not None:
+            torch._check(t.shape[0] == experts, lambda: f"{name} is of {t.shape[0]} experts, the weight of {experts}")
+            torch._check(t.device == codes.device, lambda: f"activation is on {codes.device}, {name} on {t.device}")
+    if bias is not None:
+        torch._check(bias.dim() == 2 and bias.shape[1] == n, lambda: f"bias is {tuple(bias.shape)}, not [E, {n}]")
+    return FAKE["fp4_linear"](
+        codes,
+        scales,
+        global_scale,
+        weight_codes[0],
+        weight_scales[0],
+        None,
+        None,
+        None,
+        format,
+        out_dtype,
+        scale_layout,
+        activation_format,
+    )
+
+
+GROUPED_REFERENCE = {"fp4_grouped_linear": _fp4_grouped_linear}
+GROUPED_FAKE = {"fp4_grouped_linear": _fp4_grouped_linear_fake}
+for name, reference in GROUPED_REFERENCE.items():
+    define(name, reference, GROUPED_FAKE[name])
