@@ -80,6 +80,18 @@ def test_swizzled_scales():
     assert torch.equal(got, wush.fp4_grouped_linear(x, xs, *rest))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_rows_by_index(dtype):
+    x, xs, gx, w, ws, gw = operands(5, "nvfp4")
+    index, rest = torch.tensor([4, 0, 0, 3, 1, 4], dtype=dtype), (offsets([2, 0, 3, 1]), None, "nvfp4", torch.float32)
+    opcheck(wush.fp4_grouped_linear.default, (x, xs, gx, w, ws, gw, *rest, "rows", "same", index))
+    got = wush.fp4_grouped_linear(x, xs, gx, w, ws, gw, *rest, index=index)
+    assert torch.equal(got, wush.fp4_grouped_linear(x[index], xs[index], gx, w, ws, gw, *rest))
+    for bad in (index + 1, index - 1):
+        with pytest.raises(OffsetsError, match="index"):
+            wush.fp4_grouped_linear(x, xs, gx, w, ws, gw, *rest, index=bad)
+
+
 @pytest.mark.parametrize("offs", [[3, 2, 5, 9], [-1, 0, 0, 9], [0, 0, 0, 10]])
 def test_bad_offsets_are_errors(offs):
     args = operands(9, "mxfp4")

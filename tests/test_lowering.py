@@ -437,9 +437,9 @@ def test_an_upcast_reduces_where_lanes_are_neighbours(k, lanes):
     layout."""
     from wush_compile.kernels.triton.linear.upcast import upcast_fp8_kernel
 
-    pointers = dict(codes="*i32", scales="*u8", unit="*fp32", out="*i32")
+    pointers = dict(codes="*i32", scales="*u8", unit="*fp32", out="*i32", T="i32")
     groups = triton.next_power_of_2(k // 32)
-    constants = dict(g=None, K=k, ROW_GROUPS=groups, E4M3=False, SCALED=False, GROUPS=min(groups, 32))
+    constants = dict(g=None, index=None, K=k, ROW_GROUPS=groups, E4M3=False, SCALED=False, GROUPS=min(groups, 32))
     constants |= dict(LANE_ORDER=lanes, PDL=True)
     text = compile_kernel(upcast_fp8_kernel, pointers, constants, 90, 4).asm["ttgir"]
     reduced = re.findall(r"\}\) : \(tensor<([^>]*?), #", text)

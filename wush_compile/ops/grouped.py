@@ -3,6 +3,9 @@
     rows offs[e-1] .. offs[e]    belong to expert e; offs[-1] counts as 0
     rows offs[E-1] .. S          belong to no expert: their results are zeros
 
+With `index`, int32 or int64 [S], row s is row index[s] of the activation [T, K]: a token is quantized once and not
+copied to its experts.
+
 The reference is `fp4_linear` of each expert's rows. It reads the offsets back, so a CUDA graph cannot hold it; the
 kernels find every row's expert on the device.
 """
@@ -42,6 +45,7 @@ def _fp4_grouped_linear(
     out_dtype: torch.dtype,
     scale_layout: str = "rows",
     activation_format: str = "same",
+    index: Tensor | None = None,
 ) -> Tensor:
     # The fake kernel has the checks of shapes; a call on real tensors does not pass it.
     out = _fp4_grouped_linear_fake(
@@ -57,11 +61,16 @@ def _fp4_grouped_linear(
         out_dtype,
         scale_layout,
         activation_format,
+        index,
     ).zero_()  # [S, N]
-    ends = check_offsets(offs, codes.shape[0])
+    ends = check_offsets(offs, out.shape[0])
     if activation_format == "same":
         groups = 2 * codes.shape[-1] // get_format(format).group_size
         scales = in_rows(scales, codes.shape[:-1], groups, scale_layout)
+    if index is not None:
+        if index.numel() and not 0 <= index.min() <= index.max() < codes.shape[0]:
+            raise OffsetsError(f"index names rows {index.min()} to {index.max()} of {codes.shape[0]} rows")
+        codes, scales = codes[index], scales[index]
     for expert, (start, end) in enumerate(zip([0, *ends], ends)):
         if start < end:
             out[start:end] = REFERENCE["fp4_linear"](
@@ -94,6 +103,7 @@ def _fp4_grouped_linear_fake(
     out_dtype,
     scale_layout="rows",
     activation_format="same",
+    index=None,
 ):
     torch._check(codes.dim() == 2, lambda: f"rows of experts have 2 dimensions, codes have {codes.dim()}")
     torch._check(weight_codes.dim() == 3, lambda: f"experts' weights have 3 dimensions, not {weight_codes.dim()}")
@@ -102,14 +112,14 @@ def _fp4_grouped_linear_fake(
     torch._check(
         offs.dim() == 1 and offs.dtype == torch.int32, lambda: f"offs are {offs.dim()}-dimensional {offs.dtype}"
     )
-    per_expert = {"weight_scales": weight_scales, "weight_global_scale": weight_global_scale, "offs": offs, "bias": bias}
+    per_expert = dict(weight_scales=weight_scales, weight_global_scale=weight_global_scale, offs=offs, bias=bias)
     for name, t in per_expert.items():
         if t is not None:
             torch._check(t.shape[0] == experts, lambda: f"{name} is of {t.shape[0]} experts, the weight of {experts}")
             torch._check(t.device == codes.device, lambda: f"activation is on {codes.device}, {name} on {t.device}")
     if bias is not None:
         torch._check(bias.dim() == 2 and bias.shape[1] == n, lambda: f"bias is {tuple(bias.shape)}, not [E, {n}]")
-    return FAKE["fp4_linear"](
+    out = FAKE["fp4_linear"](
         codes,
         scales,
         global_scale,
@@ -123,6 +133,14 @@ def _fp4_grouped_linear_fake(
         scale_layout,
         activation_format,
     )
+    if index is None:
+        return out
+    torch._check(
+        index.dim() == 1 and index.dtype in (torch.int32, torch.int64),
+        lambda: f"index is {index.dim()}-dimensional {index.dtype}",
+    )
+    torch._check(index.device == codes.device, lambda: f"activation is on {codes.device}, index on {index.device}")
+    return codes.new_empty((index.shape[0], n), dtype=out_dtype)
 
 
 GROUPED_REFERENCE = {"fp4_grouped_linear": _fp4_grouped_linear}

@@ -70,7 +70,7 @@ def _store_lanes(out, first_group, first, second, K: tl.constexpr, GROUPS: tl.co
     first."""
     panel = first_group // 4 + tl.arange(0, GROUPS // 4)
     at = out + ((panel * 32)[:, None] + tl.arange(0, 16)[None, :])
-    inside = (panel < K // 128)[:, None]
+    inside = (panel < (K + 127) // 128)[:, None]
     # Permuted before the store, so that a thread stores 16 bytes at once.
     first = tl.reshape(tl.permute(tl.reshape(first, (GROUPS // 4, 4, 4)), (0, 2, 1)), (GROUPS // 4, 16))
     second = tl.reshape(tl.permute(tl.reshape(second, (GROUPS // 4, 4, 4)), (0, 2, 1)), (GROUPS // 4, 16))
@@ -79,8 +79,18 @@ def _store_lanes(out, first_group, first, second, K: tl.constexpr, GROUPS: tl.co
 
 
 @triton.jit
+def source_row(index, r, T):
+    """The row of T rows that a product's row r is made of: r itself without an index, else index[r], kept inside."""
+    if index is None:
+        return r
+    else:
+        return tl.minimum(tl.maximum(tl.load(index + r), 0), T - 1)
+
+
+@triton.jit
 def _upcast_fp8(
     r,
+    source,
     first_step,
     stride,
     codes,
@@ -95,11 +105,10 @@ def _upcast_fp8(
     GROUPS: tl.constexpr,
     LANE_ORDER: tl.constexpr,
 ):
-    """Row r of `upcast_fp8_kernel`: the steps `first_step`, `first_step + stride`, ..."""
-    row = r.to(tl.int64)
-    scales += row * (K // 32)
-    codes += row * (K // 8)
-    out += row * (K // 4)
+    """Row r of `upcast_fp8_kernel`, from row `source`: the steps `first_step`, `first_step + stride`, ..."""
+    scales += source.to(tl.int64) * (K // 32)
+    codes += source.to(tl.int64) * (K // 8)
+    out += r.to(tl.int64) * ((K + 127) // 128 * 32 if LANE_ORDER else K // 4)
     every = tl.arange(0, ROW_GROUPS)
     # The maximum is a scalar, which has no layout. Triton 3.6 repeats the reduction of a row of a tile in the layout of
     # the steps below. There the lanes of a row are not neighbours, and it exchanges values with the wrong lanes (seen
@@ -128,13 +137,15 @@ def _upcast_fp8(
             tl.store(at + half[:, None], second, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def upcast_fp8_kernel(
     codes,
     scales,
     g,
     unit,
     out,
+    index,
+    T,
     K: tl.constexpr,
     ROW_GROUPS: tl.constexpr,
     E4M3: tl.constexpr,
@@ -144,19 +155,22 @@ def upcast_fp8_kernel(
     PDL: tl.constexpr,
 ):
     """MXFP4 codes int32 [rows, K/8], scales uint8 [rows, K/32] -> out int32 (fp8 bytes) [rows, K/4] and unit fp32
-    [rows].
+    [rows]. With an index, int [rows], row r is made of row index[r] of T rows.
 
     A row's bytes times its unit are its values, divided by g if SCALED. ROW_GROUPS is K/32 rounded up to a power of
     two. A step takes GROUPS groups.
 
     Every 128 channels are stored as two halves: the channels 0..3 of every 8, then the channels 4..7. A look-up gives
-    them in this order. With LANE_ORDER, for the fused product (K % 128 = 0), the first words of the four groups of a
-    half come first, then the second ones (`gemm._to_lanes`). Both operands of a product have the same order, so the
-    order cancels. Where K is not a multiple of 128, the last, shorter part has halves of its own. Grid (rows, programs
-    a row)."""
+    them in this order. With LANE_ORDER, for the fused product, the first words of the four groups of a half come first,
+    then the second ones (`gemm._to_lanes`); rows of `out` are filled up with zeros to a multiple of 128 channels. Both
+    operands of a product have the same order, so the order cancels. Without LANE_ORDER, where K is not a multiple of
+    128, the last, shorter part has halves of its own. Grid (rows, programs a row)."""
     wait_inputs(PDL)
     r, first_step, stride = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    _upcast_fp8(r, first_step, stride, codes, scales, g, unit, out, K, ROW_GROUPS, E4M3, SCALED, GROUPS, LANE_ORDER)
+    source = source_row(index, r, T)
+    _upcast_fp8(
+        r, source, first_step, stride, codes, scales, g, unit, out, K, ROW_GROUPS, E4M3, SCALED, GROUPS, LANE_ORDER
+    )
     start_next(PDL)
 
 
@@ -184,19 +198,21 @@ def upcast_both_kernel(
     wait_inputs(PDL)
     r = tl.program_id(0)
     if r < M:
-        _upcast_fp8(r, 0, 1, x, x_scales, gx, x_unit, x_out, K, ROW_GROUPS, False, SCALED_X, GROUPS, False)
+        _upcast_fp8(r, r, 0, 1, x, x_scales, gx, x_unit, x_out, K, ROW_GROUPS, False, SCALED_X, GROUPS, False)
     else:
-        _upcast_fp8(r - M, 0, 1, w, w_scales, gw, w_unit, w_out, K, ROW_GROUPS, True, SCALED_W, GROUPS, False)
+        _upcast_fp8(r - M, r - M, 0, 1, w, w_scales, gw, w_unit, w_out, K, ROW_GROUPS, True, SCALED_W, GROUPS, False)
     start_next(PDL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def upcast_bf16_kernel(
     codes,
     scales,
     g,
     out,
+    index,
     rows,
+    T,
     K: tl.constexpr,
     FORMAT: tl.constexpr,
     SCALED: tl.constexpr,
@@ -208,13 +224,16 @@ def upcast_bf16_kernel(
     """codes uint8 [rows, K/2], scales uint8 [rows, K/G] -> out bf16 [rows, K], divided by g if SCALED. Exact without g,
     and with a g that is a power of two.
 
-    LANE_ORDER (K % 128 = 0): of every 128 channels the even ones come first, then the odd ones, both in the order of
-    `gemm._to_lanes`. A program takes ROWS rows and BYTES bytes of codes. Grid (tiles of rows, K/(2*BYTES))."""
+    LANE_ORDER: of every 128 channels the even ones come first, then the odd ones, both in the order of
+    `gemm._to_lanes`; rows of `out` are filled up with zeros to a multiple of 128 channels. index, T: as in
+    `upcast_fp8_kernel`. A program takes ROWS rows and BYTES bytes of codes. Grid (tiles of rows, K/(2*BYTES))."""
     G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
     wait_inputs(PDL)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (r < rows)[:, None]
-    row = tl.minimum(r, rows - 1).to(tl.int64)[:, None]
+    r = tl.minimum(r, rows - 1)
+    row = source_row(index, r, T).to(tl.int64)[:, None]
+    r = r.to(tl.int64)[:, None]
     c = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
     group = tl.program_id(1) * (2 * BYTES // G) + tl.arange(0, 2 * BYTES // G)
     w = tl.load(codes + row * (K // 2) + c[None, :], mask=(c < K // 2)[None, :], other=0)
@@ -233,34 +252,49 @@ def upcast_bf16_kernel(
         low = tl.reshape(tl.permute(low, (0, 1, 3, 2, 4)), (ROWS, BYTES))
         high = tl.reshape(high.to(tl.bfloat16), (ROWS, BYTES // 32, 4, 4, 2))
         high = tl.reshape(tl.permute(high, (0, 1, 3, 2, 4)), (ROWS, BYTES))
-        at = out + row * K + (c // 64 * 128 + c % 64)[None, :]
-        inside = inside & (c < K // 2)[None, :]
+        PITCH: tl.constexpr = (K + 127) // 128 * 128
+        at = out + r * PITCH + (c // 64 * 128 + c % 64)[None, :]
+        inside = inside & (c < PITCH // 2)[None, :]
         tl.store(at, low, mask=inside)
         tl.store(at + 64, high, mask=inside)
     else:
         k = tl.program_id(1) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
         both = tl.reshape(tl.join(low, high), (ROWS, 2 * BYTES))
-        tl.store(out + row * K + k[None, :], both.to(tl.bfloat16), mask=inside & (k < K)[None, :])
+        tl.store(out + r * K + k[None, :], both.to(tl.bfloat16), mask=inside & (k < K)[None, :])
     start_next(PDL)
 
 
+def _padded(k: int, lane_order: bool) -> int:
+    return -(-k // 128) * 128 if lane_order else k
+
+
 def upcast_fp8(
-    codes: Tensor, scales: Tensor, g: Tensor | None, e4m3: bool, lane_order: bool = False
+    codes: Tensor,
+    scales: Tensor,
+    g: Tensor | None,
+    e4m3: bool,
+    lane_order: bool = False,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """MXFP4 codes uint8 [rows, K/2] and scales uint8 [rows, K/32] -> (e4m3 or e5m2 [rows, K], unit fp32 [rows]).
 
-    The channels are in one of `upcast_fp8_kernel`'s orders. The unit holds 1/g."""
-    rows, k = codes.shape[0], 2 * codes.shape[1]
-    out = torch.empty((rows, k), dtype=torch.float8_e4m3fn if e4m3 else torch.float8_e5m2, device=codes.device)
+    The channels are in one of `upcast_fp8_kernel`'s orders, in lane order filled up to a multiple of 128. The unit
+    holds 1/g. index: int [rows], which row of codes and scales each row is made of."""
+    rows, k = (codes if index is None else index).shape[0], 2 * codes.shape[1]
+    out = torch.empty(
+        (rows, _padded(k, lane_order)), dtype=torch.float8_e4m3fn if e4m3 else torch.float8_e5m2, device=codes.device
+    )
     unit = torch.empty(rows, dtype=torch.float32, device=codes.device)
     row_groups, pdl = triton.next_power_of_2(k // 32), overlaps(codes.device.index)
-    groups = min(row_groups, 128 if rows >= 512 else 32)  # few rows: several programs for each
+    groups = max(4, min(row_groups, 128 if rows >= 512 else 32))  # few rows: several programs for each
     upcast_fp8_kernel[(rows, 1 if rows >= 512 else triton.cdiv(k // 32, groups))](
         codes.view(torch.int32),
         scales,
         g,
         unit,
         out.view(torch.int32),
+        index,
+        codes.shape[0],
         k,
         row_groups,
         e4m3,
@@ -312,17 +346,27 @@ def upcast_both(
     return x, x_unit, w, w_unit
 
 
-def upcast_bf16(codes: Tensor, scales: Tensor, g: Tensor | None, format: str, lane_order: bool = False) -> Tensor:
-    """Packed rows -> bf16 [rows, K], divided by g; exact if g is a power of two. `lane_order` as in the kernel."""
-    rows, k = codes.shape[0], 2 * codes.shape[1]
-    out = torch.empty((rows, k), dtype=torch.bfloat16, device=codes.device)
+def upcast_bf16(
+    codes: Tensor,
+    scales: Tensor,
+    g: Tensor | None,
+    format: str,
+    lane_order: bool = False,
+    index: Tensor | None = None,
+) -> Tensor:
+    """Packed rows -> bf16 [rows, K], divided by g; exact if g is a power of two. `lane_order` as in the kernel, `index`
+    as in `upcast_fp8`."""
+    rows, k = (codes if index is None else index).shape[0], 2 * codes.shape[1]
+    out = torch.empty((rows, _padded(k, lane_order)), dtype=torch.bfloat16, device=codes.device)
     block, pdl = 1 if rows <= 64 else 8, overlaps(codes.device.index)
     upcast_bf16_kernel[(triton.cdiv(rows, block), triton.cdiv(k, 1024))](
         codes,
         scales,
         g,
         out,
+        index,
         rows,
+        codes.shape[0],
         k,
         format,
         g is not None,
