@@ -5,21 +5,28 @@ model = wc.quantize(model, data)          # W4A4, in place
 wc.save(model, directory); model = wc.load(directory)
 print(wc.explain(model))
 torch.compile(model, backend="wush")
+
+A name is imported when it is first used: a command that prints its help, or a server that only needs the ops, does not
+wait for the rest. The import alone gives torch the ops, and lets transformers load checkpoints.
 """
 
-from . import evaluation as evaluate
-from .backend import fuse
-from .calibration.progress import Progress
-from .calibration.run import quantize, quantize_checkpoint
-from .checkpoint import hf as _hf  # noqa: F401  (lets transformers load our checkpoints)
-from .checkpoint.save_load import load, load_model, load_tokenizer, save
-from .config import WushConfig
-from .data import windows
-from .errors import WushError
-from .graphs.log import trace_graphs
-from .kernels import register as _providers  # noqa: F401  (registers the GPU kernels of the ops)
-from .reporting.explain import explain
-from .reporting.page import report
+import importlib
+from typing import TYPE_CHECKING
+
+from .when_imported import when_imported
+
+if TYPE_CHECKING:
+    from . import evaluation as evaluate
+    from .backend import fuse
+    from .calibration.progress import Progress
+    from .calibration.run import quantize, quantize_checkpoint
+    from .checkpoint.save_load import load, load_model, load_tokenizer, save
+    from .config import WushConfig
+    from .data import windows
+    from .errors import WushError
+    from .graphs.log import trace_graphs
+    from .reporting.explain import explain
+    from .reporting.page import report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,3 +46,37 @@ __all__ = [
     "trace_graphs",
     "windows",
 ]
+
+_MODULES = {
+    ".backend": ("fuse",),
+    ".calibration.progress": ("Progress",),
+    ".calibration.run": ("quantize", "quantize_checkpoint"),
+    ".checkpoint.save_load": ("load", "load_model", "load_tokenizer", "save"),
+    ".config": ("WushConfig",),
+    ".data": ("windows",),
+    ".errors": ("WushError",),
+    ".graphs.log": ("trace_graphs",),
+    ".reporting.explain": ("explain",),
+    ".reporting.page": ("report",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str):
+    if name == "evaluate":
+        found = importlib.import_module(".evaluation", __name__)
+    elif name in _HOME:
+        found = getattr(importlib.import_module(_HOME[name], __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# The ops with their GPU kernels, and the quantization method "wush" of `from_pretrained`.
+when_imported("torch", lambda: importlib.import_module(".kernels.register", __name__))
+when_imported("transformers.modeling_utils", lambda: importlib.import_module(".checkpoint.hf", __name__))
