@@ -27,7 +27,7 @@ SAMPLE_BATCH = 64
 # -- texts -----------------------------------------------------------------------------------------------------------
 
 
-def _tokenize(text: str, tokenizer, special: bool) -> Tensor:
+def tokenize(text: str, tokenizer, special: bool) -> Tensor:
     """Text -> token ids int64 [S]. `special` keeps the tokens that the tokenizer puts around a text (BOS, [CLS] …)."""
     return torch.tensor(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"], dtype=torch.int64)
 
@@ -39,7 +39,7 @@ def windows(text: str | Sequence[str], tokenizer, length: int, count: int | None
     out. Raises `DataError` if the text is too short for `count` windows, or for one.
     """
     texts = [text] if isinstance(text, str) else list(text)
-    ids = torch.cat([torch.empty(0, dtype=torch.int64), *(_tokenize(t, tokenizer, special=False) for t in texts)])
+    ids = torch.cat([torch.empty(0, dtype=torch.int64), *(tokenize(t, tokenizer, special=False) for t in texts)])
     available = len(ids) // length
     if available < (1 if count is None else count):
         raise DataError(
@@ -128,7 +128,7 @@ def _batches(item: object, index: int, tokenizer, named: bool) -> list[Batch]:
     if isinstance(item, str):
         if tokenizer is None:
             raise DataError(f"{where} is a string: pass tokenizer=, the tokenizer of the model")
-        ids = _tokenize(item, tokenizer, special=True)
+        ids = tokenize(item, tokenizer, special=True)
         return [_ids_batch(piece[None], named) for piece in ids.split(TEXT_WINDOW) if len(piece)]
     if isinstance(item, Tensor):
         _check_tensor(item, where)
