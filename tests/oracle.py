@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 F32 = np.float32
-GROUP = {"mxfp4": 32, "nvfp4": 16, "int4": 32}
+GROUP = {"mxfp4": 32, "nvfp4": 16, "int4": 32, "int8": 32}
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 E4M3 = np.array([(8 * (e > 0) + m) * 2.0 ** (max(e, 1) - 10) for e in range(16) for m in range(8)])[:127]
 
@@ -117,6 +117,20 @@ def int4_decode(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return (c.astype(F32) + F32(0.5)) * scale[..., None]
 
 
+def int8_scales(x: np.ndarray) -> np.ndarray:
+    return bf16(np.abs(x).max(-1) * F32(1 / 127))
+
+
+def int8_encode(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    ok = scale[..., None] > 0
+    q = np.clip(np.rint(x / np.where(ok, scale[..., None], F32(1))), -127, 127)  # ties to even
+    return (np.where(ok, q, 0).astype(np.int64) % 256).astype(np.uint8)
+
+
+def int8_decode(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return codes.astype(np.int8).astype(F32) * scale[..., None]
+
+
 def silent(f: Callable) -> Callable:
     """Overflow to Inf and Inf − Inf are part of the contract, not warnings."""
 
@@ -138,6 +152,10 @@ def quantize(x: np.ndarray, format: str, rule: str, g: float | None = None) -> t
         scales = int4_scales(x, rule)
         codes = int4_encode(x, scales)
         mark = F32(np.nan)
+    elif format == "int8":
+        scales = int8_scales(x)
+        codes = int8_encode(x, scales)
+        mark = F32(np.nan)
     elif format == "mxfp4":
         scales = mxfp4_bytes(x, rule).astype(np.uint8)
         codes = e2m1_encode(x * (g * np.ldexp(F32(1), 127 - scales.astype(int)))[..., None])
@@ -154,6 +172,8 @@ def dequantize(codes: np.ndarray, scales: np.ndarray, format: str, g: float | No
     """The inverse: fp32 [.., G], without g in the units of the matmul's operand, with it in those of x."""
     if format == "int4":
         return int4_decode(codes, scales)
+    if format == "int8":
+        return int8_decode(codes, scales)
     if format == "mxfp4":
         factor = np.where(scales == 0xFF, F32(np.nan), np.ldexp(F32(1), np.minimum(scales, 254).astype(int) - 127))
     else:

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from .errors import ConfigError, WushError, one_of
+from .formats import WEIGHT_FORMATS
 from .recipe import RECIPE_FIELDS, Recipe
 
-# The head stays in 16 bits unless `ignore` has "!lm_head". Its loss is large, and many heads share a weight with the
-# embedding.
-DEFAULT_IGNORE = ("lm_head",)
+# The head stays in 16 bits unless `head`, an override or "!lm_head" in `ignore` says otherwise. In 4 bits its loss is
+# large, and many heads share a weight with the embedding.
+HEAD = "lm_head"
+DEFAULT_IGNORE = (HEAD,)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -34,21 +36,27 @@ class WushConfig(Recipe):
     The settings of `Recipe` hold for every linear that no override matches. An instance is immutable and saved in the
     checkpoint. Every setting has a default that works.
 
+    head
+        The format of the head's weight, `lm_head`: None (16 bits) or `int8`. The same as
+        `overrides={"lm_head": {"format": "int8", "activation_format": None}}`, in front of all other overrides.
     ignore
         Modules that stay in 16 bits: glob patterns of names, or of the last component of a name (`"*.down_proj"`,
         `"router"`). The patterns add to the default, `("lm_head",)`. One that begins with `!` takes modules out again:
         `ignore=("!lm_head",)` quantizes the head. The last pattern that matches decides. Encoders of images or sound
-        in front of a language model stay in 16 bits too, unless such a pattern matches them.
+        in front of a language model stay in 16 bits too, unless such a pattern matches them. An override that names
+        the head, without a wildcard, takes it out too.
     overrides
         Settings for some linears: `{"*.down_proj": {"format": "nvfp4"}}`. Patterns are those of `ignore`; later ones
         win. Linears with the same input share a transform only where their recipes are equal.
     """
 
+    head: str | None = None
     ignore: tuple[str, ...] = DEFAULT_IGNORE
     overrides: Mapping[str, Mapping] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_of("head", self.head, (None, *WEIGHT_FORMATS))
         if isinstance(self.ignore, str):
             raise ConfigError(f"ignore is a sequence of names or patterns: write ignore=({self.ignore!r},)")
         given = tuple(self.ignore)
@@ -65,13 +73,20 @@ class WushConfig(Recipe):
         for pattern, settings in overrides.items():
             for name in settings:
                 one_of(f"setting in overrides[{pattern!r}]", name, RECIPE_FIELDS)
-            self._changed(self.recipe, pattern)
+            self._changed(self.recipe, pattern, settings)
 
-    def _changed(self, recipe: Recipe, pattern: str) -> Recipe:
+    @staticmethod
+    def _changed(recipe: Recipe, pattern: str, settings: Mapping) -> Recipe:
         try:
-            return dataclasses.replace(recipe, **self.overrides[pattern])
+            return dataclasses.replace(recipe, **settings)
         except (WushError, TypeError) as error:
             raise ConfigError(f"overrides[{pattern!r}]: {error}") from error
+
+    @property
+    def changes(self) -> list[tuple[str, Mapping]]:
+        """(pattern, settings) of `head` and of the overrides, in the order in which they apply."""
+        head = [] if self.head is None else [(HEAD, {"format": self.head, "activation_format": None})]
+        return head + list(self.overrides.items())
 
     @property
     def recipe(self) -> Recipe:
@@ -81,10 +96,16 @@ class WushConfig(Recipe):
     def recipe_of(self, name: str) -> Recipe:
         """The recipe of the linear with this module name: the default, changed by each matching override in order."""
         recipe = self.recipe
-        for pattern in self.overrides:
+        for pattern, settings in self.changes:
             if matches(name, pattern):
-                recipe = self._changed(recipe, pattern)
-        return recipe
+                recipe = self._changed(recipe, pattern, settings)
+        return recipe.resolved()
+
+    def ignores(self, name: str) -> str | None:
+        """The pattern of `ignore` that keeps a module in 16 bits, or None."""
+        found = ignored_by(name, self.ignore)
+        named = any(matches(name, pattern) for pattern, _ in self.changes if not set(pattern) & set("*?["))
+        return None if found in DEFAULT_IGNORE and named else found
 
     @classmethod
     def paper(cls, format: str = "mxfp4", **changes) -> "WushConfig":

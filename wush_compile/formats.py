@@ -1,12 +1,12 @@
-"""MXFP4, NVFP4 and INT4: groups, scale rules, encode, decode, pack (docs/spec.md §4).
+"""MXFP4, NVFP4, INT4 and INT8: groups, scale rules, encode, decode, pack (docs/spec.md §4).
 
 This file is the numeric oracle: every kernel agrees with it bit for bit on codes and scales. All arithmetic is fp32 in
 the order written here, without fused multiply-add. It uses no tensor constants, so that a compiler can inline it.
 
 A tensor [.., K] is quantized in groups of G channels of its last dimension:
 
-    codes   uint8 [.., K/2]  two 4-bit codes a byte, the even channel in the low nibble
-    scales  uint8 [.., K/G]  e8m0 (mxfp4) or e4m3 (nvfp4) bytes; bf16 [.., K/G] for int4
+    codes   uint8 [.., K/2]  two 4-bit codes a byte, the even channel in the low nibble; int8: [.., K], one a byte
+    scales  uint8 [.., K/G]  e8m0 (mxfp4) or e4m3 (nvfp4) bytes; bf16 [.., K/G] for int4 and int8
 
 `g` is the global scale, fp32 [1], or None for 1. Values are multiplied by g before they are encoded.
 """
@@ -26,6 +26,7 @@ class Format(NamedTuple):
     group_size: int
     scale_dtype: torch.dtype
     scale_rules: tuple[str, ...]
+    per_byte: int = 2  # codes in a byte
 
 
 FORMATS = {
@@ -33,6 +34,8 @@ FORMATS = {
     "nvfp4": Format("nvfp4", 16, torch.uint8, ("absmax", "mse", "paper")),
     "int4": Format("int4", 32, torch.bfloat16, ("absmax", "mse", "gaussian", "paper")),
 }
+# Formats of weights alone: beside 8 bits an activation has 16 bits, or fp8's 8.
+WEIGHT_FORMATS = {"int8": Format("int8", 32, torch.bfloat16, ("absmax",), 1)}
 # Formats of activations alone, beside the weights' own ("same"): what a quantizer writes, and a product reads.
 #     fp8    e4m3 bytes, one fp32 scale a row (token): amax / 448
 #     none   the model's dtype, no scales
@@ -42,6 +45,7 @@ ACTIVATION_FORMATS = {
 }
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
+INT8_MAX = 127.0
 # 2/15 of this is the step of the uniform 16-level quantizer with the least squared error on a unit normal
 # distribution (docs/spec.md §4).
 GAUSSIAN_CLIP = 2.513930578568423
@@ -62,8 +66,14 @@ def operand_layout(format: str, width: int, dtype: torch.dtype) -> tuple[int, to
 
 
 def get_format(name: str) -> Format:
-    """The `Format` with this name. Raises `ConfigError` with the nearest match for an unknown name."""
-    return FORMATS[one_of("format", name, FORMATS)]
+    """The `Format` of weights with this name. Raises `ConfigError` with the nearest match for an unknown name."""
+    known = FORMATS | WEIGHT_FORMATS
+    return known[one_of("format", name, known)]
+
+
+def channels(codes: Tensor, format: str) -> int:
+    """The number of channels K of packed codes [.., K/2], int8: [.., K]."""
+    return codes.shape[-1] * get_format(format).per_byte
 
 
 # -- e2m1 ------------------------------------------------------------------------------------------------------------
@@ -145,7 +155,7 @@ def e4m3_decode(scales: Tensor) -> Tensor:
 
 def decode_scales(scales: Tensor, format: str) -> Tensor:
     """Stored scales -> fp32 factors, without the global scale. The NaN mark decodes to NaN."""
-    if format == "int4":
+    if format in ("int4", "int8"):
         return scales.to(torch.float32)
     return e8m0_decode(scales) if format == "mxfp4" else e4m3_decode(scales)
 
@@ -247,8 +257,9 @@ def compute_scales(x: Tensor, format: str, rule: str, g: Tensor | None = None) -
     amax = x.abs().amax(-1)
     bad = ~torch.isfinite(amax)
     amax = torch.where(bad, 0.0, amax)
-    if format == "int4":
-        return torch.where(bad, float("nan"), _scales_int4(x, amax, rule).to(torch.float32)).to(torch.bfloat16)
+    if format in ("int4", "int8"):
+        scales = _scales_int4(x, amax, rule) if format == "int4" else (amax * (1.0 / INT8_MAX)).to(torch.bfloat16)
+        return torch.where(bad, float("nan"), scales.to(torch.float32)).to(torch.bfloat16)
     if format == "mxfp4":
         return torch.where(bad, MX_NAN, _scales_mxfp4(x, amax, rule)).to(torch.uint8)
     return torch.where(bad, NV_NAN, _scales_nvfp4(x, amax, rule, _global(g, x))).to(torch.uint8)
@@ -264,6 +275,10 @@ def encode(x: Tensor, scales: Tensor, format: str, g: Tensor | None = None) -> T
         s = scales.to(torch.float32)[..., None]
         q = torch.nan_to_num((x / s).floor().clamp(-8, 7)) * (s > 0)
         return (q.to(torch.int32) & 15).to(torch.uint8)
+    if format == "int8":
+        s = scales.to(torch.float32)[..., None]
+        q = torch.nan_to_num((x / s).round().clamp(-INT8_MAX, INT8_MAX)) * (s > 0)
+        return q.to(torch.int8).view(torch.uint8)
     if format == "mxfp4":
         inverse = _exp2(127 - scales.to(torch.int32).clamp(1, 254))
         if g is not None:
@@ -284,6 +299,8 @@ def decode(codes: Tensor, scales: Tensor, format: str, g: Tensor | None = None) 
     if format == "int4":
         c = codes.to(torch.int32)
         return ((c - ((c & 8) << 1)).to(torch.float32) + 0.5) * s
+    if format == "int8":
+        return codes.view(torch.int8).to(torch.float32) * s
     x = e2m1_decode(codes) * s
     return x if g is None else x / g.reshape(())
 
@@ -300,15 +317,18 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, format: str, rule: str, g: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """[.., K] -> (codes uint8 [.., K/2], scales [.., K/G]) (docs/spec.md §4)."""
-    groups = x.to(torch.float32).unflatten(-1, (-1, FORMATS[format].group_size))  # [.., K/G, G]
+    """[.., K] -> (codes uint8 [.., K/2], int8: [.., K], scales [.., K/G]) (docs/spec.md §4)."""
+    fmt = get_format(format)
+    groups = x.to(torch.float32).unflatten(-1, (-1, fmt.group_size))  # [.., K/G, G]
     scales = compute_scales(groups, format, rule, g)  # [.., K/G]
-    return pack(encode(groups, scales, format, g).flatten(-2)), scales
+    codes = encode(groups, scales, format, g).flatten(-2)
+    return pack(codes) if fmt.per_byte == 2 else codes, scales
 
 
 def dequantize(codes: Tensor, scales: Tensor, format: str, g: Tensor | None = None) -> Tensor:
-    """(codes [.., K/2], scales [.., K/G]) -> fp32 [.., K]. With g, in the units of the quantized tensor."""
-    groups = unpack(codes).unflatten(-1, (-1, FORMATS[format].group_size))  # [.., K/G, G]
+    """(codes [.., K/2], int8: [.., K], scales [.., K/G]) -> fp32 [.., K]; with g, in the quantized tensor's units."""
+    fmt = get_format(format)
+    groups = (unpack(codes) if fmt.per_byte == 2 else codes).unflatten(-1, (-1, fmt.group_size))  # [.., K/G, G]
     return decode(groups, scales, format, g).flatten(-2)
 
 

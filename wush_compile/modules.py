@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import WushError
-from .formats import dequantize, get_format
+from .formats import channels, dequantize, get_format
 from .ops import core as ops  # noqa: F401  (registers torch.ops.wush)
 from .ops.straight_through import StraightThrough
 from .recipe import Recipe
@@ -41,7 +41,7 @@ def buffer_layout(
     blocks = {"identity": None, "hadamard": 1}.get(recipe.transform, width // block_size)
     scale = ((1,), torch.float32)
     return {
-        "weight_packed": ((rows, width // 2), torch.uint8),
+        "weight_packed": ((rows, width // fmt.per_byte), torch.uint8),
         "weight_scale": ((rows, width // fmt.group_size), fmt.scale_dtype),
         "weight_global_scale": scale if stores_global_scale(recipe.format, recipe.weight_scale_rule) else None,
         "input_transform": None if blocks is None else ((blocks, block_size, block_size), dtype),
@@ -57,7 +57,8 @@ def _needs_gradient(x: Tensor, bias: Tensor | None) -> bool:
 
 
 class WushGroup(nn.Module):
-    """Quantized linears that share their input: one transform, one packed weight [N, K/2]. N counts all stacked rows.
+    """Quantized linears that share their input: one transform, one packed weight [N, K/2], int8: [N, K]. N counts all
+    stacked rows.
 
     `buffer_layout` describes the buffers. If only some members have a bias, the others have zeros in the buffer, so
     that all stay one matmul.
@@ -148,12 +149,17 @@ class WushGroup(nn.Module):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_shared": None}  # a weak reference can be neither copied nor pickled
 
+    @property
+    def width(self) -> int:
+        """Input channels K."""
+        return channels(self.weight_packed, self.format)
+
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(b.numel() * b.element_size() for b in self.buffers())
 
     def extra_repr(self) -> str:
-        rows, width = self.weight_packed.shape[0], 2 * self.weight_packed.shape[1]
+        rows, width = self.weight_packed.shape[0], self.width
         activations = f", activations={self.operand}" if self.layout else ""
         return f"{self.format}{activations}, in_features={width}, rows={rows}, members={[m.name for m in self.members]}"
 
@@ -215,7 +221,7 @@ class WushLinear(nn.Linear):
         self._group = [group]  # in a list: only the first member registers it
         if group.members[0] == member:
             self.group = group
-        self.in_features = 2 * group.weight_packed.shape[1]
+        self.in_features = group.width
         self.out_features = member.stop - member.start
         self.start, self.stop, self.has_bias = member.start, member.stop, member.has_bias
         self.weight_dtype = weight_dtype

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from .errors import ConfigError, one_of
-from .formats import get_format
+from .formats import WEIGHT_FORMATS, get_format
 
 TRANSFORMS = ("identity", "random", "hadamard", "wus", "wush")
 SOLVERS = ("rtn", "gptq")
@@ -17,8 +17,10 @@ class Recipe:
     """The settings of a group. Each is also a setting of `WushConfig`, and may be given to some linears in `overrides`.
 
     format
-        `mxfp4` (groups of 32, power-of-two scales), `nvfp4` (groups of 16, e4m3 scales and one fp32 scale a tensor)
-        or `int4` (groups of 32, bf16 scales; the integer format of the paper's Table 1).
+        `mxfp4` (groups of 32, power-of-two scales), `nvfp4` (groups of 16, e4m3 scales and one fp32 scale a tensor),
+        `int4` (groups of 32, bf16 scales; the integer format of the paper's Table 1) or `int8` (groups of 32, bf16
+        scales). `int8` is for weights alone: its activations are `fp8` or None. It is rounded to nearest and needs no
+        transform, whatever the other settings say (docs/spec.md §4).
     transform
         What multiplies both sides of a linear, block by block (docs/spec.md §2): `identity`, `random` (orthogonal),
         `hadamard`, `wus` (WUSH without its Hadamard) or `wush` (eq. 7).
@@ -63,9 +65,14 @@ class Recipe:
         one_of("transform", self.transform, TRANSFORMS)
         one_of("solver", self.solver, SOLVERS)
         one_of("moments", self.moments, MOMENTS)
-        for side in ("weight_scale_rule", "activation_scale_rule"):
-            one_of(f"{side} for {self.format}", getattr(self, side), fmt.scale_rules)
         one_of("activation_format", self.activation_format, ACTIVATION_FORMATS)
+        if self.format not in WEIGHT_FORMATS:  # which `resolved` gives their one rule
+            for side in ("weight_scale_rule", "activation_scale_rule"):
+                one_of(f"{side} for {self.format}", getattr(self, side), fmt.scale_rules)
+        elif self.activation_format == "same":
+            raise ConfigError(
+                f"{self.format} is a format of weights alone: give activation_format None (16 bits) or 'fp8' with it"
+            )
         block = self.transform_block_size
         if block is not None and (not isinstance(block, int) or block < fmt.group_size or block & (block - 1)):
             raise ConfigError(
@@ -77,8 +84,26 @@ class Recipe:
 
     @property
     def group_size(self) -> int:
-        """Channels that one scale covers: 32 (mxfp4, int4) or 16 (nvfp4)."""
+        """Channels that one scale covers: 32 (mxfp4, int4, int8) or 16 (nvfp4)."""
         return get_format(self.format).group_size
+
+    def resolved(self) -> "Recipe":
+        """What is done: weights of 8 bits are rounded to nearest by their one scale rule, without a transform.
+
+        At 8 bits there is nothing to win: benchmarks/trial_weights.py measures what rounding alone costs.
+        """
+        if self.format not in WEIGHT_FORMATS:
+            return self
+        [rule] = get_format(self.format).scale_rules
+        return dataclasses.replace(
+            self,
+            transform="identity",
+            solver="rtn",
+            moments="marginal",
+            weight_scale_rule=rule,
+            activation_scale_rule=rule,
+            transform_block_size=None,
+        )
 
     @property
     def operand(self) -> str:
@@ -93,6 +118,8 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether the solution depends on activations. RTN without calibrated transform and global scale needs none."""
+        if self.format in WEIGHT_FORMATS:
+            return False
         global_scale = self.operand == "nvfp4" and self.activation_scale_rule != "paper"
         return self.solver == "gptq" or self.transform in ("wus", "wush") or global_scale
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import data as calibration_data
-from ..config import WushConfig, ignored_by
+from ..config import WushConfig
 from ..data import Batch
 from ..errors import DataError
 from .journal import Journal
@@ -87,7 +87,7 @@ def moved(batches: list[Batch], device: torch.device) -> list[Batch]:
 def _needs_data(model: nn.Module, config: WushConfig) -> bool:
     """Tells whether the recipe of any module that may be quantized needs calibration data."""
     names = (name for name, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor))
-    recipes = {config.recipe_of(name) for name in names if not ignored_by(name, config.ignore)}
+    recipes = {config.recipe_of(name) for name in names if not config.ignores(name)}
     return any(recipe.needs_data for recipe in recipes | {config.recipe})
 
 

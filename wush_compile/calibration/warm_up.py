@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import formats
-from ..config import WushConfig, ignored_by
+from ..config import WushConfig
 from ..data import Batch
 from ..kernels.dispatch import resolve
 from ..modules import stores_global_scale
@@ -62,10 +62,10 @@ def _product(rows: int, width: int, tokens: int, recipe: Recipe, dtype: torch.dt
     t = t.expand(blocks, block, block).contiguous() if blocks else None
     codes, scales = _run("transform_quantize", x, t, g[0], recipe.operand, recipe.operand_rule)
     layout = () if recipe.operand == recipe.format else ("rows", recipe.operand)
-    weight = torch.zeros(rows, width // 2, dtype=torch.uint8, device=device)
+    weight = torch.zeros(rows, width // fmt.per_byte, dtype=torch.uint8, device=device)
     weight_scales = torch.ones(rows, width // fmt.group_size, dtype=fmt.scale_dtype, device=device)
     _run("fp4_linear", codes, scales, g[0], weight, weight_scales, g[1], None, None, recipe.format, dtype, *layout)
-    if recipe.solver == "rtn":
+    if recipe.solver == "rtn" and recipe.format not in formats.WEIGHT_FORMATS:
         chunk = _input(max(1, ROUNDED_ELEMENTS // width), width, torch.float32, device)
         _run("transform_quantize", chunk, None, g[1], recipe.format, recipe.weight_scale_rule)
 
@@ -97,7 +97,7 @@ def warm_up_tasks(model: nn.Module, batches: list[Batch], config: WushConfig, ru
     linears = {
         (module.out_features, module.in_features, module.weight.dtype, config.recipe_of(name))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not ignored_by(name, config.ignore)
+        if isinstance(module, nn.Linear) and not config.ignores(name)
     }
     linears = {linear for linear in linears if linear[1] % linear[3].group_size == 0}
     counts = [sequences(batch) for batch in batches]

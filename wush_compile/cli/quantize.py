@@ -23,7 +23,7 @@ def quantize(
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     window: Annotated[int, typer.Option(min=1, help="Tokens in a calibration window.")] = 512,
-    format: Annotated[str, typer.Option(help="mxfp4, nvfp4 or int4.")] = "mxfp4",
+    format: Annotated[str, typer.Option(help="mxfp4, nvfp4, int4 or int8.")] = "mxfp4",
     transform: Annotated[str, typer.Option(help="identity, random, hadamard, wus or wush.")] = "wush",
     solver: Annotated[str, typer.Option(help="rtn or gptq.")] = "gptq",
     moments: Annotated[str, typer.Option(help="marginal or conditional.")] = "marginal",
@@ -35,6 +35,7 @@ def quantize(
     ] = "same",
     transform_block_size: Annotated[int | None, typer.Option(help="Default: the format's group.")] = None,
     share_transform: Annotated[bool, typer.Option(help="One transform for linears with the same input.")] = True,
+    head: Annotated[str | None, typer.Option(show_default="16 bits", help="int8: lm_head's weight in 8 bits.")] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(
@@ -90,6 +91,7 @@ def quantize(
             activation_format=None if activation_format == "none" else activation_format,
             transform_block_size=transform_block_size,
             share_transform=share_transform,
+            head=head,
             ignore=tuple(ignore or ()),
             overrides=dict(map(_override, override or ())),
             damping=damping,

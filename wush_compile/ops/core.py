@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..formats import get_format
+from ..errors import one_of
+from ..formats import WEIGHT_FORMATS, channels, get_format
 from ..phases import phase
 from .layouts import in_rows, lay_out, scale_shape
 from .schema import check, define
@@ -121,9 +122,10 @@ def _observe_fake(x, mask, moment, count, sample, seed=0):
 # -- transform_quantize ----------------------------------------------------------------------------------------------
 
 
-def _check_format(format: str, scale_rule: str | None = None):
-    fmt = formats.ACTIVATION_FORMATS.get(format) or get_format(format)
-    if scale_rule is not None and scale_rule not in fmt.scale_rules:
+def _check_format(format: str, scale_rule: str) -> formats.Format:
+    known = formats.FORMATS | formats.ACTIVATION_FORMATS
+    fmt = known[one_of("format of activations", format, known)]
+    if scale_rule not in fmt.scale_rules:
         raise ValueError(f"scale rule {scale_rule!r} is not one of {format}'s: {', '.join(fmt.scale_rules)}")
     return fmt
 
@@ -215,10 +217,10 @@ def _transform_quantize_fake(x, transform, global_scale, format, scale_rule, sca
 
 
 def _operand(codes: Tensor, scales: Tensor, format: str) -> Tensor:
-    """Packed [.., K/2] -> fp32 [.., K] without the global scale; a table of the 256 bytes is fast in eager mode."""
+    """Packed [.., K/2], int8: [.., K] -> fp32 [.., K] without the global scale; a table of the 256 bytes is fast in eager mode."""
     byte = torch.arange(256, device=codes.device, dtype=torch.uint8)
     group = get_format(format).group_size
-    if format == "int4":
+    if format in ("int4", "int8"):
         return formats.dequantize(codes, scales, format)
     table = formats.e2m1_decode(formats.unpack(byte[:, None]))  # [256, 2]
     values = torch.nn.functional.embedding(codes.to(torch.int32), table)  # [.., K/2, 2]
@@ -280,22 +282,21 @@ def _fp4_linear_fake(
     scale_layout="rows",
     activation_format="same",
 ):
-    fmt = _check_format(format)
+    fmt = get_format(format)
     if activation_format not in ("same", *formats.ACTIVATION_FORMATS):
         raise ValueError(
             f"activation format {activation_format!r} is not same, {', '.join(formats.ACTIVATION_FORMATS)}"
         )
+    if format in WEIGHT_FORMATS and activation_format == "same":
+        raise ValueError(f"{format} is a format of weights alone: the activation is fp8 or none")
     if scale_layout != "rows":
         torch._check(activation_format == "same", lambda: f"{activation_format} has scales in rows only")
         shape = scale_shape(codes.shape[:-1], 2 * codes.shape[-1] // fmt.group_size, scale_layout)
         torch._check(scales.dim() == len(shape), lambda: f"scales have {scales.dim()} dimensions, {scale_layout} has 4")
         for have, want in zip(scales.shape, shape):
             torch._check(have == want, lambda: f"{scale_layout} scales are {tuple(scales.shape)}, not {shape}")
-    channels = codes.shape[-1] * (2 if activation_format == "same" else 1)
-    torch._check(
-        channels == 2 * weight_codes.shape[-1],
-        lambda: f"activation has {channels} channels, weight {2 * weight_codes.shape[-1]}",
-    )
+    width, wanted = codes.shape[-1] * (2 if activation_format == "same" else 1), channels(weight_codes, format)
+    torch._check(width == wanted, lambda: f"activation has {width} channels, weight {wanted}")
     for other in (scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual):
         if other is not None:
             torch._check(

@@ -9,6 +9,7 @@ from torch.fx import Graph
 
 from .execution.cleanup import cleanup
 from .execution.cse import cse
+from .execution.drop_copies import drop_copies
 from .execution.drop_identities import drop_identities
 from .execution.fuse_activation import fuse_activation
 from .execution.fuse_epilogue import fuse_epilogue
@@ -21,6 +22,7 @@ from .execution.package import package
 _ALWAYS: tuple[Callable[[Graph], int], ...] = (
     drop_identities,  # dropout in eval mode
     cse,  # one quantizer for each distinct input
+    drop_copies,  # quantizers that only copy: 16 bits without a transform
     merge_siblings,  # one matmul for each group of siblings
     fuse_epilogue,  # bias and residual adds into the matmul
     fuse_norm,  # RMSNorm, LayerNorm into the quantizer

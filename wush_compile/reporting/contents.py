@@ -227,12 +227,11 @@ def _contents(
 
 def _group_facts(group: WushGroup, record) -> GroupFacts:
     facts = report_facts(record.report.get(group.members[0].name, {}))
-    rows, packed_width = group.weight_packed.shape
     known = not group.weight_packed.is_meta and group.weight_packed.numel()
     return GroupFacts(
         group_name(group),
-        rows,
-        2 * packed_width,
+        group.weight_packed.shape[0],
+        group.width,
         nbytes=group.nbytes(),
         notes=group_notes(group, record),
         members=[member.name for member in group.members],

@@ -31,8 +31,7 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 def _plain_bytes(group: WushGroup, dtype: torch.dtype) -> int:
     """Bytes of a group's linears before quantization. Transforms and biases keep the dtype of the weights."""
     dtype = next((b.dtype for b in (group.input_transform, group.bias) if b is not None), dtype)
-    width = 2 * group.weight_packed.shape[1]
-    return dtype.itemsize * sum((m.stop - m.start) * (width + m.has_bias) for m in group.members)
+    return dtype.itemsize * sum((m.stop - m.start) * (group.width + m.has_bias) for m in group.members)
 
 
 def model_bytes(model: nn.Module) -> tuple[int, int]:
@@ -48,7 +47,7 @@ def bits_per_weight(model: nn.Module) -> str:
     """`4.63 bits a weight (4 codes, 0.25 scales, ..)`: all that is stored for the linears, over their weights."""
     weights, bits = 0, Counter()
     for _, group in named_groups(model):
-        weights += 2 * group.weight_packed.numel()
+        weights += group.weight_packed.shape[0] * group.width
         for name, buffer in group.named_buffers():
             bits[PARTS.get(name, "scales")] += 8 * buffer.numel() * buffer.element_size()
     parts = ", ".join(f"{count / weights:.3g} {part}" for part, count in bits.items())

@@ -55,10 +55,9 @@ def group_name(group: WushGroup) -> str:
 
 def _row(group: WushGroup, record: Quantization) -> tuple[str, ...]:
     report = record.report.get(group.members[0].name, {})
-    rows, packed_width = group.weight_packed.shape
     return (
         group_name(group),
-        f"{rows} x {2 * packed_width}",
+        f"{group.weight_packed.shape[0]} x {group.width}",
         str(report.get("tokens", "")),
         *(f"{report[key]:.2e}" if key in report else "" for key in ("loss", "relative_loss")),
         f"{report['seconds']:.2f}" if "seconds" in report else "",

@@ -61,6 +61,9 @@ def _counts(values: Tensor, size: int) -> list[int]:
 
 
 def _codes(group: WushGroup) -> list[tuple[float, int]]:
+    if group.format == "int8":
+        counts = _counts(group.weight_packed, 256)
+        return [(float(value), counts[value % 256]) for value in range(-127, 128)]
     pairs = torch.tensor(_counts(group.weight_packed, 256)).view(16, 16)  # [high nibble, low nibble]
     counts = (pairs.sum(0) + pairs.sum(1)).tolist()
     numbers = torch.arange(16, dtype=torch.uint8)

@@ -32,6 +32,8 @@ def solve(
     block = block_size(recipe, weight.shape[1])
     if not torch.isfinite(weight).all():
         raise NonFiniteError(f"{name}: the weight holds NaN or Inf; repair the model or put the layer in ignore")
+    if recipe.format in formats.WEIGHT_FORMATS:
+        return _round(weight, recipe, block, _mean_moment(moment, count, weight.device, name))
     if moment is None and (recipe.solver == "gptq" or recipe.transform in CLOSED_FORM):
         raise DataError(f"{name}: {recipe.solver} with transform {recipe.transform} needs calibration data: pass data")
     w = weight.T.contiguous().to(torch.float64)  # Wᵀ [K, N]
@@ -97,6 +99,23 @@ def solve(
         report["input_power"] = moment_curves(h, t, block)
     g_x = _input_global_scale(recipe, h, sample, t, block, weight.device, name, report)
     return GroupSolution(t, block, packed, scale, g, g_x, report)
+
+
+def _round(weight: Tensor, recipe: Recipe, block: int, h: Tensor | None) -> GroupSolution:
+    """Weights [N, K] of 8 bits: rounded as they are, some rows at a time, since a head is larger than any other weight."""
+    packed, scales, error, power = [], [], 0.0, 0.0
+    for rows in weight.split(max(1, ROUNDED_ELEMENTS // weight.shape[1])):
+        wide = rows.to(torch.float32)  # [n, K]
+        codes, scale = formats.quantize(wide, recipe.format, recipe.weight_scale_rule)
+        difference = wide - formats.dequantize(codes, scale, recipe.format)
+        error += difference.square().sum(dtype=torch.float64)
+        power += wide.square().sum(dtype=torch.float64)
+        packed.append(codes)
+        scales.append(scale)
+    report = {"damping_tries": 0, "weight_error": float(error / power.clamp(min=1e-300))}
+    if h is not None:
+        report["input_power"] = moment_curves(h, None, block)
+    return GroupSolution(None, block, torch.cat(packed), torch.cat(scales), None, None, report)
 
 
 def _mean_moment(moment: Tensor | None, count: int, device: torch.device, name: str) -> Tensor | None:

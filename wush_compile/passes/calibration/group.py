@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from ...config import DEFAULT_IGNORE, WushConfig, ignored_by, matches
+from ...config import DEFAULT_IGNORE, WushConfig, matches
 from ...errors import CaptureError, ConfigError, one_of
 from ...recipe import Recipe
 from .encoders import asked_for, encoders_beside_tokens, encodes
@@ -74,7 +74,7 @@ class LinearGroup:
 def _check_patterns(model: nn.Module, config: WushConfig) -> None:
     """Raises `ConfigError` if a pattern matches no module. Patterns of the default `ignore` may match none."""
     names = [name for name, _ in model.named_modules() if name]
-    for setting, patterns in (("ignore", config.ignore), ("overrides", config.overrides)):
+    for setting, patterns in (("ignore", config.ignore), ("overrides", dict(config.changes))):
         for pattern in patterns:
             plain = pattern.removeprefix("!") if setting == "ignore" else pattern
             if setting == "ignore" and plain in DEFAULT_IGNORE or any(matches(name, plain) for name in names):
@@ -87,7 +87,7 @@ def _check_patterns(model: nn.Module, config: WushConfig) -> None:
 def _check_overrides(config: WushConfig, linears: Iterable[Linear], skipped: Mapping[str, str]) -> None:
     """Raises `ConfigError` if an override matches no quantized linear, because it would have no effect."""
     quantized = [linear.name for linear in linears]
-    for pattern in config.overrides:
+    for pattern in dict(config.changes):
         if not any(matches(name, pattern) for name in quantized):
             reason = next(
                 (f": {name} is not quantized, {r}" for name, r in skipped.items() if matches(name, pattern)), ""
@@ -124,7 +124,7 @@ def find_groups(
 ) -> tuple[list[LinearGroup], dict[str, str]]:
     """Returns the groups to quantize, in graph order, and `{name: reason}` of every other matrix of the model."""
     _check_patterns(model, config)
-    restore_linears(graph_module, model, lambda name: not ignored_by(name, config.ignore))
+    restore_linears(graph_module, model, lambda name: not config.ignores(name))
     parameters = dict(model.named_parameters(remove_duplicate=False)) | parametrized_weights(model)
     names_of: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
@@ -161,7 +161,7 @@ def find_groups(
         module = model.get_submodule(name)
         width = parameter.shape[0 if transposed else 1] if parameter.dim() == 2 else 0
         bias_name = bias.target if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
-        if pattern := ignored_by(name, config.ignore):
+        if pattern := config.ignores(name):
             reason = f"ignored by the configuration ({pattern!r})"
         elif node in encoders and not asked_for(name, config.ignore):
             reason = encodes(name, encoders[node])

@@ -1,0 +1,200 @@
+"""Weights of 8 bits: int8 with a bf16 scale a group of 32, beside activations of 16 bits or fp8."""
+
+import copy
+
+import oracle
+import pytest
+import torch
+from helpers import assert_like_eager, emulates_rounding, files, quantize, same_tensors
+from hypothesis import given
+from hypothesis import strategies as st
+from models import pair, pair_rows, plain, tokens
+from torch.export import Dim
+
+import wush_compile as wc
+from wush_compile import formats
+from wush_compile.config import WushConfig
+from wush_compile.errors import ConfigError
+from wush_compile.graphs.printing import count_ops
+
+wush = torch.ops.wush
+HEAD = {"lm_head": {"format": "int8", "activation_format": None}}
+INT8 = {"format": "int8", "activation_format": None}
+
+
+def weights(rows: int = 24, width: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    w = torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
+    return formats.quantize(w, "int8", "absmax")
+
+
+# -- the format ------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(-130, 120), st.sampled_from([1, 3, 17]))
+def test_codes_and_scales_are_those_of_the_oracle(seed, octave, rows):
+    x = torch.randn(rows, 2, 32, generator=torch.Generator().manual_seed(seed)) * 2.0**octave
+    x[0, 0, :3] = torch.tensor([0.0, -0.0, x[0, 0].abs().max().item() / 254])
+    if rows > 1:
+        x[1], x[-1, 1, 5] = 0, (float("nan"), float("inf"))[seed % 2]
+    codes, scales = formats.quantize(x.flatten(1), "int8", "absmax")
+    wanted_codes, wanted_scales = oracle.quantize(x.numpy(), "int8", "absmax")
+    assert torch.equal(codes.unflatten(1, (2, 32)), torch.from_numpy(wanted_codes))
+    assert torch.equal(scales.float().nan_to_num(-1), torch.from_numpy(wanted_scales).nan_to_num(-1))
+    decoded = torch.from_numpy(oracle.dequantize(wanted_codes, wanted_scales, "int8"))
+    assert torch.equal(formats.dequantize(codes, scales, "int8").nan_to_num(-1), decoded.flatten(1).nan_to_num(-1))
+
+
+def test_no_value_is_clipped_by_more_than_half_a_step():
+    x = torch.randn(4096, 32, generator=torch.Generator().manual_seed(0)).double()
+    codes, scales = formats.quantize(x.float(), "int8", "absmax")
+    error = (formats.dequantize(codes, scales, "int8") - x).abs()
+    assert (error <= scales.double() * 0.5 * (1 + 1e-5)).all()
+    assert codes.view(torch.int8).min() >= -127
+
+
+# -- ops -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 129])
+@pytest.mark.parametrize("activation", ["fp8", "none"])
+def test_the_product_is_that_of_the_decoded_operands(activation, rows):
+    x = torch.randn(rows, 2, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    codes, scales = wush.transform_quantize(x, None, None, activation, {"fp8": "token", "none": "none"}[activation])
+    bias = torch.randn(24, generator=torch.Generator().manual_seed(3))
+    args = None, *weights(), None, bias, None, "int8", torch.float32, "rows", activation
+    got = wush.fp4_linear(codes, scales, *args)
+    decoded = formats.dequantize_fp8(codes, scales) if activation == "fp8" else codes.float()
+    want = decoded.double() @ formats.dequantize(*weights(), "int8").double().T + bias
+    assert got.shape == (rows, 2, 24) and torch.allclose(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["fp8", "none"])
+def test_the_op_keeps_its_contract(activation):
+    codes, scales = wush.transform_quantize(
+        torch.randn(3, 64).bfloat16(), None, None, activation, {"fp8": "token", "none": "none"}[activation]
+    )
+    args = codes, scales, None, *weights(), None, None, None, "int8", torch.bfloat16, "rows", activation
+    torch.library.opcheck(wush.fp4_linear.default, args)
+
+
+def test_four_bit_activations_and_wrong_widths_are_refused():
+    codes, scales = formats.quantize(torch.randn(3, 64), "mxfp4", "absmax")
+    fake = torch._subclasses.FakeTensorMode()
+    with fake, pytest.raises(ValueError, match="int8 is a format of weights alone"):
+        args = [fake.from_tensor(t) for t in (codes, scales, *weights())]
+        wush.fp4_linear(*args[:2], None, *args[2:], None, None, None, "int8", torch.bfloat16)
+    with fake, pytest.raises(RuntimeError, match="activation has 128 channels, weight 64"):
+        x = torch.randn(3, 128)
+        args = [fake.from_tensor(t) for t in weights()]
+        wush.fp4_linear(x, x[:, :0], None, *args, None, None, None, "int8", torch.float32, "rows", "none")
+    with pytest.raises(ConfigError, match="unknown format of activations 'int8'"):  # no quantizer of activations has it
+        wush.transform_quantize(torch.randn(3, 64), None, None, "int8", "absmax")
+
+
+def test_a_row_that_is_not_finite_stays_alone():
+    x = torch.randn(4, 64).bfloat16()
+    x[1, 5], x[3, 0] = float("nan"), float("inf")
+    for activation in ("fp8", "none"):
+        codes, scales = wush.transform_quantize(x, None, None, activation, {"fp8": "token"}.get(activation, "none"))
+        args = None, *weights(), None, None, None, "int8", torch.bfloat16, "rows", activation
+        y = wush.fp4_linear(codes, scales, *args)
+        assert not y[[1, 3]].isfinite().all(-1).any() and y[[0, 2]].isfinite().all(), activation
+
+
+# -- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_int8s_is_an_error_or_has_no_effect():
+    with pytest.raises(ConfigError, match="int8 is a format of weights alone: give activation_format None"):
+        WushConfig(format="int8")
+    with pytest.raises(ConfigError, match=r"overrides\['lm_head'\]: int8 is a format of weights alone"):
+        WushConfig(overrides={"lm_head": {"format": "int8"}})
+    with pytest.raises(ConfigError, match="unknown head 'mxfp4'.*None, int8"):
+        WushConfig(head="mxfp4")
+    recipe = WushConfig.paper(**INT8).recipe_of("x")
+    assert (recipe.transform, recipe.solver, recipe.weight_scale_rule) == ("identity", "rtn", "absmax")
+    assert not recipe.needs_data and not WushConfig(**INT8).needs_data
+    back = WushConfig(**INT8, overrides={"x": {"format": "mxfp4"}}).recipe_of("x")
+    assert (back.transform, back.solver, back.weight_scale_rule) == ("wush", "gptq", "mse")
+
+
+def test_the_head_is_quantized_where_it_is_named():
+    assert WushConfig().ignores("lm_head") == "lm_head"
+    assert WushConfig(overrides={"*": {"damping": 0.02}}).ignores("lm_head") == "lm_head"
+    for config in (WushConfig(head="int8"), WushConfig(overrides=HEAD), WushConfig(format="nvfp4", head="int8")):
+        assert config.ignores("lm_head") is None and config.recipe_of("lm_head").format == "int8"
+        assert config.recipe_of("model.layers.0.mlp.up_proj").format != "int8"
+    assert WushConfig(head="int8", ignore=("*head",)).ignores("lm_head") == "*head"
+    with pytest.raises(ConfigError, match="lm_head"):
+        quantize(torch.nn.Sequential(torch.nn.Linear(64, 64)), torch.randn(3, 64), head="int8")
+
+
+# -- whole models ----------------------------------------------------------------------------------------------------
+
+
+def test_eight_bits_lose_little():
+    model, ids = plain("llama"), tokens(4, 32)
+    quantized = quantize(copy.deepcopy(model), ids, head="int8")
+    report = quantized.wush_quantization.report
+    losses = {name: group["relative_loss"] for name, group in report.items()}
+    assert losses.pop("lm_head") < 1e-4 < 1e-3 < min(losses.values())
+    assert report["lm_head"]["weight_error"] < 1e-4
+    head = quantized.lm_head
+    assert head.owner.weight_packed.shape == (97, 64) and head.owner.weight_scale.shape == (97, 2)
+    assert torch.allclose(head.weight, model.lm_head.weight, rtol=0, atol=1e-3) and head.in_features == 64
+    text = wc.explain(quantized, all=True)
+    assert "head=int8" in text and "format=int8" in text and "97 x 64" in text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["fp8", None])
+def test_saved_loaded_compiled_exported(activation, tmp_path):
+    """4 and 8 bits in one model: the head, and an MLP whose siblings are one product of 8 bits."""
+    eight = {"format": "int8", "activation_format": activation}
+    overrides = {"lm_head": eight, "*.1.mlp.*": eight}
+    model, ids = quantize(plain("llama"), tokens(2, 16), overrides=overrides), tokens(2, 9)
+    expected = model(ids, use_cache=False).logits
+    assert model.model.layers[1].mlp.up_proj.owner is model.model.layers[1].mlp.gate_proj.owner
+    wc.save(model, tmp_path / "a")
+    loaded = wc.load(tmp_path / "a")
+    assert torch.equal(loaded(ids, use_cache=False).logits, expected) and same_tensors(loaded, model)
+    wc.save(loaded, tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert torch.equal(model.generate(ids, max_new_tokens=3), loaded.generate(ids, max_new_tokens=3))
+
+    options = {"emulate_precision_casts": True} if emulates_rounding() else {}
+    with wc.trace_graphs() as log:
+        compiled = torch.compile(copy.deepcopy(model), backend="wush", options=options)
+        assert_like_eager(
+            lambda: compiled(ids, use_cache=False).logits,
+            lambda: model(ids, use_cache=False).logits,
+            exact=emulates_rounding(),
+        )
+    counts = log.graphs[0].snapshots[-1].counts
+    assert counts["fp4_linear"] == 9
+    quantizers = sum(count for name, count in counts.items() if name.endswith("transform_quantize"))
+    assert quantizers == (9 if activation == "fp8" else 6)
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    for inline in (False, True):
+        program = torch.export.export(Logits(), (ids,), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},))
+        wc.fuse(program, inline=inline)
+        assert count_ops(program.graph).get("fp4_linear", 0) == (0 if inline else 9)
+        assert torch.equal(program.module()(ids), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["fp8", None])
+def test_any_module_of_any_size(activation):
+    model = pair(format="int8", activation_format=activation)
+    for rows in (0, 1, 129):
+        x = pair_rows(rows)
+        y = model(x)
+        assert y.shape == x.shape and y.isfinite().all()
