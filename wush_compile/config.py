@@ -43,8 +43,8 @@ class WushConfig(Recipe):
         Modules that stay in 16 bits: glob patterns of names, or of the last component of a name (`"*.down_proj"`,
         `"router"`). The patterns add to the default, `("lm_head",)`. One that begins with `!` takes modules out again:
         `ignore=("!lm_head",)` quantizes the head. The last pattern that matches decides. Encoders of images or sound
-        in front of a language model stay in 16 bits too, unless such a pattern matches them. An override that names
-        the head, without a wildcard, takes it out too.
+        in front of a language model stay in 16 bits too, unless such a pattern matches them. An override that gives
+        a format to the head by its name, without a wildcard, takes it out too.
     overrides
         Settings for some linears: `{"*.down_proj": {"format": "nvfp4"}}`. Patterns are those of `ignore`; later ones
         win. Linears with the same input share a transform only where their recipes are equal.
@@ -104,8 +104,12 @@ class WushConfig(Recipe):
     def ignores(self, name: str) -> str | None:
         """The pattern of `ignore` that keeps a module in 16 bits, or None."""
         found = ignored_by(name, self.ignore)
-        named = any(matches(name, pattern) for pattern, _ in self.changes if not set(pattern) & set("*?["))
-        return None if found in DEFAULT_IGNORE and named else found
+        if found not in DEFAULT_IGNORE:
+            return found
+        named = (
+            pattern for pattern, settings in self.changes if "format" in settings and not set(pattern) & set("*?[")
+        )
+        return None if any(matches(name, pattern) for pattern in named) else found
 
     @classmethod
     def paper(cls, format: str = "mxfp4", **changes) -> "WushConfig":

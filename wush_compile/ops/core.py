@@ -217,7 +217,7 @@ def _transform_quantize_fake(x, transform, global_scale, format, scale_rule, sca
 
 
 def _operand(codes: Tensor, scales: Tensor, format: str) -> Tensor:
-    """Packed [.., K/2], int8: [.., K] -> fp32 [.., K] without the global scale; a table of the 256 bytes is fast in eager mode."""
+    """Codes [.., K/2], int8: [.., K] -> fp32 [.., K] without the global scale; a table of the bytes is fast in eager."""
     byte = torch.arange(256, device=codes.device, dtype=torch.uint8)
     group = get_format(format).group_size
     if format in ("int4", "int8"):

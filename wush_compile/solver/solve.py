@@ -102,7 +102,7 @@ def solve(
 
 
 def _round(weight: Tensor, recipe: Recipe, block: int, h: Tensor | None) -> GroupSolution:
-    """Weights [N, K] of 8 bits: rounded as they are, some rows at a time, since a head is larger than any other weight."""
+    """Weights [N, K] of 8 bits: rounded as they are, some rows at a time, since a head is larger than the others."""
     packed, scales, error, power = [], [], 0.0, 0.0
     for rows in weight.split(max(1, ROUNDED_ELEMENTS // weight.shape[1])):
         wide = rows.to(torch.float32)  # [n, K]
