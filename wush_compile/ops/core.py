@@ -217,7 +217,7 @@ def _transform_quantize_fake(x, transform, global_scale, format, scale_rule, sca
 
 
 def _operand(codes: Tensor, scales: Tensor, format: str) -> Tensor:
-    """Codes [.., K/2], int8: [.., K] -> fp32 [.., K] without the global scale; a table of the bytes is fast in eager."""
+    """Codes [.., K/2], int8: [.., K] -> fp32 [.., K] without the global scale; eager mode reads a table."""
     byte = torch.arange(256, device=codes.device, dtype=torch.uint8)
     group = get_format(format).group_size
     if format in ("int4", "int8"):
