@@ -10,6 +10,7 @@ from ...ops.fused import ACTIVATIONS, GAINS
 from ...ops.layouts import rows_only
 from ..provider import Implementation
 from .calibration import moments as triton_gram
+from .grouped import fp4_grouped_linear as triton_grouped
 from .linear import fp4_linear as triton_linear
 from .quantize import fused as triton_fused
 from .quantize import tokens as triton_tokens
@@ -132,6 +133,26 @@ def refuses_fp4_linear(
     return triton_linear.supports(format, 2 * weight_codes.shape[-1])
 
 
+def refuses_fp4_grouped_linear(
+    codes,
+    scales,
+    global_scale,
+    weight_codes,
+    weight_scales,
+    weight_global_scale,
+    offs,
+    bias,
+    format,
+    out_dtype,
+    scale_layout="rows",
+    activation_format="same",
+    index=None,
+) -> str | None:
+    if scale_layout != "rows":
+        return f"products read scales in rows, not {scale_layout}"
+    return triton_grouped.supports(format, 2 * weight_codes.shape[-1], codes.dtype, activation_format)
+
+
 def refuses_observe(x, mask, moment, count, sample, seed=0) -> str | None:
     if x.dtype not in (torch.bfloat16, torch.float16) or moment.dtype != torch.float32:
         return f"rows are {x.dtype}, the moment {moment.dtype}"
@@ -177,6 +198,39 @@ def fp4_linear(
     )
 
 
+def fp4_grouped_linear(
+    codes,
+    scales,
+    global_scale,
+    weight_codes,
+    weight_scales,
+    weight_global_scale,
+    offs,
+    bias,
+    format,
+    out_dtype,
+    scale_layout="rows",
+    activation_format="same",
+    index=None,
+):
+    """`wush::fp4_grouped_linear` in Triton, for scales in rows."""
+    rows_only(scale_layout)
+    return triton_grouped.fp4_grouped_linear(
+        codes,
+        scales,
+        global_scale,
+        weight_codes,
+        weight_scales,
+        weight_global_scale,
+        offs,
+        bias,
+        format,
+        out_dtype,
+        activation_format,
+        index,
+    )
+
+
 def _there(run: Callable) -> Callable:
     """Makes the first argument's device current while `run` runs: Triton launches kernels on the current device."""
 
@@ -209,4 +263,5 @@ IMPLEMENTATIONS = {
         _there(triton_fused.activation_transform_quantize), refuses_activation
     ),
     "fp4_linear": Implementation(_there(fp4_linear), refuses_fp4_linear),
+    "fp4_grouped_linear": Implementation(_there(fp4_grouped_linear), refuses_fp4_grouped_linear),
 }

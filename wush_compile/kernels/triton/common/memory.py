@@ -84,6 +84,25 @@ def row_facts(scales: Tensor) -> RowFacts:
     return memory["rows"]
 
 
+def scale_words(scales: Tensor) -> Tensor:
+    """Scale bytes uint8 [.., S] as int32 [.., ceil(S/4)]. Rows that are no whole words are filled up with zeros, in a
+    copy that is remembered."""
+    if scales.shape[-1] % 4 == 0:
+        return scales.view(torch.int32)
+    memory = _memory(scales)
+    if "words" in memory:
+        return memory["words"]
+
+    def make():
+        return torch.nn.functional.pad(scales, (0, -scales.shape[-1] % 4)).view(torch.int32)
+
+    if _capturing(scales):
+        _warn_capturing()
+        return make()
+    memory["words"] = _lasting(make, scales.device)
+    return memory["words"]
+
+
 def is_power_of_two(g: Tensor | None) -> bool:
     """Whether dividing by a global scale only changes exponents; remembered. False if a capture forbids reading the
     scale."""

@@ -73,7 +73,7 @@ def _choose(o: Operands, out_dtype: torch.dtype) -> Gemv | Fused | Hopper | Scal
     return chosen
 
 
-def _of_cuda(error: Exception) -> bool:
+def of_cuda(error: Exception) -> bool:
     """Whether the device failed: the error may be an earlier kernel's, and no other kernel could compute after it."""
     cuda_errors = torch.AcceleratorError | torch.OutOfMemoryError
     return isinstance(error, cuda_errors) or "Triton Error [CUDA]" in str(error)
@@ -91,7 +91,7 @@ def _product(o: Operands, out_dtype: torch.dtype, kernel) -> Tensor:
     try:
         RUN[type(chosen)](o, chosen, out)
     except Exception as error:
-        if kernel is not None or not isinstance(chosen, Hopper) or _of_cuda(error):
+        if kernel is not None or not isinstance(chosen, Hopper) or of_cuda(error):
             raise
         give_up_gluon(error)
         return _product(o, out_dtype, None)

@@ -27,17 +27,32 @@ def _select_byte(words, selector):
 
 
 @triton.jit
-def _scale_words(scales, row, word, selectors, WORDS: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr = 4):
+def scale_words(
+    scales,
+    row,
+    word,
+    selectors,
+    WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    EACH: tl.constexpr = 4,
+    ROW_WORDS: tl.constexpr = 0,
+):
     """(words, selectors), each int32 [ROWS, EACH*WORDS]: where the bytes of EACH*WORDS groups are; selectors [EACH].
+    ROW_WORDS > 0: words beyond a row are its last one.
 
     The selectors come from memory. The compiler pass that moves the decoding into the operand's layout looks through
     arithmetic down to loads, and no further."""
     each = tl.load(selectors + tl.arange(0, EACH))
     if WORDS == 1:
-        v = tl.load(scales + row + word)[:, None]
+        at = word if ROW_WORDS == 0 else tl.minimum(word, ROW_WORDS - 1)
+        v = tl.load(scales + row + at)[:, None]
         return tl.broadcast_to(v, (ROWS, EACH)), tl.broadcast_to(each[None, :], (ROWS, EACH))
     else:
-        v = tl.load(scales + row[:, None] + word + tl.arange(0, WORDS)[None, :])[:, :, None]
+        if ROW_WORDS == 0:
+            at = row[:, None] + word + tl.arange(0, WORDS)[None, :]
+        else:
+            at = row[:, None] + tl.minimum(word + tl.arange(0, WORDS), ROW_WORDS - 1)[None, :]
+        v = tl.load(scales + at)[:, :, None]
         v = tl.reshape(tl.broadcast_to(v, (ROWS, WORDS, EACH)), (ROWS, EACH * WORDS))
         return v, tl.reshape(tl.broadcast_to(each[None, None, :], (ROWS, WORDS, EACH)), (ROWS, EACH * WORDS))
 
@@ -62,7 +77,7 @@ def _over_lanes(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr
 
 
 @triton.jit
-def _decode(w, words, selectors, top, FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+def decode(w, words, selectors, top, FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
     """Packed tile [ROWS, BLOCK_K/2] and its scale words [ROWS, BLOCK_K/G] -> two operand tiles [ROWS, BLOCK_K/2], which
     hold the same channels for x as for w. G is 16 for mxfp4_bf16 too."""
     HALF: tl.constexpr = BLOCK_K // 2
@@ -93,7 +108,7 @@ def _row_maximum(scales, row, words, WORDS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _wait_for(acc):
+def wait_for(acc):
     """`acc`, once the tensor core has finished it.
 
     Otherwise Triton lets the loop's last product run on into the next iteration. The decoding there would overwrite
@@ -179,27 +194,27 @@ def fused_gemm_kernel(
     for i in tl.range(0, PART_K // BLOCK_K, num_stages=STAGES):
         k = start + i * BLOCK_K
         codes = tl.load(w_row + (k // 2 + half)[None, :])
-        words, picks = _scale_words(w_scales, row_n * ROW_WORDS, k // (4 * G), selectors, WORDS, BLOCK_N, EACH)
+        words, picks = scale_words(w_scales, row_n * ROW_WORDS, k // (4 * G), selectors, WORDS, BLOCK_N, EACH)
         if PACKED:
             x_codes = tl.load(
                 x + row_m.to(tl.int64)[:, None] * (K // 2) + (k // 2 + half)[None, :], mask=inside[:, None], other=0
             )
-            x_words, x_picks = _scale_words(x_scales, row_m * ROW_WORDS, k // (4 * G), selectors, WORDS, BLOCK_M)
-            x0, x1 = _decode(x_codes, x_words, x_picks, top_m, FORMAT, BLOCK_M, BLOCK_K)
+            x_words, x_picks = scale_words(x_scales, row_m * ROW_WORDS, k // (4 * G), selectors, WORDS, BLOCK_M)
+            x0, x1 = decode(x_codes, x_words, x_picks, top_m, FORMAT, BLOCK_M, BLOCK_K)
             x0 = tl.trans(x0)
             x1 = tl.trans(x1)
         else:
             at = x + row_m.to(tl.int64)[None, :] * K + (k + panel)[:, None]
             x0 = tl.load(at, mask=inside[None, :], other=0.0)
             x1 = tl.load(at + 64, mask=inside[None, :], other=0.0)
-        w0, w1 = _decode(codes, words, picks, top_n, FORMAT, BLOCK_N, BLOCK_K)
+        w0, w1 = decode(codes, words, picks, top_n, FORMAT, BLOCK_N, BLOCK_K)
         if PROMOTE > 0:
             acc = tl.dot(w0, x0, acc, max_num_imprecise_acc=PROMOTE)
             acc = tl.dot(w1, x1, acc, max_num_imprecise_acc=PROMOTE)
         else:
             acc = tl.dot(w0, x0, acc)
             acc = tl.dot(w1, x1, acc)
-        acc = _wait_for(acc)
+        acc = wait_for(acc)
     if FORMAT == "mxfp4":
         acc = acc * (e8m0_factor(top_n) * E5M2_UNIT)[:, None]
         if PACKED:

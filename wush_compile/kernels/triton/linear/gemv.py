@@ -13,7 +13,7 @@ from ..common.overlap import start_next, wait_inputs
 
 
 @triton.jit
-def _weight_bytes(w):
+def weight_bytes(w):
     """8 codes -> (integers of the positive codes among 0..3, minus the negative ones; the same of codes 4..7), four
     int8 each, 0 where the code has the other sign.
 
@@ -85,7 +85,7 @@ def _dot8(p0, n0, p1, n1, x0, x1):
 
 
 @triton.jit
-def _row(
+def row_sums(
     weights,
     x,
     x_scales,
@@ -97,7 +97,7 @@ def _row(
     BLOCK_K: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """fp32 [BLOCK_N, BLOCK_K/G]: the integer group sums of x's row m with `_weight_bytes`, times the row's scales."""
+    """fp32 [BLOCK_N, BLOCK_K/G]: the integer group sums of x's row m with `weight_bytes`, times the row's scales."""
     words = first // 8 + tl.arange(0, BLOCK_K // 8)
     groups = first // G + tl.arange(0, BLOCK_K // G)
     if K % BLOCK_K == 0:
@@ -116,7 +116,7 @@ def _row(
 
 
 @triton.jit
-def _load_weights(w, w_scales, row, first, K: tl.constexpr, G: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_weights(w, w_scales, row, first, K: tl.constexpr, G: tl.constexpr, BLOCK_K: tl.constexpr):
     """Codes int32 [BLOCK_N, BLOCK_K/8] and scale bytes int32 [BLOCK_N, BLOCK_K/G]; beyond K codes are 0, bytes 1."""
     words = first // 8 + tl.arange(0, BLOCK_K // 8)
     groups = first // G + tl.arange(0, BLOCK_K // G)
@@ -161,21 +161,21 @@ def gemv_kernel(
     acc1 = acc0
     acc2 = acc0
     acc3 = acc0
-    code, byte = _load_weights(w, w_scales, row, 0, K, G, BLOCK_K)
+    code, byte = load_weights(w, w_scales, row, 0, K, G, BLOCK_K)
     wait_inputs(PDL)
     start_next(PDL)
     for i in tl.range(0, tl.cdiv(K, BLOCK_K), num_stages=1):
         first = i * BLOCK_K
         factor = e8m0_factor(byte) if FORMAT == "mxfp4" else e4m3_factor(byte)
-        weights = _weight_bytes(code)
+        weights = weight_bytes(code)
         if BLOCK_K < K:  # load the next step while this one computes
-            code, byte = _load_weights(w, w_scales, row, first + BLOCK_K, K, G, BLOCK_K)
-        acc0 += _row(weights, x, x_scales, 0, first, K, G, BLOCK_N, BLOCK_K, FORMAT) * factor
+            code, byte = load_weights(w, w_scales, row, first + BLOCK_K, K, G, BLOCK_K)
+        acc0 += row_sums(weights, x, x_scales, 0, first, K, G, BLOCK_N, BLOCK_K, FORMAT) * factor
         if M > 1:
-            acc1 += _row(weights, x, x_scales, 1, first, K, G, BLOCK_N, BLOCK_K, FORMAT) * factor
+            acc1 += row_sums(weights, x, x_scales, 1, first, K, G, BLOCK_N, BLOCK_K, FORMAT) * factor
         if M > 2:
-            acc2 += _row(weights, x, x_scales, 2, first, K, G, BLOCK_N, BLOCK_K, FORMAT) * factor
-            acc3 += _row(weights, x, x_scales, 3, first, K, G, BLOCK_N, BLOCK_K, FORMAT) * factor
+            acc2 += row_sums(weights, x, x_scales, 2, first, K, G, BLOCK_N, BLOCK_K, FORMAT) * factor
+            acc3 += row_sums(weights, x, x_scales, 3, first, K, G, BLOCK_N, BLOCK_K, FORMAT) * factor
     zero = tl.zeros((BLOCK_N,), tl.int32)
     finish(tl.sum(acc0, 1), n, zero, N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL, n < N)
     if M > 1:

@@ -120,9 +120,13 @@ def _produce(
 
 
 @gluon.jit
-def _scale_bytes(scales, k, FORMAT: gl.constexpr):
-    """Scale bytes of a step, int32 [ROWS, H, 4]."""
-    return gl.load(scales + k // (16 if FORMAT == "nvfp4" else 32)).to(gl.int32)
+def _scale_bytes(scales, k, last, FORMAT: gl.constexpr):
+    """Scale bytes of a step, int32 [ROWS, H, 4]. last: None, or the last group of a row, as seen from each byte; the
+    codes beyond it are zeros, and its scale may stand for theirs."""
+    group = k // (16 if FORMAT == "nvfp4" else 32)
+    if last is not None:
+        group = gl.minimum(group, last)
+    return gl.load(scales + group).to(gl.int32)
 
 
 @gluon.jit
@@ -166,14 +170,14 @@ def _consume(
     SPLIT: gl.constexpr = operands[5] is not None
     if WARPGROUPS == 4:
         item = _work_item(gl.program_id(0), sizes, N, K, BLOCK_N, TILE_M, GROUP_M, SPLIT)
-        _consume_item(
+        consume_item(
             buffers, operands, item, M, 0, WARPGROUP, N, K, FORMAT, BLOCK_N, BLOCK_M, EXTRA_M, STAGES, WARPGROUPS
         )
     else:
         before = 0
         for pid in range(gl.program_id(0), work_items, gl.num_programs(0)):
             item = _work_item(pid, sizes, N, K, BLOCK_N, TILE_M, GROUP_M, SPLIT)
-            before = _consume_item(
+            before = consume_item(
                 buffers,
                 operands,
                 item,
@@ -192,7 +196,7 @@ def _consume(
 
 
 @gluon.jit
-def _consume_item(
+def consume_item(
     buffers,
     operands,
     item,
@@ -207,15 +211,21 @@ def _consume_item(
     EXTRA_M: gl.constexpr,
     STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr,
+    expert=None,
 ):
     """A warpgroup's share of one work item: decodes and multiplies its weight rows and writes the results.
 
-    before: steps that the program has done so far. Returns that number with this item's steps added."""
+    M: no row of x from M on is this item's. before: steps that the program has done so far. Returns that number with
+    this item's steps added. expert: which of several weights [E, N, K] it is, or None."""
     w_tiles, x_tiles, x_extra_tiles, full, empty = buffers
     w_scales, w_top, x_unit, extras, out, partials, arrivals = operands
     row_n, row_m, start, steps, part = item
     ROWS: gl.constexpr = BLOCK_N // WARPGROUPS
     G: gl.constexpr = 16 if FORMAT == "nvfp4" else 32
+    if expert is not None:
+        w_scales += expert.to(gl.int64) * N * (K // G)
+        if w_top is not None:
+            w_top += expert.to(gl.int64) * N
     ACC: gl.constexpr = mma_layout(BLOCK_M, FORMAT)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if FORMAT == "mxfp4" else 2)
     SCALES: gl.constexpr = scale_layout(ROWS, FORMAT)
@@ -230,13 +240,16 @@ def _consume_item(
     groups += gl.expand_dims(gl.expand_dims(lane // LANES, 0), 1)
     rows = gl.expand_dims(gl.expand_dims(n, 1), 2)
     scales = w_scales + rows.to(gl.int64) * (K // G) + (start // G + groups)
+    last = None
+    if K % STEP_K != 0:
+        last = K // G - 1 - (start // G + groups)
     if w_top is not None:
         top = gl.load(w_top + rows).to(gl.int32)
     acc = gl.zeros([ROWS, BLOCK_M], gl.float32, ACC)
     acc_extra = acc
     if EXTRA_M > 0:
         acc_extra = gl.zeros([ROWS, EXTRA_M], gl.float32, mma_layout(EXTRA_M, FORMAT))
-    byte = _scale_bytes(scales, 0, FORMAT)
+    byte = _scale_bytes(scales, 0, last, FORMAT)
     mbarrier.wait(full.index(before % STAGES), before // STAGES & 1)
     codes = w_tiles.index(before % STAGES).slice(WARPGROUP * ROWS, ROWS, 0).load(WORDS)
     for i in range(steps):
@@ -267,7 +280,7 @@ def _consume_item(
             right = right.slice(64, 64, 1)
             right_extra = right_extra.slice(64, 64, 1)
         ahead = gl.minimum(i + 1, steps - 1)
-        byte = _scale_bytes(scales, ahead * STEP_K, FORMAT)
+        byte = _scale_bytes(scales, ahead * STEP_K, last, FORMAT)
         ahead += before
         mbarrier.wait(full.index(ahead % STAGES), ahead // STAGES & 1)
         codes = w_tiles.index(ahead % STAGES).slice(WARPGROUP * ROWS, ROWS, 0).load(WORDS)
@@ -301,9 +314,9 @@ def _consume_item(
                 barrier()
                 gl.atomic_add(arrivals + slot, 1, sem="release")
     if done:
-        finish(acc, first, row_m, extras, out, M, N, ROWS, BLOCK_M)
+        finish(acc, first, row_m, extras, out, M, N, ROWS, BLOCK_M, expert)
         if EXTRA_M > 0:
-            finish(acc_extra, first, row_m + BLOCK_M, extras, out, M, N, ROWS, EXTRA_M)
+            finish(acc_extra, first, row_m + BLOCK_M, extras, out, M, N, ROWS, EXTRA_M, expert)
     return before + steps
 
 

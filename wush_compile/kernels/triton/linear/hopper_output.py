@@ -73,9 +73,15 @@ def load_partial(partial, stored, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, ACC
 
 
 @gluon.jit
-def finish(y, first, row_m, extras, out, M, N: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr):
-    """`common.epilogue.finish` of a warpgroup's tile, one row of x at a time. extras: (gx, gw, bias, residual)."""
+def finish(y, first, row_m, extras, out, M, N: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, expert=None):
+    """`common.epilogue.finish` of a warpgroup's tile, one row of x at a time. extras: (gx, gw, bias, residual); with an
+    expert, gw is [E] and bias [E, N]."""
     gx, gw, bias, residual = extras
+    if expert is not None:
+        if gw is not None:
+            gw += expert
+        if bias is not None:
+            bias += expert.to(gl.int64) * N
     if gx is not None and gw is not None:
         y = y * gl.div_rn(1.0, gl.load(gx) * gl.load(gw))
     elif gx is not None:

@@ -1,0 +1,277 @@
+"""Triton's products of experts' rows: on a GPU against float64 of the same operands; the rest interpreted, and as
+machine code."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from wush_compile import formats
+
+triton = pytest.importorskip("triton")
+from wush_compile.kernels.triton.grouped import fp4_grouped_linear as grouped
+from wush_compile.kernels.triton.grouped.choose import Gemm, Hopper
+from wush_compile.kernels.triton.grouped.find import most_tiles
+from wush_compile.kernels.triton.linear.choose import Gemv
+
+gpu = pytest.mark.gpu
+DEVICE = "cuda"
+both = pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+# Rows of each of five experts, and rows of none.
+SPLITS = [(0, 0, 3, 0, 0, 0), (1, 0, 2, 1, 0, 0), (17, 0, 129, 1, 3, 0), (0, 300, 0, 0, 70, 9), (0, 0, 0, 0, 0, 5)]
+TILES = [
+    None,
+    Gemv(8, 2048, 4),
+    Gemv(16, 1024, 4),
+    Gemm(64, 16, 256, 4, 4),
+    Gemm(64, 16, 128, 4, 4),
+    Gemm(64, 32, 128, 4, 4),
+    Gemm(64, 64, 128, 4, 3),
+    Gemm(128, 64, 128, 8, 3),
+    Gemm(128, 128, 128, 8, 3),
+    Hopper(128, 16, 5, 3),
+    Hopper(128, 16, 8, 2),
+    Hopper(128, 32, 6, 2),
+    Hopper(128, 64, 4, 2),
+    Hopper(128, 128, 4, 1),
+    Hopper(128, 256, 3, 1),
+]
+
+
+def offsets(counts, device="cpu"):
+    return torch.tensor(counts, device=device).cumsum(0, dtype=torch.int32)
+
+
+def operands(format, tokens, experts, n, k, seed=0):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    x = torch.randn(tokens, k, device=DEVICE, generator=generator)
+    w = 0.02 * torch.randn(experts, n, k, device=DEVICE, generator=generator)
+    w *= torch.exp2(4 * torch.rand(experts, n, k // 32, device=DEVICE, generator=generator)).repeat_interleave(32, 2)
+    return *formats.quantize(x, format, "absmax"), *formats.quantize(w, format, "absmax")
+
+
+def exact(x, w, counts, bias=None):
+    """x [S, K], w [E, N, K], both float64."""
+    out, start = torch.zeros(x.shape[0], w.shape[1], dtype=torch.float64, device=x.device), 0
+    for e, count in enumerate(counts):
+        rows = slice(start, start + count)
+        out[rows] = x[rows] @ w[e].T + (0 if bias is None else bias[e].double())
+        start += count
+    return out
+
+
+def relative(got, want):
+    return ((got.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
+
+
+def wide(codes, scales, format):
+    return formats.dequantize(codes, scales, format).double()
+
+
+@gpu
+@both
+@pytest.mark.parametrize("kernel", TILES, ids=str)
+def test_products_of_every_split(format, kernel):
+    """Also K that fills no step (160, 2880) and N that fills no tile; rows by an index; scales and biases."""
+    if isinstance(kernel, Gemm) and format == "nvfp4" and kernel.block_k == 256 and kernel.stages > 3:
+        kernel = kernel._replace(stages=3)
+    for (*counts, beyond), (n, k) in zip(SPLITS, [(72, 512), (264, 160), (200, 2880), (1536, 768), (64, 512)]):
+        if isinstance(kernel, Gemm) and -(-k // 128) * 128 % kernel.block_k:
+            continue
+        rows = sum(counts) + beyond
+        c, s, w, ws = operands(format, 40, 5, n, k, seed=rows)
+        index = torch.randint(0, 40, (rows,), device=DEVICE)
+        offs, bias = offsets(counts, DEVICE), torch.randn(5, n, device=DEVICE).bfloat16()
+        want = exact(wide(c, s, format)[index], wide(w, ws, format), counts, bias)
+        call = lambda *rest, c=c, s=s, g=None, gw=None, bias=bias: grouped.fp4_grouped_linear(  # noqa: E731
+            c, s, g, w, ws, gw, offs, bias, format, torch.float32, "same", *rest
+        )
+        got = call(index, kernel)
+        assert relative(got, want) < 5e-4, (counts, n, k, relative(got, want))
+        assert not got[rows - beyond :].any()
+        assert torch.equal(call(None, kernel, c=c[index], s=s[index]), got)
+        assert torch.equal(call(index.int(), kernel), got)
+        if format == "nvfp4":
+            g, gw = torch.full((1,), 3.0, device=DEVICE), torch.arange(1.0, 6.0, device=DEVICE)
+            want = exact(wide(c, s, format)[index] / 3, wide(w, ws, format) / gw[:, None, None].double(), counts)
+            assert relative(call(index, kernel, g=g, gw=gw, bias=None), want) < 5e-4
+
+
+@gpu
+@both
+@pytest.mark.parametrize("activation, rule", [("fp8", "token"), ("none", "none")])
+@pytest.mark.parametrize("kernel", [None, TILES[4], TILES[8], TILES[10], TILES[13]], ids=str)
+def test_activations_of_8_and_16_bits(format, activation, rule, kernel):
+    counts = [3, 0, 20, 0, 1]
+    _, _, w, ws = operands(format, 1, 5, 136, 416)
+    x = torch.randn(30, 416, device=DEVICE).bfloat16()
+    c, s = torch.ops.wush.transform_quantize(x, None, None, activation, rule)
+    index = torch.randint(0, 30, (24,), device=DEVICE)
+    x = formats.dequantize_fp8(c, s).double() if activation == "fp8" else c.double()
+    got = grouped.fp4_grouped_linear(
+        c, s, None, w, ws, None, offsets(counts, DEVICE), None, format, torch.float32, activation, index, kernel
+    )
+    assert relative(got, exact(x[index], wide(w, ws, format), counts)) < 5e-4
+
+
+@gpu
+@both
+@pytest.mark.parametrize("rows, tokens", [(8, 1), (64, 8), (3000, 375)])
+def test_in_a_cuda_graph_with_another_split(format, rows, tokens):
+    """The graph is captured with one split of the rows and replayed with others; the host never waits."""
+    c, s, w, ws = operands(format, tokens, 16, 256, 512)
+    offs, index = torch.zeros(16, dtype=torch.int32, device=DEVICE), torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+    call = lambda: torch.ops.wush.fp4_grouped_linear(  # noqa: E731
+        c, s, None, w, ws, None, offs, None, format, torch.bfloat16, index=index
+    )
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call()
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        counts = torch.bincount(torch.randint(0, 16, (rows,), generator=generator), minlength=16).tolist()
+        offs.copy_(offsets(counts))
+        index.copy_(torch.randint(0, tokens, (rows,), generator=generator))
+        got.fill_(7)
+        graph.replay()
+        want = exact(wide(c, s, format)[index], wide(w, ws, format), counts)
+        assert relative(got, want) < 2.2e-3
+
+
+@gpu
+@both
+@pytest.mark.parametrize("kernel", TILES[1:], ids=str)
+def test_offsets_that_are_wrong_read_nothing_outside(format, kernel):
+    """What such offsets give is undefined; a read or a write outside would be a fault or a value outside."""
+    if isinstance(kernel, Gemm) and kernel.block_k == 256:
+        kernel = kernel._replace(stages=3)
+    c, s, w, ws = operands(format, 50, 4, 136, 512)
+    for bad in ([30, 10, 50, 40], [-5, 20, 2**30, 2**31 - 1], [2**31 - 1, -(2**31), 0, 60], [90, 90, 90, 90]):
+        offs = torch.tensor(bad, dtype=torch.int32, device=DEVICE)
+        grouped.fp4_grouped_linear(c, s, None, w, ws, None, offs, None, format, torch.bfloat16, "same", None, kernel)
+    torch.cuda.synchronize()
+
+
+@gpu
+@both
+def test_a_bad_weight_stays_in_its_expert(format):
+    for counts in ([2, 1, 2], [40, 30, 20], [300, 200, 100]):
+        c, s, w, ws = operands(format, sum(counts), 3, 136, 512)
+        ws = ws.clone()
+        ws[1, 7, 3] = 0xFF if format == "mxfp4" else 0x7F
+        got = torch.ops.wush.fp4_grouped_linear(
+            c, s, None, w, ws, None, offsets(counts, DEVICE), None, format, torch.bfloat16
+        )
+        bad = torch.zeros_like(got, dtype=torch.bool)
+        bad[counts[0] : counts[0] + counts[1], 7] = True
+        assert torch.equal(got.isnan(), bad)
+
+
+@pytest.mark.parametrize(
+    "rows, experts, block", [(0, 4, 16), (1, 4, 16), (8, 128, 16), (700, 128, 64), (131072, 8, 128)]
+)
+def test_no_split_needs_more_tiles(rows, experts, block):
+    worst = 0
+    for used in range(min(rows, experts + 1) + 1):  # the worst split of so many groups: all but one have a single row
+        worst = max(worst, max(used - 1, 0) + -(-(rows - max(used - 1, 0)) // block) if used else 0)
+    assert worst <= most_tiles(rows, experts, block) <= worst + (experts + 1)
+
+
+INTERPRETED = """
+import torch, triton
+import triton.language as tl
+from wush_compile import formats
+from wush_compile.ops.grouped import GROUPED_REFERENCE
+from wush_compile.kernels.triton.grouped import find, gemm, gemv
+from wush_compile.kernels.triton.linear import gemv as linear_gemv
+
+@triton.jit
+def value(code):
+    c = code & 7
+    double = c + tl.maximum(c - 4, 0) + tl.maximum(c - 6, 0) * 2
+    return tl.where((code & 8) != 0, -double, double).to(tl.float32) * 0.5
+
+@triton.jit
+def decode(w, words, picks, top, FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    e = ((words >> (8 * (picks & 7))) & 255) - top[:, None]
+    factor = tl.exp2(tl.maximum(e, -26).to(tl.float32) + 13)
+    factor = tl.reshape(tl.broadcast_to(factor[:, :, None], (ROWS, BLOCK_K // 32, 16)), (ROWS, BLOCK_K // 2))
+    return value(w.to(tl.int32) & 15) * factor, value(w.to(tl.int32) >> 4) * factor
+
+@triton.jit
+def weight_bytes(w):
+    return w, w, w, w
+
+@triton.jit
+def activation_bytes(x):
+    return x, x
+
+@triton.jit
+def dot8(p0, n0, p1, n1, x0, x1):
+    total = (p0 * 0).to(tl.float32)
+    for i in tl.static_range(8):
+        total += value((p0 >> (4 * i)) & 15) * value((x0 >> (4 * i)) & 15) * 4
+    return total
+
+gemm.decode = decode
+linear_gemv._activation_bytes, linear_gemv._dot8, gemv.weight_bytes = activation_bytes, dot8, weight_bytes
+
+@triton.jit
+def as_it_is(acc):
+    return acc
+
+gemm.wait_for = as_it_is
+torch.manual_seed(0)
+selectors = torch.arange(0x4440, 0x4444, dtype=torch.int32)
+E, n = 3, 70
+for k, splits in ((160, [(5, 0, 18, 2), (0, 0, 0, 3)]), (128, [(1, 2, 0, 0)])):
+    for *counts, beyond in splits:
+        S = sum(counts) + beyond
+        T = 9
+        q = formats.quantize(torch.randn(T, k), "mxfp4", "absmax")
+        w = formats.quantize(torch.randn(E, n, k), "mxfp4", "absmax")
+        index = torch.randint(0, T, (S,))
+        offs, bias = torch.tensor(counts).cumsum(0, dtype=torch.int32), torch.randn(E, n)
+        want = GROUPED_REFERENCE["fp4_grouped_linear"](
+            *q, None, *w, None, offs, bias, "mxfp4", torch.float32, index=index
+        )
+        x = torch.nn.functional.pad(formats.dequantize(*q, "mxfp4")[index], (0, -k % 128))
+        x = x.view(S, -1, 64, 2).transpose(2, 3).reshape(S, -1).contiguous()
+        words = torch.nn.functional.pad(w[1], (0, -(k // 32) % 4)).view(torch.int32)
+        for block_m in (4, 16):
+            out = torch.full((S, n), 7.0)
+            grid = (find.most_tiles(S, E, block_m) * -(-n // 64),)
+            gemm.grouped_gemm_kernel[grid](
+                x, None, None, w[0], words, w[1].amax(-1), None, offs, bias, selectors, out, S,
+                n, k, E, 4, "mxfp4", False, False, True, 64, block_m, 128, 2, 0, False,
+            )
+            torch.testing.assert_close(out, want, rtol=0, atol=2e-5)
+            table = torch.full((find.most_tiles(S, E, block_m) + 2, 4), 9, dtype=torch.int32)
+            find.tile_table_kernel[(2,)](offs, table, out, S, table.shape[0], n, E, 4, block_m, 16, False)
+            tiles, start = [], 0
+            for e, count in enumerate(counts):
+                tiles += [[e, first, start + count] for first in range(start, start + count, block_m)]
+                start += count
+            assert table[: len(tiles), :3].tolist() == tiles and (table[len(tiles) :, 0] == -1).all()
+            assert not out[start:].any() and torch.equal(out[:start] == 0, want[:start] == 0)
+        out = torch.full((S, n), 7.0)
+        gemv.grouped_gemv_kernel[(-(-n // 16), S)](
+            q[0].view(torch.int32), q[1], None, index, w[0].view(torch.int32), w[1], None, offs, bias, out, T,
+            n, k, E, 4, "mxfp4", False, False, True, 16, 128, False,
+        )
+        torch.testing.assert_close(out, want, rtol=0, atol=2e-5)
+print("same")
+"""
+
+
+def test_interpreted(tmp_path):
+    """The kernels' own code but for what is written in assembly: experts, tails of K and N, rows of none, an index."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = tmp_path / "grouped.py"  # Triton reads a kernel's source from its file
+    script.write_text(INTERPRETED)
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
+    assert run.stdout.strip().endswith("same"), run.stderr[-2000:]

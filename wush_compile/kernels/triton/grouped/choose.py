@@ -1,0 +1,83 @@
+"""Which kernel multiplies experts' rows of which sizes. The tables rest on `benchmarks/kernel_speed.py tune-grouped`.
+
+The host knows the number of rows and of experts, not how the rows are split: tiles go by the average."""
+
+import functools
+from typing import NamedTuple
+
+from ..linear.choose import Gemv, Scaled, has_gluon, triton_version
+
+GROUPED_GEMV_ROWS = 16  # with at most so many rows, each reads its expert's weights itself
+
+
+class Gemm(NamedTuple):
+    """Tile of the product: weight rows, activation rows, channels; warps, depth of the load pipeline."""
+
+    block_n: int
+    block_m: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+class Hopper(NamedTuple):
+    """Tile of Hopper's product: weight rows, activation rows; steps that are copied ahead; programs that share a
+    multiprocessor."""
+
+    block_n: int
+    block_m: int
+    stages: int
+    programs: int
+
+
+# Programs that share a multiprocessor -> (registers of a thread when launched, of the second multiplying warpgroup).
+# Three groups of 128 threads are launched: 65,536 registers / (programs * 384), a multiple of 8.
+REGISTERS = {1: (168, 240), 2: (80, 112), 3: (56, 72)}
+
+# Average rows of an expert up to which a tile is taken.
+GEMM = {
+    "mxfp4": {8: Gemm(64, 16, 256, 4, 4), 24: Gemm(64, 32, 256, 4, 4), 1 << 30: Gemm(64, 64, 256, 4, 3)},
+    "nvfp4": {8: Gemm(64, 16, 128, 4, 4), 24: Gemm(64, 32, 128, 4, 4), 1 << 30: Gemm(64, 64, 128, 4, 4)},
+}
+HOPPER = {
+    "mxfp4": {48: Hopper(128, 64, 6, 2), 96: Hopper(128, 128, 6, 1), 1 << 30: Hopper(128, 256, 4, 1)},
+    "nvfp4": {48: Hopper(128, 64, 4, 2), 1 << 30: Hopper(128, 128, 4, 1)},
+}
+# Average rows of an expert above which Hopper's product is faster.
+HOPPER_ROWS = 24
+
+
+def _table(tiles: dict, average: float):
+    return next(tile for most, tile in tiles.items() if average <= most)
+
+
+@functools.lru_cache(1024)
+def choose(
+    format: str,
+    activation: str,
+    rows: int,
+    experts: int,
+    n: int,
+    k: int,
+    capability: tuple[int, int] = (9, 0),
+    precise: bool = False,
+) -> Gemv | Gemm | Hopper | Scaled:
+    """The kernel for `rows` rows of `experts` weights [n, k]; format: what the weight is decoded to for a tensor core
+    (`grouped_format`). precise: MXFP4's channels are summed in fp32 at least every 128."""
+    if activation == "same":
+        if rows <= GROUPED_GEMV_ROWS:
+            return Gemv(8, 2048, 4)
+        if capability >= (10, 0) and not (capability == (12, 1) and triton_version() < (3, 9)):
+            return Scaled(128, 64 if rows <= 64 * experts else 128, 256 if k % 256 == 0 else 128, 4, 3)
+    average, operand = rows / experts, "mxfp4" if format == "mxfp4" else "nvfp4"
+    precise = precise and format == "mxfp4"
+    if capability == (9, 0) and average > HOPPER_ROWS and not precise and has_gluon():
+        return _table(HOPPER[operand], average)
+    tile = _table(GEMM[operand], average)
+    width = -(-k // 128) * 128
+    return tile._replace(block_k=tile.block_k if width % tile.block_k == 0 else 128)
+
+
+def grouped_format(format: str, capability: tuple[int, int]) -> str:
+    """What a weight is decoded to, as FORMAT of `gemm.grouped_gemm_kernel`: fp8 on Hopper, else bf16."""
+    return "mxfp4_bf16" if format == "mxfp4" and capability != (9, 0) else format
