@@ -140,7 +140,7 @@ def _quantize(model: nn.Module, data: Iterable | None, config: WushConfig, token
     """Solves every group, finishes the journal, and installs the groups in the model."""
     with timing() as seconds:
         solved, record = _solve(model, data, config, tokenizer, run)
-    record.run = {
+    record.run |= {
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "device": _environment(run)["device"],
         "peak_memory": memory(run.device),
@@ -192,7 +192,7 @@ def _solve(
     )
     solved, stages = calibrate(captured, groups, batches if calibrates else None, run)
     with phase("verify"):
-        verify(model, captured, stages, groups, solved, batches, run)
+        verified = verify(model, captured, stages, groups, solved, batches, run)
     for group, one in zip(groups, solved, strict=True):
         if group.recipe.transform_block_size not in (None, one.group.block_size):
             log.warning(
@@ -202,7 +202,9 @@ def _solve(
                 group.recipe.transform_block_size,
                 one.group.block_size,
             )
-    return solved, _record(groups, solved, ignored, config, describe_batch(largest_batch(batches)))
+    record = _record(groups, solved, ignored, config, describe_batch(largest_batch(batches)))
+    record.run = {"verified": verified}
+    return solved, record
 
 
 def _record(

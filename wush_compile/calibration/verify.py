@@ -29,6 +29,8 @@ from .microbatch import sequences
 from .solve_group import Solved
 
 log = logging.getLogger("wush_compile")
+# What `verify` returns.
+EQUAL, NOISE = "equal", "within the model's own noise"
 # Positions of the one row that is run: a CPU may hold a model that calibrates on a GPU.
 POSITIONS = 16
 
@@ -192,8 +194,8 @@ def _explained(check: _Check, actual: list[Tensor], expected: list[Tensor]) -> b
     return noise > 0 and _distance(actual, expected) <= noise + _distance(expected, graph)
 
 
-def _compare(check: _Check, groups: list[WushGroup], linears: list[str]) -> bool:
-    """Raises a `WushError` unless the model and the graph agree. False if one of them does not take this batch."""
+def _compare(check: _Check, groups: list[WushGroup], linears: list[str]) -> str | None:
+    """Raises a `WushError` unless the model and the graph agree. None if one of them does not take this batch."""
     try:
         expected = check.run_graph()
     except Exception as error:  # a guard of the graph, for one, rejects the batch
@@ -212,15 +214,15 @@ def _compare(check: _Check, groups: list[WushGroup], linears: list[str]) -> bool
             check.run_model()
         except Exception as error:
             log.debug("the model does not take this batch: %s", error)
-            return False
+            return None
         raise _failure(*failure, check.model, linears) from failure[0]
     if expected is None:
-        return False
+        return None
     if _same(actual, expected):
-        return True
+        return EQUAL
     found = _first_difference(check, groups, linears)
     if found is None or _explained(check, actual, expected):
-        return True
+        return NOISE
     name, what = found
     owner = name.rpartition(".")[0]
     reader = f"module {owner!r} ({type(check.model.get_submodule(owner)).__name__})" if owner else "its forward"
@@ -239,18 +241,19 @@ def verify(
     solved: list[Solved],
     batches: list[Batch],
     run: Run,
-) -> None:
+) -> str | None:
     """Raises a `WushError` unless the model with quantized linears computes what the stages of its graph compute.
 
     Runs one short batch on the model's device, and leaves the model as it was. A model without values (meta device)
-    cannot run, and is not checked.
+    cannot run, and is not checked. Returns `EQUAL` (bit for bit), `NOISE` (within the difference that the model has
+    from its own graph without quantization), or None if it was not checked.
 
     solved    the solved groups, on the model's device
     batches   on the model's device
     """
     device = run.tensors.device
     if device.type == "meta":
-        return
+        return None
     remove_observers(captured.graph_module)
     if run.offloads:
         for graph_module in (captured.graph_module, *(stage.graph_module for stage in stages)):
@@ -260,9 +263,11 @@ def verify(
     with evaluating(model):
         try:
             for batch in (short, batches[0]) if short is not batches[0] else (short,):
-                if _compare(_Check(model, captured, stages, batch, device), own, linears):
-                    return
+                verdict = _compare(_Check(model, captured, stages, batch, device), own, linears)
+                if verdict is not None:
+                    return verdict
         except torch.OutOfMemoryError:
             log.warning("%s: not checked with quantized linears, because memory ran out", type(model).__name__)
-            return
+            return None
     log.warning("%s: not checked with quantized linears, because it does not run on batch 0", type(model).__name__)
+    return None

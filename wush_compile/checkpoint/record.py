@@ -28,7 +28,8 @@ class Quantization:
     ignored  name of a module or parameter -> why it was not quantized
     report   name of a group's first member -> what the run measured (tokens, losses, seconds); `wush_report.json`
     example  names, dtypes and shapes of the inputs that the model was traced on (`capture.example`); in the same file
-    run      `seconds` by phase, `device`, and `peak_memory` in bytes, of the call that finished the run; same file
+    run      `seconds` by phase, `device` and `peak_memory` in bytes of the call that finished the run, and `verified`:
+             what `calibration.verify` returned; same file
     """
 
     config: WushConfig
