@@ -15,12 +15,18 @@ HEAD = "lm_head"
 DEFAULT_IGNORE = (HEAD,)
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Whether a module's name, or the last component of the name, matches a glob pattern."""
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rpartition(".")[2], pattern)
+# What patterns are matched with: the name of a module, or the names that a product of experts answers to, its weight's
+# and its module's.
+Names = str | tuple[str, ...]
 
 
-def ignored_by(name: str, patterns: Iterable[str]) -> str | None:
+def matches(name: Names, pattern: str) -> bool:
+    """Whether a module's name, or the last component of the name, matches a glob pattern; of several names any."""
+    names = (name,) if isinstance(name, str) else name
+    return any(fnmatch.fnmatchcase(form, pattern) for one in names for form in (one, one.rpartition(".")[2]))
+
+
+def ignored_by(name: Names, patterns: Iterable[str]) -> str | None:
     """The last pattern of `ignore` that matches a module's name; None without a match, or if it begins with `!`."""
     found = None
     for pattern in patterns:
@@ -47,7 +53,9 @@ class WushConfig(Recipe):
         a format to the head by its name, without a wildcard, takes it out too.
     overrides
         Settings for some linears: `{"*.down_proj": {"format": "nvfp4"}}`. Patterns are those of `ignore`; later ones
-        win. Linears with the same input share a transform only where their recipes are equal.
+        win. Linears with the same input share a transform only where their recipes are equal. In both settings the
+        experts of a layer answer to the name of their module (`"*.experts"`) and to those of their weights
+        (`"*.experts.down_proj"`).
     """
 
     head: str | None = None
@@ -93,7 +101,7 @@ class WushConfig(Recipe):
         """The recipe of linears that no override matches."""
         return Recipe(**{name: getattr(self, name) for name in RECIPE_FIELDS})
 
-    def recipe_of(self, name: str) -> Recipe:
+    def recipe_of(self, name: Names) -> Recipe:
         """The recipe of the linear with this module name: the default, changed by each matching override in order."""
         recipe = self.recipe
         for pattern, settings in self.changes:
@@ -101,7 +109,7 @@ class WushConfig(Recipe):
                 recipe = self._changed(recipe, pattern, settings)
         return recipe.resolved()
 
-    def ignores(self, name: str) -> str | None:
+    def ignores(self, name: Names) -> str | None:
         """The pattern of `ignore` that keeps a module in 16 bits, or None."""
         found = ignored_by(name, self.ignore)
         if found not in DEFAULT_IGNORE:

@@ -34,19 +34,30 @@ def stores_global_scale(format: str, rule: str) -> bool:
 
 
 def buffer_layout(
-    recipe: Recipe, rows: int, width: int, block_size: int, dtype: torch.dtype, has_bias: bool
+    recipe: Recipe,
+    rows: int,
+    width: int,
+    block_size: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    experts: int | None = None,
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
-    """Shape and dtype of each buffer of a group of `rows` x `width`; None for a buffer that the recipe lacks."""
+    """Shape and dtype of each buffer of a group of `rows` x `width`; None for a buffer that the recipe lacks.
+
+    experts: how many experts have such a weight each; None for a group of linears.
+    """
     fmt = get_format(recipe.format)
     blocks = {"identity": None, "hadamard": 1}.get(recipe.transform, width // block_size)
-    scale = ((1,), torch.float32)
+    weight_global = stores_global_scale(recipe.format, recipe.weight_scale_rule)
+    input_global = stores_global_scale(recipe.operand, recipe.activation_scale_rule)
+    each = () if experts is None else (experts,)
     return {
-        "weight_packed": ((rows, width // fmt.per_byte), torch.uint8),
-        "weight_scale": ((rows, width // fmt.group_size), fmt.scale_dtype),
-        "weight_global_scale": scale if stores_global_scale(recipe.format, recipe.weight_scale_rule) else None,
+        "weight_packed": ((*each, rows, width // fmt.per_byte), torch.uint8),
+        "weight_scale": ((*each, rows, width // fmt.group_size), fmt.scale_dtype),
+        "weight_global_scale": (each or (1,), torch.float32) if weight_global else None,
         "input_transform": None if blocks is None else ((blocks, block_size, block_size), dtype),
-        "input_global_scale": scale if stores_global_scale(recipe.operand, recipe.activation_scale_rule) else None,
-        "bias": ((rows,), dtype) if has_bias else None,
+        "input_global_scale": ((1,), torch.float32) if input_global else None,
+        "bias": ((*each, rows), dtype) if has_bias else None,
     }
 
 
@@ -140,6 +151,22 @@ class WushGroup(nn.Module):
             *self.layout,
         )
 
+    def install(self, model: nn.Module) -> None:
+        """Puts the members into the model, in place of the linears of the same names, which are freed."""
+        for member in self.members:
+            old = model.get_submodule(member.name)
+            linear = WushLinear(self, member, old.weight.dtype)
+            linear.train(old.training)
+            linear._forward_hooks, linear._forward_pre_hooks = old._forward_hooks, old._forward_pre_hooks
+            linear._forward_hooks_with_kwargs = old._forward_hooks_with_kwargs
+            linear._forward_hooks_always_called = old._forward_hooks_always_called
+            linear._forward_pre_hooks_with_kwargs = old._forward_pre_hooks_with_kwargs
+            owner, _, leaf = member.name.rpartition(".")
+            parent = model.get_submodule(owner)
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                parent.activation_relu_or_gelu = 0  # no fast path, which multiplies with `weight` and skips the linears
+            setattr(parent, leaf, linear)
+
     def _apply(self, fn, recurse=True):
         # Casting a model (`model.half()`) must not round scales and transforms. As bytes they only change device.
         return super()._apply(
@@ -153,6 +180,11 @@ class WushGroup(nn.Module):
     def width(self) -> int:
         """Input channels K."""
         return channels(self.weight_packed, self.format)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K), the rows and the width of the stacked weights; of experts (E, N, K)."""
+        return *self.weight_packed.shape[:-1], self.width
 
     def nbytes(self) -> int:
         """Bytes of all buffers."""
@@ -288,17 +320,5 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def install_group(model: nn.Module, group: WushGroup) -> None:
-    """Puts a group's members into the model, in place of the linears of the same names, which are freed."""
-    for member in group.members:
-        old = model.get_submodule(member.name)
-        linear = WushLinear(group, member, old.weight.dtype)
-        linear.train(old.training)
-        linear._forward_hooks, linear._forward_pre_hooks = old._forward_hooks, old._forward_pre_hooks
-        linear._forward_hooks_with_kwargs = old._forward_hooks_with_kwargs
-        linear._forward_hooks_always_called = old._forward_hooks_always_called
-        linear._forward_pre_hooks_with_kwargs = old._forward_pre_hooks_with_kwargs
-        owner, _, leaf = member.name.rpartition(".")
-        parent = model.get_submodule(owner)
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            parent.activation_relu_or_gelu = 0  # no fast path, which multiplies with `weight` and skips the linears
-        setattr(parent, leaf, linear)
+    """Puts a group into the model, in place of the weights of the same names, which are freed."""
+    group.install(model)

@@ -249,8 +249,10 @@ class Journal:
         uses    for each stage, the names of the parameters and buffers in its graph
         groups  for each stage, the groups that it solves
         """
-        quantized = tuple(f"{m.name}." for own in groups for group in own for m in group.linears)
-        left = dict.fromkeys(name for name in self._names.values() if not name.startswith(quantized))
+        linears = [linear for own in groups for group in own for linear in group.linears]
+        modules = tuple(f"{linear.name}." for linear in linears if linear.experts is None)
+        weights = {name for linear in linears if linear.experts for name in (linear.weight, linear.bias)}
+        left = dict.fromkeys(n for n in self._names.values() if not n.startswith(modules) and n not in weights)
         self._others: list[list[str]] = []
         for used in uses:
             own = sorted({self._names[name] for name in used if name in self._names} & left.keys())
@@ -291,7 +293,7 @@ class Journal:
         entry = self._read(self._record(number))["groups"][group.name]
         record = Quantization(self._config, [], {})
         members = [m.name for m in group.linears]
-        record.groups.append(record.describe(members, entry["transform_block_size"], group.recipe))
+        record.groups.append(record.describe(members, entry["transform_block_size"], group.recipe, group.experts))
         [solved] = build_groups(self._model, record, self._shards.specs)
         if home.type != "meta":
             for name, buffer in self.buffers(solved):

@@ -26,6 +26,7 @@ from ..passes.calibration.group import LinearGroup
 from ..passes.calibration.observe import Observation, allocate, observed
 from ..passes.calibration.partition import Stage
 from ..phases import phase
+from ..solver.experts import SHRINKAGE_ROWS, starved_experts
 from ..solver.solution import solve_cost
 from .context import Run
 from .microbatch import MicroBatch, choose_batch_size, regroup, sequences
@@ -37,6 +38,8 @@ T = TypeVar("T")
 log = logging.getLogger("wush_compile")
 # Stands for "no limit" when ranks compare their micro-batch sizes.
 UNLIMITED = 2**31
+# Layers, and experts of a layer, that the warning of starved experts names.
+STARVED_LAYERS, STARVED_EXPERTS = 4, 8
 
 
 @torch.no_grad()
@@ -196,7 +199,7 @@ class Calibration:
         Of groups with as many tokens, as in all layers of a decoder, it names the widest of the first stage alone.
         """
         for i in sorted(seen, key=lambda i: -self.groups[i].width):
-            group, count = self.groups[i], int(seen[i].count)
+            group, count = self.groups[i], int(seen[i].count.sum())
             whole = group.recipe.solver == "gptq" or group.recipe.moments == "conditional"
             if whole and count < group.width and group.width > self.short.get(count, 0):
                 self.short[count] = group.width
@@ -223,7 +226,8 @@ class Calibration:
             )
 
     def _cost(self, group: LinearGroup) -> float:
-        return solve_cost(group.recipe, sum(linear.rows for linear in group.linears), group.width)
+        cost = solve_cost(group.recipe, sum(linear.rows for linear in group.linears), group.width)
+        return cost * (group.experts or 1)
 
     def _solve_stage(self, number: int) -> None:
         """Observes a stage, solves its groups and rewrites its graph."""
@@ -318,4 +322,29 @@ class Calibration:
             self.mover.start([self.solved[i].group for i in own])
         self.loader.close()
         self.mover.close()
+        self._warn_of_starved()
         return self.solved, self.stages
+
+    def _warn_of_starved(self) -> None:
+        """Warns of experts that saw too few tokens, once for a layer: both products of its experts see the same."""
+        starved = {}
+        for group, one in zip(self.groups, self.solved, strict=True):
+            if one is not None and (numbers := starved_experts(one.report)):
+                starved[group.name.rpartition(".")[0]] = numbers
+        if starved:
+            some = "; ".join(f"{path}: {_listed(numbers)}" for path, numbers in list(starved.items())[:STARVED_LAYERS])
+            more = f"; and {len(starved) - STARVED_LAYERS} more layers" if len(starved) > STARVED_LAYERS else ""
+            log.warning(
+                "%d experts saw fewer than %d calibration tokens and lean on the moment of their layer's other experts "
+                "(%s%s): give more data, or data of more kinds; the report has the tokens of each expert",
+                sum(map(len, starved.values())),
+                SHRINKAGE_ROWS,
+                some,
+                more,
+            )
+
+
+def _listed(numbers: list[int]) -> str:
+    """The first of some numbers."""
+    more = f" and {len(numbers) - STARVED_EXPERTS} more" if len(numbers) > STARVED_EXPERTS else ""
+    return ", ".join(map(str, numbers[:STARVED_EXPERTS])) + more

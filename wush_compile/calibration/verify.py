@@ -38,16 +38,16 @@ POSITIONS = 16
 @contextlib.contextmanager
 def installed(model: nn.Module, groups: list[WushGroup]) -> Iterator[None]:
     """Installs groups for the block. Afterwards every module has the attributes and the submodules that it had."""
-    before = [(m, dict(vars(m)), dict(m._modules), dict(m._buffers)) for m in model.modules()]
+    before = [(m, dict(vars(m)), dict(m._modules), dict(m._buffers), dict(m._parameters)) for m in model.modules()]
     try:
         for group in groups:
             install_group(model, group)
         yield
     finally:
-        for module, attributes, modules, buffers in before:
+        for module, attributes, *children in before:
             vars(module).clear()
             vars(module).update(attributes)
-            for own, old in ((module._modules, modules), (module._buffers, buffers)):
+            for own, old in zip((module._modules, module._buffers, module._parameters), children, strict=True):
                 own.clear()
                 own.update(old)
 

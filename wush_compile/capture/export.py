@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..data import Batch
 from ..errors import CaptureError, DataError
+from ..experts import is_experts
 from . import repeats
 
 PLAIN_TYPES = (type(None), bool, int, float, str)
@@ -114,6 +115,23 @@ def without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
+@contextlib.contextmanager
+def with_grouped_experts(model: nn.Module) -> Iterator[None]:
+    """Runs mixtures of experts by grouped products in the block, which can be traced, in place of a loop over experts.
+
+    transformers' experts ask the configuration that they hold how to run.
+    """
+    held = {id(config): config for m in model.modules() if is_experts(m) and (config := vars(m).get("config"))}
+    before = [(config, getattr(config, "_experts_implementation", None)) for config in held.values()]
+    for config, _ in before:
+        config._experts_implementation = "grouped_mm"
+    try:
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation = implementation
+
+
 def _tensors_in(leaf: object) -> object:
     """Returns a result that export can return: a tensor, a plain value, or the tensors among an object's attributes."""
     if isinstance(leaf, (Tensor, *PLAIN_TYPES)):
@@ -141,7 +159,7 @@ def traceable(model: nn.Module, example: Batch) -> Iterator[None]:
         traced.__signature__ = inspect.signature(forward)
     model.forward = traced
     try:
-        with without_cache(model):
+        with without_cache(model), with_grouped_experts(model):
             yield
     finally:
         del model.forward

@@ -31,7 +31,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import CheckpointError
 from ..modules import WushGroup, install_group, named_groups
 from .files import DIGEST, Spec, Weights, digest
-from .layout import build_groups, check_specs, group_specs, join_rows, parts, read_record, split_state_dict
+from .layout import (
+    build_groups,
+    check_specs,
+    group_specs,
+    join_rows,
+    parts,
+    read_record,
+    replaces,
+    split_state_dict,
+)
 from .record import ATTRIBUTE, Quantization, read_report
 
 QUANT_METHOD = "wush"
@@ -118,12 +127,10 @@ class WushHfQuantizer(HfQuantizer):
 
     def _check(self, model: PreTrainedModel, groups: list[WushGroup], weights: Weights) -> None:
         # transformers itself reports other missing and unexpected tensors. Here the shapes are checked.
-        members = tuple(f"{m.name}." for group in groups for m in group.members)
-        rest = {
-            n: tuple(t.shape) for n, t in model.state_dict().items() if n in weights.specs and not n.startswith(members)
-        }
+        replaced = replaces(groups)
+        rest = {n: tuple(t.shape) for n, t in model.state_dict().items() if n in weights.specs and not replaced(n)}
         needed = group_specs(groups)
-        found = {n: s for n, s in weights.specs.items() if n in rest or n in needed or n.startswith(members)}
+        found = {n: s for n, s in weights.specs.items() if n in rest or n in needed or replaced(n)}
         check_specs(found, groups, rest)
         weights.verify(self.quantization_config.settings, getattr(model.config, DIGEST, None))
 

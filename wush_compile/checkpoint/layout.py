@@ -5,18 +5,19 @@ digest of the `quantization_config` and of every tensor. Nothing is unpickled. A
 been checked.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..experts import ExpertGroup, WushExperts, is_experts, products_of
 from ..modules import Member, WushGroup, WushLinear, buffer_layout, named_groups
 from .files import Spec
 from .record import Quantization
 
 OTHER_MODEL = "load it into the kind of model it was made from"
-# Each member stores its rows of these. Of weight_global_scale it stores a copy.
+# Each member stores its rows of these. Of weight_global_scale it stores a copy. A product of experts is stored whole.
 BY_ROWS = ("weight_packed", "weight_scale", "bias")
 
 
@@ -27,7 +28,7 @@ def parts(group: WushGroup) -> Iterator[tuple[str, list[tuple[str, slice | None]
     """For each buffer of a group: its name, and its tensors on disk as (name, rows of the buffer; None for all)."""
     first = group.members[0].name
     for buffer, _ in group.named_buffers():
-        if buffer.startswith("input_"):
+        if buffer.startswith("input_") or isinstance(group, ExpertGroup):
             yield buffer, [(f"{first}.{buffer}", None)]
             continue
         members = [m for m in group.members if m.has_bias or buffer != "bias"]
@@ -37,7 +38,7 @@ def parts(group: WushGroup) -> Iterator[tuple[str, list[tuple[str, slice | None]
 def join_rows(group: WushGroup, buffer: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """A group's buffer, joined from its tensors on disk. A member without a bias gets zeros."""
     pieces = dict(parts(group))[buffer]
-    if buffer not in BY_ROWS:
+    if buffer not in BY_ROWS or pieces[0][1] is None:
         return tensors[pieces[0][0]].clone()
     if buffer != "bias":
         return torch.cat([tensors[name] for name, _ in pieces])
@@ -72,6 +73,57 @@ def split_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None
     return state
 
 
+def replaces(groups: Iterable[WushGroup]) -> Callable[[str], bool]:
+    """A function that tells, by its name in the unquantized model, whether groups replace a tensor."""
+    modules, weights = [], set()
+    for group in groups:
+        if isinstance(group, ExpertGroup):
+            weights |= {group.members[0].name, f"{group.members[0].name}_bias"}
+        else:
+            modules += [f"{member.name}." for member in group.members]
+    prefixes = tuple(modules)
+    return lambda name: name in weights or name.startswith(prefixes)
+
+
+def expert_weight(model: nn.Module, name: str) -> tuple[nn.Module, Tensor] | None:
+    """(the module of experts, its parameter) if a name is that of a product of experts."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    if not is_experts(module) or isinstance(module, WushExperts) or leaf not in products_of(module):
+        return None
+    return module, getattr(module, leaf)
+
+
+def replaced_weight(model: nn.Module, group: WushGroup) -> Tensor:
+    """The weight of a group's first member in the unquantized model."""
+    name = group.members[0].name
+    return model.get_parameter(name) if isinstance(group, ExpertGroup) else model.get_submodule(name).weight
+
+
+def _product(model: nn.Module, record: Quantization, entry: Mapping, specs: Mapping[str, Spec], device) -> ExpertGroup:
+    """The empty group of a product of experts."""
+    [name], block, recipe = entry["members"], entry["transform_block_size"], record.recipe_of(entry)
+    module, weight = expert_weight(model, name)
+    experts, rows, width = (weight.mT if module.is_transposed else weight).shape
+    if entry["experts"] != experts:
+        raise CheckpointError(
+            f"{name} has {experts} experts in this {type(model).__name__}, {entry['experts']} in the checkpoint: "
+            f"{OTHER_MODEL}"
+        )
+    if block % recipe.group_size or width % block:
+        raise CheckpointError(f"{name}: width {width} does not fit transform blocks of {block}: {OTHER_MODEL}")
+    found = specs.get(f"{name}.input_transform")
+    layout = buffer_layout(recipe, rows, width, block, found.dtype if found else weight.dtype, module.has_bias, experts)
+    if module.has_bias:
+        bias = specs.get(f"{name}.bias")
+        layout["bias"] = layout["bias"][0], bias.dtype if bias else weight.dtype
+    buffers = {k: None if v is None else torch.empty(v[0], dtype=v[1], device=device) for k, v in layout.items()}
+    return ExpertGroup([Member(name, 0, rows, bool(module.has_bias))], recipe, block, buffers)
+
+
 def _linear(model: nn.Module, name: str) -> tuple[int, int, nn.Module]:
     """(out_features, in_features, module) of a linear that is to be replaced."""
     try:
@@ -95,7 +147,7 @@ def _linear(model: nn.Module, name: str) -> tuple[int, int, nn.Module]:
 def build_groups(
     model: nn.Module, record: Quantization, specs: Mapping[str, Spec] | None = None, device: torch.device | str = "meta"
 ) -> list[WushGroup]:
-    """Empty groups for the linears (nn.Linear, Conv1D) of an unquantized model. The model stays as it is.
+    """Empty groups for the linears (nn.Linear, Conv1D) and experts of an unquantized model. The model stays as it is.
 
     `modules.buffer_layout` gives the shapes of the buffers. Transforms and biases have the dtypes in `specs` (of the
     tensors on disk, by name), else that of the weight. Raises `CheckpointError` if a name, a type or a width does not
@@ -104,6 +156,10 @@ def build_groups(
     groups, seen = [], set()
     for entry in record.groups:
         names, block, recipe = entry["members"], entry["transform_block_size"], record.recipe_of(entry)
+        if "experts" in entry and len(names) == 1 and expert_weight(model, names[0]) and names[0] not in seen:
+            groups.append(_product(model, record, entry, specs or {}, device))
+            seen.add(names[0])
+            continue
         linears = [_linear(model, name) for name in names]
         if not names or len(set(names)) < len(names) or seen.intersection(names):
             raise CheckpointError(
@@ -156,6 +212,7 @@ def read_record(settings: Mapping) -> Quantization:
             and all(isinstance(name, str) for name in g["members"])
             and isinstance(g["transform_block_size"], int)
             and g["transform_block_size"] > 0
+            and isinstance(g.get("experts", 1), int)
             and isinstance(g["recipe"], dict)
             for g in record.groups
         )

@@ -17,7 +17,16 @@ from . import hf
 from .atomic import recover, replaced_directory
 from .files import CONFIG, DIGEST, JOURNAL, WEIGHT_FILE, WEIGHTS, Weights, digest, read_config, weight_files
 from .gguf import load_gguf
-from .layout import build_groups, check_specs, join_rows, parts, read_record, split_state_dict
+from .layout import (
+    build_groups,
+    check_specs,
+    join_rows,
+    parts,
+    read_record,
+    replaced_weight,
+    replaces,
+    split_state_dict,
+)
 from .record import REPORT, Quantization, quantization_of, read_report, write_report
 
 
@@ -143,8 +152,8 @@ def load(directory: str | os.PathLike, model: nn.Module | None = None) -> nn.Mod
     if model is None:
         return hf.load(path, config, weights)
     groups = build_groups(model, record, weights.specs)
-    members = tuple(f"{m.name}." for group in groups for m in group.members)
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(members)}
+    replaced = replaces(groups)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not replaced(name)}
     aliases = _aliases(model)
     tied = [a for names in aliases if any(n in weights.specs for n in names) for a in names]
     check_specs(weights.specs, groups, {name: tuple(tensor.shape) for name, tensor in state.items()}, tied)
@@ -170,7 +179,7 @@ def _fill(
         return tensor.to("cpu" if device.type == "meta" else device, copy=True)
 
     for group in groups:
-        device = model.get_submodule(group.members[0].name).weight.device
+        device = replaced_weight(model, group).device
         for buffer, pieces in parts(group):
             joined = join_rows(group, buffer, {name: weights.tensor(name) for name, _ in pieces})
             setattr(group, buffer, to(joined, device))

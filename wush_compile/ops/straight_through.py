@@ -11,7 +11,7 @@ with the transform T and the dequantized weight W, the gradient is that of y = x
 import torch
 from torch import Tensor
 
-from ..formats import dequantize
+from ..formats import channels, dequantize
 from .core import block_transform
 
 
@@ -75,3 +75,66 @@ class StraightThrough(torch.autograd.Function):
             rows = grad.reshape(-1, grad.shape[-1])  # [M, N]
             grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, *[None] * 7, grad_bias, *[None] * (ctx.arguments - 9)
+
+
+class ExpertsStraightThrough(torch.autograd.Function):
+    """`wush::fp4_grouped_linear` of quantized rows x, with the same gradient for x; biases of experts have none."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        transform: Tensor | None,
+        global_scale: Tensor | None,
+        weight_codes: Tensor,
+        weight_scales: Tensor,
+        weight_global_scale: Tensor | None,
+        offs: Tensor,
+        bias: Tensor | None,
+        format: str,
+        layout: tuple[str, ...],
+        index: Tensor | None,
+    ) -> Tensor:
+        """x [T, K], which was quantized to codes and scales -> [S, N] in x's dtype.
+
+        layout   (scale_layout, activation_format) of the op, or none
+        index    int64 [S], which row of x is whose; None if x is [S, K]
+        """
+        return torch.ops.wush.fp4_grouped_linear(
+            codes,
+            scales,
+            global_scale,
+            weight_codes,
+            weight_scales,
+            weight_global_scale,
+            offs,
+            bias,
+            format,
+            x.dtype,
+            *(layout or ("rows", "same")),
+            index,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        x, _, _, transform, _, weight_codes, weight_scales, weight_global_scale, offs, _, ctx.format, _, index = inputs
+        ctx.arguments, ctx.dtype, ctx.rows = len(inputs), x.dtype, x.shape[0]
+        ctx.save_for_backward(transform, weight_codes, weight_scales, weight_global_scale, offs, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """grad [S, N] -> the gradient of x [T, K]. Reads the offsets back, and decodes one weight after the other."""
+        transform, codes, scales, weight_global_scale, offs, index = ctx.saved_tensors
+        grad_x = grad.new_zeros((grad.shape[0], channels(codes, ctx.format)))
+        ends = offs.tolist()
+        for e, (start, end) in enumerate(zip([0, *ends], ends)):
+            if start < end:
+                g = None if weight_global_scale is None else weight_global_scale[e : e + 1]
+                weight = dequantize(codes[e], scales[e], ctx.format, g)  # [N, K]
+                grad_x[start:end] = grad[start:end] @ weight.to(grad.dtype)
+        if index is not None:
+            grad_x = grad_x.new_zeros((ctx.rows, grad_x.shape[1])).index_add_(0, index, grad_x)
+        if transform is not None:
+            grad_x = block_transform(grad_x, transform.transpose(1, 2))
+        return grad_x.to(ctx.dtype), *[None] * (ctx.arguments - 1)

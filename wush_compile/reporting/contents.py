@@ -21,10 +21,10 @@ from ..errors import CheckpointError, WushError
 from ..formats import FORMATS
 from ..graphs.printing import print_graph
 from ..kernels.dispatch import arithmetic
-from ..modules import WushGroup, WushLinear, named_groups
+from ..modules import WushGroup, named_groups
 from .graphs import captured_stages, compiled_trace, first_layers
 from .picture import picture
-from .summary import bits_per_weight, by_reason, model_bytes, quantized_bytes, settings_text
+from .summary import bits_per_weight, by_reason, counted, model_bytes, quantized_bytes, settings_text
 from .table import group_name, group_notes, worst_first
 from .weights import WeightFacts, weight_facts
 
@@ -157,7 +157,7 @@ def read_contents(source: nn.Module | str | os.PathLike, graphs: bool = True) ->
                 for buffer, pieces in parts(empty)
             }
             absent = {name: None for name in empty._buffers if name not in buffers}
-            yield WushGroup(empty.members, empty.recipe, empty.block_size, buffers | absent)
+            yield type(empty)(empty.members, empty.recipe, empty.block_size, buffers | absent)
 
     return _contents(model, loaded(), read_evaluation(path, config), graphs)
 
@@ -190,13 +190,12 @@ def _contents(
     before, after = model_bytes(model)
     tokens = max((f.tokens or 0 for f in facts), default=0)
     formats = sorted({group.format for _, group in named_groups(model)})
-    linears = sum(isinstance(m, WushLinear) for m in model.modules())
     config = record.config
     page = Contents(type(model).__name__, groups=facts, skipped=by_reason(record.ignored))
     page.head = [
         (
             "What it is",
-            f"{page.title} with {linears} linears in {len(facts)} groups; weights and activations in 4 bits "
+            f"{page.title} with {counted(model)} in {len(facts)} groups; weights and activations in 4 bits "
             f"({', '.join(formats).upper()}), transform {config.transform}, solver {config.solver}.",
         ),
         (
@@ -230,8 +229,8 @@ def _group_facts(group: WushGroup, record) -> GroupFacts:
     known = not group.weight_packed.is_meta and group.weight_packed.numel()
     return GroupFacts(
         group_name(group),
-        group.weight_packed.shape[0],
-        group.width,
+        group.shape[-2],
+        group.shape[-1],
         nbytes=group.nbytes(),
         notes=group_notes(group, record),
         members=[member.name for member in group.members],

@@ -15,9 +15,10 @@ from ..capture.meta import meta_copy
 from ..checkpoint.record import quantization_of
 from ..data import Batch
 from ..errors import CaptureError, ConfigError, one_of
+from ..experts import WushExperts
 from ..graphs.log import GraphTrace
 from ..graphs.printing import print_graph
-from ..modules import WushLinear
+from ..modules import WushGroup, WushLinear
 from ..passes.calibration.partition import Stage, partition
 from .summary import model_dtype
 
@@ -55,11 +56,7 @@ def first_layers(model: nn.Module) -> nn.Module:
     model, cut = meta_copy(model), []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{other}.") for other in cut)
-        if (
-            isinstance(module, nn.ModuleList)
-            and not inside
-            and any(isinstance(m, WushLinear) for m in module.modules())
-        ):
+        if isinstance(module, nn.ModuleList) and not inside and any(isinstance(m, WushGroup) for m in module.modules()):
             cut.append(name)
     for name in cut:
         parent, _, leaf = name.rpartition(".")
@@ -68,8 +65,11 @@ def first_layers(model: nn.Module) -> nn.Module:
 
 
 def _before(model: nn.Module) -> nn.Module:
-    """The model with plain linears where the quantized ones were."""
+    """The model with plain linears and experts where the quantized ones were."""
     for name, module in list(model.named_modules()):
+        if isinstance(module, WushExperts):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.unquantized(model_dtype(model)))
         if isinstance(module, WushLinear):
             parent, _, leaf = name.rpartition(".")
             plain = nn.Linear(

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..checkpoint.record import quantization_of
 from ..config import WushConfig
+from ..experts import ExpertGroup
 from ..modules import WushGroup, named_groups
 
 # Settings that a summary always names; of the others only those that are not the default.
@@ -31,7 +32,16 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 def _plain_bytes(group: WushGroup, dtype: torch.dtype) -> int:
     """Bytes of a group's linears before quantization. Transforms and biases keep the dtype of the weights."""
     dtype = next((b.dtype for b in (group.input_transform, group.bias) if b is not None), dtype)
-    return dtype.itemsize * sum((m.stop - m.start) * (group.width + m.has_bias) for m in group.members)
+    width, experts = group.shape[-1], group.shape[0] if isinstance(group, ExpertGroup) else 1
+    return dtype.itemsize * experts * sum((m.stop - m.start) * (width + m.has_bias) for m in group.members)
+
+
+def counted(model: nn.Module) -> str:
+    """What is quantized, in words: `98 linears and 48 products of experts`."""
+    groups = [group for _, group in named_groups(model)]
+    products = sum(isinstance(group, ExpertGroup) for group in groups)
+    linears = f"{sum(len(group.members) for group in groups) - products} linears"
+    return f"{linears} and {products} products of experts" if products else linears
 
 
 def model_bytes(model: nn.Module) -> tuple[int, int]:
@@ -94,11 +104,10 @@ def summary(model: nn.Module, everything: bool = False, width: int = 120) -> str
     everything: also the settings that have their defaults, and the names of all modules that were not quantized.
     """
     record, groups = quantization_of(model), [group for _, group in named_groups(model)]
-    linears = sum(len(group.members) for group in groups)
     before, after = model_bytes(model)
     lines = [
         f"settings: {settings_text(record.config, everything)}",
-        f"quantized: {linears} linears in {len(groups)} groups, {quantized_bytes(model) / 2**20:.1f} MiB, "
+        f"quantized: {counted(model)} in {len(groups)} groups, {quantized_bytes(model) / 2**20:.1f} MiB, "
         f"{bits_per_weight(model)}",
         f"model: {before / 2**20:.1f} MiB before, {after / 2**20:.1f} MiB now",
     ]

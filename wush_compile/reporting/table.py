@@ -10,6 +10,7 @@ from torch import nn
 
 from ..checkpoint.record import Quantization, quantization_of
 from ..modules import WushGroup, named_groups
+from ..solver.experts import starved_experts
 
 COLUMNS = ("group", "rows x width", "tokens", "loss", "relative", "seconds", "KiB")
 
@@ -28,10 +29,11 @@ def worst_first(model: nn.Module) -> list[WushGroup]:
 def group_table(model: nn.Module, limit: int | None = None, width: int = 120) -> str:
     """The table of a model's groups, the worst first; `limit` is the number of groups that are shown.
 
-    rows and width are the outputs (of all members) and the inputs of a group, tokens is the calibration tokens that it
-    saw, and seconds is the time that solving took. loss is eq. 1 of docs/spec.md §5, and relative is its share of the
-    output's energy. KiB counts all buffers. A column `notes` says in which settings a group differs from the
-    configuration, whose transform has smaller blocks than asked for, and whose moment was damped more than once.
+    rows and width are the outputs (of all members) and the inputs of a group; of experts their number comes first.
+    tokens is the calibration tokens that it saw, and seconds is the time that solving took. loss is eq. 1 of
+    docs/spec.md §5, and relative is its share of the output's energy. KiB counts all buffers. A column `notes` says in
+    which settings a group differs from the configuration, whose transform has smaller blocks than asked for, whose
+    experts saw few tokens, and whose moment was damped more than once.
     """
     record = quantization_of(model)
     groups = worst_first(model)[:limit]
@@ -57,7 +59,7 @@ def _row(group: WushGroup, record: Quantization) -> tuple[str, ...]:
     report = record.report.get(group.members[0].name, {})
     return (
         group_name(group),
-        f"{group.weight_packed.shape[0]} x {group.width}",
+        " x ".join(map(str, group.shape)),
         str(report.get("tokens", "")),
         *(f"{report[key]:.2e}" if key in report else "" for key in ("loss", "relative_loss")),
         f"{report['seconds']:.2f}" if "seconds" in report else "",
@@ -66,12 +68,15 @@ def _row(group: WushGroup, record: Quantization) -> tuple[str, ...]:
 
 
 def group_notes(group: WushGroup, record: Quantization) -> str:
-    """What is special about a group: other settings, smaller blocks, more damping."""
+    """What is special about a group: other settings, smaller blocks, starved experts, more damping."""
     recipe = group.recipe
     notes = [f"{name}={value}" for name, value in recipe.changes_from(record.config).items()]
     if group.block_size < (recipe.transform_block_size or 0):
         notes.append(f"blocks of {group.block_size}")
-    tries = record.report.get(group.members[0].name, {}).get("damping_tries", 0)
+    report = record.report.get(group.members[0].name, {})
+    if starved := starved_experts(report):
+        notes.append(f"few tokens for {len(starved)} of {report['experts']} experts")
+    tries = report.get("damping_tries", 0)
     if tries > 1:
         notes.append(f"damped {tries} times")
     return ", ".join(notes)

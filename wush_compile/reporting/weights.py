@@ -107,9 +107,12 @@ def _curve(values: Tensor) -> list[float]:
 
 
 def _power(group: WushGroup) -> tuple[list[float], list[float]]:
-    rows = group.weight_packed.shape[0]
+    packed, scale = group.weight_packed.flatten(0, -2), group.weight_scale.flatten(0, -2)  # of all experts
+    rows = packed.shape[0]
     index = torch.linspace(0, rows - 1, min(ROWS, rows)).round().long()
-    q = dequantize(group.weight_packed[index], group.weight_scale[index], group.format, group.weight_global_scale)
+    q = dequantize(packed[index], scale[index], group.format)
+    if group.weight_global_scale is not None:
+        q = q / group.weight_global_scale.repeat_interleave(rows // len(group.weight_global_scale))[index, None]
     q = torch.nan_to_num(q)
     original = q  # [n, K]
     if group.input_transform is not None:

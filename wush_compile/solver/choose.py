@@ -1,5 +1,7 @@
 """Chooses the transform of each block of a group (docs/spec.md §2) and the moments that it follows from (§3)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,12 @@ def uses_conditional_moments(recipe: Recipe) -> bool:
     return recipe.moments == "conditional" and recipe.transform in CLOSED_FORM
 
 
+def block_gram(w: Tensor, block: int) -> Tensor:
+    """Wᵀ, float64 [K, N] -> S of each block, W_bᵀW_b / N: [K/B, B, B]."""
+    blocks = w.unflatten(0, (-1, block))
+    return blocks @ blocks.mT / w.shape[-1]
+
+
 class Transforms:
     """The transforms of one group: each rounded to the model dtype, with the float64 inverse of the rounded one."""
 
@@ -43,29 +51,35 @@ class Transforms:
         conditional moments. Without a factor each block has its own moment, damped by itself. Returns (T, T⁻¹), each
         [K/B, B, B], or [1, B, B] if all blocks share one; (None, None) for `identity`.
         """
+        return self.of_gram(w.shape[0], w.device, lambda: block_gram(w, self.block), factor)
+
+    def of_gram(
+        self, width: int, device: torch.device, gram: Callable[[], Tensor], factor: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """As `all`, for weights of which `gram` computes `block_gram`, where the transform depends on them."""
         kind = self.recipe.transform
         if kind == "identity":
             return None, None
         if kind == "hadamard":
             t = hadamard_matrix(self.block)[None]
-            return round_transform(t.to(w.device), self.dtype, self.name)
+            return round_transform(t.to(device), self.dtype, self.name)
         if kind == "random":
-            t = random_orthogonal(w.shape[0] // self.block, self.block, self.recipe.seed, self.name)
-            return round_transform(t.to(w.device), self.dtype, self.name)
+            t = random_orthogonal(width // self.block, self.block, self.recipe.seed, self.name)
+            return round_transform(t.to(device), self.dtype, self.name)
         if factor is None:
             roots, self.damping_tries = damped_cholesky(self.h, self.recipe.damping, self.name)
         else:
             roots = diagonal_blocks(factor, self.block)
-        return self._closed_form(roots, w.unflatten(0, (-1, self.block)), self.dead)
+        return self._closed_form(roots, gram(), self.dead)
 
     def one(self, b: int, factor: Tensor, updated: Tensor) -> tuple[Tensor, Tensor]:
         """(T, T⁻¹) of block b, each [1, B, B], from its conditional moment and updated weights [B, N] (Algorithm 2)."""
         here = slice(b * self.block, (b + 1) * self.block)
-        return self._closed_form(factor[here, here][None], updated[None], self.dead[b : b + 1])
+        return self._closed_form(factor[here, here][None], block_gram(updated, self.block), self.dead[b : b + 1])
 
-    def _closed_form(self, roots: Tensor, w: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
-        """roots [b, B, B] of the moments; w [b, B, N]; dead [b]: blocks whose inputs are all zero."""
-        gram = torch.where(dead[:, None, None], 0.0, w @ w.mT / w.shape[-1])
+    def _closed_form(self, roots: Tensor, gram: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
+        """roots [b, B, B] of the moments; gram [b, B, B]; dead [b]: blocks whose inputs are all zero."""
+        gram = torch.where(dead[:, None, None], 0.0, gram)
         hadamard, power = self.recipe.transform == "wush", POWER[self.recipe.activation_format]
         t = wush_transform(roots, gram, self.recipe.damping, hadamard, power)
         return round_transform(t, self.dtype, self.name)

@@ -21,6 +21,12 @@ def layer_loss(x: Tensor, weight: Tensor, solution: "GroupSolution", recipe: Rec
 
     x [n, K]: rows of the layer's input. weight [N, K]: the original weight. Products are fp32, sums float64.
     """
+    error, power = loss_sums(x, weight, solution, recipe)
+    return float(error / (x.shape[0] * weight.shape[0])), float(error / power.clamp(min=1e-300))
+
+
+def loss_sums(x: Tensor, weight: Tensor, solution: "GroupSolution", recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The two sums of squares of `layer_loss`, ‖X Wᵀ − Q(X Tᵀ) Q(W T⁻¹)ᵀ‖² and ‖X Wᵀ‖²: float64 []."""
     x = x.to(weight.device, torch.float32)
     t = None if solution.transform is None else solution.transform.to(torch.float32)
     values = apply_blockwise(x.T, t).T.contiguous()  # X Tᵀ [n, K]
@@ -42,4 +48,4 @@ def layer_loss(x: Tensor, weight: Tensor, solution: "GroupSolution", recipe: Rec
         reference = x @ weight[rows].to(torch.float32).T  # [n, N']
         error = error + (reference - x_quantized @ w_quantized.T).to(torch.float64).square().sum()
         power = power + reference.to(torch.float64).square().sum()
-    return float(error / (x.shape[0] * weight.shape[0])), float(error / power.clamp(min=1e-300))
+    return error, power

@@ -19,13 +19,21 @@ ROUNDED_ELEMENTS = 2**24
 
 
 def solve(
-    weight: Tensor, recipe: Recipe, *, moment: Tensor | None, count: int, sample: Tensor | None, name: str
+    weight: Tensor,
+    recipe: Recipe,
+    *,
+    moment: Tensor | None,
+    count: float,
+    sample: Tensor | None,
+    name: str,
+    shared: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> GroupSolution:
     """Solves one group on the device of `weight`, in float64.
 
     weight [N, K]: the stacked members, in the model dtype. moment: the sum XᵀX over `count` rows, fp32 [K, K] or
     [K/B, B, B] (see `moment_shape`); None if nothing depends on data. sample [R, K]: rows of X, in which zero rows are
-    empty slots; None without data. `name` names the group in errors and seeds its random transforms.
+    empty slots; None without data. `name` names the group in errors and seeds its random transforms. shared: a given
+    (T, T⁻¹), as `Transforms.all` returns them; then nothing about the input is computed.
     Raises NonFiniteError for NaN or Inf in weight, moment or sample, DataError if data is needed and missing, and
     ConfigError if the model dtype cannot hold the transform.
     """
@@ -51,11 +59,11 @@ def solve(
                 whole, recipe.damping, name, again=mean_moment, panel=max(PANEL, block)
             )
         del whole
-    transforms = Transforms(recipe, h, block, weight.dtype, name)
+    transforms = Transforms(recipe, h, block, weight.dtype, name) if shared is None else None
     # GPTQ finds conditional transforms as it goes. The global scale of the weights is fixed before, from marginal ones.
-    on_the_way = recipe.solver == "gptq" and conditional
-    t = inverse = None
-    if not on_the_way or calibrates_global_scale(recipe.format, rule):
+    on_the_way = recipe.solver == "gptq" and conditional and shared is None
+    t, inverse = shared or (None, None)
+    if shared is None and (not on_the_way or calibrates_global_scale(recipe.format, rule)):
         with phase("transforms"):
             t, inverse = transforms.all(w, factor if conditional and not on_the_way else None)
     power = w.square().sum()
@@ -90,14 +98,17 @@ def solve(
                 codes, scale, error = gptq(w_tilde, rotate_(factor, wide, block), recipe.format, rule, g)
             packed = formats.pack(codes)
         error = apply_blockwise(error, None if wide is None else wide.mT)
-    report["damping_tries"] = max(report["damping_tries"], transforms.damping_tries)
+    if transforms is not None:
+        report["damping_tries"] = max(report["damping_tries"], transforms.damping_tries)
     report["weight_error"] = float(error.square().sum() / power.clamp(min=1e-300))
     if recipe.format == "nvfp4":
         report["weight_scales_saturated"] = int((scale == 0x7E).sum())
         report["weight_scales_subnormal"] = int((scale < 0x08).sum())
-    if h is not None:
-        report["input_power"] = moment_curves(h, t, block)
-    g_x = _input_global_scale(recipe, h, sample, t, block, weight.device, name, report)
+    g_x = None
+    if shared is None:
+        if h is not None:
+            report["input_power"] = moment_curves(h, t, block)
+        g_x = input_global_scale(recipe, h, sample, t, block, weight.device, name, report)
     return GroupSolution(t, block, packed, scale, g, g_x, report)
 
 
@@ -118,7 +129,7 @@ def _round(weight: Tensor, recipe: Recipe, block: int, h: Tensor | None) -> Grou
     return GroupSolution(None, block, torch.cat(packed), torch.cat(scales), None, None, report)
 
 
-def _mean_moment(moment: Tensor | None, count: int, device: torch.device, name: str) -> Tensor | None:
+def _mean_moment(moment: Tensor | None, count: float, device: torch.device, name: str) -> Tensor | None:
     if moment is None:
         return None
     if count <= 0:
@@ -153,7 +164,7 @@ def _group_max(x: Tensor, recipe: Recipe) -> Tensor:
     return x.unflatten(0, (-1, recipe.group_size)).abs().amax(1)
 
 
-def _input_global_scale(
+def input_global_scale(
     recipe: Recipe,
     h: Tensor | None,
     sample: Tensor | None,

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, fx
 
-from ...config import matches
+from ...config import Names, matches
 from .dataflow import depend_on
 from .linears import operands
 
@@ -29,7 +29,7 @@ def encoders_beside_tokens(graph: fx.Graph) -> dict[fx.Node, str]:
     return found
 
 
-def asked_for(name: str, patterns: Iterable[str]) -> bool:
+def asked_for(name: Names, patterns: Iterable[str]) -> bool:
     """Tells whether the last pattern of `ignore` that matches a name begins with `!`."""
     found = [pattern for pattern in patterns if matches(name, pattern.removeprefix("!"))]
     return bool(found) and found[-1].startswith("!")

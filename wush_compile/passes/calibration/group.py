@@ -1,4 +1,7 @@
-"""Finds the linears of a graph and groups those that read the same tensor. Groups follow dataflow, not names."""
+"""Finds the linears of a graph and groups those that read the same tensor. Groups follow dataflow, not names.
+
+A product of the experts of a layer is a group of its own.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -7,10 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from ...config import DEFAULT_IGNORE, WushConfig, matches
+from ...config import DEFAULT_IGNORE, Names, WushConfig, matches
 from ...errors import CaptureError, ConfigError, one_of
 from ...recipe import Recipe
 from .encoders import asked_for, encoders_beside_tokens, encodes
+from .experts import ROUTER, Product, cannot_replace, left_in_16_bits, product_of, products, routers
 from .linears import nodes_by_module, operands, parametrized_weights, restore_linears
 from .partition import assign_stages
 from .skipped import belongs_to, called_by, is_linear_layer, own_product, read_by, readers_of, reason_to_skip
@@ -20,14 +24,15 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear that can be quantized.
+    """One linear that can be quantized, or one product of all experts of a layer.
 
-    node        its node in the graph
-    name        its module in the model
+    node        its node in the graph, the last one of a product
+    name        its module in the model; of a product its weight
     weight      the name of its weight
     bias        the name of its bias, or None
-    rows        output channels N
+    rows        output channels N, of one expert
     transposed  whether the weight is stored as [K, N], as in GPT-2's Conv1D
+    experts     how many experts a product has; None for a linear
     """
 
     node: fx.Node
@@ -36,15 +41,21 @@ class Linear:
     bias: str | None
     rows: int
     transposed: bool
+    experts: int | None = None
+
+    @property
+    def names(self) -> Names:
+        """The names that patterns are matched with."""
+        return self.name if self.experts is None else (self.name, self.name.rpartition(".")[0])
 
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linears of a stage with the same input node and the same recipe, in graph order.
+    """Linears of a stage with the same input node and the same recipe, in graph order; or one product of experts.
 
     They share one second moment, one transform and one packed buffer.
 
-    source    the input node
+    source    the input node; of a product its rows in the order of experts
     width     input channels K
     """
 
@@ -58,15 +69,28 @@ class LinearGroup:
         """The module name of the first member, which names the group everywhere."""
         return self.linears[0].name
 
+    @property
+    def experts(self) -> int | None:
+        """How many experts a product of experts has; None for a group of linears."""
+        return self.linears[0].experts
+
     def stacked_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Stacks the members' weights from `tensors`: [N, K]."""
+        """Stacks the members' weights from `tensors`: [N, K]. Of a product of experts: [E, N, K]."""
+        if self.experts is not None:
+            weight = tensors[self.linears[0].weight]
+            return weight.mT if self.linears[0].transposed else weight
         weights = (tensors[m.weight] for m in self.linears)
         return torch.cat([w.T if m.transposed else w for m, w in zip(self.linears, weights, strict=True)])
 
     def stacked_bias(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Stacks the members' biases: [N], with zeros for a member without one. None if no member has a bias."""
+        """Stacks the members' biases: [N], with zeros for a member without one. None if no member has a bias.
+
+        Of a product of experts: [E, N].
+        """
         if all(m.bias is None for m in self.linears):
             return None
+        if self.experts is not None:
+            return tensors[self.linears[0].bias]
         like = tensors[self.linears[0].weight]
         return torch.cat([like.new_zeros(m.rows) if m.bias is None else tensors[m.bias] for m in self.linears])
 
@@ -74,6 +98,7 @@ class LinearGroup:
 def _check_patterns(model: nn.Module, config: WushConfig) -> None:
     """Raises `ConfigError` if a pattern matches no module. Patterns of the default `ignore` may match none."""
     names = [name for name, _ in model.named_modules() if name]
+    names += [name for name, parameter in model.named_parameters() if parameter.dim() == 3]  # experts
     for setting, patterns in (("ignore", config.ignore), ("overrides", dict(config.changes))):
         for pattern in patterns:
             plain = pattern.removeprefix("!") if setting == "ignore" else pattern
@@ -86,11 +111,16 @@ def _check_patterns(model: nn.Module, config: WushConfig) -> None:
 
 def _check_overrides(config: WushConfig, linears: Iterable[Linear], skipped: Mapping[str, str]) -> None:
     """Raises `ConfigError` if an override matches no quantized linear, because it would have no effect."""
-    quantized = [linear.name for linear in linears]
+    quantized = [linear.names for linear in linears]
     for pattern in dict(config.changes):
         if not any(matches(name, pattern) for name in quantized):
             reason = next(
-                (f": {name} is not quantized, {r}" for name, r in skipped.items() if matches(name, pattern)), ""
+                (
+                    f": {name} is not quantized, {r}"
+                    for name, r in skipped.items()
+                    if matches((name, name.rpartition(".")[0]), pattern)
+                ),
+                "",
             )
             raise ConfigError(f"overrides[{pattern!r}] matches no linear that is quantized{reason}")
 
@@ -103,20 +133,61 @@ def find_again(graph_module: fx.GraphModule, model: nn.Module, groups: list[Line
     names = {linear.name for group in groups for linear in group.linears}
     restore_linears(graph_module, model, names.__contains__)
     by_weight: dict[str, list[fx.Node]] = {}
+    source_of: dict[fx.Node, fx.Node] = {}
     for node in graph_module.graph.nodes:
+        if (product := product_of(node)) is not None:
+            last, own = product
+            by_weight.setdefault(own.weight.target, []).append(last)
+            source_of[last] = own.rows
+            continue
         found = operands(node)
         if found is not None and found[1].op == "get_attr":
             by_weight.setdefault(found[1].target, []).append(node)
+            source_of[node] = found[0]
     again: list[LinearGroup | None] = []
     for group in groups:
         found = [by_weight.get(linear.weight, []) for linear in group.linears]
         nodes = [node for own in found for node in own]
-        sources = {operands(node)[0] for node in nodes}
+        sources = {source_of[node] for node in nodes}
         if nodes and (any(len(own) != 1 for own in found) or len(sources) > 1):
             raise CaptureError(f"it reaches {group.name} in another way than the traced batch")
         linears = tuple(replace(linear, node=node) for linear, node in zip(group.linears, nodes))
         again.append(replace(group, source=sources.pop(), linears=linears) if nodes else None)
     return again
+
+
+def _products(
+    graph: fx.Graph, model: nn.Module, config: WushConfig, found: Mapping[fx.Node, Product], uses: Mapping[str, int]
+) -> dict[fx.Node, Linear | str]:
+    """For the last node of each product of experts: what to quantize, or why it is not quantized.
+
+    The module of experts is replaced as a whole: a product stays as it is if the module's other one does.
+    """
+    plans: dict[fx.Node, Linear | str] = {}
+    encoders = encoders_beside_tokens(graph)
+    for last, product in found.items():
+        name, shape = product.weight.target, product.weight.meta["val"].shape
+        bias = None if product.bias is None else product.bias.target
+        experts, rows, width = (shape[0], shape[2], shape[1]) if product.transposed else shape
+        linear = Linear(last, name, name, bias, rows, product.transposed, experts)
+        recipe = config.recipe_of(linear.names)
+        if pattern := config.ignores(linear.names):
+            plans[last] = f"ignored by the configuration ({pattern!r})"
+        elif last in encoders and not asked_for(linear.names, config.ignore):
+            plans[last] = encodes(name, encoders[last])
+        elif reason := cannot_replace(name, called_by(last)[0], product, model, uses):
+            plans[last] = reason
+        elif width % recipe.group_size:
+            plans[last] = f"width {width} is not a multiple of {recipe.format}'s group of {recipe.group_size}"
+        else:
+            plans[last] = linear
+    left = {product.weight.target: plans[last] for last, product in found.items() if isinstance(plans[last], str)}
+    for last, plan in plans.items():
+        path = plan.name.rpartition(".")[0] if isinstance(plan, Linear) else ""
+        other = next((name for name in left if path and name.rpartition(".")[0] == path), None)
+        if other is not None:
+            plans[last] = f"{other.rpartition('.')[2]} of the same experts is not quantized: {left[other]}"
+    return plans
 
 
 def find_groups(
@@ -138,10 +209,24 @@ def find_groups(
     stage_of, _ = assign_stages(graph_module.graph)  # layers that read the same tensor (cross-attention) share no group
     by_module = nodes_by_module(graph_module.graph)
     encoders = encoders_beside_tokens(graph_module.graph)
+    expert_products = products(graph_module.graph)
+    routing = routers(expert_products.values())
+    used = {n.target: uses[id(parameters[n.target])] for n in attributes}
+    plans = _products(graph_module.graph, model, config, expert_products, used)
+    expert_modules = {product.weight.target.rpartition(".")[0] for product in expert_products.values()}
     skipped: dict[str, str] = {}
     by_source: dict[tuple, list[Linear]] = {}  # (.., recipe) -> linears
     done: set[int] = set()
     for node in graph_module.graph.nodes:
+        if node in plans:
+            weight = expert_products[node].weight.target
+            done.add(id(parameters[weight]))
+            if isinstance(plan := plans[node], str):
+                skipped[weight] = plan
+            else:
+                by_source[node, config.recipe_of(plan.names)] = [plan]
+                done.add(id(parameters.get(plan.bias)))
+            continue
         found = operands(node)
         if found is None:
             continue
@@ -163,6 +248,10 @@ def find_groups(
         bias_name = bias.target if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
         if pattern := config.ignores(name):
             reason = f"ignored by the configuration ({pattern!r})"
+        elif (reason := left_in_16_bits(node, name, len(parameter), routing, expert_modules)) and not asked_for(
+            name, config.ignore
+        ):
+            pass
         elif node in encoders and not asked_for(name, config.ignore):
             reason = encodes(name, encoders[node])
         elif len(aliases) > 1:
@@ -193,13 +282,17 @@ def find_groups(
         if parameter.dim() < 2 or id(parameter) in done:
             continue
         owner, _, leaf = parameter_name.rpartition(".")
-        reason = reason_to_skip(parameter, model.get_submodule(owner), readers.get(id(parameter), []))
+        read_by_nodes = readers.get(id(parameter), [])
+        reason = reason_to_skip(parameter, model.get_submodule(owner), read_by_nodes)
+        if not routing.isdisjoint(read_by_nodes):
+            reason = ROUTER
         skipped[owner if leaf == "weight" and owner else parameter_name] = reason
 
     groups = []
     for (*_, recipe), linears in by_source.items():
-        source, weight, _, transposed = operands(linears[0].node)
-        shape = parameters[weight.target].shape
-        groups.append(LinearGroup(source, tuple(linears), shape[0 if transposed else 1], recipe))
+        first = linears[0]
+        source = operands(first.node)[0] if first.experts is None else expert_products[first.node].rows
+        width = parameters[first.weight].shape[-2 if first.transposed else -1]
+        groups.append(LinearGroup(source, tuple(linears), width, recipe))
     _check_overrides(config, (linear for group in groups for linear in group.linears), skipped)
     return groups, skipped

@@ -106,13 +106,17 @@ def _keep_weight(graph_module: fx.GraphModule, name: str, module: nn.Module) -> 
             weight = graph.get_attr(path)
         weight.meta = dict(computed.meta)
         node.replace_input_with(computed, weight)
-        _erase_unused(graph, computed)
+        erase_unused(graph, computed)
 
 
-def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
-    if node.users or node.op == "placeholder":
+def erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Erases a node that nothing reads but assertions about it, and then what only it read. Inputs stay."""
+    readers = [user for user in node.users if not str(user.target).startswith("aten._assert")]
+    if readers or node.op == "placeholder" or node._erased:
         return
     inputs = node.all_input_nodes
+    for assertion in list(node.users):
+        graph.erase_node(assertion)
     graph.erase_node(node)
     for used in inputs:
-        _erase_unused(graph, used)
+        erase_unused(graph, used)

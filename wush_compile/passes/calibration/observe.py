@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from ...ops import observe_experts as _observe_experts  # noqa: F401  (registers wush::observe_experts)
 from ...solver.solution import moment_shape
 from .dataflow import depend_on
+from .experts import products
 from .group import LinearGroup
 
 # Rows R that the sample of a group keeps.
@@ -19,18 +21,25 @@ GROUP_SAMPLE_ROWS = 2048
 class Observation:
     """What an observer has seen.
 
-    moment   fp32 Σ xxᵀ [K, K], or its diagonal blocks [K/B, B, B]
-    count    int64 [], the number of rows
+    moment   fp32 Σ xxᵀ [K, K], or its diagonal blocks [K/B, B, B]; of experts [E, ..]
+    count    int64 [], the number of rows; of experts [E]
     sample   some of the rows [R, K], in the input's dtype
+    expert   fp32 [R, 1], the expert of each row of the sample's uniform part; None without experts
     """
 
     moment: Tensor
     count: Tensor
     sample: Tensor
+    expert: Tensor | None = None
 
 
-def _buffers(index: int) -> dict[str, str]:
-    return {field: f"wush_observer_{index}_{field}" for field in ("moment", "count", "sample")}
+OBSERVERS = (torch.ops.wush.observe.default, torch.ops.wush.observe_experts.default)
+
+
+def _buffers(graph_module: fx.GraphModule, index: int) -> dict[str, str]:
+    """The names of an observer's buffers in a graph, by the fields of `Observation`."""
+    names = {field: f"wush_observer_{index}_{field}" for field in ("moment", "count", "sample", "expert")}
+    return {field: name for field, name in names.items() if hasattr(graph_module, name)}
 
 
 def _traced_size(sizes: torch.Size) -> int:
@@ -67,51 +76,65 @@ def insert_observers(graph_module: fx.GraphModule, groups: list[LinearGroup | No
     The observers' buffers are on the meta device until `allocate`, so that only one stage's moments are in memory.
     """
     graph = graph_module.graph
-    mask_of = _masks(graph)
+    mask_of, found = _masks(graph), products(graph)
+    # Rows of a layer's experts are in one order in all its products. Only the first one copies tokens.
+    copied = {product.offs: product for product in reversed(found.values()) if product.token is not None}
     for index, group in enumerate(groups):
         if group is None:
             continue
-        names = _buffers(index)
-        shapes = (moment_shape(group.recipe, group.width), (), (GROUP_SAMPLE_ROWS, group.width))
-        dtypes = (torch.float32, torch.int64, group.source.meta["val"].dtype)
-        for name, shape, dtype in zip(names.values(), shapes, dtypes, strict=True):
+        node = group.linears[0].node
+        each = () if group.experts is None else (group.experts,)
+        state = {
+            "moment": ((*each, *moment_shape(group.recipe, group.width)), torch.float32),
+            "count": (each, torch.int64),
+            "sample": ((GROUP_SAMPLE_ROWS, group.width), group.source.meta["val"].dtype),
+            **({"expert": ((GROUP_SAMPLE_ROWS, 1), torch.float32)} if each else {}),
+        }
+        for field, (shape, dtype) in state.items():
+            name = f"wush_observer_{index}_{field}"
             graph_module.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
-        with graph.inserting_before(group.linears[0].node):
-            state = [graph.get_attr(name) for name in names.values()]
-            node = graph.call_function(
-                torch.ops.wush.observe.default, (group.source, mask_of(group.source), *state, group.recipe.seed)
-            )
-        node.meta["wush_group"] = index
-        node.meta["nn_module_stack"] = group.linears[0].node.meta.get("nn_module_stack")
+        if each:
+            offs = found[node].offs
+            tokens = copied.get(offs)
+            mask = None if tokens is None else mask_of(tokens.source)
+            target = torch.ops.wush.observe_experts.default
+            args = (group.source, offs, mask, None if mask is None else tokens.token)
+        else:
+            target, args = torch.ops.wush.observe.default, (group.source, mask_of(group.source))
+        with graph.inserting_before(node):
+            buffers = [graph.get_attr(name) for name in _buffers(graph_module, index).values()]
+            observer = graph.call_function(target, (*args, *buffers, group.recipe.seed))
+        observer.meta["wush_group"] = index
+        observer.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
     graph.lint()
     graph_module.recompile()
 
 
 def observed(graph_module: fx.GraphModule) -> list[int]:
     """Returns the numbers of the groups that this graph observes, in graph order."""
-    return [n.meta["wush_group"] for n in graph_module.graph.nodes if n.target is torch.ops.wush.observe.default]
+    return [n.meta["wush_group"] for n in graph_module.graph.nodes if n.target in OBSERVERS]
 
 
 def allocate(graph_module: fx.GraphModule, index: int, device: torch.device) -> Observation:
     """Allocates zeroed buffers for the observer of group `index`. `remove_observers` frees them."""
-    tensors = []
-    for name in _buffers(index).values():
-        tensors.append(torch.zeros_like(getattr(graph_module, name), device=device))
-        setattr(graph_module, name, tensors[-1])
-    return Observation(*tensors)
+    names = _buffers(graph_module, index)
+    tensors = {field: torch.zeros_like(getattr(graph_module, name), device=device) for field, name in names.items()}
+    for field, name in names.items():
+        setattr(graph_module, name, tensors[field])
+    return Observation(**tensors)
 
 
 def share(graph_module: fx.GraphModule, index: int, observation: Observation) -> None:
     """Makes the observer of group `index` add to the buffers of another graph's observer."""
-    for name, tensor in zip(_buffers(index).values(), vars(observation).values(), strict=True):
-        setattr(graph_module, name, tensor)
+    for field, name in _buffers(graph_module, index).items():
+        setattr(graph_module, name, getattr(observation, field))
 
 
 def remove_observers(graph_module: fx.GraphModule) -> None:
     """Removes every observer and its buffers from the graph."""
     graph = graph_module.graph
     for node in list(graph.nodes):
-        if node.target is torch.ops.wush.observe.default:
+        if node.target in OBSERVERS:
             state = [a for a in node.all_input_nodes if a.op == "get_attr"]
             graph.erase_node(node)
             for attribute in state:

@@ -1,4 +1,8 @@
-"""Replaces the linears of a group: their input is quantized once, and each linear becomes one FP4 matmul."""
+"""Replaces the linears of a group: their input is quantized once, and each linear becomes one FP4 matmul.
+
+A product of experts becomes one grouped FP4 matmul. Where its rows are copies of tokens, tokens are quantized, and the
+matmul reads them by the index of each row's token.
+"""
 
 import operator
 from collections.abc import Iterable
@@ -6,9 +10,11 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from ...experts import DEFAULTS
 from ...modules import WushGroup
+from .experts import products
 from .group import LinearGroup
-from .linears import operands
+from .linears import erase_unused, operands
 
 aten, wush = torch.ops.aten, torch.ops.wush
 
@@ -31,7 +37,9 @@ def _rewrite(graph_module: fx.GraphModule, group: LinearGroup, solved: WushGroup
     graph = graph_module.graph
     by_name = {n.name: n for n in graph.nodes}
     nodes = [by_name[m.node.name] for m in group.linears]
-    source = operands(nodes[0])[0]  # may be a quantized linear by now, under another name
+    product = None if group.experts is None else products(graph)[nodes[0]]
+    # May be a quantized linear by now, under another name.
+    source = operands(nodes[0])[0] if product is None else product.source
     graph_module.add_module(label, solved)
 
     def call(target, *args: object) -> fx.Node:
@@ -62,23 +70,18 @@ def _rewrite(graph_module: fx.GraphModule, group: LinearGroup, solved: WushGroup
 
         with graph.inserting_before(node):
             new = call(
-                wush.fp4_linear.default,
+                wush.fp4_linear.default if product is None else wush.fp4_grouped_linear.default,
                 codes,
                 scales,
                 input_global,
                 rows(weight),
                 rows(weight_scale),
                 weight_global,
-                None if bias is None else rows(bias),
-                None,
+                *((None if bias is None else rows(bias), None) if product is None else (product.offs, bias)),
                 solved.format,
                 node.meta["val"].dtype,
-                *solved.layout,
+                *(solved.layout if product is None else (*(solved.layout or DEFAULTS), product.token)),
             )
         new.meta = {k: node.meta[k] for k in ("val", "nn_module_stack") if k in node.meta}
         node.replace_all_uses_with(new)
-        old = [a for a in node.all_input_nodes if a.op == "get_attr"]
-        graph.erase_node(node)
-        for attribute in old:
-            if not attribute.users:
-                graph.erase_node(attribute)
+        erase_unused(graph, node)
