@@ -3,7 +3,11 @@
     python benchmarks/end_to_end.py --out results                       32 layers
     python benchmarks/end_to_end.py --out results --layers 8 16         smaller models, and the time of a layer
     python benchmarks/end_to_end.py --out results --attention grouped
+    python benchmarks/end_to_end.py --out results --models mxfp4 mxfp4+head mxfp4-fp8 mxfp4-none mxfp4-none+head
     python benchmarks/end_to_end.py --out results --table               only the table of the rows in --out
+
+A model is bf16, or a format of weights, with `-fp8` or `-none` the format of activations (4 bits without), with
+`+head` an int8 head: rungs of the ladder, such as mxfp4-fp8+head.
 
 Each model and case runs in a process of its own: `torch.compile(model, mode="reduce-overhead")`, static cache, greedy
 decoding. Nearly all of the time is compilation. So as many processes as the device's memory holds compile side by side.
@@ -57,6 +61,7 @@ WIDTHS = {
     "gate_proj": 14336,
     "up_proj": 14336,
     "down_proj": 4096,
+    "lm_head": SHAPE["vocab_size"],
 }
 GROUPS = (
     ("self_attn", ("q_proj", "k_proj", "v_proj"), 4096),
@@ -66,13 +71,29 @@ GROUPS = (
 )
 
 
+MODELS = [
+    "bf16",
+    *("".join(m) for m in itertools.product(["mxfp4", "nvfp4"], ["", "-fp8", "-none"], ["", "+head"])),
+]
+
+
+def settings_of(model: str):
+    """The configuration of a model of `MODELS` other than bf16."""
+    import wush_compile as wc
+
+    rung, _, head = model.partition("+")
+    format, _, activations = rung.partition("-")
+    activation = {"": "same", "fp8": "fp8", "none": None}[activations]
+    return wc.WushConfig(format=format, activation_format=activation, head="int8" if head else None)
+
+
 def random_group(prefix: str, names: tuple[str, ...], width: int, config):
     """A `WushGroup` of random bytes: small scales, orthogonal-sized transforms."""
     from wush_compile.modules import Member, WushGroup, buffer_layout
 
     members, start = [], 0
     for name in names:
-        members.append(Member(f"{prefix}.{name}", start, start + WIDTHS[name], False))
+        members.append(Member(f"{prefix}.{name}".lstrip("."), start, start + WIDTHS[name], False))
         start += WIDTHS[name]
     block, buffers = config.group_size, {}
     for name, layout in buffer_layout(config, start, width, block, torch.bfloat16, False).items():
@@ -80,6 +101,8 @@ def random_group(prefix: str, names: tuple[str, ...], width: int, config):
             buffers[name] = None
         elif name == "weight_packed":
             buffers[name] = torch.randint(0, 256, layout[0], dtype=torch.uint8, device=DEVICE)
+        elif name == "weight_scale" and config.format == "int8":
+            buffers[name] = torch.full(layout[0], 2e-4, dtype=layout[1], device=DEVICE)
         elif name == "weight_scale":  # weights of about 0.02: their products stay of order 1
             low, high = (118, 121) if config.format == "mxfp4" else (1, 20)
             buffers[name] = torch.randint(low, high, layout[0], dtype=torch.uint8, device=DEVICE)
@@ -106,12 +129,11 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
 
 
 def build(kind: str, layers: int, attention: str) -> torch.nn.Module:
-    """The model on the GPU: bf16, or with every linear but the head quantized."""
+    """The model on the GPU: bf16, or with every linear but the head quantized, or the head too."""
     from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
     from transformers.masking_utils import sdpa_mask
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    import wush_compile as wc
     from wush_compile.modules import install_group
 
     AttentionInterface.register("grouped", grouped_attention)
@@ -120,13 +142,14 @@ def build(kind: str, layers: int, attention: str) -> torch.nn.Module:
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation=attention).eval()
     if kind != "bf16":
-        settings = wc.WushConfig(format=kind)
-        for layer in range(layers):
-            for part, names, width in GROUPS:
-                group = random_group(f"model.layers.{layer}.{part}", names, width, settings)
-                for member in group.members:  # the old linear is empty, on the meta device
-                    assert model.get_submodule(member.name).weight.shape == (member.stop - member.start, width)
-                install_group(model, group)
+        settings = settings_of(kind)
+        groups = [(f"model.layers.{layer}.{part}", *rest) for layer in range(layers) for part, *rest in GROUPS]
+        groups += [("", ("lm_head",), SHAPE["hidden_size"])] if settings.head else []
+        for prefix, names, width in groups:
+            group = random_group(prefix, names, width, settings.recipe_of(names[0]))
+            for member in group.members:  # the old linear is empty, on the meta device
+                assert model.get_submodule(member.name).weight.shape == (member.stop - member.start, width)
+            install_group(model, group)
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
@@ -353,7 +376,7 @@ def run_wave(jobs: list[Job], out: pathlib.Path, deadline: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["bf16", "mxfp4"], choices=["bf16", "mxfp4", "nvfp4"])
+    parser.add_argument("--models", nargs="+", default=["bf16", "mxfp4"], choices=MODELS)
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "grouped"])
     parser.add_argument("--layers", type=int, nargs="+", default=[32])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])

@@ -23,6 +23,7 @@ from wush_compile.kernels.triton.linear import choose as triton_choose
 from wush_compile.kernels.triton.linear.gemm import fused_gemm_kernel
 from wush_compile.kernels.triton.linear.gemv import gemv_kernel
 from wush_compile.kernels.triton.linear.int4 import int4_gemm_kernel
+from wush_compile.kernels.triton.linear.int8 import int8_gemm_kernel, int8_gemv_kernel
 from wush_compile.kernels.triton.linear.scaled import scaled_gemm_kernel
 from wush_compile.kernels.triton.quantize import norm as triton_norm
 from wush_compile.kernels.triton.quantize import spec as triton_spec
@@ -572,3 +573,21 @@ def test_choice_is_a_pure_function_of_the_shape():
             assert k % (kernel.block_k * kernel.split_k) == 0
         if isinstance(kernel, triton_choose.Hopper):
             assert kernel.split_k <= k // 128
+
+
+@pytest.mark.parametrize("cc", [80, 90])
+def test_weights_of_eight_bits(cc):
+    """No spills; `gemv`'s loop has no barrier, and the product for more rows runs on tensor cores."""
+    n, k = 128256, 4096
+    tile = triton_choose.choose_int8(4, n, k)
+    pointers = dict(x="*i64", w="*i32", w_scales="*bf16", out="*bf16")
+    common = dict(unit=None, bias=None, residual=None, N=n, K=k, UNIT=False, BIAS=False, RESIDUAL=False, PDL=cc >= 90)
+    blocks = dict(M=4, X=triton.language.bfloat16, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
+    code = sass(compile_kernel(int8_gemv_kernel, pointers, common | blocks, cc, tile.warps))
+    loop = code[: code.index("BRA")]
+    assert "LDL" not in code and "LDG.E.128" in loop and "BAR.SYNC" not in loop
+    tile = triton_choose.choose_int8(16, n, k)
+    pointers = dict(x="*bf16", w="*i8", w_scales="*bf16", out="*bf16", M="i32")
+    blocks = dict(BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, STAGES=tile.stages)
+    code = sass(compile_kernel(int8_gemm_kernel, pointers, common | blocks, cc, tile.warps, tile.stages))
+    assert "LDL" not in code and ("HGMMA" if cc == 90 else "HMMA") in code

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...formats import ACTIVATION_FORMATS, FORMATS
+from ...formats import ACTIVATION_FORMATS, FORMATS, channels
 from ...ops.fused import ACTIVATIONS, GAINS
 from ...ops.layouts import rows_only
 from ..provider import Implementation
@@ -130,7 +130,7 @@ def refuses_fp4_linear(
         return f"{activation_format} activations have no Triton kernel"
     if activation_format == "none" and codes.dtype not in (torch.bfloat16, torch.float16):
         return f"activations of {codes.dtype} have no exact product on tensor cores"
-    return triton_linear.supports(format, 2 * weight_codes.shape[-1])
+    return triton_linear.supports(format, channels(weight_codes, format))
 
 
 def refuses_fp4_grouped_linear(

@@ -12,6 +12,7 @@
     library.py      both operands upcast, the product by cuBLAS
     scaled.py       Blackwell's FP4 instruction
     int4.py         int8 tensor cores
+    int8.py         weights of 8 bits
 
 The host side uses the names of the op's schema (codes, scales, weight_codes, ...). Inside the kernels:
 

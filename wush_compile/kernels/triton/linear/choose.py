@@ -64,6 +64,24 @@ class Int4(NamedTuple):
     stages: int
 
 
+class Int8Gemv(NamedTuple):
+    """Tile of 1, 2 or 4 rows times weights of 8 bits: weight rows, channels of a step; warps."""
+
+    block_n: int
+    block_k: int
+    warps: int
+
+
+class Int8(NamedTuple):
+    """Tile of more rows times weights of 8 bits: weight rows, activation rows, channels; warps, load pipeline."""
+
+    block_n: int
+    block_m: int
+    block_k: int
+    warps: int
+    stages: int
+
+
 # Tiles are numbered in bands of so many tiles of M: the programs that run at the same time then share weight tiles and
 # tiles of x in L2. 8 is the usual value of Triton's matmul examples; no kept run compares others.
 GROUP_M = 8
@@ -306,6 +324,21 @@ def choose_decoding(
     format = "mxfp4" if decoded == "mxfp4" else "nvfp4"  # tiles go by the operands of the tensor core
     kernel = choose(format, max(rows, 5), n, k, capability, precise, False, library, multiprocessors)  # no `gemv`
     return kernel._replace(packed=False) if isinstance(kernel, Fused) else kernel
+
+
+# Up to so many rows a weight of 8 bits is decoded in registers; the library multiplies more.
+INT8_ROWS = 64
+
+
+def choose_int8(rows: int, n: int, k: int) -> "Int8Gemv | Int8 | str":
+    """The kernel for [rows, k] times a weight of 8 bits [n, k]: a tile, or "bf16".
+
+    Not tuned: a half group a thread, no barrier in `gemv`'s loop, and enough programs to fill a GPU."""
+    if rows in (1, 2, 4):
+        return Int8Gemv(32, 256, 4) if n > NARROW_N else Int8Gemv(8, 1024, 4)
+    if rows > INT8_ROWS:
+        return "bf16"
+    return Int8(64, 16 if rows <= 16 else 32 if rows <= 32 else 64, 128, 4, 4)
 
 
 def precise_by_default() -> bool:

@@ -7,6 +7,7 @@ library  both operands upcast to fp8 in memory, then cuBLASLt                   
 bf16     both operands upcast to bf16, then cuBLAS: any width, any scale          library.py
 scaled   Blackwell's own FP4 instruction                                          scaled.py
 int4     exact integer products of groups on int8 tensor cores                    int4.py
+int8     weights of 8 bits, up to 64 rows                                         int8.py
 
 Activations of 8 or 16 bits (activation_format fp8 or none) take fused, hopper, library and bf16, which then decode only
 the weight. MXFP4 times fp8 is a product of e5m2 and e4m3 on Hopper; else both operands are bf16, and exact.
@@ -17,16 +18,19 @@ import functools
 import torch
 from torch import Tensor
 
-from ....formats import FORMATS
+from ....formats import get_format
 from ..common.memory import row_facts
 from .choose import (
     Fused,
     Gemv,
     Hopper,
     Int4,
+    Int8,
+    Int8Gemv,
     Scaled,
     choose,
     choose_decoding,
+    choose_int8,
     decoded_format,
     give_up_gluon,
     precise_by_default,
@@ -44,7 +48,7 @@ def capability(device: int) -> tuple[int, int]:
 
 def supports(format: str, k: int) -> str | None:
     """Why these kernels do not take a product of width k; None if they do."""
-    return None if k % FORMATS[format].group_size == 0 else f"width {k} is not a multiple of the group"
+    return None if k % get_format(format).group_size == 0 else f"width {k} is not a multiple of the group"
 
 
 def _fits_library(o: Operands, out_dtype: torch.dtype) -> bool:
@@ -54,9 +58,11 @@ def _fits_library(o: Operands, out_dtype: torch.dtype) -> bool:
     return plain and row_facts(o.weight_scales).fits_e4m3
 
 
-def _choose(o: Operands, out_dtype: torch.dtype) -> Gemv | Fused | Hopper | Scaled | Int4 | str:
+def _choose(o: Operands, out_dtype: torch.dtype) -> Gemv | Fused | Hopper | Scaled | Int4 | Int8Gemv | Int8 | str:
     """What `choose` or `choose_decoding` takes for these operands."""
     device, shape = o.codes.device.index, o.sizes
+    if o.format == "int8":
+        return choose_int8(*shape)
     options = dict(capability=capability(device), precise=o.precise, multiprocessors=multiprocessors(device))
     if o.activation == "same":
         chosen = choose(o.format, *shape, **options)
@@ -109,7 +115,7 @@ def fp4_linear(
     residual: Tensor | None,
     format: str,
     out_dtype: torch.dtype,
-    kernel: Gemv | Fused | Hopper | Scaled | Int4 | str | None = None,
+    kernel: Gemv | Fused | Hopper | Scaled | Int4 | Int8Gemv | Int8 | str | None = None,
     precise: bool | None = None,
     activation_format: str = "same",
 ) -> Tensor:
@@ -126,7 +132,7 @@ def fp4_linear(
         return torch.empty(shape, dtype=out_dtype, device=codes.device)
     flat = codes.reshape(-1, codes.shape[-1])
     decoded = ""
-    if activation_format != "same":
+    if activation_format != "same" and format != "int8":
         decoded = decoded_format(format, activation_format, capability(codes.device.index))
     # The kernels add a residual in out_dtype. Another one is added to the finished product.
     inside = residual is not None and residual.dtype == out_dtype

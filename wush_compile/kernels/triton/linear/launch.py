@@ -7,14 +7,16 @@ import functools
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..common.memory import Workspace, mark_used_and_was_settled, row_facts, workspace
 from ..common.overlap import overlaps
-from .choose import GROUP_M, Fused, Gemv, Hopper, Int4, Scaled, split_tail
+from .choose import GROUP_M, Fused, Gemv, Hopper, Int4, Int8, Int8Gemv, Scaled, split_tail
 from .gemm import fused_gemm_kernel
 from .gemv import gemv_kernel
 from .int4 import int4_gemm_kernel
+from .int8 import int8_gemm_kernel, int8_gemv_kernel
 from .lane_order import bf16_order, fp8_order
 from .operands import Operands
 from .scaled import scaled_gemm_kernel
@@ -199,6 +201,68 @@ def run_int4(o: Operands, tile: Int4, out: Tensor) -> None:
     )
 
 
+def int8_operands(o: Operands) -> tuple[Tensor, Tensor | None]:
+    """x as products with weights of 8 bits read it: (16-bit floats [M, K], the unit fp32 [M] of fp8 rows or None)."""
+    if o.activation == "fp8":
+        return o.codes.view(torch.float8_e4m3fn).to(torch.bfloat16), o.scales.view(-1)
+    return o.codes, None
+
+
+def run_int8_gemv(o: Operands, tile: Int8Gemv, out: Tensor) -> None:
+    (m, n, k), (x, unit) = o.sizes, int8_operands(o)
+    pdl = (
+        overlaps(out.device.index)
+        and mark_used_and_was_settled(o.weight_codes)
+        and mark_used_and_was_settled(o.weight_scales)
+    )
+    int8_gemv_kernel[(triton.cdiv(n, tile.block_n),)](
+        x.view(torch.int64),
+        unit,
+        o.weight_codes.view(torch.int32),
+        o.weight_scales,
+        o.bias,
+        o.residual,
+        out,
+        n,
+        k,
+        m,
+        tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16,
+        unit is not None,
+        *o.given[2:],
+        tile.block_n,
+        min(tile.block_k, max(triton.next_power_of_2(k), 64)),
+        pdl,
+        num_warps=tile.warps,
+        launch_pdl=pdl,
+    )
+
+
+def run_int8(o: Operands, tile: Int8, out: Tensor) -> None:
+    (m, n, k), (x, unit) = o.sizes, int8_operands(o)
+    pdl = overlaps(out.device.index)
+    int8_gemm_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
+        x,
+        unit,
+        o.weight_codes.view(torch.int8),
+        o.weight_scales,
+        o.bias,
+        o.residual,
+        out,
+        m,
+        n,
+        k,
+        unit is not None,
+        *o.given[2:],
+        tile.block_n,
+        tile.block_m,
+        tile.block_k,
+        tile.stages,
+        pdl,
+        num_warps=tile.warps,
+        launch_pdl=pdl,
+    )
+
+
 def run_scaled(o: Operands, tile: Scaled, out: Tensor) -> None:
     m, n, k = o.sizes
     mx = o.format == "mxfp4"
@@ -226,4 +290,12 @@ def run_scaled(o: Operands, tile: Scaled, out: Tensor) -> None:
     )
 
 
-RUN = {Gemv: run_gemv, Fused: run_fused, Hopper: run_hopper, Scaled: run_scaled, Int4: run_int4}
+RUN = {
+    Gemv: run_gemv,
+    Fused: run_fused,
+    Hopper: run_hopper,
+    Scaled: run_scaled,
+    Int4: run_int4,
+    Int8Gemv: run_int8_gemv,
+    Int8: run_int8,
+}

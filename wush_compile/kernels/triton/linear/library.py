@@ -7,7 +7,7 @@ from ....formats import dequantize
 from ..common.memory import is_power_of_two
 from .lane_order import fp8_order
 from .operands import Operands
-from .upcast import upcast_bf16, upcast_both, upcast_fp8
+from .upcast import upcast_bf16, upcast_both, upcast_fp8, upcast_int8
 
 # Memory that one call may take for an upcast weight. A larger weight goes to the library in slices.
 SCRATCH_BYTES = 2**28
@@ -86,17 +86,20 @@ def _terms(t: Tensor) -> list[Tensor]:
 
 def _run_bf16_activation(o: Operands, out_dtype: torch.dtype) -> Tensor:
     """`run_bf16` for activations of 8 or 16 bits, and weights in any format. Every operand is exact in one or two bf16
-    terms: two for fp16 activations, and for int4 weights."""
+    terms: two for fp16 activations, and for int4 weights. Weights of 8 bits are rounded to the activations' dtype."""
     m, n, k = o.sizes
     fp8 = o.activation == "fp8"
-    xs = _terms(o.codes.view(torch.float8_e4m3fn).to(torch.bfloat16) if fp8 else o.codes)
+    x = o.codes.view(torch.float8_e4m3fn).to(torch.bfloat16) if fp8 else o.codes
+    xs = [x] if o.format == "int8" else _terms(x)
     plain = o.bias is None and o.global_scale is None and o.weight_global_scale is None
-    direct = plain and not fp8 and len(xs) == 1 and o.format != "int4" and out_dtype == torch.bfloat16
-    y = torch.empty((m, n), dtype=torch.bfloat16 if direct else torch.float32, device=o.codes.device)
+    direct = plain and not fp8 and len(xs) == 1 and o.format != "int4" and out_dtype == xs[0].dtype
+    y = torch.empty((m, n), dtype=out_dtype if direct else torch.float32, device=o.codes.device)
     for rows in weight_slices(n, 2 * k):
         codes, scales = o.weight_codes[rows], o.weight_scales[rows]
         if o.format == "int4":
             ws = _terms(dequantize(codes, scales, o.format))
+        elif o.format == "int8":
+            ws = [upcast_int8(codes, scales, x.dtype)]
         else:
             ws = [upcast_bf16(codes, scales, None, o.format)]
         if direct:

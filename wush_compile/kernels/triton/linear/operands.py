@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....formats import FORMATS, operand_layout
+from ....formats import get_format, operand_layout
 
 
 class Operands(NamedTuple):
@@ -14,7 +14,7 @@ class Operands(NamedTuple):
     codes: Tensor  # uint8 [M, K/2]; activation fp8: uint8 [M, K]; none: 16-bit floats [M, K]
     scales: Tensor  # uint8 [M, K/G]; int4: bf16; activation fp8: fp32 [M, 1]; none: fp32 [M, 0]
     global_scale: Tensor | None  # fp32 [1]
-    weight_codes: Tensor  # uint8 [N, K/2]
+    weight_codes: Tensor  # uint8 [N, K/2]; int8: uint8 [N, K]
     weight_scales: Tensor  # [N, K/G], as scales
     weight_global_scale: Tensor | None
     bias: Tensor | None  # [N]
@@ -49,13 +49,13 @@ def dense(t: Tensor) -> Tensor:
 
 def check(o: Operands, out_dtype: torch.dtype) -> None:
     """ValueError if an operand's shape, dtype or device would make a kernel read memory that is not its own."""
-    (m, n, k), fmt = o.sizes, FORMATS[o.format]
+    (m, n, k), fmt = o.sizes, get_format(o.format)
     written = o.format if o.activation == "same" else o.activation
     columns, codes_dtype, groups, scale_dtype = operand_layout(written, k, o.codes.dtype)
     expected = {
         "codes": ((m, columns), codes_dtype),
         "scales": ((m, groups), scale_dtype),
-        "weight_codes": ((n, k // 2), torch.uint8),
+        "weight_codes": ((n, k // fmt.per_byte), torch.uint8),
         "weight_scales": ((n, k // fmt.group_size), fmt.scale_dtype),
         "global_scale": ((1,), torch.float32),
         "weight_global_scale": ((1,), torch.float32),

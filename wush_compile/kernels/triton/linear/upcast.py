@@ -12,6 +12,7 @@ from torch import Tensor
 from ..common.decode import E4M3_TOP, E4M3_UNIT, E5M2_TOP, E5M2_UNIT, decode_bf16
 from ..common.formats import e4m3_factor, e8m0_factor
 from ..common.overlap import overlaps, start_next, wait_inputs
+from .int8 import int8_upcast_kernel
 
 
 @triton.jit
@@ -377,4 +378,13 @@ def upcast_bf16(
         num_warps=4,
         launch_pdl=pdl,
     )
+    return out
+
+
+def upcast_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights of 8 bits, codes [N, K] and scales bf16 [N, K/32], -> code · scale [N, K] in `dtype`."""
+    (n, k), block_n, block_k = codes.shape, 16, 512
+    out = torch.empty((n, k), dtype=dtype, device=codes.device)
+    grid = triton.cdiv(n, block_n), triton.cdiv(k, block_k)
+    int8_upcast_kernel[grid](codes.view(torch.int8), scales, out, n, k, block_n, block_k, num_warps=4)
     return out
