@@ -5,6 +5,7 @@
     python benchmarks/kernel_speed.py linear --activations fp8 none    with columns for W4A8 and W4A16
     python benchmarks/kernel_speed.py linear --tuned FILE          the table with each shape's best candidate of FILE
     python benchmarks/kernel_speed.py compare --out results        beside torchao and FP-Quant (comparisons.py)
+    python benchmarks/kernel_speed.py grouped tune-grouped         layers of experts (grouped_speed.py)
 
 Speed-ups are over bf16 `F.linear` on the same shapes. The 4-bit side includes the transform and the quantization of its
 input. The shapes are the linear groups of one Llama-3.1-8B decoder layer.
@@ -12,6 +13,7 @@ input. The shapes are the linear groups of one Llama-3.1-8B decoder layer.
 
 import argparse
 import concurrent.futures
+import functools
 import itertools
 import json
 import multiprocessing
@@ -20,6 +22,7 @@ import subprocess
 import time
 
 import common
+import grouped_speed
 import torch
 from common import read_tuning
 
@@ -410,7 +413,14 @@ def write(name: str, rows: list[dict], out: pathlib.Path) -> None:
         print(markdown(rows), flush=True)
 
 
-BENCHMARKS = {"linear": bench_linear, "parts": bench_parts, "compare": bench_compare, "tune-linear": tune_linear}
+BENCHMARKS = {
+    "linear": bench_linear,
+    "parts": bench_parts,
+    "compare": bench_compare,
+    "tune-linear": tune_linear,
+    "grouped": functools.partial(grouped_speed.bench_grouped, compile_all),
+    "tune-grouped": functools.partial(grouped_speed.tune_grouped, compile_all),
+}
 
 
 def main() -> None:
@@ -419,6 +429,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     parser.add_argument("--tuned", type=pathlib.Path, help="a tuning run; `linear` takes its best kernels")
     parser.add_argument("--rows", type=int, nargs="+", help="the rows of `linear` and `tune-linear`, instead of all")
+    parser.add_argument("--tokens", type=int, nargs="+", help="the tokens of `grouped` and `tune-grouped`")
     parser.add_argument("--activations", nargs="+", choices=("fp8", "none"), default=(), help="columns of `linear`")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -426,6 +437,8 @@ def main() -> None:
         read_tuned(args.tuned)
     for name in args.what:
         options = {"rows": args.rows} if args.rows and name in ("linear", "tune-linear") else {}
+        if args.tokens and name in ("grouped", "tune-grouped"):
+            options["tokens"] = args.tokens
         if name == "linear":
             options["activations"] = args.activations
         rows = BENCHMARKS[name](**options)
