@@ -119,10 +119,22 @@ def packed_weights(layer: Layer, format: str) -> Weights:
     return Weights(weight(2 * layer.inner, layer.hidden), weight(layer.hidden, layer.inner), g, gw, format)
 
 
+TUNED: dict[tuple, object] = {}  # (format, N, K, tokens) -> the fastest tile of a `tune-grouped` of this run
+
+
+def product(w: Weights, which: str, codes: Tensor, scales: Tensor, r: Routing) -> Tensor:
+    """Rows times the weights of gate-up (of tokens, by an index) or of down."""
+    weight, index = (w.up, r.token) if which == "gate-up" else (w.down, None)
+    tile = TUNED.get((w.format, weight[0].shape[1], 2 * weight[0].shape[2], r.weights.shape[0]))
+    args = (codes, scales, w.g, *weight[:2], w.gw, r.offs, None, w.format, torch.bfloat16)
+    if tile is None:
+        return torch.ops.wush.fp4_grouped_linear(*args, index=index)
+    return fp4_grouped_linear(*args, index=index, kernel=tile)
+
+
 def parts(x: Tensor, r: Routing, w: Weights) -> dict[str, Callable[[], object]]:
     """The steps of a layer in 4 bits, each as a call on the results of the steps before."""
-    inner, done = w.down[0].shape[2] * 2, {}
-    wush, rest = torch.ops.wush, (w.format, torch.bfloat16)
+    inner, wush, done = w.down[0].shape[2] * 2, torch.ops.wush, {}
 
     def keep(name: str, call: Callable[[], object]) -> Callable[[], object]:
         def run():
@@ -133,13 +145,11 @@ def parts(x: Tensor, r: Routing, w: Weights) -> dict[str, Callable[[], object]]:
 
     steps = {
         "quantize": lambda: wush.transform_quantize(x, w.up[2], w.g, w.format, "absmax"),
-        "gate-up": lambda: wush.fp4_grouped_linear(
-            *done["quantize"], w.g, *w.up[:2], w.gw, r.offs, None, *rest, index=r.token
-        ),
+        "gate-up": lambda: product(w, "gate-up", *done["quantize"], r),
         "activation": lambda: wush.silu_mul_transform_quantize(
             done["gate-up"][:, :inner], done["gate-up"][:, inner:], w.down[2], w.g, w.format, "absmax"
         ),
-        "down": lambda: wush.fp4_grouped_linear(*done["activation"], w.g, *w.down[:2], w.gw, r.offs, None, *rest),
+        "down": lambda: product(w, "down", *done["activation"], r),
         "sum": lambda: combine(done["down"], r.place, r.weights),
     }
     return {name: keep(name, call) for name, call in steps.items()}
@@ -215,7 +225,7 @@ def humming_layers() -> dict[str, Callable]:
         return {}
 
     def builder(activation: str | None) -> Callable:
-        def product(weight: Tensor):
+        def experts_of(weight: Tensor):
             experts, n, k = weight.shape
             made = HummingLayer(
                 shape_n=n,
@@ -231,7 +241,7 @@ def humming_layers() -> dict[str, Callable]:
 
         def build(layer: Layer, up: Tensor, down: Tensor) -> Callable | None:
             try:
-                first, second = product(up), product(down)
+                first, second = experts_of(up), experts_of(down)
                 config = {"gemm_type": "grouped_contiguous"}
 
                 def run(x: Tensor, r: Routing) -> Tensor:
@@ -337,8 +347,8 @@ def tune_grouped(compile_all: Callable, tokens: tuple[int, ...] = TUNED_TOKENS) 
                 *x, w.g, codes, scales, w.gw, r.offs, None, format, torch.bfloat16, index=index, kernel=tile
             )
 
-        timed, first = [], None
-        for *_, tile in group:
+        timed, first, tiles = [], None, list(group)
+        for *_, tile in tiles:
             if any(repr((format, layer.experts, n, k, tile)) in line for line in failed):
                 continue
             y = call(all_routings[0], tile).float()
@@ -348,6 +358,7 @@ def tune_grouped(compile_all: Callable, tokens: tuple[int, ...] = TUNED_TOKENS) 
                 print(f"WRONG {format} {name} {part} {count} {tile}: {error:.3g}", flush=True)
             timed.append((layer_us(lambda r: call(r, tile), all_routings, count), repr(tile)))
         timed.sort()
+        TUNED[format, n, k, count] = next(tile for *_, tile in tiles if repr(tile) == timed[0][1])
         average = count * layer.chosen / layer.experts
         rows.append({"format": format, "layer": name, "part": part, "tokens": count, "N": n, "K": k, "all": timed})
         best = "  ".join(f"{us:.1f} {tile}" for us, tile in timed[:5])
