@@ -309,6 +309,17 @@ class WushLinear(nn.Linear):
         )
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the model inside an `OptimizedModule`, a `DataParallel` or a `DistributedDataParallel`."""
+    while True:
+        if isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def named_groups(model: nn.Module) -> Iterator[tuple[str, WushGroup]]:
     """(path, group) of every group of a quantized model, in the order of the module tree."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, WushGroup))

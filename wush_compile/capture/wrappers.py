@@ -5,16 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Returns the model inside an `OptimizedModule`, a `DataParallel` or a `DistributedDataParallel`."""
-    while True:
-        if isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
+from ..modules import unwrapped as unwrapped
 
 
 def _hooks(module: nn.Module) -> Iterator[object]:

@@ -5,6 +5,8 @@ layout.py      the buffers of groups in memory <-> the tensors of linears on dis
 files.py       reads the files: names, headers, tensors, digests
 atomic.py      replaces a file or a directory in one step
 save_load.py   save and load
+names.py       fits a record to a model with another head, or one that has changed
 hf.py          transformers' `from_pretrained` and `save_pretrained`
+patches.py     what transformers does not ask a quantizer when it saves
 gguf.py        reads GGUF models
 """

@@ -13,23 +13,18 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
-from ..modules import WushGroup, install_group, named_groups
+from ..modules import WushGroup, install_group, is_quantized, named_groups
 from .files import DIGEST, Spec, Weights, digest
 from .layout import (
     build_groups,
@@ -41,9 +36,25 @@ from .layout import (
     replaces,
     split_state_dict,
 )
+from .names import Renaming, fitted, rename_members, up_to_date
+from .patches import wrap_saving
 from .record import ATTRIBUTE, Quantization, read_report
 
 QUANT_METHOD = "wush"
+# The key of config.json that names the file of the weights, and a file that is not there. transformers without our
+# quantizer would skip the quantization and leave the layers random. So it stops, with this name as the reason.
+FILE_KEY, NO_FILE = "transformers_weights", "install-wush-compile-to-load-this-checkpoint.safetensors"
+
+
+def _marks(config: PreTrainedConfig) -> dict[str, str]:
+    """What the `config.json` of a quantized model has besides its configuration."""
+    return {FILE_KEY: NO_FILE} if isinstance(getattr(config, "quantization_config", None), WushHfConfig) else {}
+
+
+def _unmarked(config: PreTrainedConfig) -> PreTrainedConfig:
+    if getattr(config, FILE_KEY, None) == NO_FILE:
+        delattr(config, FILE_KEY)
+    return config
 
 
 class WushHfConfig(QuantizationConfigMixin):
@@ -72,8 +83,8 @@ class WushHfConfig(QuantizationConfigMixin):
 class JoinRows(ConversionOps):
     """Joins one buffer of a group from the tensors of its linears, during loading."""
 
-    def __init__(self, group: WushGroup, buffer: str):
-        self.group, self.buffer = group, buffer
+    def __init__(self, group: WushGroup, buffer: str, names: Renaming):
+        self.group, self.buffer, self.names = group, buffer, names
 
     def __deepcopy__(self, memo: dict) -> "JoinRows":
         return self  # transformers copies converters; this one never changes
@@ -86,7 +97,9 @@ class JoinRows(ConversionOps):
         full_layer_name: str = "",
         **kwargs,
     ) -> dict[str, Tensor]:
-        tensors = {_name(pattern): t[0] if isinstance(t, list) else t for pattern, t in input_dict.items()}
+        tensors = {
+            self.names.in_model(_name(pattern)): t[0] if isinstance(t, list) else t for pattern, t in input_dict.items()
+        }
         return {full_layer_name: join_rows(self.group, self.buffer, tensors)}
 
 
@@ -106,6 +119,12 @@ class WushHfQuantizer(HfQuantizer):
     def validate_environment(self, *args, **kwargs) -> None:
         """This library needs nothing else."""
 
+    def update_attn_implementation(self, config):
+        return _unmarked(config)  # transformers looks for the files next
+
+    def update_tp_plan(self, config):
+        return _unmarked(config)  # the same place in version 5.17
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs
     ) -> None:
@@ -113,26 +132,32 @@ class WushHfQuantizer(HfQuantizer):
         weights = Weights(checkpoint_files) if checkpoint_files else None
         if checkpoint_files:
             read_report(config.record, Path(checkpoint_files[0]).parent)
-        groups = build_groups(model, config.record, weights and weights.specs)
+        config.record, names = fitted(config.record, model)
+        specs = weights and {names.in_model(name) or name: spec for name, spec in weights.specs.items()}
+        groups = build_groups(model, config.record, specs)
         if weights is not None:
-            self._check(model, groups, weights)
+            self._check(model, groups, specs)
+            weights.verify(config.settings, getattr(model.config, DIGEST, None))
         for group in groups:
             install_group(model, group)
         # Resolved now, because loading may run in threads, and afterwards buffers are not empty.
         self._converters = [
-            WeightConverter([_pattern(name) for name, _ in pieces], f"{path}.{buffer}", [JoinRows(group, buffer)])
+            WeightConverter(
+                [_pattern(names.on_disk(name)) for name, _ in pieces],
+                f"{path}.{buffer}",
+                [JoinRows(group, buffer, names)],
+            )
             for path, group in named_groups(model)
             for buffer, pieces in parts(group)
         ]
 
-    def _check(self, model: PreTrainedModel, groups: list[WushGroup], weights: Weights) -> None:
+    def _check(self, model: PreTrainedModel, groups: list[WushGroup], specs: Mapping[str, Spec]) -> None:
         # transformers itself reports other missing and unexpected tensors. Here the shapes are checked.
         replaced = replaces(groups)
-        rest = {n: tuple(t.shape) for n, t in model.state_dict().items() if n in weights.specs and not replaced(n)}
+        rest = {n: tuple(t.shape) for n, t in model.state_dict().items() if n in specs and not replaced(n)}
         needed = group_specs(groups)
-        found = {n: s for n, s in weights.specs.items() if n in rest or n in needed or replaced(n)}
+        found = {n: s for n, s in specs.items() if n in rest or n in needed or replaced(n)}
         check_specs(found, groups, rest)
-        weights.verify(self.quantization_config.settings, getattr(model.config, DIGEST, None))
 
     def update_weight_conversions(self, weight_conversions: list, *model) -> list:
         # Files have the names of the modules in memory, so the model's own renamings are not needed.
@@ -148,6 +173,7 @@ class WushHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
         self._converters = []
+        model.config.quantization_config = self.quantization_config  # transformers has copied the configuration
         _adopt(model, self.quantization_config.record)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -177,11 +203,9 @@ class WushHfQuantizer(HfQuantizer):
         return True
 
 
-if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # this file may be reloaded
-    register_quantization_config(QUANT_METHOD)(WushHfConfig)
-    register_quantizer(QUANT_METHOD)(WushHfQuantizer)
-else:
-    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD], AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = WushHfConfig, WushHfQuantizer
+# Not by transformers' decorators, which refuse a name that is there already: of wush_compile_autoload, or of this file
+# before it was reloaded.
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD], AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = WushHfConfig, WushHfQuantizer
 
 
 def _adopt(model: PreTrainedModel, record: Quantization) -> None:
@@ -204,6 +228,61 @@ def attach(model: nn.Module, record: Quantization) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
+
+
+def _detach(model: nn.Module) -> None:
+    """Takes back what `attach` gave, because the record of a larger model replaces this one's."""
+    owners = [vars(model), *([vars(model.config)] if isinstance(model, PreTrainedModel) else [])]
+    for own in owners:
+        for name in (ATTRIBUTE, "hf_quantizer", "is_quantized", "quantization_method", "quantization_config", DIGEST):
+            own.pop(name, None)
+
+
+def bring_up_to_date(model: nn.Module) -> Quantization:
+    """The record of a model as it is now (`names.up_to_date`), which the model gets.
+
+    Raises `CheckpointError`, and leaves all as it is, if no record fits or if the model's configuration makes another
+    model than this one.
+    """
+    record = up_to_date(model)
+    if record is not getattr(model, ATTRIBUTE, None):
+        if isinstance(model, PreTrainedModel):
+            _check_configuration(model, record)
+        for module in model.modules():
+            if module is not model and ATTRIBUTE in vars(module):
+                _detach(module)
+        rename_members(model)
+        attach(model, record)
+    return record
+
+
+def _check_configuration(model: PreTrainedModel, record: Quantization) -> None:
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    try:
+        with init_empty_weights():
+            made = type(model)._from_config(config)
+    except Exception:  # whatever its __init__ raises: then only load(directory, model=...) can read the checkpoint
+        return
+    in_groups = tuple(f"{path}." for path, _ in named_groups(model))
+    ours = {n: Spec(tuple(t.shape), t.dtype) for n, t in model.state_dict().items() if not n.startswith(in_groups)}
+    try:
+        replaced = replaces(build_groups(made, record))
+        check_specs(ours, [], {n: tuple(t.shape) for n, t in made.state_dict().items() if not replaced(n)})
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"this {type(model).__name__} is not the one that its configuration makes, and could not be loaded again "
+            f"({str(error).partition(':')[0]}): change model.config too, such as num_hidden_layers"
+        ) from None
+
+
+def _prepare(model: PreTrainedModel) -> None:
+    # With an adapter loaded, save_pretrained writes the adapter alone.
+    if is_quantized(model) and not getattr(model, "_hf_peft_config_loaded", False):
+        bring_up_to_date(model)
+
+
+wrap_saving(_prepare, _marks)
 
 
 def saved_names(model: PreTrainedModel) -> list[str]:
@@ -268,7 +347,7 @@ def empty_quantized(
     `config`, `record` and `specs` (of the tensors on disk, by name) are those of the directory.
     """
     kind = _class_of(directory, config)
-    settings = kind.config_class.from_pretrained(directory)
+    settings = _unmarked(kind.config_class.from_pretrained(directory))
     del settings.quantization_config
     with init_empty_weights(include_buffers=True):
         model = kind._from_config(settings, dtype=settings.dtype)

@@ -66,8 +66,13 @@ class Quantization:
     def from_dict(cls, data: dict) -> "Quantization":
         """Reads what `to_dict` wrote, in this version or in version 1, where all groups have the recipe of `config`.
 
-        Raises `CheckpointError` for a newer version and for unknown or missing keys.
+        Raises `CheckpointError` for a newer version, for unknown or missing keys, and for the layout of the authors.
         """
+        if "format_version" not in data and "groups" not in data:
+            raise CheckpointError(
+                "the checkpoint is in the layout of the WUSH authors' code (github.com/IST-DASLab/WUSH), which has the "
+                "same quant_method: load it with that code, or quantize the original model with wush_compile"
+            )
         version = data.get("format_version")
         if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..modules import WushGroup, install_group
+from ..modules import WushGroup, install_group, unwrapped
 from . import hf
 from .atomic import recover, replaced_directory
 from .files import CONFIG, DIGEST, JOURNAL, WEIGHT_FILE, WEIGHTS, Weights, digest, read_config, weight_files
@@ -27,7 +27,7 @@ from .layout import (
     replaces,
     split_state_dict,
 )
-from .record import REPORT, Quantization, quantization_of, read_report, write_report
+from .record import REPORT, Quantization, read_report, write_report
 
 
 def _aliases(model: nn.Module) -> list[list[str]]:
@@ -111,7 +111,8 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> None
     Other files in its directory are kept. Equal models give equal bytes. Raises `WushError` for a model that is not
     quantized, and `CheckpointError` for a directory that is not empty and holds no checkpoint.
     """
-    record = quantization_of(model)
+    model = unwrapped(model)
+    record = hf.bring_up_to_date(model)
     target = recover(directory)
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{directory} is a file: give a directory")
