@@ -10,6 +10,7 @@ TRANSFORMS = ("identity", "random", "hadamard", "wus", "wush")
 SOLVERS = ("rtn", "gptq")
 MOMENTS = ("marginal", "conditional")
 ACTIVATION_FORMATS = ("same", "fp8", None)
+TOKEN_WEIGHTS = ("uniform", "gradient")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Recipe:
     damping
         The share of the mean diagonal that is added to second moments. The same share of the mean is added to singular
         values.
+    token_weights
+        What a token counts in second moments. `uniform`: all alike. `gradient`: by how much the model's log-likelihood
+        depends on the linear's output for this token (docs/spec.md §3), which takes one more pass, forward and
+        backward. Models without logits have no such gradient: their tokens count alike, and a warning says so.
     seed
         The seed of everything random: `random` transforms, sampled calibration text, the rows kept for layer losses.
     """
@@ -58,6 +63,7 @@ class Recipe:
     transform_block_size: int | None = None
     share_transform: bool = True
     damping: float = 0.01
+    token_weights: str = "uniform"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,6 +79,7 @@ class Recipe:
             raise ConfigError(
                 f"{self.format} is a format of weights alone: give activation_format None (16 bits) or 'fp8' with it"
             )
+        one_of("token_weights", self.token_weights, TOKEN_WEIGHTS)
         block = self.transform_block_size
         if block is not None and (not isinstance(block, int) or block < fmt.group_size or block & (block - 1)):
             raise ConfigError(

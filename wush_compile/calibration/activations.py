@@ -75,6 +75,12 @@ class Activations:
             }
         )
 
+    def get(self, index: int, name: str) -> object:
+        """Returns one value of a batch on the compute device."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        return self._to_device(self._values[index][name])
+
     def drop(self, index: int, dead: Iterable[str]) -> None:
         """Frees values of a batch."""
         for name in dead:

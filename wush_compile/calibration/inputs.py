@@ -106,15 +106,15 @@ def _without_data(
             "a streamed or offloaded model cannot sample its own calibration text: pass data, or load all of it"
         )
 
-    def sample() -> Tensor:
+    def sample() -> dict[str, Tensor]:
         with _on_device(model, device):
             windows = calibration_data.sample_calibration_text(
                 model, tokenizer, *SELF_WINDOWS, seed=config.seed, progress=progress
             )
-            return torch.cat(windows).cpu()
+            return {"sampled": torch.cat(windows).cpu()}
 
-    texts = sample() if journal is None else journal.remember("sampled", sample)  # [windows, tokens]
-    return calibration_data.normalize(texts.split(1), model=model), True
+    texts = sample() if journal is None else journal.remember("sampled", sample)
+    return calibration_data.normalize(texts["sampled"].split(1), model=model), True
 
 
 @contextlib.contextmanager

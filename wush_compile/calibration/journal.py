@@ -213,16 +213,17 @@ class Journal:
         except ValueError:
             raise CheckpointError(f"{path} is not JSON: start over with --restart (restart=True)") from None
 
-    def remember(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """Returns a tensor from the journal, or calls `make` and keeps the result in the journal."""
+    def remember(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Returns tensors from the journal, or calls `make` and keeps the result in the journal."""
         path = self.path / f"{name}.safetensors"
         if path.exists():
-            return Shards([path]).tensor(name)
-        tensor = make()
+            shards = Shards([path])
+            return shards.tensors(shards.specs)
+        tensors = make()
         if self._writes:
             with self._writing(), replaced_file(path) as partial:
-                save_file({name: tensor.contiguous()}, partial)
-        return tensor
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+        return tensors
 
     def micro_batch(self, choose: Callable[[], int | None]) -> int | None:
         """Returns the recorded micro-batch size. If none has been recorded yet, records what `choose` returns."""

@@ -1,5 +1,6 @@
 """The stage loop: observe, solve, commit, propagate, one decoder layer after the other.
 
+0. Weigh the tokens, where a recipe asks for it: one pass of the unquantized model (`token_weights.py`).
 1. Observe: run every batch through the stage with observers in its graph. They collect the second moment and a sample
    of each group's input.
 2. Solve each group, and rewrite its linears in the stage's graph into quantized ones.
@@ -32,6 +33,7 @@ from .context import Run
 from .microbatch import MicroBatch, choose_batch_size, regroup, sequences
 from .solve_group import Solved, solve_group
 from .tensors import Loader, ResultMover
+from .token_weights import TokenWeights, token_weights
 from .variants import Variant, Variants, used
 
 T = TypeVar("T")
@@ -89,6 +91,7 @@ class Calibration:
         if run.journal is not None:
             groups_by_stage = [[groups[i] for i in own] for own in self.groups_in]
             run.journal.lay_out([used(stage) for stage in self.stages], groups_by_stage, run.tensors)
+        self.weights = TokenWeights({})
         self._start()
 
     # -- batches -----------------------------------------------------------------------------------------------------
@@ -100,6 +103,14 @@ class Calibration:
         stages = self.stages[: self.last + 1]
         size = choose_batch_size(self.windows, stages, self.captured.placeholders(), self.device)
         return None if size is None else self.ranks.smallest(size)
+
+    def _weigh(self) -> None:
+        """Makes the observers weigh their rows."""
+        with phase("token weights"):
+            self.weights = token_weights(self.variants, self.groups, self.windows, self.batch_size, self.run)
+        if self.weights.of_group:
+            self.variants.weigh(self.weights)
+        self._start()
 
     def _start(self) -> None:
         """Regroups the windows and resets the activations to the model's inputs."""
@@ -245,6 +256,7 @@ class Calibration:
             self.progress.at(stage.name, f"solving {self.groups[i].name.rpartition('.')[2]}")
             with phase("solve"):
                 solved = solve_group(self.groups[i], loaded, seen.pop(i, None))
+            solved.report["token_weights"] = "gradient" if i in self.weights else "uniform"
             self.progress.at(stage.name, self.groups[i].name, solved.report.get("relative_loss"))
             if self.windows is None:
                 self.progress.advance()
@@ -298,6 +310,8 @@ class Calibration:
 
     def calibrate(self) -> tuple[list[Solved], list[Stage]]:
         """Runs the stages up to the last one with a group. A journal also gets the tensors of later stages."""
+        if self.windows is not None:
+            self._weigh()
         first = self._resume()
         self.progress.begin(self._steps(first), self.device, "batch" if self.batches else "group")
         if 0 < first <= self.last and self.windows is not None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, fx
@@ -18,10 +19,14 @@ VALUES_SHARE = 0.5
 
 @dataclass
 class MicroBatch:
-    """The inputs of one forward, and the numbers of the user's batches that they come from."""
+    """The inputs of one forward, and the numbers of the user's batches that they come from.
+
+    units   the numbers of its sequences; a batch that cannot be split into sequences counts as one
+    """
 
     inputs: Batch
     origin: range
+    units: range
 
     def __str__(self) -> str:
         first, last = self.origin[0], self.origin[-1]
@@ -48,21 +53,27 @@ def regroup(batches: list[Batch], batch_size: int | None) -> list[MicroBatch]:
     None keeps the batches as they are. A batch that cannot be split stays whole.
     """
     if batch_size is None:
-        return [MicroBatch(batch, range(i, i + 1)) for i, batch in enumerate(batches)]
+        ends = list(accumulate(sequences(batch) or 1 for batch in batches))
+        units = [range(a, b) for a, b in pairwise([0, *ends])]
+        return [MicroBatch(batch, range(i, i + 1), units[i]) for i, batch in enumerate(batches)]
     grouped: list[MicroBatch] = []
     pending: list[tuple[int, Batch]] = []
+
+    def add(inputs: Batch, origin: range, count: int) -> None:
+        first = grouped[-1].units.stop if grouped else 0
+        grouped.append(MicroBatch(inputs, origin, range(first, first + count)))
 
     def flush() -> None:
         if pending:
             joined = {name: torch.cat([sequence[name] for _, sequence in pending]) for name in pending[0][1]}
-            grouped.append(MicroBatch(joined, range(pending[0][0], pending[-1][0] + 1)))
+            add(joined, range(pending[0][0], pending[-1][0] + 1), len(pending))
             pending.clear()
 
     for i, batch in enumerate(batches):
         count = sequences(batch)
         if count is None:
             flush()
-            grouped.append(MicroBatch(batch, range(i, i + 1)))
+            add(batch, range(i, i + 1), 1)
             continue
         for s in range(count):
             sequence = {name: value[s : s + 1] for name, value in batch.items()}
@@ -75,10 +86,10 @@ def regroup(batches: list[Batch], batch_size: int | None) -> list[MicroBatch]:
     return grouped
 
 
-def _nbytes(value: object) -> int:
+def traced_bytes(value: object) -> int:
     """Returns the size of a traced value in bytes, with symbolic sizes as in the example input."""
     if not isinstance(value, torch.Tensor):
-        return sum(map(_nbytes, value)) if isinstance(value, tuple | list) else 0
+        return sum(map(traced_bytes, value)) if isinstance(value, tuple | list) else 0
     hints = (s if isinstance(s, int) else s.node.hint for s in value.shape)
     return math.prod(hints) * value.element_size()
 
@@ -89,7 +100,7 @@ def _peak(graph: fx.Graph) -> int:
     alive, total, peak = {}, 0, 0
     for i, node in enumerate(graph.nodes):
         if node.op != "get_attr":
-            alive[node] = _nbytes(node.meta.get("val"))
+            alive[node] = traced_bytes(node.meta.get("val"))
             total += alive[node]
             peak = max(peak, total)
         for used in node.all_input_nodes:
@@ -117,7 +128,7 @@ def choose_batch_size(
         return None
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     example = next(p.meta["val"] for p in placeholders if p.name == "input_ids")
-    tokens = _nbytes(example) // example.element_size()
+    tokens = traced_bytes(example) // example.element_size()
     free, _ = torch.cuda.mem_get_info(device)
     # Calibration keeps fp32 copies of what it observes and quantizes, hence twice the graph's own values.
     each = 2 * max(_peak(s.graph_module.graph) for s in stages[:-1] or stages) / tokens * longest

@@ -46,6 +46,10 @@ class SingleProcess:
         """Returns the smallest number of all ranks. Waits for every rank."""
         return number
 
+    def gather(self, mine: T) -> list[T]:
+        """Returns what every rank gives, in the order of the ranks."""
+        return [mine]
+
     def reduce(self, seen: Mapping[int, Observation], costs: Mapping[int, float]) -> None:
         """Combines the observations of a stage over all ranks, in place.
 
@@ -200,6 +204,10 @@ class Ranks(SingleProcess):
 
     def smallest(self, number: int) -> int:
         return min(self._exchange(number))
+
+    def gather(self, mine: T) -> list[T]:
+        """Returns what every rank gives, in the order of the ranks."""
+        return self._exchange(mine)
 
     def reduce(self, seen: Mapping[int, Observation], costs: Mapping[int, float]) -> None:
         """Leaves a group's moment and sample on the rank that solves it, and its count on every rank."""

@@ -6,6 +6,7 @@ each in its own graph, before its groups are solved.
 """
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.func import functional_call
@@ -13,7 +14,15 @@ from torch.func import functional_call
 from ..capture.export import Captured, capture
 from ..errors import CaptureError, DataError
 from ..passes.calibration.group import LinearGroup, find_again
-from ..passes.calibration.observe import Observation, insert_observers, observed, remove_observers, share
+from ..passes.calibration.observe import (
+    Observation,
+    insert_observers,
+    observed,
+    remove_observers,
+    share,
+    weigh_observers,
+    weight_name,
+)
 from ..passes.calibration.partition import Stage, partition
 from ..passes.calibration.place import place
 from ..passes.calibration.rewrite import rewrite
@@ -21,6 +30,9 @@ from .activations import Activations
 from .context import Run
 from .microbatch import MicroBatch
 from .solve_group import Solved
+
+if TYPE_CHECKING:
+    from .token_weights import TokenWeights
 
 # More graphs than this take longer to trace than a user expects, and hint at data that nobody wants to mix.
 MAX_GRAPHS = 8
@@ -47,25 +59,35 @@ class Variant:
         self.stages = partition(graph_module)
         self.last_use = {name: number for number, stage in enumerate(self.stages) for name in stage.inputs}
         self.activations: Activations | None = None
+        self.batches: list[MicroBatch] = []
+        self._weights: TokenWeights | None = None
 
     def start(self, batches: list[MicroBatch], first: int) -> None:
         """Resets the activations to the inputs of these batches, of which the first has the number `first`."""
         values = [self.captured.flatten(first + i, batch.inputs) for i, batch in enumerate(batches)]
-        run = self._run
+        run, self.batches = self._run, batches
         self.activations = Activations(values, run.device, run.offloads, run.activations_dir)
 
     def forwards(self, number: int, loaded: dict[str, Tensor]) -> Iterator[tuple]:
         """Runs every batch through a stage with these tensors. Yields the outputs."""
         stage = self.stages[number]
+        weighted = [] if self._weights is None else [i for i in observed(stage.graph_module) if i in self._weights]
         if len(self.activations):
-            for inputs in self.activations.read(stage.inputs):
-                yield functional_call(stage.graph_module, loaded, tuple(inputs))
+            for batch, inputs in zip(self.batches, self.activations.read(stage.inputs), strict=True):
+                weights = {weight_name(i): self._weights.of(i, batch, self._run.device) for i in weighted}
+                yield functional_call(stage.graph_module, loaded | weights, tuple(inputs))
 
     def keep(self, number: int, index: int, outputs: tuple) -> None:
         """Keeps a stage's outputs for its batch `index`, and drops the values that no later stage reads."""
         self.activations.write(index, dict(zip(self.stages[number].outputs, outputs, strict=True)))
         dead = [n for n in self.activations.names(index) if self.last_use.get(n, -1) <= number]
         self.activations.drop(index, dead)
+
+    def weigh(self, weights: "TokenWeights") -> None:
+        """Makes the observers of all stages weigh their rows."""
+        self._weights = weights
+        for stage in self.stages:
+            weigh_observers(stage.graph_module, weights)
 
     def observe_into(self, number: int, seen: dict[int, Observation]) -> None:
         """Makes the observers of a stage add to these buffers."""
@@ -90,6 +112,7 @@ class Variants:
         self._groups, self._run, self._observes = groups, run, observes
         self._all = [Variant(captured, list(groups), run, observes)]
         self._solved: list[tuple[int, dict[int, Solved]]] = []
+        self._weights: TokenWeights | None = None
 
     def __iter__(self) -> Iterator[Variant]:
         return iter(self._all)
@@ -141,10 +164,18 @@ class Variants:
                 f"{batch} needs a graph of its own, because the model's graph holds only for {refusal}, and cannot "
                 f"have one: {error}. Give batches of one size"
             ) from error
+        if self._weights is not None:
+            variant.weigh(self._weights)
         for number, solved in self._solved:  # traced late, for a smaller micro-batch
             variant.remove_observers(number)
             variant.rewrite(number, solved)
         return variant
+
+    def weigh(self, weights: "TokenWeights") -> None:
+        """Makes the observers of all stages in all graphs weigh their rows."""
+        self._weights = weights
+        for variant in self._all:
+            variant.weigh(weights)
 
     def observe_into(self, number: int, seen: dict[int, Observation]) -> None:
         """Makes the observers of a stage in all graphs add to these buffers."""

@@ -70,9 +70,14 @@ def _sample_largest(rows: Tensor, largest: Tensor) -> None:
     largest.copy_(torch.where((index < kept)[:, None], largest[index.clamp(max=kept - 1)], new))
 
 
-def _add_moment(rows: Tensor, moment: Tensor) -> None:
-    """moment += rowsᵀ·rows in fp32: rows [n, K], moment [K, K], or [K/B, B, B] for its diagonal blocks."""
-    wide = rows.to(torch.float32)
+def scaled_rows(rows: Tensor, weight: Tensor) -> Tensor:
+    """Rows [n, K] times the square roots of their weights [n], fp32: their moment is Σ w xxᵀ."""
+    return rows.to(torch.float32) * weight.to(torch.float32).sqrt()[:, None]
+
+
+def _add_moment(rows: Tensor, moment: Tensor, weight: Tensor | None = None) -> None:
+    """moment += rowsᵀ·diag(weight)·rows in fp32: rows [n, K], weight [n], moment [K, K] or its blocks [K/B, B, B]."""
+    wide = rows.to(torch.float32) if weight is None else scaled_rows(rows, weight)
     if moment.dim() == 2:
         moment.addmm_(wide.T, wide)  # [K, K]
     else:
@@ -81,22 +86,25 @@ def _add_moment(rows: Tensor, moment: Tensor) -> None:
 
 
 def observe_with(
-    add_moment: Callable[[Tensor, Tensor], None],
+    add_moment: Callable[[Tensor, Tensor, Tensor | None], None],
     x: Tensor,
     mask: Tensor | None,
     moment: Tensor,
     count: Tensor,
     sample: Tensor,
     seed: int = 0,
+    weight: Tensor | None = None,
 ) -> None:
-    """`wush::observe`, with `add_moment(rows [n, K], moment)` to compute the second moments."""
+    """`wush::observe`, with `add_moment(rows [n, K], moment, weight [n] or None)` to compute the second moments."""
     rows = x.reshape(-1, x.shape[-1])  # [n, K]
+    weight = None if weight is None else weight.reshape(-1)
     if mask is not None:
-        rows = rows[mask.reshape(-1) != 0]
+        kept = mask.reshape(-1) != 0
+        rows, weight = rows[kept], None if weight is None else weight[kept]
     if rows.shape[0] == 0:
         return
     with phase("moments"):
-        add_moment(rows, moment)
+        add_moment(rows, moment, weight)
     if sample.shape[0]:
         largest = sample.shape[0] // LARGEST_SHARE
         uniform = sample.shape[0] - largest
@@ -107,14 +115,27 @@ def observe_with(
     count.add_(rows.shape[0])
 
 
-def _observe(x: Tensor, mask: Tensor | None, moment: Tensor, count: Tensor, sample: Tensor, seed: int = 0) -> None:
-    observe_with(_add_moment, x, mask, moment, count, sample, seed)
+def _observe(
+    x: Tensor,
+    mask: Tensor | None,
+    moment: Tensor,
+    count: Tensor,
+    sample: Tensor,
+    seed: int = 0,
+    weight: Tensor | None = None,
+) -> None:
+    observe_with(_add_moment, x, mask, moment, count, sample, seed, weight)
 
 
-def _observe_fake(x, mask, moment, count, sample, seed=0):
-    for other in (mask, moment, count, sample):
+def _observe_fake(x, mask, moment, count, sample, seed=0, weight=None):
+    for other in (mask, moment, count, sample, weight):
         if other is not None:
             torch._check(other.device == x.device, lambda: f"x is on {x.device}, its mask or state on {other.device}")
+    if weight is not None:
+        torch._check(
+            weight.numel() * x.shape[-1] == x.numel(),
+            lambda: f"weight has {weight.numel()} values, x {x.numel() // x.shape[-1]} rows",
+        )
     k, covered = x.shape[-1], moment.shape[-1] if moment.dim() == 2 else moment.shape[0] * moment.shape[-1]
     torch._check(covered == k, lambda: f"the moment covers {covered} channels, x has {k}")
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..recipe import Recipe
-from .choose import uses_conditional_moments
+from .choose import CLOSED_FORM, uses_conditional_moments
 
 
 @dataclass
@@ -39,6 +39,11 @@ def moment_shape(recipe: Recipe, width: int) -> tuple[int, ...]:
         return (width, width)
     block = block_size(recipe, width)
     return (width // block, block, block)
+
+
+def uses_moment(recipe: Recipe) -> bool:
+    """Whether the solution depends on the second moment: the transform's closed form and GPTQ do."""
+    return recipe.solver == "gptq" or recipe.transform in CLOSED_FORM
 
 
 def solve_cost(recipe: Recipe, rows: int, width: int) -> float:

@@ -153,7 +153,7 @@ def refuses_fp4_grouped_linear(
     return triton_grouped.supports(format, 2 * weight_codes.shape[-1], codes.dtype, activation_format)
 
 
-def refuses_observe(x, mask, moment, count, sample, seed=0) -> str | None:
+def refuses_observe(x, mask, moment, count, sample, seed=0, weight=None) -> str | None:
     if x.dtype not in (torch.bfloat16, torch.float16) or moment.dtype != torch.float32:
         return f"rows are {x.dtype}, the moment {moment.dtype}"
     return None

@@ -1,7 +1,7 @@
 """Inserts and removes the calibration observers: one `wush::observe` node for each group of linears."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +113,22 @@ def insert_observers(graph_module: fx.GraphModule, groups: list[LinearGroup | No
 def observed(graph_module: fx.GraphModule) -> list[int]:
     """Returns the numbers of the groups that this graph observes, in graph order."""
     return [n.meta["wush_group"] for n in graph_module.graph.nodes if n.target in OBSERVERS]
+
+
+def weigh_observers(graph_module: fx.GraphModule, weighted: Container[int]) -> None:
+    """Gives the observers of these groups a weight for each row. `weight_name` names what the caller must provide."""
+    for node in list(graph_module.graph.nodes):
+        if node.target is torch.ops.wush.observe.default and (index := node.meta["wush_group"]) in weighted:
+            name = weight_name(index)
+            graph_module.register_buffer(name, torch.empty(0, device="meta"))
+            with graph_module.graph.inserting_before(node):
+                node.args = (*node.args, graph_module.graph.get_attr(name))
+    graph_module.recompile()
+
+
+def weight_name(index: int) -> str:
+    """Returns the name of the tensor that weighs the rows of group `index`."""
+    return f"wush_observer_{index}_weight"
 
 
 def allocate(graph_module: fx.GraphModule, index: int, device: torch.device) -> Observation:

@@ -16,6 +16,7 @@ from ....ops import core as ops
 TILE_COLUMNS, TILE_ROWS = 64, 64
 LOAD_STAGES = 4  # tiles in flight
 GRID_PROGRAMS = 1056  # enough to fill any GPU several times
+WEIGHTED_ROWS = 4096  # rows weighted at a time: their fp32 values are temporary
 
 
 @triton.jit(do_not_specialize=["M", "share"])
@@ -73,8 +74,15 @@ def _add_blocks(rows: Tensor, moment: Tensor) -> None:
     moment.add_(parts.sum(0))
 
 
-def add_moment(rows: Tensor, moment: Tensor) -> None:
-    """moment += rowsᵀ·rows: rows bf16 or fp16 [n, K], moment fp32 [K, K], or [K/B, B, B] for its diagonal blocks."""
+def add_moment(rows: Tensor, moment: Tensor, weight: Tensor | None = None) -> None:
+    """moment += rowsᵀ·diag(weight)·rows: rows bf16 or fp16 [n, K], weight [n], moment fp32 [K, K] or [K/B, B, B].
+
+    Weighted rows are rounded to bf16 once more: fp16 might overflow.
+    """
+    if weight is not None:
+        for part, own in zip(rows.split(WEIGHTED_ROWS), weight.split(WEIGHTED_ROWS)):
+            add_moment(ops.scaled_rows(part, own).to(torch.bfloat16), moment)
+        return
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     if moment.dim() == 2:

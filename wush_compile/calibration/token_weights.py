@@ -1,0 +1,349 @@
+"""Weighs the tokens of calibration by gradients (docs/spec.md §3): one pass, forward and backward, before the stages.
+
+The weight of a token in a group is the norm of d(log-likelihood) / d(output of the group's linears), divided by the
+mean over all tokens, and at most `LARGEST_WEIGHT`. The log-likelihood is of tokens that are sampled from the model's
+own prediction, so that the weights say what the prediction depends on, whatever the data are.
+
+The pass runs stage by stage. Forward, it keeps the values between stages. Backward, it runs each stage again with
+gradients. So a GPU holds the weights of one stage, and the values inside of one. As many micro-batches go together as
+have room for the values between stages: only one if the weights stay on the device.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from ..capture.export import Captured
+from ..data import Batch
+from ..errors import WushError
+from ..ops.core import _uniform
+from ..passes.calibration.group import LinearGroup
+from ..passes.calibration.taps import tapped
+from ..solver.solution import uses_moment
+from .activations import Activations
+from .context import Run
+from .microbatch import MicroBatch, regroup, sequences, traced_bytes
+from .tensors import Loader
+from .variants import Variant, Variants
+
+log = logging.getLogger("wush_compile")
+LARGEST_WEIGHT = 20.0
+# Tokens in a micro-batch of the pass: it also runs the head, whose logits are larger than anything in a layer.
+PASS_TOKENS = 4096
+# Rows whose probabilities are computed at a time.
+LOGIT_ROWS = 1024
+# The share of the host's memory for the values between stages, where the weights are loaded stage by stage.
+HELD_SHARE = 0.25
+UNIT_STRIDE = 2**20
+
+
+class NoGradient(Exception):
+    """Why a model's tokens cannot be weighted."""
+
+
+@dataclass
+class TokenWeights:
+    """The weights of this process's tokens: group number -> the fp32 weights of each unit (see `MicroBatch`)."""
+
+    of_group: dict[int, list[Tensor]]
+
+    def __contains__(self, group: int) -> bool:
+        return group in self.of_group
+
+    def of(self, group: int, batch: MicroBatch, device: torch.device) -> Tensor:
+        """Returns the weights of a micro-batch's rows [rows]."""
+        return torch.cat([self.of_group[group][unit] for unit in batch.units]).to(device)
+
+
+def wanted_groups(groups: list[LinearGroup]) -> set[int]:
+    """Returns the numbers of the groups whose recipe weighs tokens by gradients."""
+    return {i for i, g in enumerate(groups) if g.recipe.token_weights == "gradient" and uses_moment(g.recipe)}
+
+
+# -- the log-likelihood ----------------------------------------------------------------------------------------------
+
+
+def logit_outputs(captured: Captured) -> dict[str, str]:
+    """Returns {node: key} of the graph's results whose key ends with `logits`, floating-point and of 2 dimensions or more.
+
+    Raises `NoGradient` if there are none.
+    """
+    graph_module = captured.graph_module
+    results = next(n for n in graph_module.graph.nodes if n.op == "output").args[0]
+    spec = getattr(graph_module, "_out_spec", None)
+    structure = None if spec is None else pytree.tree_unflatten(list(results), spec)
+    found = {}
+    for key, node in structure.items() if isinstance(structure, dict) else ():
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        if str(key).endswith("logits") and isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+            found[node.name] = str(key)
+    if not found:
+        raise NoGradient("it returns no logits")
+    return found
+
+
+def likelihood_gradient(logits: Tensor, mask: Tensor | None, first_unit: int, seed: int) -> Tensor:
+    """d(Σ log p(sampled token)) / d(logits), in the dtype of the logits [B, .., V].
+
+    Row i of sequence b draws by a pseudo-random number of b, i and the seed alone. mask [B, ..]: rows to leave out.
+    """
+    batch, flat = logits.shape[0], logits.reshape(-1, logits.shape[-1])  # [n, V]
+    each = len(flat) // batch
+    row = torch.arange(len(flat), device=logits.device)
+    number = (first_unit + row // each) * UNIT_STRIDE + row % each
+    draw = _uniform(number, seed).to(torch.float32)[:, None]  # [n, 1]
+    gradient = torch.empty_like(flat)
+    for start in range(0, len(flat), LOGIT_ROWS):
+        part = slice(start, start + LOGIT_ROWS)
+        p = flat[part].float().softmax(-1)
+        total = p.cumsum(-1)
+        token = torch.searchsorted(total, draw[part] * total[:, -1:]).clamp(max=p.shape[-1] - 1)
+        gradient[part] = p.neg_().scatter_add_(-1, token, torch.ones_like(draw[part])).to(gradient.dtype)
+    if mask is not None and mask.shape == logits.shape[:-1]:
+        gradient[mask.reshape(-1) == 0] = 0
+    return gradient.view(logits.shape)
+
+
+# -- the pass --------------------------------------------------------------------------------------------------------
+
+
+class _Pass:
+    """The pass of one graph's micro-batches."""
+
+    def __init__(self, variant: Variant, wanted: set[int], run: Run, loader: Loader, offset: int, seed: int):
+        """offset: the number of this process's first unit among all processes' units."""
+        self.variant, self.run, self.loader, self.offset, self.seed = variant, run, loader, offset, seed
+        self.logits = logit_outputs(variant.captured)
+        self.stages = variant.stages
+        self.made = [tapped(stage, variant.groups, wanted) for stage in self.stages]
+        self.first = min((k for k, (_, taps) in enumerate(self.made) if taps), default=len(self.stages))
+        self.inputs = [p.name for p in variant.captured.placeholders()]
+        # Gradients flow into values that a stage makes from the first one with a group on.
+        self.flows = [{n for s in self.stages[self.first : k] for n in s.outputs} for k in range(len(self.stages))]
+
+    def together(self, batch: MicroBatch) -> int:
+        """Returns how many micro-batches like this one to run together."""
+        if not self.run.offloads:
+            return 1
+        inputs = [n for stage in self.stages for n in stage.graph_module.graph.find_nodes(op="placeholder")]
+        held = sum({n.name: traced_bytes(n.meta.get("val")) for n in inputs}.values())
+        given = sum(traced_bytes(p.meta.get("val")) for p in self.variant.captured.placeholders())
+        actual = sum(t.nbytes for t in pytree.tree_leaves(batch.inputs) if isinstance(t, Tensor))
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return max(1, int(HELD_SHARE * memory / max(held * actual / given, 1)))
+
+    def _load(self, number: int, following: int | None) -> dict[str, Tensor]:
+        def names(k: int) -> list[str]:
+            used = self.made[k][0].graph.find_nodes(op="get_attr")
+            return [n.target for n in used if n.target in self.run.tensors]
+
+        loaded = self.loader.take(number, names(number))
+        if following is not None:
+            self.loader.start(following, names(following))
+        return loaded
+
+    def run_chunk(self, batches: list[MicroBatch], values: list[dict]) -> Iterator[tuple[int, int, Tensor, int]]:
+        """Runs micro-batches, given the values of the graph's inputs. Yields (group, batch, norms [rows], rows kept)."""
+        run, last = self.run, len(self.stages) - 1
+        forward = Activations(values, run.device, run.offloads, run.activations_dir)
+        for k in range(last):
+            loaded = self._load(k, k + 1)
+            for index, inputs in enumerate(forward.read(self.stages[k].inputs)):
+                outputs = functional_call(self.made[k][0], loaded, tuple(inputs))
+                forward.write(index, dict(zip(self.stages[k].outputs, outputs, strict=True)))
+        backward = Activations([{} for _ in batches], run.device, run.offloads, run.activations_dir)
+        for k in range(last, self.first - 1, -1):
+            loaded = self._load(k, k - 1 if k > self.first else None)
+            gradients = (self._take(backward, i, self.stages[k].outputs) for i in range(len(batches)))
+            for index, inputs in enumerate(forward.read(self.stages[k].inputs)):
+                made = self._backward(k, loaded, inputs, next(gradients), batches[index])
+                before = self._take(backward, index, made)
+                backward.write(index, {n: g + before[n] if n in before else g for n, g in made.items()})
+                for group, tap in self.made[k][1].items():
+                    yield group, index, *tap.take()
+
+    @staticmethod
+    def _take(store: Activations, index: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """Returns the gradients of a batch that are kept under these names, and drops them."""
+        present = [n for n in names if n in store.names(index)]
+        found = {n: store.get(index, n) for n in present}
+        store.drop(index, present)
+        return found
+
+    def _backward(self, k: int, loaded: dict, inputs: list, gradients: dict[str, Tensor], batch: MicroBatch) -> dict:
+        """Returns the gradients of a stage's inputs by name, from those of its outputs. The taps get those inside."""
+        stage, (module, taps) = self.stages[k], self.made[k]
+        leaves = {
+            name: value.detach().requires_grad_()
+            for name, value in zip(stage.inputs, inputs, strict=True)
+            if name in self.flows[k] and isinstance(value, Tensor) and value.is_floating_point()
+        }
+        anchor = torch.zeros((), device=self.run.device, requires_grad=True)
+        for tap in taps.values():
+            tap.anchor = anchor
+        with torch.enable_grad():
+            arguments = [leaves.get(name, value) for name, value in zip(stage.inputs, inputs, strict=True)]
+            outputs = dict(zip(stage.outputs, functional_call(module, loaded, tuple(arguments)), strict=True))
+        mask = self._mask(batch)
+        for name in self.logits:
+            if name in outputs:
+                own = likelihood_gradient(outputs[name].detach(), mask, batch.units[0] + self.offset, self.seed)
+                gradients[name] = gradients[name] + own if name in gradients else own
+        flowing = [n for n, g in gradients.items() if isinstance(outputs[n], Tensor) and outputs[n].requires_grad]
+        if not flowing:
+            return {}
+        found = torch.autograd.grad(
+            [outputs[n] for n in flowing],
+            [*leaves.values(), anchor],
+            [gradients[n] for n in flowing],
+            allow_unused=True,
+        )
+        return {name: g for name, g in zip(leaves, found) if g is not None}
+
+    def _mask(self, batch: MicroBatch) -> Tensor | None:
+        """Returns the mask of the rows that the model predicts."""
+        inputs = batch.inputs if isinstance(batch.inputs, dict) else {}
+        decoder = any(name.startswith("decoder_") for name in inputs)
+        mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
+        return None if mask is None else mask.to(self.run.device)
+
+
+@dataclass
+class _Norms:
+    """The norms of a group's rows, by unit, and how many rows are not masked. `rows` is None if they have no units."""
+
+    units: dict[int, Tensor] | None
+    kept: int = 0
+
+    def add(self, batch: MicroBatch, norm: Tensor, kept: int) -> None:
+        if self.units is None or len(norm) % len(batch.units):
+            self.units = None
+            return
+        self.kept += kept
+        self.units |= dict(zip(batch.units, norm.cpu().view(len(batch.units), -1), strict=True))
+
+
+def _norms(
+    variants: Variants,
+    groups: list[LinearGroup],
+    wanted: set[int],
+    windows: list,
+    size: int | None,
+    offset: int,
+    run: Run,
+) -> dict[int, _Norms]:
+    """Runs the pass with micro-batches of `size` sequences. Returns the norms by group number."""
+    found = {i: _Norms({}) for i in wanted}
+    batches = variants.route(regroup(windows, size))
+    run.progress.begin(len(batches), run.device, "batch")
+    run.progress.at("token weights")
+    seed = min(groups[i].recipe.seed for i in wanted)
+    loader = Loader(run.tensors, run.device)
+    try:
+        for variant in variants:
+            if not variant.batches:
+                continue
+            work = _Pass(variant, wanted, run, loader, offset, seed)
+            values = variant.activations.read(work.inputs)
+            for chunk in _chunks(variant.batches, work.together):
+                inputs = [dict(zip(work.inputs, next(values), strict=True)) for _ in chunk]
+                for group, index, norm, kept in work.run_chunk(chunk, inputs):
+                    found[group].add(chunk[index], norm, kept)
+                for batch in chunk:
+                    run.progress.advance(batch.tokens())
+    finally:
+        loader.close()
+    return found
+
+
+def _chunks(batches: list[MicroBatch], together: Callable[[MicroBatch], int]) -> Iterator[list[MicroBatch]]:
+    while batches:
+        count = together(max(batches, key=MicroBatch.tokens))
+        yield batches[:count]
+        batches = batches[count:]
+
+
+def _pass_size(windows: list[Batch], batch_size: int | None) -> int | None:
+    """Returns the sequences in a micro-batch of the pass; None for batches as they are."""
+    counts = [sequences(batch) for batch in windows]
+    if None in counts:
+        return batch_size
+    longest = max(batch["input_ids"].shape[1] for batch in windows)
+    return min(max(1, PASS_TOKENS // longest), batch_size or max(counts))
+
+
+def _measure(
+    variants: Variants,
+    groups: list[LinearGroup],
+    wanted: set[int],
+    windows: list[Batch],
+    batch_size: int | None,
+    run: Run,
+) -> dict[str, Tensor]:
+    """Returns the weights of the whole run, of all processes: for each group `weights` [rows] and `rows` [units]."""
+    units = run.ranks.gather(sum(sequences(batch) or 1 for batch in windows))
+    offset, size = sum(units[: run.ranks.rank]), _pass_size(windows, batch_size)
+    while True:
+        found, reason, smaller = {}, None, size
+        try:
+            found = _norms(variants, groups, wanted, windows, size, offset, run)
+        except torch.OutOfMemoryError:
+            smaller = (size or 1) // 2
+            reason = None if smaller else "one sequence does not fit the memory for a backward pass"
+        except (NoGradient, WushError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0]
+        reasons = [r for r in run.ranks.gather(reason) if r is not None]
+        if reasons:
+            log.warning("all calibration tokens count alike, without gradients: %s", reasons[0])
+            return {"units": torch.tensor(units)}
+        agreed = run.ranks.smallest(size if smaller is None else smaller) if size is not None else None
+        if agreed == size:
+            break
+        size = agreed
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+    weights = {"units": torch.tensor(units)}
+    for i in sorted(wanted):
+        own = found[i].units
+        mine = None if own is None else ([own[unit] for unit in sorted(own)], found[i].kept)
+        shares = run.ranks.gather(mine)
+        if None in shares:
+            continue
+        parts = [part for share, _ in shares for part in share]
+        norm, kept = torch.cat(parts), sum(count for _, count in shares)
+        mean = norm.sum(dtype=torch.float64) / max(kept, 1)
+        if 0 < mean < math.inf:
+            weights[f"{groups[i].name}.weights"] = (norm / mean).clamp(max=LARGEST_WEIGHT).to(torch.float32)
+            weights[f"{groups[i].name}.rows"] = torch.tensor([len(part) for part in parts])
+    return weights
+
+
+def token_weights(
+    variants: Variants, groups: list[LinearGroup], windows: list[Batch], batch_size: int | None, run: Run
+) -> TokenWeights:
+    """Returns the weights of this process's tokens, for the groups that want and can have them.
+
+    A journal keeps the weights, so that a run that goes on has the same ones.
+    """
+    wanted = wanted_groups(groups)
+    if not wanted:
+        return TokenWeights({})
+
+    def make() -> dict[str, Tensor]:
+        return _measure(variants, groups, wanted, windows, batch_size, run)
+
+    whole = make() if run.journal is None else run.journal.remember("token_weights", make)
+    units = whole["units"].tolist()
+    own = slice(sum(units[: run.ranks.rank]), sum(units[: run.ranks.rank + 1]))
+    of_group = {}
+    for i in sorted(wanted):
+        if (rows := whole.get(f"{groups[i].name}.rows")) is not None:
+            of_group[i] = list(whole[f"{groups[i].name}.weights"].split(rows.tolist())[own])
+    return TokenWeights(of_group)
