@@ -14,7 +14,17 @@ from wush_compile.config import WushConfig
 from wush_compile.errors import ConfigError, DataError, NonFiniteError
 from wush_compile.recipe import MOMENTS, SOLVERS, TRANSFORMS
 from wush_compile.solver.facts import moment_curves
-from wush_compile.solver.gptq import _rounder, gptq, gptq_conditional, rotate_, round_e2m1, round_group, triangular
+from wush_compile.solver.gptq import (
+    _results,
+    _rounder,
+    gptq,
+    gptq_conditional,
+    rotate_,
+    round_best,
+    round_e2m1,
+    round_group,
+    triangular,
+)
 from wush_compile.solver.loss import layer_loss
 from wush_compile.solver.scales import global_scale
 from wush_compile.solver.solution import block_size, moment_shape
@@ -237,8 +247,8 @@ def spans_agree(device):
     h = damped(x).to(device)
     factor, columns = torch.linalg.cholesky(h), w.T.to(device, torch.float64).contiguous()
     t = random_orthogonal(7, 32, 0, "a").to(device) * torch.arange(1, 8, device=device)[:, None, None]
-    w_tilde, unit = apply_blockwise(columns, torch.linalg.inv(t).mT), rotate_(factor, t, 32)
-    results = [gptq(w_tilde, unit, config.format, "mse", None, span=span) for span in (32, 64, 96, 512)]
+    w_tilde, rotated = apply_blockwise(columns, torch.linalg.inv(t).mT), rotate_(factor, t, 32)
+    results = [gptq(w_tilde, *rotated, config.format, "mse", None, span=span) for span in (32, 64, 96, 512)]
     for codes, scales, error in results[1:]:
         assert torch.equal(codes, results[0][0]) and torch.equal(scales, results[0][1])
         torch.testing.assert_close(error, results[0][2], rtol=1e-9, atol=1e-12)
@@ -260,7 +270,7 @@ def rotated_factor(device):
         with pytest.MonkeyPatch.context() as patch:
             for chunk in (2**25, 64 * 192):
                 patch.setattr(sys.modules["wush_compile.solver.gptq"], "ROTATED_ELEMENTS", chunk)
-                unit = rotate_(torch.linalg.cholesky(h), t, block)
+                unit, _ = rotate_(torch.linalg.cholesky(h), t, block)
                 torch.testing.assert_close(unit.tril(), expected / expected.diagonal(), rtol=1e-8, atol=1e-10)
                 assert not diagonal_blocks(unit, block).triu(1).any()
     m = torch.randn(5, 32, 32, dtype=torch.float64, device=device, generator=torch.Generator(device).manual_seed(0))
@@ -327,7 +337,7 @@ def test_both_formulations_agree():
     inverse = torch.linalg.inv(t)
     for span in (32, 128):
         there = gptq_conditional(columns, factor, 32, lambda b, _: (t[b], inverse[b]), "mxfp4", "mse", None, span)
-        here = gptq(apply_blockwise(columns, inverse.mT), rotate_(factor.clone(), t, 32), "mxfp4", "mse", None, span)
+        here = gptq(apply_blockwise(columns, inverse.mT), *rotate_(factor.clone(), t, 32), "mxfp4", "mse", None, span)
         assert torch.equal(here[0], there[0]) and torch.equal(here[1], there[1])
         torch.testing.assert_close(apply_blockwise(here[2], t.mT), there[2], rtol=1e-9, atol=1e-12)
 
@@ -340,12 +350,37 @@ def test_spans_agree_on_a_gpu():
     torch.testing.assert_close(error.cpu(), here[2], rtol=1e-9, atol=1e-12)
 
 
+def test_loss_rule_takes_the_best_candidate_of_each_group():
+    """Against every candidate rounded alone, its loss computed as ‖D L‖² of the group, in float64."""
+    generator = torch.Generator().manual_seed(3)
+    for format, fmt in formats.FORMATS.items():
+        size, n, g = fmt.group_size, 200, torch.tensor([4.0]) if format == "nvfp4" else None
+        w, x = (torch.randn(rows, n, dtype=torch.float64, generator=generator) for rows in (size, 3 * size))
+        factor = torch.linalg.cholesky(x[:, :1] @ x[:, :1].T / 50 + torch.eye(3 * size))[:size, :size] * 3
+        diagonal = factor.diagonal()
+        codes, scales, error = _results(w, format)
+        round_best(w, w.clone(), factor / diagonal, diagonal, format, g, codes, scales[0], error)
+        candidates = formats.scale_candidates(w.T.float().contiguous(), format, g)
+        losses = []
+        for own in candidates:
+            other = _results(w, format)
+            other[1][0] = own
+            round_group(w, w.clone(), factor / diagonal, format, "given", g, other[0], other[1][0], other[2])
+            losses.append((factor.T @ other[2]).square().sum(0))  # D L, transposed
+        least = torch.stack(losses).min(0)
+        torch.testing.assert_close((factor.T @ error).square().sum(0), least.values, rtol=1e-9, atol=0)
+        assert torch.equal(scales[0], candidates.gather(0, least.indices[None])[0])
+        assert len(set(least.indices.tolist())) > 1
+        decoded = formats.decode(codes.T, scales[0], format, g).double().T
+        torch.testing.assert_close(w - decoded, error, rtol=1e-5, atol=1e-6)
+
+
 def group_kernel_agrees(device):
     """The Triton kernel against `round_group`, bit for bit, on 41 rows; some are zero, tiny, large or infinite."""
     from wush_compile.kernels.triton.calibration import gptq as triton_gptq
 
     generator = torch.Generator().manual_seed(0)
-    for format, rule in RULES:
+    for format, rule in (*RULES, *((format, "given") for format in formats.FORMATS)):
         size, n = formats.get_format(format).group_size, 41
         g = {"mxfp4": 3.0 if rule == "paper" else None, "nvfp4": 10.0 if rule == "paper" else 4.0, "int4": None}[format]
         g = None if g is None else torch.tensor([g])
@@ -357,7 +392,8 @@ def group_kernel_agrees(device):
         results = []
         for where, function in (("cpu", round_group), (device, triton_gptq.round_group)):
             codes = torch.full((size, n), 77, dtype=torch.uint8, device=where)
-            scales = torch.zeros(n, dtype=formats.get_format(format).scale_dtype, device=where)
+            # Read by the rule `given` alone, overwritten by the others.
+            scales = formats.compute_scales(w.T.to(torch.float32), format, "absmax", g).to(where)
             error = torch.full((size, n), 99.0, dtype=torch.float64, device=where)
             function(
                 w.to(where),

@@ -265,6 +265,31 @@ def compute_scales(x: Tensor, format: str, rule: str, g: Tensor | None = None) -
     return torch.where(bad, NV_NAN, _scales_nvfp4(x, amax, rule, _global(g, x))).to(torch.uint8)
 
 
+# The values that the largest magnitude of a group may be scaled to, for `scale_candidates`. 6 is e2m1's largest value.
+# A scale too small for the largest value clips it.
+NVFP4_LARGEST = (6.0, 7.2, 6.6, 5.5, 5.0, 4.5, 4.0, 3.75, 3.5, 3.25)
+MXFP4_OFFSETS = (0, -1, 1, -2)
+INT4_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+def scale_candidates(x: Tensor, format: str, g: Tensor | None = None) -> Tensor:
+    """Scales among which to choose: fp32 groups [.., G] -> [C, ..] in the format's scale dtype, `absmax` first.
+
+    A group with NaN or Inf gets the NaN mark in all.
+    """
+    first = compute_scales(x, format, "absmax", g)
+    if format == "int4":
+        return torch.stack([(first.to(torch.float32) * share).to(torch.bfloat16) for share in INT4_SHARES])
+    if format == "mxfp4":
+        byte = first.to(torch.int32)
+        moved = [(byte + offset).clamp(1, 254) for offset in MXFP4_OFFSETS]
+        return torch.stack([torch.where(byte == MX_NAN, MX_NAN, b) for b in moved]).to(torch.uint8)
+    scaled = torch.where(first == NV_NAN, 0.0, x.to(torch.float32).abs().amax(-1))
+    factors = [_global(g, x) / largest for largest in NVFP4_LARGEST]
+    found = [e4m3_encode((scaled * f).clamp(max=E4M3_MAX)).clamp(0x01, 0x7E) for f in factors]
+    return torch.stack([torch.where(first == NV_NAN, NV_NAN, b) for b in found]).to(torch.uint8)
+
+
 # -- encode, decode --------------------------------------------------------------------------------------------------
 
 

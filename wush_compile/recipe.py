@@ -32,7 +32,8 @@ class Recipe:
         moment given the channels not yet quantized, as in the authors' Algorithm 2.
     weight_scale_rule, activation_scale_rule
         How the scale of a group follows from its values (docs/spec.md §4). `absmax` clips nothing; `mse` takes the
-        candidate with the least squared error; `ocp` (mxfp4) is the Microscaling rule; `gaussian` (int4) is optimal for
+        candidate with the least squared error; `loss` (weights alone), of more candidates, the one with the least loss
+        of GPTQ, with `rtn` it is `mse`; `ocp` (mxfp4) is the Microscaling rule; `gaussian` (int4) is optimal for
         a normal distribution; `paper` is the rule of the authors' code.
     activation_format
         The format of activations. `same`: that of the weights, 4 bits. `fp8`: e4m3 with one fp32 scale a token; more
@@ -74,7 +75,8 @@ class Recipe:
         one_of("activation_format", self.activation_format, ACTIVATION_FORMATS)
         if self.format not in WEIGHT_FORMATS:  # which `resolved` gives their one rule
             for side in ("weight_scale_rule", "activation_scale_rule"):
-                one_of(f"{side} for {self.format}", getattr(self, side), fmt.scale_rules)
+                more = ("loss",) if side == "weight_scale_rule" else ()
+                one_of(f"{side} for {self.format}", getattr(self, side), (*fmt.scale_rules, *more))
         elif self.activation_format == "same":
             raise ConfigError(
                 f"{self.format} is a format of weights alone: give activation_format None (16 bits) or 'fp8' with it"

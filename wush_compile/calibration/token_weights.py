@@ -71,7 +71,7 @@ def wanted_groups(groups: list[LinearGroup]) -> set[int]:
 
 
 def logit_outputs(captured: Captured) -> dict[str, str]:
-    """Returns {node: key} of the graph's results whose key ends with `logits`, floating-point and of 2 dimensions or more.
+    """Returns {node: key} of the graph's results whose key ends with `logits`, of 2 dimensions or more.
 
     Raises `NoGradient` if there are none.
     """
@@ -150,7 +150,7 @@ class _Pass:
         return loaded
 
     def run_chunk(self, batches: list[MicroBatch], values: list[dict]) -> Iterator[tuple[int, int, Tensor, int]]:
-        """Runs micro-batches, given the values of the graph's inputs. Yields (group, batch, norms [rows], rows kept)."""
+        """Runs micro-batches on the values of the graph's inputs. Yields (group, batch, norms [rows], rows kept)."""
         run, last = self.run, len(self.stages) - 1
         forward = Activations(values, run.device, run.offloads, run.activations_dir)
         for k in range(last):

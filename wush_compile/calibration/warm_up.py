@@ -23,7 +23,7 @@ from ..passes.calibration.observe import GROUP_SAMPLE_ROWS
 from ..phases import phase
 from ..recipe import Recipe
 from ..solver.loss import layer_loss
-from ..solver.solution import block_size, moment_shape
+from ..solver.solution import block_size, moment_shape, weight_rule
 from ..solver.solve import ROUNDED_ELEMENTS, solve
 from ..solver.transforms import PANEL
 from .context import Run
@@ -67,7 +67,7 @@ def _product(rows: int, width: int, tokens: int, recipe: Recipe, dtype: torch.dt
     _run("fp4_linear", codes, scales, g[0], weight, weight_scales, g[1], None, None, recipe.format, dtype, *layout)
     if recipe.solver == "rtn" and recipe.format not in formats.WEIGHT_FORMATS:
         chunk = _input(max(1, ROUNDED_ELEMENTS // width), width, torch.float32, device)
-        _run("transform_quantize", chunk, None, g[1], recipe.format, recipe.weight_scale_rule)
+        _run("transform_quantize", chunk, None, g[1], recipe.format, weight_rule(recipe))
 
 
 def _solutions(sizes: list[tuple[int, Recipe]], tokens: int, dtype: torch.dtype, device: torch.device) -> None:

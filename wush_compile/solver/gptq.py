@@ -45,8 +45,8 @@ def triangular(m: Tensor) -> tuple[Tensor, Tensor]:
     return r.mT, q
 
 
-def rotate_(factor: Tensor, transform: Tensor | None, block: int) -> Tensor:
-    """L [K, K], overwritten -> U with ones on its diagonal, where T L Q = U diag(..) is the lower factor of T H Tᵀ.
+def rotate_(factor: Tensor, transform: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+    """L [K, K], overwritten -> (U with ones on its diagonal, d [K]); T L Q = U diag(d) is the lower factor of T H Tᵀ.
 
     transform: float64 [K/B, B, B], [1, B, B] or None. Nothing above the diagonal blocks of L and U is read.
     """
@@ -65,7 +65,12 @@ def rotate_(factor: Tensor, transform: Tensor | None, block: int) -> Tensor:
         columns = apply_blockwise(part, left).unflatten(1, (-1, block)).transpose(0, 1)  # [stop/B, rows, B]
         part.copy_((columns @ (q / diagonal[:, None, :])[: stop // block]).transpose(0, 1).flatten(1))
     blocks.copy_(lower / diagonal[:, None, :])
-    return factor
+    return factor, diagonal.flatten()
+
+
+def _updated(w: Tensor, z: Tensor, unit: Tensor) -> Tensor:
+    """The optimal weights [G, N] of a group, given the channels already quantized: w + A_g L̃_gg⁻¹."""
+    return w + torch.linalg.solve_triangular(unit.mT, z - w, upper=True, unitriangular=True)
 
 
 def round_group(
@@ -84,11 +89,11 @@ def round_group(
     w float64 [G, N]: the weights. z float64 [G, N]: the value that each channel would be rounded from if no later
     channel of the group had an error; overwritten by the value that it is rounded from. unit float64 [G, G]: the
     group's block of U. codes uint8 [G, N], one a byte; scales [N], the format's dtype; error float64 [G, N]: w − Q(w).
+    With the rule `given` the scales are an input.
     """
-    # The optimal weights of this group, given the channels already quantized: w + A_g L̃_gg⁻¹.
-    shift = torch.linalg.solve_triangular(unit.mT, z - w, upper=True, unitriangular=True)
-    updated = w + shift
-    scales.copy_(formats.compute_scales(updated.T.to(torch.float32).contiguous(), format, rule, g))
+    if rule != "given":
+        updated = _updated(w, z, unit)
+        scales.copy_(formats.compute_scales(updated.T.to(torch.float32).contiguous(), format, rule, g))
     round_column = _rounder(scales, format, g)
     for j in range(w.shape[0] - 1, -1, -1):
         torch.sub(w[j], round_column(z[j].to(torch.float32)), out=error[j])
@@ -139,10 +144,42 @@ def _group_rounder(device: torch.device) -> Callable[..., None]:
     return round_group
 
 
+def round_best(
+    w: Tensor,
+    z: Tensor,
+    unit: Tensor,
+    diagonal: Tensor,
+    format: str,
+    g: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    error: Tensor,
+    round_one: Callable[..., None] = round_group,
+) -> None:
+    """`round_group` with the scale, of `formats.scale_candidates`, for which the group's part of the loss is least.
+
+    The group is rounded with each candidate. Its columns of D L are d_j (z_j − q_j), where z_j is the value that
+    channel j is rounded to q_j from; their squares are the loss. diagonal [G]: d. The first candidate wins ties.
+    """
+    found = formats.scale_candidates(_updated(w, z, unit).T.to(torch.float32).contiguous(), format, g)  # [C, N]
+    count, rows = found.shape
+    wide = w.repeat(1, count)  # [G, C·N]
+    shift, found = (z - w).repeat(1, count), found.flatten()
+    tried = torch.empty(wide.shape, dtype=torch.uint8, device=w.device), found, torch.empty_like(wide)
+    round_one(wide, wide + shift, unit, format, "given", g, *tried)
+    loss = (shift.addmm_(unit.mT, tried[2]) * diagonal[:, None]).square_().sum(0).view(count, rows)
+    best = loss.argmin(0)  # [N]
+    at = (best * rows + torch.arange(rows, device=w.device)).expand(w.shape)  # [G, N]
+    codes.copy_(tried[0].gather(1, at))
+    error.copy_(tried[2].gather(1, at))
+    scales.copy_(found[at[0]])
+
+
 def _round_channels(
     w: Tensor,
     z: Tensor,
     unit: Tensor,
+    diagonal: Tensor,
     format: str,
     rule: str,
     g: Tensor | None,
@@ -150,11 +187,15 @@ def _round_channels(
     scales: Tensor,
     error: Tensor,
 ) -> None:
-    """`round_group` for several groups, from the last to the first; scales [channels/G, N]."""
+    """`round_group` or `round_best` for several groups, from the last to the first; scales [channels/G, N]."""
     group, round_one = formats.FORMATS[format].group_size, _group_rounder(w.device)
     for start in range(w.shape[0] - group, -1, -group):
         here = slice(start, start + group)
-        round_one(w[here], z[here], unit[here, here], format, rule, g, codes[here], scales[start // group], error[here])
+        results = codes[here], scales[start // group], error[here]
+        if rule == "loss":
+            round_best(w[here], z[here], unit[here, here], diagonal[here], format, g, *results, round_one)
+        else:
+            round_one(w[here], z[here], unit[here, here], format, rule, g, *results)
         if start:
             z[:start].addmm_(unit[here, :start].T, error[here])
 
@@ -168,12 +209,12 @@ def _results(w: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gptq(
-    w: Tensor, unit: Tensor, format: str, rule: str, g: Tensor | None, span: int = SPAN
+    w: Tensor, unit: Tensor, diagonal: Tensor, format: str, rule: str, g: Tensor | None, span: int = SPAN
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rounds all channels, from the last to the first.
 
-    w float64 [K, N]: W̃ᵀ; unit [K, K]: U. Returns codes uint8 [N, K], one code a byte; scales [N, K/G]; the error
-    W̃ᵀ − Q(W̃)ᵀ [K, N].
+    w float64 [K, N]: W̃ᵀ; unit [K, K] and diagonal [K]: U and d. Returns codes uint8 [N, K], one code a byte; scales
+    [N, K/G]; the error W̃ᵀ − Q(W̃)ᵀ [K, N].
     """
     codes, scales, error = _results(w, format)
     group = formats.FORMATS[format].group_size
@@ -185,6 +226,7 @@ def gptq(
             w[here],
             z,
             unit[here, here],
+            diagonal[here],
             format,
             rule,
             g,
@@ -231,6 +273,7 @@ def gptq_conditional(
                 w_tilde,
                 z,
                 lower / diagonal,
+                diagonal,
                 format,
                 rule,
                 g,

@@ -41,6 +41,11 @@ def moment_shape(recipe: Recipe, width: int) -> tuple[int, ...]:
     return (width // block, block, block)
 
 
+def weight_rule(recipe: Recipe) -> str:
+    """The scale rule of the weights. Rounding to nearest passes no errors on, so it has no `loss` beside `mse`."""
+    return "mse" if recipe.weight_scale_rule == "loss" and recipe.solver == "rtn" else recipe.weight_scale_rule
+
+
 def uses_moment(recipe: Recipe) -> bool:
     """Whether the solution depends on the second moment: the transform's closed form and GPTQ do."""
     return recipe.solver == "gptq" or recipe.transform in CLOSED_FORM

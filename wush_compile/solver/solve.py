@@ -11,7 +11,7 @@ from .choose import CLOSED_FORM, Transforms, uses_conditional_moments
 from .facts import moment_curves
 from .gptq import gptq, gptq_conditional, rotate_
 from .scales import calibrates_global_scale, global_scale
-from .solution import GroupSolution, block_size
+from .solution import GroupSolution, block_size, weight_rule
 from .transforms import PANEL, apply_blockwise, damped_cholesky, diagonal_blocks
 
 # Weights rounded to nearest at a time: the temporaries of rounding are many times as large.
@@ -46,7 +46,7 @@ def solve(
         raise DataError(f"{name}: {recipe.solver} with transform {recipe.transform} needs calibration data: pass data")
     w = weight.T.contiguous().to(torch.float64)  # Wᵀ [K, N]
     report = {"damping_tries": 0}
-    rule, conditional = recipe.weight_scale_rule, uses_conditional_moments(recipe)
+    rule, conditional = weight_rule(recipe), uses_conditional_moments(recipe)
 
     def mean_moment() -> Tensor | None:  # H: [K, K], [K/B, B, B] or None
         return _mean_moment(moment, count, weight.device, name)
@@ -95,7 +95,7 @@ def solve(
                 packed, scale, error = _round_to_nearest(w_tilde, recipe.format, rule, g)
         else:
             with phase("GPTQ"):
-                codes, scale, error = gptq(w_tilde, rotate_(factor, wide, block), recipe.format, rule, g)
+                codes, scale, error = gptq(w_tilde, *rotate_(factor, wide, block), recipe.format, rule, g)
             packed = formats.pack(codes)
         error = apply_blockwise(error, None if wide is None else wide.mT)
     if transforms is not None:

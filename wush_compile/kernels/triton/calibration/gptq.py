@@ -98,10 +98,11 @@ def round_group_kernel(
 
     # The best weights of the group, given the channels that are already quantized: w + (z - w) U⁻¹.
     shift = residual - weight
-    for i in range(G - 1):
-        j = G - 1 - i
-        u = tl.load(unit + j.to(tl.int64) * row_stride + columns * column_stride, mask=columns < j, other=0.0)  # [G]
-        shift -= _column(shift, columns, j)[:, None] * u[None, :]
+    if RULE != "given":
+        for i in range(G - 1):
+            j = G - 1 - i
+            u = tl.load(unit + j.to(tl.int64) * row_stride + columns * column_stride, mask=columns < j, other=0.0)
+            shift -= _column(shift, columns, j)[:, None] * u[None, :]
     updated = (weight + shift).to(tl.float32)
 
     bits = group_amax(updated, R, G, G)  # [R, 1]
@@ -109,24 +110,38 @@ def round_group_kernel(
     updated = tl.where(bad, 0.0, updated)
     amax = tl.where(bad, 0, bits)
     groups = tl.reshape(updated, (R, 1, G))
-    spoiled = tl.reshape(bad, (R,))
     if FORMAT == "mxfp4":
-        byte = mx_scale(groups, amax, RULE, R, 1)
+        if RULE == "given":
+            byte = tl.load(scales + rows, mask=inside, other=1).to(tl.int32)[:, None]
+            bad = byte == MX_NAN
+            byte = tl.where(bad, 1, byte)
+        else:
+            byte = mx_scale(groups, amax, RULE, R, 1)
         inverse = tl.reshape(exp2(127 - byte), (R,)) * g
         byte = tl.where(bad, MX_NAN, byte)
         scale = tl.reshape(e8m0_factor(byte), (R,))
         tl.store(scales + rows, tl.reshape(byte, (R,)).to(tl.uint8), mask=inside)
     elif FORMAT == "nvfp4":
-        byte = nv_scale(groups, amax, g, RULE, R, 1)
+        if RULE == "given":
+            byte = tl.load(scales + rows, mask=inside, other=1).to(tl.int32)[:, None]
+            bad = byte == NV_NAN
+            byte = tl.where(bad, 1, byte)
+        else:
+            byte = nv_scale(groups, amax, g, RULE, R, 1)
         inverse = tl.reshape(tl.div_rn(g, e4m3_decode(byte)), (R,))
         byte = tl.where(bad, NV_NAN, byte)
         scale = tl.reshape(e4m3_factor(byte), (R,))
         tl.store(scales + rows, tl.reshape(byte, (R,)).to(tl.uint8), mask=inside)
     else:
-        scale = _int4_scale(updated, tl.reshape(amax, (R,)), RULE, R)
+        if RULE == "given":
+            scale = tl.load(scales + rows, mask=inside, other=0.0).to(tl.float32)
+            bad = (scale != scale)[:, None]
+        else:
+            scale = _int4_scale(updated, tl.reshape(amax, (R,)), RULE, R)
         inverse = tl.where(scale > 0, scale, 1.0)  # the divisor
-        scale = tl.where(spoiled, float("nan"), scale)
+        scale = tl.where(tl.reshape(bad, (R,)), float("nan"), scale)
         tl.store(scales + rows, scale.to(tl.bfloat16), mask=inside)
+    spoiled = tl.reshape(bad, (R,))
     # In float64: the error is that of the decoded value, and the division by g is the only inexact step of decoding.
     factor = scale.to(tl.float64) / g.to(tl.float64) if SCALED else scale.to(tl.float64)
 
@@ -167,7 +182,7 @@ def round_group(
     w float64 [G, N]: the weights, transposed. z float64 [G, N]: the value that each channel is rounded from if no later
     channel of the group has an error. unit float64 [G, G]: the group's diagonal block of the unit lower factor.
     g: fp32 [1] or None. codes uint8 [G, N], one a byte; scales [N] in the format's dtype.
-    error float64 [G, N]: w - Q(w).
+    error float64 [G, N]: w - Q(w). With the rule `given` the scales are an input.
     """
     assert all(t.is_contiguous() for t in (w, z, codes, scales, error))
     rows = w.shape[1]
