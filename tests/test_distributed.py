@@ -19,7 +19,7 @@ from wush_compile.errors import NonFiniteError, WushError
 from wush_compile.solver.solution import solve_cost
 
 WINDOWS, LENGTH = 10, 48
-SETTINGS = {"solver": "gptq", "progress": False}
+SETTINGS = {"solver": "gptq", "token_weights": "gradient", "progress": False}
 
 
 def data():

@@ -301,7 +301,7 @@ def _measure(
             reason = str(error).strip().split("\n")[0]
         reasons = [r for r in run.ranks.gather(reason) if r is not None]
         if reasons:
-            log.warning("all calibration tokens count alike, without gradients: %s", reasons[0])
+            log.warning("calibration tokens count alike, not by their gradients: %s", reasons[0])
             return {"units": torch.tensor(units)}
         agreed = run.ranks.smallest(size if smaller is None else smaller) if size is not None else None
         if agreed == size:
@@ -309,12 +309,13 @@ def _measure(
         size = agreed
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-    weights = {"units": torch.tensor(units)}
+    weights, without = {"units": torch.tensor(units)}, []
     for i in sorted(wanted):
         own = found[i].units
         mine = None if own is None else ([own[unit] for unit in sorted(own)], found[i].kept)
         shares = run.ranks.gather(mine)
-        if None in shares:
+        if None in shares:  # its rows do not belong to sequences
+            without.append(groups[i].name)
             continue
         parts = [part for share, _ in shares for part in share]
         norm, kept = torch.cat(parts), sum(count for _, count in shares)
@@ -322,6 +323,14 @@ def _measure(
         if 0 < mean < math.inf:
             weights[f"{groups[i].name}.weights"] = (norm / mean).clamp(max=LARGEST_WEIGHT).to(torch.float32)
             weights[f"{groups[i].name}.rows"] = torch.tensor([len(part) for part in parts])
+        else:
+            without.append(groups[i].name)
+    if without:
+        log.warning(
+            "the calibration tokens of %s count alike: no gradient reaches %s",
+            without[0] + (f" and {len(without) - 1} more groups" if without[1:] else ""),
+            "them" if without[1:] else "it",
+        )
     return weights
 
 

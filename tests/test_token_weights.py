@@ -1,0 +1,150 @@
+"""Weights of calibration tokens from gradients: against float64 autograd, by micro-batch, in the journal, without."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from helpers import measured, same_tensors
+from models import plain, tokens
+from torch import nn
+
+import wush_compile as wc
+from wush_compile.calibration import loop
+from wush_compile.calibration import token_weights as weighing
+from wush_compile.errors import ConfigError
+from wush_compile.ops import core as ops
+
+BATCHES = [tokens(3, 24, seed=1), tokens(1, 24, seed=2), tokens(2, 24, seed=3)]
+GROUPS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.down_proj",)
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """The weights that runs use: {group name: fp32 [rows]}."""
+    runs, real = [], loop.token_weights
+
+    def watched(variants, groups, *others):
+        weights = real(variants, groups, *others)
+        runs.append({groups[i].name: torch.cat(units) for i, units in weights.of_group.items()})
+        return weights
+
+    monkeypatch.setattr(loop, "token_weights", watched)
+    return runs
+
+
+def quantize(model, data=BATCHES, **settings):
+    return wc.quantize(model, data, progress=False, **{"token_weights": "gradient", **settings})
+
+
+def reference(model: nn.Module, batches: list[torch.Tensor], members: list[str]) -> torch.Tensor:
+    """The weights of a group by autograd of the whole model in float64: one backward pass a batch."""
+    model, outputs, norms, sequence = copy.deepcopy(model).double(), {}, [], 0
+    for name in members:
+
+        def keep(module, args, output, name=name):
+            outputs[name] = output
+            output.retain_grad()
+
+        model.get_submodule(name).register_forward_hook(keep)
+    for ids in batches:
+        logits = model(input_ids=ids, use_cache=False).logits
+        position = (sequence + torch.arange(len(ids)))[:, None] * weighing.UNIT_STRIDE + torch.arange(ids.shape[1])
+        draw = ops._uniform(position.flatten(), 0).view(ids.shape)
+        sampled = (logits.detach().softmax(-1).cumsum(-1) < draw[..., None]).sum(-1)
+        logits.log_softmax(-1).gather(-1, sampled[..., None]).sum().backward()
+        norms.append(sum(outputs[name].grad.square().sum(-1) for name in members).sqrt().flatten())
+        sequence += len(ids)
+    norm = torch.cat(norms)
+    return (norm / norm.mean()).clamp(max=weighing.LARGEST_WEIGHT)
+
+
+def test_weights_are_the_norms_of_the_gradients(found):
+    model = plain("llama", torch.float32)
+    expected = {
+        f"model.layers.{layer}.{group[0]}": reference(model, BATCHES, [f"model.layers.{layer}.{g}" for g in group])
+        for layer in (0, 1)
+        for group in GROUPS
+    }
+    quantize(model)
+    for name, weights in expected.items():
+        torch.testing.assert_close(found[0][name].double(), weights, rtol=1e-4, atol=1e-5)
+        assert weights.max() > 1.2
+    assert {entry["token_weights"] for entry in measured(model).values()} == {"gradient"}
+    other = quantize(plain("llama", torch.float32), batch_size=1)
+    for name in found[0]:  # whatever the micro-batch, the same sampled tokens
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-4, atol=1e-5)
+    assert same_tensors(quantize(plain("llama", torch.float32)), model)
+    assert not same_tensors(other, quantize(plain("llama", torch.float32), token_weights="uniform"))
+
+
+def test_masked_tokens_have_no_part(found):
+    """Another id under the mask changes no weight, and the mean of 1 is that of the other rows."""
+    mask = torch.ones(2, 24, dtype=torch.int64)
+    mask[0, 5:9] = 0  # inside the row, so that it is not cut off
+    ids = tokens(2, 24, seed=4)
+    for value in (3, 7):
+        quantize(
+            plain("llama", torch.float32), [{"input_ids": ids.masked_fill(mask == 0, value), "attention_mask": mask}]
+        )
+    for name, weights in found[0].items():
+        assert torch.equal(weights, found[1][name])
+        assert (weights[mask.flatten() == 0] == 0).all()
+        assert weights.sum() == pytest.approx(44, rel=1e-4)
+
+
+def test_observe_weighs_rows():
+    x, weight = torch.randn(5, 7, 64), torch.rand(35) * 3
+    mask = torch.arange(35).view(5, 7) % 3
+    moment, count, sample = torch.zeros(64, 64), torch.zeros((), dtype=torch.int64), torch.zeros(0, 64)
+    torch.ops.wush.observe(x, mask, moment, count, sample, 0, weight)
+    rows, kept = x.view(35, 64).double(), mask.flatten() != 0
+    torch.testing.assert_close(moment.double(), (rows * (weight * kept)[:, None]).T @ rows, rtol=1e-5, atol=1e-5)
+    assert count == kept.sum()
+    torch.library.opcheck(torch.ops.wush.observe.default, (x, mask, moment, count, sample, 0, weight))
+
+
+def test_a_journal_keeps_the_weights(found, tmp_path, monkeypatch):
+    model = plain("llama", torch.float32)
+    with monkeypatch.context() as patch:
+        solve = loop.solve_group
+
+        def stopped(group, *args):
+            if "layers.1" in group.name:
+                raise KeyboardInterrupt
+            return solve(group, *args)
+
+        patch.setattr(loop, "solve_group", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(model, out=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(weighing, "_measure", None)  # not called again
+        quantize(model, out=tmp_path)
+    assert all(torch.equal(weights, found[1][name]) for name, weights in found[0].items()) and found[0]
+    assert same_tensors(model, quantize(plain("llama", torch.float32)))
+    with pytest.raises(ConfigError, match="token_weights"):
+        quantize(plain("llama", torch.float32), out=tmp_path, token_weights="uniform")
+
+
+class Bare(nn.Module):
+    """A model whose result has no name, and one that autograd cannot follow."""
+
+    def __init__(self, named: bool):
+        super().__init__()
+        self.first, self.second, self.named = nn.Linear(64, 64), nn.Linear(64, 32), named
+
+    def forward(self, x):
+        y = self.second(self.first(x).relu())
+        return {"logits": y.round()} if self.named else y
+
+
+@pytest.mark.parametrize("named, reason", [(False, "no logits"), (True, "no gradient")])
+def test_without_gradients_tokens_count_alike(named, reason, caplog):
+    torch.manual_seed(0)
+    model, x = Bare(named), [torch.randn(40, 64)]
+    other = copy.deepcopy(model)
+    with caplog.at_level(logging.INFO, "wush_compile"):
+        quantize(model, x)
+    assert [r for r in caplog.records if "count alike" in r.message and reason in r.message]
+    assert {entry["token_weights"] for entry in measured(model).values()} == {"uniform"}
+    assert same_tensors(model, quantize(other, x, token_weights="uniform"))
