@@ -289,7 +289,7 @@ def _measure(
 ) -> dict[str, Tensor]:
     """Returns the weights of the whole run, of all processes: for each group `weights` [rows] and `rows` [units]."""
     units = run.ranks.gather(sum(sequences(batch) or 1 for batch in windows))
-    offset, size = sum(units[: run.ranks.rank]), _pass_size(windows, batch_size)
+    offset, size = sum(units[: run.ranks.rank]), run.ranks.smallest(_pass_size(windows, batch_size) or 0) or None
     while True:
         found, reason, smaller = {}, None, size
         try:
