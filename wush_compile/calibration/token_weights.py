@@ -63,8 +63,9 @@ class TokenWeights:
 
 
 def wanted_groups(groups: list[LinearGroup]) -> set[int]:
-    """Returns the numbers of the groups whose recipe weighs tokens by gradients."""
-    return {i for i, g in enumerate(groups) if g.recipe.token_weights == "gradient" and uses_moment(g.recipe)}
+    """Returns the numbers of the groups whose recipe weighs tokens by gradients. Rows of experts are not tokens."""
+    weighed = [(i, g.recipe) for i, g in enumerate(groups) if g.experts is None]
+    return {i for i, recipe in weighed if recipe.token_weights == "gradient" and uses_moment(recipe)}
 
 
 # -- the log-likelihood ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .group import LinearGroup
+from .observe import OBSERVERS
 from .partition import Stage
 
 
@@ -66,7 +67,7 @@ def tapped(stage: Stage, groups: list[LinearGroup | None], wanted: set[int]) -> 
     root.__dict__.update(stage.graph_module.__dict__)
     root._modules = dict(stage.graph_module._modules)
     for node in stage.graph_module.graph.nodes:
-        if node.target is torch.ops.wush.observe.default:
+        if node.target in OBSERVERS:
             masks[node.meta["wush_group"]] = node.args[1]
             continue
         copies[node] = graph.node_copy(node, copies.__getitem__)
