@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import plain, tokens
+from moe_models import moe
 
 import wush_compile as wc
 from wush_compile.calibration import loop as calibrate
@@ -98,7 +99,11 @@ def worker(mode: str, out: str) -> None:
         watch = Watch(monkeypatch)
         journal = None if mode == "work" else f"{out}/checkpoint"
         model = wc.quantize(plain("llama", torch.float32), data(), out=journal, **SETTINGS)
-    torch.save({"state": model.state_dict(), "moments": watch.moments}, f"{out}/{rank}.pt")
+    result = {"state": model.state_dict(), "moments": watch.moments}
+    if mode == "work":
+        mixture = wc.quantize(moe("qwen3_moe", torch.float32), data(), **SETTINGS)
+        result |= {"mixture": mixture.state_dict(), "report": mixture.wush_quantization.report}
+    torch.save(result, f"{out}/{rank}.pt")
     Path(f"{out}/{rank}.json").write_text(json.dumps({"forwarded": watch.forwarded, "said": said}))
 
 
@@ -185,6 +190,18 @@ def test_two_processes_are_one(two, monkeypatch):
     expected = kl(alone, reference)
     alone.load_state_dict(states[0])
     assert kl(alone, reference) == pytest.approx(expected, rel=0.02)
+
+
+def test_experts_of_two_processes(two):
+    first, second = two[1]
+    assert_same_state(first["mixture"], second["mixture"])
+    alone = wc.quantize(moe("qwen3_moe", torch.float32), data(), **SETTINGS)
+    for name, report in alone.wush_quantization.report.items():
+        for key in ("tokens", "tokens_by_expert"):
+            assert first["report"][name].get(key) == second["report"][name].get(key) == report.get(key)
+        if "experts" in report:
+            assert sum(report["tokens_by_expert"]) == 2 * WINDOWS * LENGTH
+            assert first["report"][name]["relative_loss"] == pytest.approx(report["relative_loss"], rel=0.1)
 
 
 def test_a_death_ends_the_others_and_the_journal_goes_on(two, tmp_path):

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from helpers import same_tensors
+from helpers import files, same_tensors
 from models import tokens
 from moe_models import FAMILIES, moe
+from transformers import AutoModelForCausalLM
 
 import wush_compile as wc
+from wush_compile.calibration import loop as stages
+from wush_compile.calibration import verify
 from wush_compile.experts import ExpertGroup
 from wush_compile.modules import named_groups
 
@@ -24,8 +27,14 @@ def family(request):
     model = moe(request.param)
     with torch.no_grad():
         before = model(DATA[0]).logits
-    wc.quantize(model, DATA, progress=False)
+    with pytest.MonkeyPatch.context() as patch:  # the model computes exactly what the rewritten graph computes
+        patch.setattr(verify, "_first_difference", unequal)
+        wc.quantize(model, DATA, progress=False)
     return model, before
+
+
+def unequal(*args):
+    raise AssertionError("the model with quantized experts differs from its graph")
 
 
 def test_every_family(family, tmp_path):
@@ -50,3 +59,32 @@ def test_every_family(family, tmp_path):
     assert same_tensors(loaded, model)
     with torch.no_grad():
         assert torch.equal(loaded(DATA[0]).logits, logits)
+
+
+@pytest.mark.parametrize("kind, settings", [("qwen3_moe", {}), ("gpt_oss", dict(format="nvfp4", solver="rtn"))])
+def test_streamed_and_resumed_files_are_those_of_the_model_in_memory(kind, settings, tmp_path, monkeypatch):
+    """The source holds a matrix an expert (Qwen3-MoE), or transposed ones with biases (gpt-oss)."""
+    moe(kind, layers=2).save_pretrained(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype="auto")
+    wc.quantize(model, DATA, progress=False, out=tmp_path / "memory", **settings)
+
+    def stream(out):
+        return wc.quantize_checkpoint(tmp_path / "source", DATA, progress=False, out=tmp_path / out, **settings)
+
+    stream("streamed")
+    assert files(tmp_path / "streamed") == files(tmp_path / "memory")
+    solve = stages.solve_group
+
+    def broken(group, *args):
+        if "layers.1.mlp.experts.down" in group.name:
+            raise KeyboardInterrupt
+        return solve(group, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stages, "solve_group", broken)
+        stream("resumed")
+    stream("resumed")
+    assert files(tmp_path / "resumed") == files(tmp_path / "memory")
+    assert same_tensors(wc.load(tmp_path / "streamed"), model)
+    wc.save(model, tmp_path / "saved")
+    assert same_tensors(wc.load(tmp_path / "saved"), model)

@@ -212,18 +212,23 @@ class Ranks(SingleProcess):
     def reduce(self, seen: Mapping[int, Observation], costs: Mapping[int, float]) -> None:
         """Leaves a group's moment and sample on the rank that solves it, and its count on every rank."""
         self._owners = assign(costs, self.size)
-        counts = self._exchange([int(observation.count) for observation in seen.values()])
+        counts = self._exchange([observation.count.cpu() for observation in seen.values()])
         with self._contact():
             for position, (i, observation) in enumerate(seen.items()):
                 own, owner = [c[position] for c in counts], self._owners[i]
+                rows = [int(count.sum()) for count in own]
                 dist.reduce(observation.moment, owner)
-                samples = [torch.empty_like(observation.sample) for _ in range(self.size if owner == self.rank else 0)]
-                dist.gather(_as_bytes(observation.sample), list(map(_as_bytes, samples)) or None, owner)
-                observation.count.fill_(sum(own))
-                if samples:
-                    observation.sample = merge_samples(samples, own)
-                else:
-                    observation.moment = observation.sample = None  # frees memory for the solver
+                observation.count.copy_(sum(own))
+                for part in ("sample", "expert"):
+                    sample = getattr(observation, part)
+                    if sample is None:
+                        continue
+                    samples = [torch.empty_like(sample) for _ in range(self.size if owner == self.rank else 0)]
+                    dist.gather(_as_bytes(sample), list(map(_as_bytes, samples)) or None, owner)
+                    # Which rows of the uniform part are merged depends on the counts alone.
+                    setattr(observation, part, merge_samples(samples, rows) if samples else None)
+                if owner != self.rank:
+                    observation.moment = None  # frees memory for the solver
 
     def solve(self, numbers: Iterable[int], solve: Callable[[int], T]) -> dict[int, T]:
         """Broadcasts the results. Each is a dataclass with a module `group`: buffers go as bytes, the rest pickled."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import hf
+from ..checkpoint.conversion import Conversion
 from ..checkpoint.files import Shards, weight_files
 from ..errors import CheckpointError, NonFiniteError
 from .tensors import finite
@@ -29,6 +30,16 @@ class CheckpointTensors:
         }
         self._weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._sources = _sources(model, shards)
+        self._conversion = Conversion(model, shards.specs)
+        made = self._conversion.sources
+        missing = [name for name in self._weights if name not in self._sources and name not in made]
+        if missing:
+            raise CheckpointError(
+                f"the files have no tensor for {min(missing)}"
+                + (f" and {len(missing) - 1} more" if missing[1:] else "")
+                + f": {type(model).__name__} uses other names than the files, or tensors are missing; quantize it "
+                "without streaming"
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -43,7 +54,11 @@ class CheckpointTensors:
         loaded = {}
         for name in names:
             like = self._tensors[name]
-            tensor = found[self._sources[name]].to(like.dtype) if name in self._sources else like
+            tensor = like
+            if name in self._sources:
+                tensor = found[self._sources[name]].to(like.dtype)
+            elif name in self._conversion.sources:
+                tensor = self._conversion.make(name, self._shards.tensors).to(like.dtype)
             if tensor.shape != like.shape:
                 raise CheckpointError(f"{name} is {list(tensor.shape)} in the file, {list(like.shape)} by config.json")
             loaded[name] = tensor = tensor.to(device)
@@ -66,14 +81,6 @@ def _sources(model: nn.Module, shards: Shards) -> dict[str, str]:
         source = next((n for n in candidates if n in shards.specs), None)
         if source is not None:
             sources |= dict.fromkeys(names, source)
-    missing = [name for name, p in model.named_parameters(remove_duplicate=False) if name not in sources]
-    if missing:
-        raise CheckpointError(
-            f"the files have no tensor for {missing[0]}"
-            + (f" and {len(missing) - 1} more" if missing[1:] else "")
-            + f": {type(model).__name__} uses other names than the files, or tensors are missing; quantize it without "
-            "streaming"
-        )
     return sources
 
 
