@@ -474,7 +474,10 @@ def main(arguments: list[str] | None = None) -> None:
     import torch._inductor.compile_fx as _  # noqa: F401
     import transformers.modeling_utils  # noqa: F401  (imported once, before the processes are forked)
 
-    import wush_compile  # noqa: F401
+    import wush_compile.backend
+    import wush_compile.calibration.run
+    import wush_compile.checkpoint.save_load
+    import wush_compile.passes.pipeline  # noqa: F401
 
     def keep(name: str, row: dict) -> None:
         result["rows"][name] = row

@@ -94,9 +94,10 @@ NUMBERS: list[tuple[str, Callable[[int], int]]] = [
     (r"(\w+_)?(intermediate|ffn|ff|inner|feed_forward)_?(size|dim|hidden_size)\w*|n_inner|d_ff|mlp_dim",
      _at_most(2 * WIDTH)),
     (r"(\w+_)?(num_(\w+_)?experts|n_routed_experts)", _at_most(4)),
-    (r"(\w+_)?(experts_per_tok|top_?k|topk)(_experts)?|topk_group|n_group", _at_most(2)),
+    (r"(\w+_)?experts_per_tok|moe_topk|top_?k(_experts)?|topk_group|n_group", _at_most(2)),
     (r"(pretrain_)?(image|img|input_image)_size", DEPTHS[5]),
-    (r"(\w+_)?window_size|attention_window", _at_most(4)),
+    (r"window_size", lambda v: 2 if v <= 16 else v),
+    (r"(mamba_)?n_groups|mamba_ngroups|moe_k|num_(expert_)?group|num_experts_per_token", _at_most(2)),
     (r"(\w+_)?num_queries|num_query_tokens|query_length|num_denoising", _at_most(10)),
     (r"patch_size", lambda v: v if v <= 8 else PATCH),
     (r"max_(source|target)_positions", _at_most(64)),
@@ -111,7 +112,9 @@ LISTS: list[tuple[str, Callable[[list], list]]] = [
     (r"depths|(layer|stage|encoder|decoder)\w*depths?|num_layers|blocks_per_stage|stage_num_blocks",
      lambda v: [min(n, 1) for n in v]),
     (r"num_(attention_)?heads(_per_stage)?", lambda v: [2**i for i in range(len(v))]),
-    (r"(\w+_)?hidden_sizes|embed_dim(_per_stage|s)?|neck_hidden_sizes", _doubling),
+    (r"embed_dim_per_stage", lambda v: [2 * n for n in _doubling(v)]),
+    (r"(\w+_)?hidden_sizes|embed_dims?|neck_hidden_sizes", _doubling),
+    (r"decoder_in_channels", lambda v: [WIDTH] * len(v)),
     (r"(fullatt|window)_block_index\w*|global_attn_indexes|global_attention_blocks|deepstack_visual_indexes|"
      r"cross_attention_layers", lambda v: [LAYERS - 1]),
     (r"eos_token_id", lambda v: [_ids(v[0])]),
@@ -129,30 +132,35 @@ def shrunk(config: object, own: dict | None = None, narrow: bool = True) -> dict
 
     settings: dict = {}
     numbers = NUMBERS if narrow else [pair for pair in NUMBERS if pair[1] in DEPTHS]
-    lists = LISTS if narrow else LISTS[:1] + LISTS[3:]
+    lists = LISTS if narrow else LISTS[:1] + LISTS[5:]
     for name, value in vars(config).items():
         if name.startswith("_") or name in ("transformers_version", "dtype"):
             continue
         if isinstance(value, PretrainedConfig):
-            settings[name] = {**shrunk(value, None, narrow), "model_type": value.model_type}
+            settings[name] = {**value.to_diff_dict(), **shrunk(value, None, narrow), "model_type": value.model_type}
         elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
             rule = next((rule for pattern, rule in numbers if re.fullmatch(pattern, name)), None)
             if rule is not None and rule(value) != value:
                 settings[name] = rule(value)
         elif isinstance(value, (list, tuple)) and value and all(type(n) is int for n in value):
             rule = next((rule for pattern, rule in lists if re.fullmatch(pattern, name)), None)
+            if hasattr(config, "stage_out_channels") and name == "hidden_sizes":
+                continue
             if rule is not None:
                 settings[name] = type(value)(rule(list(value)))
-        elif narrow and isinstance(value, dict) and isinstance(value.get("mrope_section"), (list, tuple)):
-            old = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            settings[name] = {**value, "mrope_section": _split(value["mrope_section"], HEAD / old)}
+        elif narrow and name == "rope_parameters" and isinstance(value, dict) and _has_sections(config, value):
+            rotated = HEAD * (value.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", 1) or 1)
+            settings[name] = {**value, "mrope_section": _sections(int(rotated) // 2)}
         elif name in ("layer_types", "layers_block_type", "mlp_layer_types", "block_types") and value:
             # One of each kind, in their order: a hybrid stack stays one.
             settings[name] = list(dict.fromkeys(value))
             settings[name] += settings[name][-1:] * (LAYERS - len(settings[name]))
+    heads, kv = (getattr(config, n, None) for n in ("num_attention_heads", "num_key_value_heads"))
+    if narrow and "num_key_value_heads" in settings and (hasattr(config, "kv_lora_rank") or kv == heads):
+        settings["num_key_value_heads"] = settings.get("num_attention_heads", heads)
     if "num_hidden_layers" in settings and len(getattr(config, "out_indices", None) or ()) > 1:
         count = len(config.out_indices)  # a backbone returns as many feature maps as its neck reads
-        settings |= {"num_hidden_layers": count, "out_indices": list(range(1, count + 1))}
+        settings |= {"num_hidden_layers": count, "out_features": None, "out_indices": list(range(1, count + 1))}
     for kinds in ("layer_types", "layers_block_type"):
         if kinds in settings:
             count = len(settings[kinds])
@@ -163,11 +171,14 @@ def shrunk(config: object, own: dict | None = None, narrow: bool = True) -> dict
     return _merged(settings, own or {})
 
 
-def _split(sections: list[int], scale: float) -> list[int]:
-    """Sections in about the same proportions whose sum is scaled."""
-    total = round(sum(sections) * scale)
-    first = [max(1, round(n * scale)) for n in sections[:-1]]
-    return [*first, total - sum(first)]
+def _has_sections(config: object, rope: dict) -> bool:
+    """Whether the rotary embedding of a model has a section each for time, height and width."""
+    return "mrope_section" in rope or bool(re.match(SECTIONED, config.model_type))
+
+
+def _sections(total: int) -> list[int]:
+    first = max(1, total // 4)
+    return [first, (total - first) // 2, total - first - (total - first) // 2]
 
 
 def _merged(settings: dict, own: dict) -> dict:
@@ -177,6 +188,8 @@ def _merged(settings: dict, own: dict) -> dict:
     return merged
 
 
+# Models whose code has a default for sections that their configuration does not name.
+SECTIONED = r"(qwen2(_5)?_vl|glm4v|glm46v|glm_image|glm_ocr|paddleocr|qwen2_5_omni|colqwen).*"
 # More parameters take too long to quantize.
 MOST = 60_000_000
 # Settings of EXCEPTIONS without which a default configuration cannot be made.
@@ -189,15 +202,11 @@ EXCEPTIONS: dict[str, dict] = {
     "time_series_transformer": _SERIES,
     "reformer": dict(is_decoder=True, axial_pos_shape=(4, 4), axial_pos_embds_dim=(32, 32)),
     "xlnet": dict(d_head=16),
-    "esm": dict(vocab_size=33, mask_token_id=32, pad_token_id=1),
+    "esm": dict(vocab_size=128, mask_token_id=32, pad_token_id=1),
     "esmc": dict(num_key_value_heads=HEADS),
-    "glm5_next": dict(text_config=dict(num_key_value_heads=HEADS)),
-    "glm5_next_text": dict(num_key_value_heads=HEADS),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "mamba2": dict(num_heads=8, head_dim=16, n_groups=1, state_size=16),
-    "bamba": dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16),
     "falcon_h1": dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_ssm=128, mamba_d_state=16),
-    "granitemoehybrid": dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16),
     "molmo2": dict(adapter_config=dict(vision_feature_layer=[-1, -2])),
     "muse_spark_audio": dict(num_hidden_layers=4),
     "muse_spark": dict(audio_config=dict(num_hidden_layers=4)),
@@ -205,6 +214,22 @@ EXCEPTIONS: dict[str, dict] = {
     "gemma4_assistant": dict(text_config=dict(hidden_size_per_layer_input=0)),
     "wavtokenizer": dict(codebook_dim=WIDTH),
     "wavtokenizer_encoder": dict(codebook_dim=WIDTH),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
+    "bamba": dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, attn_layer_indices=[1]),
+    "granitemoehybrid": dict(
+        mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, layer_types=["mamba", "attention"], num_hidden_layers=2
+    ),
+    "zamba2": dict(n_mamba_heads=8),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "nemotron": dict(num_key_value_heads=2),
+    "step3p7": dict(text_config=dict(sliding_window=8)),
+    "wav2vec2-bert": dict(vocab_size=64),
+    "wav2vec2-conformer": dict(vocab_size=64),
+    **{name: dict(head_dim=HEAD) for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral")},
+    "hunyuan_vl": dict(text_config=dict(head_dim=HEAD)),
+    "dots1": dict(n_routed_experts=4),
+    "glm5_next": dict(text_config=dict(num_key_value_heads=HEADS, index_topk=16)),
+    "glm5_next_text": dict(num_key_value_heads=HEADS, index_topk=16),
     "chameleon": dict(vocabulary_map={"<image>": 200, **{f"IMGIMGBS{c}Z": 100 + i for i, c in enumerate("ABCDEFGH")}}),
     "emu3": dict(vocabulary_map={"<image>": 200, **{f"<|visual token {i:06d}|>": 100 + i for i in range(16)}}),
     "dpt": dict(num_hidden_layers=4, backbone_out_indices=[1, 2, 3, 4], neck_hidden_sizes=[32, 32, 32, 32]),
@@ -290,6 +315,12 @@ def _made(model: nn.Module, name: str, grid: bool) -> Iterator[Tensor]:
             channels = _find(config, "in_channels", "num_channels", "in_chans", "in_channel") or 3
             yield torch.randn(batch * side * side, channels * depth)
             yield torch.randn(batch * side * side, channels, size, size)
+    elif name == "spatial_shapes":
+        yield torch.tensor([[4, 4]] * batch)
+    elif name == "pixel_attention_mask":
+        yield torch.ones(batch, 16, dtype=torch.int64)
+    elif name == "pixel_values" and "spatial_shapes" in inspect.signature(model.forward).parameters:
+        yield torch.randn(batch, 16, 3 * (_find(config, "patch_size") or PATCH) ** 2)
     elif name == "pixel_values":
         yield _image(config)
         frames = _find(config, "num_frames", "frames_per_clip") or 2
@@ -314,7 +345,18 @@ def _made(model: nn.Module, name: str, grid: bool) -> Iterator[Tensor]:
         frames = _find(config, "num_frames", "frames_per_clip") or 4
         yield torch.stack([_image(config) for _ in range(frames)], 1)
     elif name in ("input_features", "audio_features", "input_audio_features"):
-        bins = _find(config, "num_mel_bins", "feature_size", "input_dim", "input_feat_per_channel", "mel_dim") or 80
+        bins = (
+            _find(
+                config,
+                "feature_projection_input_dim",
+                "num_mel_bins",
+                "feature_size",
+                "input_dim",
+                "input_feat_per_channel",
+                "mel_dim",
+            )
+            or 80
+        )
         frames = 2 * (_find(config, "max_source_positions") or 32)
         yield torch.randn(batch, frames, bins)
         yield torch.randn(batch, bins, frames)
@@ -364,8 +406,9 @@ def inputs_of(model: nn.Module) -> Iterator[dict[str, Tensor] | tuple[Tensor, ..
     main = [n for n in dict.fromkeys((*MAIN, getattr(model, "main_input_name", "input_ids"))) if n in parameters]
     decoder = [n for n in ("decoder_input_ids", "decoder_input_values") if n in parameters][:1]
     tried, grid = [], any(name.endswith("grid_thw") for name in parameters)
-    if "bbox" in parameters:
-        required += ["bbox"]
+    required += [n for n in ("bbox", "spatial_shapes") if n in parameters and n not in required]
+    if "spatial_shapes" in required:
+        required = list(dict.fromkeys((*required, "pixel_values", "pixel_attention_mask")))
     if "input_features" in required and "input_features_mask" in parameters:
         required += ["input_features_mask"]
     for names in ([], *[[name] for name in main], main[:2], main[:3]):

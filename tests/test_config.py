@@ -35,6 +35,12 @@ def test_unknown_names_are_answered_with_the_nearest(settings, near):
     assert near in str(error.value)
 
 
+def test_an_error_does_not_list_every_module_of_a_model():
+    with pytest.raises(ConfigError) as error:
+        one_of("module in ignore", "layers.x", [f"layers.{i}" for i in range(1000)])
+    assert "layers.23, and 976 more)" in str(error.value)
+
+
 def test_unknown_settings_are_answered_with_the_nearest():
     with pytest.raises(ConfigError, match="unknown setting 'fromat'; did you mean 'format'"):
         WushConfig.from_dict({"fromat": "mxfp4"})
@@ -114,6 +120,7 @@ def test_overrides_change_the_recipe_of_what_they_match_and_later_ones_win():
         ({"*.q": "nvfp4"}, "overrides maps patterns of names to settings"),
         (["*.q"], "overrides maps patterns of names to settings"),
         (3, "overrides maps patterns of names to settings"),
+        ({3: {}}, "overrides maps patterns of names to settings"),
     ],
 )
 def test_bad_overrides_name_their_pattern(overrides, words):

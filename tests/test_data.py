@@ -197,6 +197,16 @@ def test_bad_data_is_named(data, message):
         normalize(data)
 
 
+class TakesIds(torch.nn.Module):
+    def forward(self, input_ids, pixel_values=None):
+        return input_ids
+
+
+def test_token_ids_that_are_floats_are_named():
+    with pytest.raises(DataError, match=r"input_ids of batch 0 of data are torch.float32 \[2, 3\]"):
+        normalize([torch.rand(2, 3)], model=TakesIds())
+
+
 def test_only_empty_strings_is_no_data(tokenizer):
     with pytest.raises(DataError, match="none of the 2 batches"):
         normalize(["", " "], tokenizer)

@@ -71,12 +71,14 @@ class WushConfig(Recipe):
         object.__setattr__(self, "ignore", (*(p for p in DEFAULT_IGNORE if p not in given), *given))
         pairs = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
         try:
-            overrides = {str(pattern): dict(settings) for pattern, settings in pairs}
+            overrides = {pattern: dict(settings) for pattern, settings in pairs}
         except (TypeError, ValueError):
+            overrides = {None: {}}
+        if not all(isinstance(pattern, str) for pattern in overrides):
             raise ConfigError(
                 "overrides maps patterns of names to settings: give {'*.down_proj': {'format': 'nvfp4'}} in place of "
                 f"{self.overrides!r}"
-            ) from None
+            )
         object.__setattr__(self, "overrides", overrides)
         for pattern, settings in overrides.items():
             for name in settings:

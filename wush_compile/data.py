@@ -6,7 +6,7 @@ sees padding: it splits a padded batch into its unpadded rows.
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -81,12 +81,12 @@ def normalize(data: Iterable, tokenizer=None, model: nn.Module | None = None) ->
         raise DataError(
             f"data is {_kind(data)}; an iterable of input_ids tensors, of dicts of model inputs or of strings is wanted"
         )
-    named = model is None or _takes_input_ids(model)
+    takes_ids = _takes_ids(model)
     batches: list[Batch] = []
     items = 0
     for index, item in enumerate(data):
         items += 1
-        batches.extend(_batches(item, index, tokenizer, named))
+        batches.extend(_batches(item, index, tokenizer, takes_ids))
     if not batches:
         raise DataError(
             f"none of the {items} batches of data holds a token: all are empty or masked"
@@ -118,22 +118,25 @@ def _kind(value: object) -> str:
     return f"{value.dim()}-D tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _takes_input_ids(model: nn.Module) -> bool:
-    return "input_ids" in inspect.signature(model.forward).parameters
+def _takes_ids(model: nn.Module | None) -> Callable[[Tensor], bool]:
+    """Returns whether a model takes a tensor as `input_ids`: any as its first input, integers as another one."""
+    names = ["other", "input_ids"] if model is None else list(inspect.signature(model.forward).parameters)
+    first = names[:1] == ["input_ids"]
+    return lambda tensor: first or "input_ids" in names and not tensor.is_floating_point()
 
 
-def _batches(item: object, index: int, tokenizer, named: bool) -> list[Batch]:
+def _batches(item: object, index: int, tokenizer, takes_ids: Callable[[Tensor], bool]) -> list[Batch]:
     """The batches of one item of the user's data: several for padded rows and long texts, none for an empty text."""
     where = f"batch {index} of data"
     if isinstance(item, str):
         if tokenizer is None:
             raise DataError(f"{where} is a string: pass tokenizer=, the tokenizer of the model")
         ids = tokenize(item, tokenizer, special=True)
-        return [_ids_batch(piece[None], named) for piece in ids.split(TEXT_WINDOW) if len(piece)]
+        return [_ids_batch(piece[None], takes_ids(piece)) for piece in ids.split(TEXT_WINDOW) if len(piece)]
     if isinstance(item, Tensor):
         _check_tensor(item, where)
-        if named and not item.is_floating_point():
-            return [_ids_batch(_rows(item, where), named)]
+        if takes_ids(item):
+            return [_ids_batch(_rows(item, where), True)]
         return [(item.detach(),)]
     if isinstance(item, Mapping):
         return _mapping_batches(item, where)

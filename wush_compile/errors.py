@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+# Choices that an error lists. A model has more modules than anyone reads.
+MOST_NAMED = 24
+
 
 class WushError(Exception):
     """The base of all errors of wush_compile. The message says what to do."""
@@ -47,4 +50,5 @@ def one_of(kind: str, value: object, allowed: Iterable[str | None]) -> str | Non
         return value
     near = difflib.get_close_matches(str(value), filter(None, allowed), n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"unknown {kind} {value!r}{hint} (one of: {', '.join(map(str, allowed))})")
+    more = f", and {len(allowed) - MOST_NAMED} more" if len(allowed) > MOST_NAMED else ""
+    raise ConfigError(f"unknown {kind} {value!r}{hint} (one of: {', '.join(map(str, allowed[:MOST_NAMED]))}{more})")
