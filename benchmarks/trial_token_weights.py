@@ -19,6 +19,7 @@ import common
 import torch
 
 import wush_compile as wc
+from wush_compile.calibration import token_weights
 from wush_compile.data import windows
 from wush_compile.evaluation.language import compare
 from wush_compile.ops import core as ops
@@ -29,12 +30,13 @@ POWER, SCALED = dict(choose.POWER), ops.scaled_rows
 
 
 class Row(NamedTuple):
-    """One setting: what is added to the default power of s; a limit for `bound`; other settings."""
+    """One setting: `power` is added to the default power of s, `exponent` is that of gradients' norms."""
 
     weights: str
     rule: str = "mse"
     power: float = 0.0
     bound: float | None = None
+    exponent: float = 1.0
     changes: dict = {}
 
 
@@ -48,6 +50,12 @@ ROWS = {
     "gradient-loss+1/16": Row("gradient", "loss", 0.0625),
     "uniform+1/8": Row("uniform", "mse", 0.125),
     "gradient+1/8": Row("gradient", "mse", 0.125),
+    "gradient^1.5": Row("gradient", exponent=1.5),
+    "gradient^2": Row("gradient", exponent=2.0),
+    "gradient-loss^1.5": Row("gradient", "loss", exponent=1.5),
+    "gradient-loss^2": Row("gradient", "loss", exponent=2.0),
+    "gradient-loss^1.5+1/8": Row("gradient", "loss", 0.125, exponent=1.5),
+    "gradient-loss^2+1/8": Row("gradient", "loss", 0.125, exponent=2.0),
     "gradient-bound-4": Row("gradient", bound=4.0),
     "gradient-bound-100": Row("gradient", bound=100.0),
     "gradient-loss-own": Row("gradient", "loss", changes={"share_transform": False}),
@@ -68,6 +76,7 @@ def measure(model, data, ids, format: str, activations: str, name: str) -> dict:
     """KL, perplexity and top-1 agreement of one setting."""
     row, activation = ROWS[name], ACTIVATIONS[activations]
     choose.POWER[activation] = POWER[activation] + row.power
+    token_weights.POWER = row.exponent
     ops.scaled_rows = SCALED if row.bound is None else bound(row.bound)
     start = time.perf_counter()
     quantized = wc.quantize(

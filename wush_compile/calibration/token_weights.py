@@ -35,6 +35,8 @@ from .variants import Variant, Variants
 
 log = logging.getLogger("wush_compile")
 LARGEST_WEIGHT = 20.0
+# The power of a gradient's norm in the weight. 2 is the curvature of the log-likelihood.
+POWER = 1.0
 # Tokens in a micro-batch of the pass: it also runs the head, whose logits are larger than anything in a layer.
 PASS_TOKENS = 4096
 # Rows whose probabilities are computed at a time.
@@ -319,10 +321,10 @@ def _measure(
             without.append(groups[i].name)
             continue
         parts = [part for share, _ in shares for part in share]
-        norm, kept = torch.cat(parts), sum(count for _, count in shares)
-        mean = norm.sum(dtype=torch.float64) / max(kept, 1)
+        weight, kept = torch.cat(parts).to(torch.float64) ** POWER, sum(count for _, count in shares)
+        mean = weight.sum() / max(kept, 1)
         if 0 < mean < math.inf:
-            weights[f"{groups[i].name}.weights"] = (norm / mean).clamp(max=LARGEST_WEIGHT).to(torch.float32)
+            weights[f"{groups[i].name}.weights"] = (weight / mean).clamp(max=LARGEST_WEIGHT).to(torch.float32)
             weights[f"{groups[i].name}.rows"] = torch.tensor([len(part) for part in parts])
         else:
             without.append(groups[i].name)
