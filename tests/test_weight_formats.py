@@ -198,3 +198,68 @@ def test_any_module_of_any_size(activation):
         x = pair_rows(rows)
         y = model(x)
         assert y.shape == x.shape and y.isfinite().all()
+
+
+# -- tied heads ------------------------------------------------------------------------------------------------------
+
+
+def tied(kind: str) -> torch.nn.Module:
+    """A random model whose head is its embedding's parameter."""
+    model = plain(kind)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    return model
+
+
+@torch.no_grad()
+def test_a_tied_head_stays_one_tensor(tmp_path):
+    original, ids = tied("llama"), tokens(2, 9)
+    model = quantize(copy.deepcopy(original), tokens(2, 16), head="int8")
+    embedding, head = model.model.embed_tokens, model.lm_head
+    assert isinstance(embedding, torch.nn.Embedding) and not list(embedding.parameters())
+    assert "model.embed_tokens" not in model.wush_quantization.ignored
+    rows = head.dequantize().bfloat16()
+    assert torch.equal(embedding(ids), rows[ids]) and torch.equal(embedding.weight, rows)
+    assert embedding(ids[:, :0]).shape == (2, 0, 64)
+    assert original.config.tie_word_embeddings and not model.config.tie_word_embeddings
+
+    expected = model(ids, use_cache=False).logits
+    wc.save(model, tmp_path / "a")
+    quantize(copy.deepcopy(original), tokens(2, 16), head="int8", out=tmp_path / "out")
+    for loaded in (wc.load(tmp_path / "a"), wc.load(tmp_path / "a", model=tied("llama")), wc.load(tmp_path / "out")):
+        assert torch.equal(loaded(ids, use_cache=False).logits, expected)
+        assert type(loaded.model.embed_tokens) is type(embedding)
+        assert torch.equal(loaded.generate(ids, max_new_tokens=2), model.generate(ids, max_new_tokens=2))
+    names = {name for name in wc.load(tmp_path / "a").state_dict() if "embed" in name or "lm_head" in name}
+    assert names == {"lm_head.group.weight_packed", "lm_head.group.weight_scale"}
+    compiled = torch.compile(copy.deepcopy(model), backend="wush")
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, rtol=0.1, atol=0.1)
+
+
+@torch.no_grad()
+def test_a_streamed_tied_head_is_the_same(tmp_path):
+    original, data = tied("llama"), tokens(2, 16)
+    original.save_pretrained(tmp_path / "model")
+    wc.quantize_checkpoint(
+        tmp_path / "model", [data], out=tmp_path / "streamed", head="int8", solver="rtn", progress=False
+    )
+    quantize(original, data, head="int8", out=tmp_path / "whole")
+    streamed, whole = wc.load(tmp_path / "streamed"), wc.load(tmp_path / "whole")
+    assert same_tensors(streamed, whole)
+
+
+@torch.no_grad()
+def test_an_embedding_that_scales_its_rows_keeps_them():
+    """Gemma's embedding: the head is a copy in 8 bits."""
+    original, ids = tied("gemma3"), tokens(2, 9)
+    model = quantize(copy.deepcopy(original), tokens(2, 16), head="int8")
+    assert torch.equal(model.get_input_embeddings().weight, original.lm_head.weight)
+    assert model.lm_head.owner.format == "int8" and not model.config.tie_word_embeddings
+    assert "copy of the head" in model.wush_quantization.ignored["model.embed_tokens"]
+    assert model(ids, use_cache=False).logits.isfinite().all()
+
+
+def test_a_tied_head_of_four_bits_stays_as_it_is():
+    with pytest.raises(ConfigError, match="lm_head is not quantized, weight is tied to model.embed_tokens"):
+        quantize(tied("llama"), tokens(2, 16), overrides={"lm_head": {"format": "nvfp4"}})

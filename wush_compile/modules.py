@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from .errors import WushError
@@ -20,12 +21,14 @@ from .recipe import Recipe
 
 
 class Member(NamedTuple):
-    """One linear of a group: the name of its module, and its row range in the group's buffers."""
+    """One linear of a group: the name of its module, its row range in the group's buffers, and the names of the
+    embeddings that look up the same rows (a tied head)."""
 
     name: str
     start: int
     stop: int
     has_bias: bool
+    embeddings: tuple[str, ...] = ()
 
 
 def stores_global_scale(format: str, rule: str) -> bool:
@@ -115,7 +118,9 @@ class WushGroup(nn.Module):
         return result
 
     def forward(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """x [.., K] -> [.., stop − start], the output of one member."""
+        """x [.., K] -> [.., stop − start], the output of one member; ids [..] -> fp32 [.., K], rows of its weight."""
+        if not x.is_floating_point():
+            return self._look_up(x, start, stop)
         weight, weight_scale, bias = self.weight_packed, self.weight_scale, self.bias
         if len(self.members) > 1:
             weight, weight_scale = weight[start:stop], weight_scale[start:stop]
@@ -150,6 +155,11 @@ class WushGroup(nn.Module):
             x.dtype,
             *self.layout,
         )
+
+    def _look_up(self, ids: Tensor, start: int, stop: int) -> Tensor:
+        ids = ids.to(self.weight_packed.device)  # a head and its embedding may be on two devices
+        codes, scales = (F.embedding(ids, t[start:stop]) for t in (self.weight_packed, self.weight_scale))
+        return dequantize(codes, scales, self.format)
 
     def install(self, model: nn.Module) -> None:
         """Puts the members into the model, in place of the linears of the same names, which are freed."""
@@ -320,6 +330,29 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+class WushEmbedding(nn.Embedding):
+    """An embedding that looks up the rows of a quantized linear, its tied head: [..] -> [.., embedding_dim].
+
+    `weight` is the linear's: computed when it is read.
+    """
+
+    def __init__(self, linear: WushLinear, like: nn.Embedding):
+        nn.Module.__init__(self)  # not nn.Embedding's, which makes parameters
+        self._linear = [linear]  # in a list: the module tree has it in its own place
+        self.num_embeddings, self.embedding_dim = linear.out_features, linear.in_features
+        for name in ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"):
+            setattr(self, name, getattr(like, name))
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows in the dtype of the embedding before quantization: [num_embeddings, embedding_dim]."""
+        return self._linear[0].weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        linear = self._linear[0]
+        return linear.owner(input, linear.start, linear.stop).to(input.device, linear.weight_dtype)
+
+
 def named_groups(model: nn.Module) -> Iterator[tuple[str, WushGroup]]:
     """(path, group) of every group of a quantized model, in the order of the module tree."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, WushGroup))
@@ -331,5 +364,17 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def install_group(model: nn.Module, group: WushGroup) -> None:
-    """Puts a group into the model, in place of the weights of the same names, which are freed."""
+    """Puts a group into the model, in place of the weights of the same names, which are freed.
+
+    Embeddings that share the weight of a member then look up its rows.
+    """
     group.install(model)
+    for member in group.members:
+        for name in member.embeddings:
+            owner, _, leaf = name.rpartition(".")
+            old = model.get_submodule(name)
+            embedding = WushEmbedding(model.get_submodule(member.name), old)
+            embedding.train(old.training)
+            embedding._forward_hooks, embedding._forward_pre_hooks = old._forward_hooks, old._forward_pre_hooks
+            embedding._forward_hooks_with_kwargs = old._forward_hooks_with_kwargs
+            setattr(model.get_submodule(owner), leaf, embedding)

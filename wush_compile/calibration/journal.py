@@ -251,7 +251,7 @@ class Journal:
         groups  for each stage, the groups that it solves
         """
         linears = [linear for own in groups for group in own for linear in group.linears]
-        modules = tuple(f"{linear.name}." for linear in linears if linear.experts is None)
+        modules = tuple(f"{n}." for one in linears if one.experts is None for n in (one.name, *one.embeddings))
         weights = {name for linear in linears if linear.experts for name in (linear.weight, linear.bias)}
         left = dict.fromkeys(n for n in self._names.values() if not n.startswith(modules) and n not in weights)
         self._others: list[list[str]] = []
@@ -294,7 +294,9 @@ class Journal:
         entry = self._read(self._record(number))["groups"][group.name]
         record = Quantization(self._config, [], {})
         members = [m.name for m in group.linears]
-        record.groups.append(record.describe(members, entry["transform_block_size"], group.recipe, group.experts))
+        record.groups.append(
+            record.describe(members, entry["transform_block_size"], group.recipe, group.experts, group.embeddings)
+        )
         [solved] = build_groups(self._model, record, self._shards.specs)
         if home.type != "meta":
             for name, buffer in self.buffers(solved):

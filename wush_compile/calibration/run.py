@@ -217,7 +217,9 @@ def _record(
     record = Quantization(config, [], ignored, example=example)
     for group, one in zip(groups, solved, strict=True):
         members = [m.name for m in one.group.members]
-        record.groups.append(record.describe(members, one.group.block_size, group.recipe, group.experts))
+        record.groups.append(
+            record.describe(members, one.group.block_size, group.recipe, group.experts, group.embeddings)
+        )
         record.report[group.name] = one.report
     return record
 

@@ -31,7 +31,7 @@ def members_of(group: LinearGroup) -> list[Member]:
     """Returns the row ranges of the group's linears in its stacked buffers."""
     members, start = [], 0
     for linear in group.linears:
-        members.append(Member(linear.name, start, start + linear.rows, linear.bias is not None))
+        members.append(Member(linear.name, start, start + linear.rows, linear.bias is not None, linear.embeddings))
         start += linear.rows
     return members
 

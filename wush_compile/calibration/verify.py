@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from ..capture.export import Captured, evaluating, traceable
 from ..data import Batch
 from ..errors import WushError
-from ..modules import WushGroup, WushLinear, install_group
+from ..modules import WushGroup, WushLinear
 from ..passes.calibration.group import LinearGroup
 from ..passes.calibration.observe import remove_observers
 from ..passes.calibration.partition import Stage
@@ -41,7 +41,7 @@ def installed(model: nn.Module, groups: list[WushGroup]) -> Iterator[None]:
     before = [(m, dict(vars(m)), dict(m._modules), dict(m._buffers), dict(m._parameters)) for m in model.modules()]
     try:
         for group in groups:
-            install_group(model, group)
+            group.install(model)  # embeddings stay: the graph looks up the rows of 16 bits
         yield
     finally:
         for module, attributes, *children in before:

@@ -214,12 +214,28 @@ def _adopt(model: PreTrainedModel, record: Quantization) -> None:
     model._weight_conversions = []
 
 
+def _unties(model: PreTrainedModel, record: Quantization) -> bool:
+    """Whether the head is quantized, and so no longer the embedding's parameter."""
+    head, members = model.get_output_embeddings(), {name for entry in record.groups for name in entry["members"]}
+    return head is not None and any(module is head and name in members for name, module in model.named_modules())
+
+
+def _untie(config: transformers.PretrainedConfig) -> None:
+    """Says in a model's configuration that no weight is tied: its head is quantized."""
+    for part in (config, config.get_text_config()):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+
+
 def attach(model: nn.Module, record: Quantization) -> None:
     """Gives a quantized model its record. `save_pretrained` of a Hugging Face model writes the record."""
     setattr(model, ATTRIBUTE, record)
     if not isinstance(model, PreTrainedModel):
         return
     _adopt(model, record)
+    if _unties(model, record):
+        _untie(model.config)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     config = WushHfConfig.of(record)
     model.config.quantization_config = config
     model.hf_quantizer = WushHfQuantizer(config, pre_quantized=True)
@@ -296,6 +312,8 @@ def write_settings(model: PreTrainedModel, record: Quantization, directory: Path
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
+    if _unties(model, record):
+        _untie(config)
     config.quantization_config = WushHfConfig.of(record)
     setattr(config, DIGEST, sha256)
     if model.is_remote_code():

@@ -80,7 +80,7 @@ def replaces(groups: Iterable[WushGroup]) -> Callable[[str], bool]:
         if isinstance(group, ExpertGroup):
             weights |= {group.members[0].name, f"{group.members[0].name}_bias"}
         else:
-            modules += [f"{member.name}." for member in group.members]
+            modules += [f"{name}." for member in group.members for name in (member.name, *member.embeddings)]
     prefixes = tuple(modules)
     return lambda name: name in weights or name.startswith(prefixes)
 
@@ -144,6 +144,18 @@ def _linear(model: nn.Module, name: str) -> tuple[int, int, nn.Module]:
     )
 
 
+def _embeddings(model: nn.Module, names: list[str], rows: int, width: int) -> tuple[str, ...]:
+    """The names of embeddings that look up the rows of a quantized head of [rows, width]."""
+    for name in names:
+        module = dict(model.named_modules()).get(name)
+        if not isinstance(module, nn.Embedding) or tuple(module.weight.shape) != (rows, width):
+            raise CheckpointError(
+                f"{name!r} looks up the head's {rows} rows of {width} in the checkpoint, in this "
+                f"{type(model).__name__} it does not: {OTHER_MODEL}"
+            )
+    return tuple(names)
+
+
 def build_groups(
     model: nn.Module, record: Quantization, specs: Mapping[str, Spec] | None = None, device: torch.device | str = "meta"
 ) -> list[WushGroup]:
@@ -177,7 +189,8 @@ def build_groups(
             )
         members, start = [], 0
         for name, (rows, _, module) in zip(names, linears, strict=True):
-            members.append(Member(name, start, start + rows, module.bias is not None))
+            embeddings = _embeddings(model, entry.get("embeddings", []), rows, width) if not members else ()
+            members.append(Member(name, start, start + rows, module.bias is not None, embeddings))
             start += rows
         biased = [m.name for m in members if m.has_bias]
         dtypes = {name: spec.dtype for name, spec in (specs or {}).items() if spec.dtype.is_floating_point}
@@ -213,6 +226,7 @@ def read_record(settings: Mapping) -> Quantization:
             and isinstance(g["transform_block_size"], int)
             and g["transform_block_size"] > 0
             and isinstance(g.get("experts", 1), int)
+            and isinstance(g.get("embeddings", []), list)
             and isinstance(g["recipe"], dict)
             for g in record.groups
         )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Quantization:
     config   the settings of the run
     groups   a dict for each group: `members` (module names in row order), `transform_block_size`, and `recipe` (the
              settings in which the group differs from `config`); of a product of experts the name of its weight, and
-             `experts`, their number
+             `experts`, their number; of a tied head `embeddings`, the modules that look up its rows
     ignored  name of a module or parameter -> why it was not quantized
     report   name of a group's first member -> what the run measured (tokens, losses, seconds); `wush_report.json`
     example  names, dtypes and shapes of the inputs that the model was traced on (`capture.example`); in the same file
@@ -41,12 +42,18 @@ class Quantization:
     run: dict | None = None
 
     def describe(
-        self, members: list[str], transform_block_size: int, recipe: Recipe, experts: int | None = None
+        self,
+        members: list[str],
+        transform_block_size: int,
+        recipe: Recipe,
+        experts: int | None = None,
+        embeddings: Sequence[str] = (),
     ) -> dict:
         """The entry of a group in `groups`."""
         changes = recipe.changes_from(self.config)
         entry = {"members": members, "transform_block_size": transform_block_size, "recipe": changes}
-        return entry if experts is None else entry | {"experts": experts}
+        entry |= {} if experts is None else {"experts": experts}
+        return entry | ({"embeddings": list(embeddings)} if embeddings else {})
 
     def recipe_of(self, entry: dict) -> Recipe:
         """The recipe of an entry of `groups`."""
@@ -89,7 +96,7 @@ class Quantization:
             raise CheckpointError(f"quantization_config lacks {', '.join(missing)}: quantize the model again")
         keys = {"members", "transform_block_size"} | ({"recipe"} if version > 1 else set())
         for group in data["groups"]:
-            if set(group) - {"experts"} != keys:
+            if set(group) - {"experts", "embeddings"} != keys:
                 raise CheckpointError(
                     f"a group of quantization_config has the keys {sorted(group)}, not {sorted(keys)}: "
                     "quantize the model again"

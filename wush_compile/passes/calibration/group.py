@@ -18,6 +18,7 @@ from .experts import ROUTER, Product, cannot_replace, left_in_16_bits, product_o
 from .linears import nodes_by_module, operands, parametrized_weights, restore_linears
 from .partition import assign_stages
 from .skipped import belongs_to, called_by, is_linear_layer, own_product, read_by, readers_of, reason_to_skip
+from .tied import embeddings_of, lookups
 
 aten = torch.ops.aten
 
@@ -33,6 +34,7 @@ class Linear:
     rows        output channels N, of one expert
     transposed  whether the weight is stored as [K, N], as in GPT-2's Conv1D
     experts     how many experts a product has; None for a linear
+    embeddings  the modules that look up rows of the weight, which they share
     """
 
     node: fx.Node
@@ -42,6 +44,7 @@ class Linear:
     rows: int
     transposed: bool
     experts: int | None = None
+    embeddings: tuple[str, ...] = ()
 
     @property
     def names(self) -> Names:
@@ -73,6 +76,11 @@ class LinearGroup:
     def experts(self) -> int | None:
         """How many experts a product of experts has; None for a group of linears."""
         return self.linears[0].experts
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """The modules that look up rows of the weight of a tied head, which is a group of its own."""
+        return self.linears[0].embeddings
 
     def stacked_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Stacks the members' weights from `tensors`: [N, K]. Of a product of experts: [E, N, K]."""
@@ -246,6 +254,8 @@ def find_groups(
         module = model.get_submodule(name)
         width = parameter.shape[0 if transposed else 1] if parameter.dim() == 2 else 0
         bias_name = bias.target if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
+        others = [alias for alias in aliases if alias != owned]
+        embeddings = embeddings_of(model, config, name, others) if others else None
         if pattern := config.ignores(name):
             reason = f"ignored by the configuration ({pattern!r})"
         elif (reason := left_in_16_bits(node, name, len(parameter), routing, expert_modules)) and not asked_for(
@@ -254,26 +264,32 @@ def find_groups(
             pass
         elif node in encoders and not asked_for(name, config.ignore):
             reason = encodes(name, encoders[node])
-        elif len(aliases) > 1:
-            other = next((a for a in aliases if a != owned), owned).rpartition(".")[0]
-            reason = f"weight is tied to {other}"
+        elif len(aliases) > 1 and embeddings is None:
+            reason = f"weight is tied to {others[0].rpartition('.')[0]}"
         elif not is_linear_layer(module):
             reason = belongs_to(module)
         elif caller != name:
             reason = read_by(caller_kind or type(model).__name__)
         elif not own_product(module, transposed, by_module.get(name, [])):
             reason = f"{type(module).__name__} has a forward of its own"
-        elif uses[id(parameter)] > 1:
-            reason = f"applied {uses[id(parameter)]} times in one forward"
+        elif (applied := uses[id(parameter)] - (lookups(readers[id(parameter)]) if len(aliases) > 1 else 0)) > 1:
+            reason = f"applied {applied} times in one forward"
         elif bias is not None and bias_name is None:
             reason = "its bias is computed in the graph"
         elif width % (recipe := config.recipe_of(name)).group_size:
             reason = f"width {width} is not a multiple of {recipe.format}'s group of {recipe.group_size}"
         else:
-            key = (source, stage_of[node], recipe) if recipe.share_transform else (node, recipe)
+            tied = len(aliases) > 1
+            key = (source, stage_of[node], recipe) if recipe.share_transform and not tied else (node, recipe)
             rows = parameter.shape[1 if transposed else 0]
-            by_source.setdefault(key, []).append(Linear(node, name, owned, bias_name, rows, transposed))
+            # The graph may fetch a tied weight by its other name.
+            own = weight.target if tied else owned
+            linear = Linear(node, name, own, bias_name, rows, transposed, embeddings=embeddings or ())
+            by_source.setdefault(key, []).append(linear)
             done |= {id(parameter), *map(id, module.parameters())}
+            kept = [other for other in others if other.rpartition(".")[0] not in linear.embeddings]
+            for other in kept:  # its embedding reads it in another way
+                skipped[other.rpartition(".")[0]] = "an embedding, which keeps its own copy of the head's weight"
             continue
         skipped[name if owned == f"{name}.weight" else owned] = reason
         done.add(id(parameter))

@@ -67,8 +67,8 @@ class Operands(NamedTuple):
 
 def supports(format: str, k: int, dtype: torch.dtype, activation: str) -> str | None:
     """Why these kernels do not take a product of width k with such activations; None if they do."""
-    if format == "int4":
-        return "int4 has no grouped product"
+    if format in ("int4", "int8"):
+        return f"{format} has no grouped product"
     if k % 32:
         return f"width {k} is not a multiple of 32"
     if activation == "none" and dtype != torch.bfloat16:
