@@ -40,8 +40,9 @@ BLACKWELL = pytest.mark.parametrize("cc", [100, 103, 120, 121])
 both = pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 
 
-def compile_kernel(kernel, pointers, constants, cc, warps, stages=3, fusion=True, source=ASTSource):
-    """The compiled kernel: `pointers` are argument types, everything else is a constant."""
+def compile_kernel(kernel, pointers, constants, cc, warps, stages=3, fusion=True, source=ASTSource, **options):
+    """The compiled kernel: `pointers` are types of arguments, `constants` are the rest; names that the kernel does not
+    have are left out."""
     signature = {p.name: pointers.get(p.name, "constexpr") for p in kernel.params}
     values = {name: constants[name] for name in signature if name not in pointers}
     aligned = {
@@ -52,7 +53,7 @@ def compile_kernel(kernel, pointers, constants, cc, warps, stages=3, fusion=True
     return triton.compile(
         source(kernel, signature, values, aligned),
         target=GPUTarget("cuda", cc, 32),
-        options=dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fusion),
+        options=dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fusion, **options),
     )
 
 

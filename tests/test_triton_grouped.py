@@ -2,19 +2,24 @@
 machine code."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from test_lowering import compile_kernel, main_loops, nothing_runs_on, overwritten_too_early, sass
 
 from wush_compile import formats
 
 triton = pytest.importorskip("triton")
 from wush_compile.kernels.triton.grouped import fp4_grouped_linear as grouped
-from wush_compile.kernels.triton.grouped.choose import Gemm, Hopper
+from wush_compile.kernels.triton.grouped.choose import GEMM, HOPPER, REGISTERS, Gemm, Hopper, choose
 from wush_compile.kernels.triton.grouped.find import most_tiles
-from wush_compile.kernels.triton.linear.choose import Gemv
+from wush_compile.kernels.triton.grouped.gemm import grouped_gemm_kernel
+from wush_compile.kernels.triton.grouped.gemv import grouped_gemv_kernel
+from wush_compile.kernels.triton.grouped.scaled import grouped_scaled_kernel
+from wush_compile.kernels.triton.linear.choose import Gemv, Scaled
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
@@ -218,8 +223,8 @@ def as_it_is(acc):
 gemm.wait_for = as_it_is
 torch.manual_seed(0)
 selectors = torch.arange(0x4440, 0x4444, dtype=torch.int32)
-E, n = 3, 70
-for k, splits in ((160, [(5, 0, 18, 2), (0, 0, 0, 3)]), (128, [(1, 2, 0, 0)])):
+E, n = 3, 20
+for k, splits in ((160, [(5, 0, 18, 2)]), (128, [(0, 3, 0, 0)])):
     for *counts, beyond in splits:
         S = sum(counts) + beyond
         T = 9
@@ -233,12 +238,12 @@ for k, splits in ((160, [(5, 0, 18, 2), (0, 0, 0, 3)]), (128, [(1, 2, 0, 0)])):
         x = torch.nn.functional.pad(formats.dequantize(*q, "mxfp4")[index], (0, -k % 128))
         x = x.view(S, -1, 64, 2).transpose(2, 3).reshape(S, -1).contiguous()
         words = torch.nn.functional.pad(w[1], (0, -(k // 32) % 4)).view(torch.int32)
-        for block_m in (4, 16):
+        for block_m in (16,) if k == 160 else (4,):
             out = torch.full((S, n), 7.0)
-            grid = (find.most_tiles(S, E, block_m) * -(-n // 64),)
+            grid = (find.most_tiles(S, E, block_m) * -(-n // 16),)
             gemm.grouped_gemm_kernel[grid](
                 x, None, None, w[0], words, w[1].amax(-1), None, offs, bias, selectors, out, S,
-                n, k, E, 4, "mxfp4", False, False, True, 64, block_m, 128, 2, 0, False,
+                n, k, E, 4, "mxfp4", False, False, True, 16, block_m, 128, 2, 0, False,
             )
             torch.testing.assert_close(out, want, rtol=0, atol=2e-5)
             table = torch.full((find.most_tiles(S, E, block_m) + 2, 4), 9, dtype=torch.int32)
@@ -250,9 +255,9 @@ for k, splits in ((160, [(5, 0, 18, 2), (0, 0, 0, 3)]), (128, [(1, 2, 0, 0)])):
             assert table[: len(tiles), :3].tolist() == tiles and (table[len(tiles) :, 0] == -1).all()
             assert not out[start:].any() and torch.equal(out[:start] == 0, want[:start] == 0)
         out = torch.full((S, n), 7.0)
-        gemv.grouped_gemv_kernel[(-(-n // 16), S)](
+        gemv.grouped_gemv_kernel[(1, S)](
             q[0].view(torch.int32), q[1], None, index, w[0].view(torch.int32), w[1], None, offs, bias, out, T,
-            n, k, E, 4, "mxfp4", False, False, True, 16, 128, False,
+            n, k, E, 4, "mxfp4", False, False, True, 32, 128, False,
         )
         torch.testing.assert_close(out, want, rtol=0, atol=2e-5)
 print("same")
@@ -266,3 +271,91 @@ def test_interpreted(tmp_path):
     script.write_text(INTERPRETED)
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
     assert run.stdout.strip().endswith("same"), run.stderr[-2000:]
+
+
+# -- machine code ----------------------------------------------------------------------------------------------------
+
+
+PLAIN = dict.fromkeys(("gx", "gw", "bias", "x_unit", "w_top", "index", "residual", "partials"))
+PLAIN |= dict(SCALED_X=False, SCALED_W=False, BIAS=False)
+
+
+def compile_grouped(format, kernel, cc, experts=128, n=1536, k=2048):
+    """A product as launched; format: also mxfp4_bf16."""
+    mx, tops = format == "mxfp4", format != "nvfp4"
+    sizes = dict(PLAIN, N=n, K=k, E=experts, EXPERTS=triton.next_power_of_2(experts), FORMAT=format)
+    common = dict(w="*u8", offs="*i32", out="*bf16", S="i32", T="i32")
+    if isinstance(kernel, Scaled):
+        scale = "*u8" if mx else "*fp8e4nv"
+        pointers = common | dict(x="*u8", x_scales=scale, w_scales=scale, index="*i64")
+        tile = dict(BLOCK_M=kernel.block_m, BLOCK_N=kernel.block_n, BLOCK_K=kernel.block_k, STAGES=kernel.stages)
+        sizes |= tile | dict(G=32 if mx else 16)
+        return compile_kernel(grouped_scaled_kernel, pointers, sizes, cc, kernel.warps, kernel.stages)
+    if isinstance(kernel, Gemv):
+        pointers = common | dict(x="*i32", x_scales="*u8", w="*i32", w_scales="*u8", index="*i64")
+        sizes |= dict(BLOCK_N=kernel.block_n, BLOCK_K=kernel.block_k, PDL=cc >= 90)
+        return compile_kernel(grouped_gemv_kernel, pointers, sizes, cc, kernel.warps)
+    units = (dict(x_unit="*fp32") if mx else {}) | (dict(w_top="*u8") if tops else {})
+    sizes |= dict(BLOCK_N=kernel.block_n, BLOCK_M=kernel.block_m, STAGES=kernel.stages)
+    if isinstance(kernel, Gemm):
+        pointers = common | units | dict(x="*fp8e5" if mx else "*bf16", w_scales="*i32", selectors="*i32")
+        sizes |= dict(BLOCK_K=kernel.block_k, PROMOTE=0, PDL=cc >= 90)
+        return compile_kernel(grouped_gemm_kernel, pointers, sizes, cc, kernel.warps, kernel.stages)
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    from wush_compile.kernels.triton.grouped.hopper import grouped_hopper_kernel
+
+    x_layout, w_layout = NVMMASharedLayout(128, 8 if mx else 16), NVMMASharedLayout(64, 32)
+    pointers = units | dict(w_scales="*u8", table="*i32", out="*bf16", tiles="i32")
+    pointers["x"] = f"tensordesc<{'fp8e5' if mx else 'bf16'}[{kernel.block_m}, 128],{x_layout!r}>"
+    pointers["w"] = f"tensordesc<i32[{kernel.block_n}, 16],{w_layout!r}>"
+    launched, sizes["REGISTERS"] = REGISTERS[kernel.programs]
+    return compile_kernel(grouped_hopper_kernel, pointers, sizes, cc, 4, source=GluonASTSource, maxnreg=launched)
+
+
+@pytest.mark.parametrize("format, k", [("mxfp4", 2048), ("mxfp4", 2880), ("nvfp4", 768)])
+def test_hopper_products_stay_in_registers(format, k):
+    """As in `linear`: weights go from the decoder's registers to the tensor core, and the loops spill nothing. As many
+    programs fit a multiprocessor as are launched for each."""
+    tiles = {*HOPPER[format].values(), GEMM[format][8]} if k == 2048 else {HOPPER[format][48]}
+    for kernel in tiles:
+        compiled = compile_grouped(format, kernel, 90, k=k)
+        code, loops = sass(compiled), 1
+        programs, expected = getattr(kernel, "programs", 1), 1
+        if isinstance(kernel, Hopper):
+            loops, expected = 2, 4 if format == "mxfp4" else 8
+        assert programs * (compiled.metadata.shared + 1024) <= 228 * 1024, kernel
+        loops_found = main_loops(code, expected)
+        assert len(loops_found) == loops, kernel
+        for loop in loops_found:
+            products = re.findall(r"[QH]GMMA\.\S+ R\d+, (\S+),", loop)
+            assert products and all(p.startswith("R") for p in products), kernel
+            assert not re.search(r"\b(STL|LDL|STS)\b", loop), kernel
+            assert not overwritten_too_early(2 * loop) and nothing_runs_on(loop), kernel
+
+
+@pytest.mark.parametrize("cc", [100, 120])
+@both
+def test_blackwell_products_are_native(cc, format):
+    kernel = choose(format, "same", 4096, 128, 1536, 2048, divmod(cc, 10))
+    assert isinstance(kernel, Scaled)
+    compiled = compile_grouped(format, kernel, cc)
+    instruction = r"tcgen05\.mma\S*kind::mxf4\S*block_scale" if cc < 120 else r"mma\.sync\S*kind::mxf4\S*block_scale"
+    found = set(re.findall(r"(?:tcgen05\.mma|mma\.sync|wgmma\.mma)\S+", compiled.asm["ptx"]))
+    assert found and all(re.match(instruction, f) for f in found), found
+
+
+@pytest.mark.parametrize("format", ["mxfp4_bf16", "nvfp4"])
+def test_older_gpus_compile(format):
+    """Also those whose shared memory is small."""
+    for rows in (64, 1024, 100000):
+        kernel = choose(format, "same", rows, 32, 2880, 2880, (8, 9))
+        compiled = compile_grouped(format, kernel, 89, 32, 2880, 2880)
+        assert compiled.metadata.shared <= 99 * 1024, kernel
+        assert re.search(r"mma\.sync\S*\.f32\.bf16\.bf16\.f32", compiled.asm["ptx"])
+
+
+def test_rows_of_their_own_use_integer_products():
+    code = sass(compile_grouped("mxfp4", choose("mxfp4", "same", 8, 128, 1536, 2048), 90))
+    assert "IDP" in code and "STL" not in code
