@@ -218,6 +218,7 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
         tiles,
         n,
         k,
+        experts,
         o.kernel_format,
         tile.block_n,
         tile.block_m,

@@ -28,34 +28,54 @@ def _tile(table, pid, TILES_N: gl.constexpr, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def _prefetch(pointer, first, count, LINES: gl.constexpr):
+    """Asks for `LINES` lines of 128 bytes at pointer + first in L2, of a tensor of `count` bytes (int64)."""
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    for i in gl.static_range((LINES + 31) // 32):
+        at = pointer.to(gl.int64) + gl.minimum(first + (i * 32 + lane) * 128, count - 1)
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon.jit
 def _produce(
     read,
     N: gl.constexpr,
     K: gl.constexpr,
+    E: gl.constexpr,
     FORMAT: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The copying warp. read: (w, x, buffers, table, tiles); buffers as in `linear.hopper`."""
-    w, x, buffers, table, tiles = read
+    """The copying warp. It also asks for the scales of each tile in L2: the other warps read them some steps later, and
+    do not wait for memory then. read: (w, w_scales, w_top, x, buffers, table, tiles); buffers as in `linear.hopper`."""
+    w, w_scales, w_top, x, buffers, table, tiles = read
     w_tiles, x_tiles, x_extra_tiles, full, empty = buffers
     STEPS: gl.constexpr = (K + STEP_K - 1) // STEP_K
     TILES_N: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     X_BYTES: gl.constexpr = 1 if FORMAT == "mxfp4" else 2
     STEP_BYTES: gl.constexpr = BLOCK_N * STEP_WORDS * 4 + BLOCK_M * STEP_K * X_BYTES
+    GROUPS: gl.constexpr = K // (16 if FORMAT == "nvfp4" else 32)
     step = 0
+    expert, row_n, first, end = _tile(table, gl.program_id(0), TILES_N, BLOCK_N)
     for pid in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        expert, row_n, first, end = _tile(table, pid, TILES_N, BLOCK_N)
+        row = expert * N + row_n
         if expert >= 0:
+            _prefetch(w_scales, row.to(gl.int64) * GROUPS, gl.to_tensor(E * N).to(gl.int64) * GROUPS, GROUPS)
+            if w_top is not None:
+                _prefetch(w_top, row.to(gl.int64), gl.to_tensor(E * N).to(gl.int64), 1)
             for i in range(STEPS):
                 stage = step % STAGES
                 if step >= STAGES:
                     mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
                 mbarrier.expect(full.index(stage), STEP_BYTES)
-                async_load(w, [expert * N + row_n, i * STEP_WORDS], full.index(stage), w_tiles.index(stage))
+                async_load(w, [row, i * STEP_WORDS], full.index(stage), w_tiles.index(stage))
                 async_load(x, [first, i * STEP_K], full.index(stage), x_tiles.index(stage))
                 step += 1
+        ahead = gl.minimum(pid + gl.num_programs(0), tiles - 1)
+        expert, row_n, first, end = _tile(table, ahead, TILES_N, BLOCK_N)
 
 
 @gluon.jit
@@ -75,8 +95,12 @@ def _consume(
     STEPS: gl.constexpr = (K + STEP_K - 1) // STEP_K
     TILES_N: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     before = 0
+    next_expert, next_n, next_first, next_end = _tile(table, gl.program_id(0), TILES_N, BLOCK_N)
     for pid in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        expert, row_n, first, end = _tile(table, pid, TILES_N, BLOCK_N)
+        expert, row_n, first, end = next_expert, next_n, next_first, next_end
+        # The next entry arrives while this tile is computed.
+        ahead = gl.minimum(pid + gl.num_programs(0), tiles - 1)
+        next_expert, next_n, next_first, next_end = _tile(table, ahead, TILES_N, BLOCK_N)
         if expert >= 0:
             item = (row_n, first, 0, STEPS, -1)
             before = consume_item(
@@ -99,6 +123,7 @@ def grouped_hopper_kernel(
     tiles,
     N: gl.constexpr,
     K: gl.constexpr,
+    E: gl.constexpr,
     FORMAT: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -131,7 +156,7 @@ def grouped_hopper_kernel(
         [
             (_consume, (use, 0, N, K, FORMAT, BLOCK_N, BLOCK_M, STAGES)),
             (_consume, (use, 1, N, K, FORMAT, BLOCK_N, BLOCK_M, STAGES)),
-            (_produce, ((w, x, buffers, table, tiles), N, K, FORMAT, BLOCK_N, BLOCK_M, STAGES)),
+            (_produce, ((w, w_scales, w_top, x, buffers, table, tiles), N, K, E, FORMAT, BLOCK_N, BLOCK_M, STAGES)),
         ],
         [4, 1],
         [REGISTERS, REGISTERS_TO_COPY],
