@@ -198,6 +198,10 @@ FUSED = {
         lambda x, w: (x, w, 0.0, torch.tensor(1e-6, dtype=torch.float64), "wide"),
         lambda x, w: (x, None, 1e-6, None, "none"),
     ],
+    "add_rms_norm_transform_quantize": [
+        lambda x, w: (x, x.flip(-1), w, 1e-6, None, "rounded"),
+        lambda x, w: (x, x.flip(-1), None, 0.0, torch.tensor(1e-6, dtype=torch.float64), "none"),
+    ],
     "layer_norm_transform_quantize": [
         lambda x, w: (x, w, w.flip(0), 1e-5, None),
         lambda x, w: (x, None, None, 0.0, torch.tensor(1e-5)),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from wush_compile.graphs.printing import count_ops
-from wush_compile.ops.fused import ACTIVATIONS
+from wush_compile.ops.fused import ACTIVATIONS, GAINS
 from wush_compile.passes import pipeline as passes
 
 wush = torch.ops.wush
@@ -323,3 +323,70 @@ def test_where_a_compiled_gemma_can_differ_from_eager():
             assert torch.equal(torch.compile(rest, options=options)(x, eager), norm(x))
         differing = (torch.compile(norm, options=options)(x) != norm(x)).float().mean()
         assert differing <= 1e-3 or not EMULATED
+
+
+# -- norms of sums that are not rounded ------------------------------------------------------------------------------
+
+
+class AddNorm(Norm):
+    """The norm of x + residual and that sum, as vLLM's models compute them: the norm reads the sum before it rounds."""
+
+    def forward(self, x, residual):
+        total = x.float() + residual.float()
+        normed = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6)
+        if self.gain == "rounded":
+            normed = self.weight * normed.to(x.dtype)
+        elif self.gain != "none":
+            gain = self.weight.float() if self.gain == "wide" else 1.0 + self.weight.float()
+            normed = (normed * gain).to(x.dtype)
+        return normed.to(x.dtype), total.to(x.dtype)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gain", GAINS)
+def test_a_norm_takes_its_sum_in(gain, dtype, dynamic):
+    first, second = AddNorm(gain, dtype), AddNorm(gain, dtype)
+
+    def forward(x, residual):
+        h, residual = first(x, residual)
+        codes, scales = wush.transform_quantize(h, None, None, "mxfp4", "absmax")
+        h, residual = second(residual * 2, residual)
+        return codes, scales, residual, wush.transform_quantize(h, None, None, "mxfp4", "absmax")
+
+    seen = run(
+        forward,
+        x_like(2, 5, 64, dtype=dtype),
+        x_like(2, 5, 64, dtype=dtype, seed=1),
+        steps=[passes.fuse_norm],
+        dynamic=dynamic,
+    )
+    # In fp32 the sum is the residual itself, which the op without a sum reads.
+    op = "rms_norm_transform_quantize" if dtype == torch.float32 else "add_rms_norm_transform_quantize"
+    assert seen.counts_after == {op: 2} and "rsqrt" not in seen.after
+    assert dtype == torch.float32 or "convert_element_type" not in seen.after
+
+
+@pytest.mark.parametrize("change", ["broadcast", "read elsewhere", "rounded first", "other dtype", "other layout"])
+def test_sums_that_only_look_alike(change):
+    norm = AddNorm("rounded", torch.bfloat16)
+    transform = x_like(1, 32, 32, seed=3)
+
+    def forward(x, residual):
+        if change == "rounded first":
+            residual, x = x + residual, torch.zeros_like(x)
+            wide = residual.float()
+            h = norm.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        elif change == "other dtype":
+            h, residual = norm(x, residual.half())
+        elif change == "other layout":
+            h, residual = norm(x.transpose(0, 1), residual.transpose(0, 1))
+        else:
+            h, residual = norm(x, residual[:1] if change == "broadcast" else residual)
+        quantized = wush.transform_quantize(h, transform, None, "mxfp4", "absmax")
+        return quantized, residual, h if change == "read elsewhere" else None
+
+    seen = run(forward, x_like(2, 5, 64), x_like(2, 5, 64, seed=1), steps=[passes.fuse_norm])
+    assert seen.counts_after == {
+        "rms_norm_transform_quantize" if change == "rounded first" else "transform_quantize": 1
+    }

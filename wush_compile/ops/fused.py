@@ -2,6 +2,7 @@
 
     wush::rms_norm_transform_quantize     RMSNorm(x)            then transform_quantize
     wush::layer_norm_transform_quantize   LayerNorm(x)          then transform_quantize
+    wush::add_rms_norm_transform_quantize RMSNorm(x + r)        then transform_quantize, and the sum
     wush::rms_norm_keep_transform_quantize, wush::layer_norm_keep_transform_quantize      the same, and the norm itself
     wush::silu_mul_transform_quantize     SiLU(gate) · up       then transform_quantize
     wush::gelu_mul_transform_quantize     GELU(gate) · up       then transform_quantize
@@ -17,6 +18,9 @@ the fused variant still uses its kernel for `transform_quantize`.
     "rounded"        w · round(x̂), in the model dtype                      (Llama, Qwen)
     "wide"           round(x̂ · w), the product in fp32                     (torch.nn.RMSNorm in low precision)
     "wide_plus_one"  round(x̂ · (1 + w)), both in fp32                      (Gemma)
+
+`add_rms_norm` adds in fp32 and its norm reads that sum, as vLLM's models do. Rounded to the model dtype, the sum is the
+third result, the next residual.
 
 A norm that something else reads too is kept: it is the third result, dense. Apart, the norm moves 4 bytes a value
 in bf16 and the quantizer 2.5; together they move 4.5.
@@ -41,18 +45,20 @@ from .schema import define
 GAINS = ("none", "rounded", "wide", "wide_plus_one")
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float | Tensor, gain: str) -> Tensor:
-    """x [.., K], weight [K] -> [.., K] in x's dtype, rounded as `gain` says."""
-    wide = x.to(torch.float32)
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float | Tensor, gain: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x [.., K], weight [K] -> [.., K] in `dtype` (None: x's), rounded as `gain` says."""
+    wide, dtype = x.to(torch.float32), dtype or x.dtype
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if gain == "none":
-        return normed.to(x.dtype)
+        return normed.to(dtype)
     if gain == "rounded":
-        return weight * normed.to(x.dtype)
+        return weight * normed.to(dtype)
     if gain == "wide":
-        return (normed * weight.to(torch.float32)).to(x.dtype)
+        return (normed * weight.to(torch.float32)).to(dtype)
     if gain == "wide_plus_one":
-        return (normed * (1.0 + weight.to(torch.float32))).to(x.dtype)
+        return (normed * (1.0 + weight.to(torch.float32))).to(dtype)
     raise ValueError(f"gain {gain!r} is not one of {', '.join(GAINS)}")
 
 
@@ -71,6 +77,26 @@ def _rms_norm_transform_quantize(
     eps = eps if eps_tensor is None else eps_tensor.to(torch.float32)
     normed = rms_norm(x, weight, eps, gain)
     return torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule, scale_layout)
+
+
+def _add_rms_norm_transform_quantize(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    eps_tensor: Tensor | None,
+    gain: str,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+    scale_layout: str = "rows",
+) -> tuple[Tensor, Tensor, Tensor]:
+    eps = eps if eps_tensor is None else eps_tensor.to(torch.float32)
+    total = (x.to(torch.float32) + residual.to(torch.float32)).contiguous()  # [.., K]
+    normed = rms_norm(total, weight, eps, gain, x.dtype)
+    quantized = torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule, scale_layout)
+    return *quantized, total.to(x.dtype)
 
 
 def _layer_norm_transform_quantize(
@@ -196,6 +222,18 @@ def _rms_norm_fake(x, weight, eps, eps_tensor, gain, transform, global_scale, fo
     return _norm_fake(x, (weight,), transform, global_scale, format, scale_rule, scale_layout)
 
 
+def _add_rms_norm_fake(
+    x, residual, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+):
+    torch._check(residual.device == x.device, lambda: f"x is on {x.device}, its residual on {residual.device}")
+    torch._check(residual.dtype == x.dtype, lambda: f"x is {x.dtype}, its residual {residual.dtype}")
+    torch._check(residual.dim() == x.dim(), lambda: "x and its residual differ in rank")
+    for a, b in zip(x.shape, residual.shape):
+        torch._check(a == b, lambda: "x and its residual differ in shape")
+    quantizer = (transform, global_scale, format, scale_rule, scale_layout)
+    return *_rms_norm_fake(x, weight, eps, eps_tensor, gain, *quantizer), x.new_empty(x.shape)
+
+
 def _layer_norm_fake(
     x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows"
 ):
@@ -235,6 +273,7 @@ def _activation_fake(x, kind, transform, global_scale, format, scale_rule, scale
 
 FUSED_REFERENCE = {
     "rms_norm_transform_quantize": _rms_norm_transform_quantize,
+    "add_rms_norm_transform_quantize": _add_rms_norm_transform_quantize,
     "layer_norm_transform_quantize": _layer_norm_transform_quantize,
     "rms_norm_keep_transform_quantize": _rms_norm_keep_transform_quantize,
     "layer_norm_keep_transform_quantize": _layer_norm_keep_transform_quantize,
@@ -244,6 +283,7 @@ FUSED_REFERENCE = {
 }
 FUSED_FAKE = {
     "rms_norm_transform_quantize": _rms_norm_fake,
+    "add_rms_norm_transform_quantize": _add_rms_norm_fake,
     "layer_norm_transform_quantize": _layer_norm_fake,
     "rms_norm_keep_transform_quantize": _rms_norm_keep_fake,
     "layer_norm_keep_transform_quantize": _layer_norm_keep_fake,

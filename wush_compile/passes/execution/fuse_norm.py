@@ -6,8 +6,13 @@ A norm that something else reads too (a residual behind the norm, a router) beco
 
     y = rms_norm(x, w); transform_quantize(y, T, ..)  ->  codes, scales, y = rms_norm_keep_transform_quantize(x, w, ..)
 
-The norm is decomposed (Inductor, or a model that spells it out) or one ATen op (export). The fused op rounds to the
-model dtype where the graph does. A graph that rounds elsewhere is not fused.
+A norm of a sum that is not rounded first, as vLLM's models have it, takes the sum in too:
+
+    s = x.float() + r.float(); transform_quantize(rms_norm(s, w), T, ..); s.bfloat16()
+        ->  codes, scales, rounded s = add_rms_norm_transform_quantize(x, r, w, eps, .., T, ..)
+
+The norm is decomposed (Inductor, or a model that spells it out), one ATen op (export) or one op of vLLM's IR. The fused
+op rounds to the model dtype where the graph does. A graph that rounds elsewhere is not fused.
 """
 
 import operator
@@ -26,6 +31,7 @@ from ..pattern import (
     arguments,
     insert,
     insert_op,
+    is_cast,
     is_wush,
     match,
     only_user,
@@ -45,6 +51,7 @@ RMS_NORM = {
     "wide": Either(Cast(Op("mul", _RMS, _W)), Op("rms_norm", Var("x"), ANY, Var("weight"), Num("eps"))),
     "none": Cast(_RMS),
 }
+_SUM = Op("add", Cast(Var("x")), Cast(Var("residual")))
 _STATS = Op("var_mean", _X, ANY, 0, True, bind="reduction")
 _CENTERED = Op("sub", _X, Op("getitem", _STATS, 1))
 _NORMED = Op("mul", _CENTERED, Op("rsqrt", Op("add", Op("getitem", _STATS, 0), _EPS)))
@@ -58,9 +65,13 @@ LAYER_NORM = Either(
 )
 
 
-def _fits(root: Node, found: dict) -> bool:
-    """Whether a norm is over the last dimension, has parameters of its width, works in fp32 and rounds to x's dtype."""
-    out, dtype = value(root), value(found["x"]).dtype
+# Its arguments are (x, weight, eps, variance_size), or (x, residual, weight, eps, variance_size) and two results.
+VLLM_IR = {"rms_norm": "rms_norm", "fused_add_rms_norm": "add_rms_norm"}
+
+
+def _fits(root: Node, found: dict, dtype: torch.dtype) -> bool:
+    """Whether a norm is over the last dimension, has parameters of its width, works in fp32 and rounds to `dtype`."""
+    out = value(root)
     wide, reduction = found.get("wide"), found.get("reduction")
     if out.dtype != dtype or wide is not None and value(wide).dtype != torch.float32:
         return False
@@ -80,20 +91,56 @@ def _arguments(found: dict, **others) -> dict:
     return {"x": found["x"], "eps": number, "eps_tensor": tensor, **vectors, **others}
 
 
+def _summands(total: Node, dtype: torch.dtype) -> dict | None:
+    """The arguments of `add_rms_norm` that come from its sum, if a node is the fp32 sum of two tensors of `dtype`."""
+    found = match(_SUM, total)
+    if found is None or value(total).dtype != torch.float32:
+        return None
+    summands = value(found["x"]), value(found["residual"])
+    alike = all(s.dtype == dtype and s.shape == value(total).shape for s in summands)
+    rounded = [user for user in total.users if is_cast(user) and value(user).dtype == dtype]
+    return {**found, "total": total, "rounded": rounded} if alike else None
+
+
 def _rms_norm(root: Node) -> tuple[str, dict] | None:
+    dtype = value(root).dtype if isinstance(value(root), torch.Tensor) else None
     for gain, pattern in RMS_NORM.items():
         found = match(pattern, root)
-        if found is None or not _fits(root, found):
+        if found is None:
             continue
-        if gain == "rounded" and not value(found["rounded"]).dtype == value(found["weight"]).dtype == value(root).dtype:
+        if gain == "rounded" and not value(found["rounded"]).dtype == value(found["weight"]).dtype == dtype:
             continue
-        return "rms_norm", _arguments(found, gain=gain)
+        if _fits(root, found, value(found["x"]).dtype):
+            return "rms_norm", _arguments(found, gain=gain)
+        if (summed := _summands(found["x"], dtype)) is not None and _fits(root, found, dtype):
+            return "add_rms_norm", _arguments(found, gain=gain) | summed
     return None
+
+
+def _vllm_norm(root: Node) -> tuple[str, dict] | None:
+    """As `_rms_norm`, of an op of vLLM's IR."""
+    call = root.args[0] if root.target is operator.getitem and root.args[1] == 0 else root
+    target = call.target if isinstance(call, Node) else None
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "vllm_ir":
+        return None
+    op = VLLM_IR.get(target._opname)
+    if op is None or target._schema.is_mutable or (call is root) != (op == "rms_norm"):
+        return None
+    *summands, weight, eps, over = (*call.args, None)[: 4 if op == "rms_norm" else 5]
+    tensors = [value(node) for node in (*summands, weight) if node is not None]
+    if call.kwargs or over is not None or len({t.dtype for t in tensors}) > 1:
+        return None
+    gain = "none" if weight is None else "rounded"
+    arguments = _arguments({"x": summands[0], "weight": weight, "eps": eps}, gain=gain)
+    if op == "add_rms_norm":
+        rounded = [part for part in call.users if part.args[1] == 1]
+        arguments |= {"residual": summands[1], "total": call, "rounded": rounded}
+    return op, arguments
 
 
 def _layer_norm(root: Node) -> tuple[str, dict] | None:
     found = match(LAYER_NORM, root)
-    if found is None or not _fits(root, found):
+    if found is None or not _fits(root, found, value(found["x"]).dtype):
         return None
     if any(value(found[name]).dtype != value(root).dtype for name in ("weight", "bias") if name in found):
         return None
@@ -114,6 +161,23 @@ def _keep(graph: Graph, root: Node, node: Node, op: str, named: dict) -> bool:
     return True
 
 
+def _add(graph: Graph, node: Node, named: dict) -> bool:
+    """Replaces a sum, its norm and the quantizer `node` by the op that also writes the rounded sum; whether it did."""
+    total, rounded = named["total"], named["rounded"]
+    x = value(named["x"])
+    dense = torch.empty_like(x, memory_format=torch.contiguous_format)
+    same = all(statically_known_true(i == j) for part in rounded for i, j in zip(dense.stride(), value(part).stride()))
+    arguments = {name: a for name, a in named.items() if name not in ("total", "rounded")}
+    if not same or not all(a < total for a in arguments.values() if isinstance(a, Node)):
+        return False
+    new = insert_op(graph, total, "add_rms_norm_transform_quantize", arguments, val=(*value(node), dense))
+    kept = insert(graph, total, operator.getitem, (new, 2), val=dense)
+    for part in rounded:
+        replace(part, kept)
+    replace(node, new)
+    return True
+
+
 def fuse_norm(graph: Graph) -> int:
     """Fuses each quantizer with the norm before it; the number fused."""
     fused = 0
@@ -122,11 +186,14 @@ def fuse_norm(graph: Graph) -> int:
             continue
         quantizer = arguments(node)
         x = quantizer["x"]
-        found = _rms_norm(x) or _layer_norm(x)
+        found = _rms_norm(x) or _layer_norm(x) or _vllm_norm(x)
         if found is None:
             continue
         op, norm = found
-        if only_user(x, node):
+        if op == "add_rms_norm":
+            if not only_user(x, node) or not _add(graph, node, quantizer | norm):
+                continue
+        elif only_user(x, node):
             replace(node, insert_op(graph, node, f"{op}_transform_quantize", quantizer | norm, val=value(node)))
         elif not _keep(graph, x, node, op, quantizer | norm):
             continue
