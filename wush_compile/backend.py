@@ -50,6 +50,11 @@ def _providers() -> tuple:
     )
 
 
+def cache_key(steps: tuple) -> tuple:
+    """What a graph that these passes made depends on, besides the graph itself."""
+    return _digest(_ROOT), tuple(step.__name__ for step in steps), _providers()
+
+
 @functools.cache
 def _pass_class() -> type:
     # Inductor is imported on first use: the import takes seconds, and eager users do not need it.
@@ -76,12 +81,7 @@ def _pass_class() -> type:
         def uuid(self):
             if self.first is not None and not hasattr(self.first, "uuid"):
                 return None  # a plain function has no key: Inductor must not cache
-            return (
-                _digest(_ROOT),
-                tuple(s.__name__ for s in self.steps),
-                _providers(),
-                None if self.first is None else self.first.uuid(),
-            )
+            return *cache_key(self.steps), None if self.first is None else self.first.uuid()
 
     return ExecutionPasses
 

@@ -1,6 +1,7 @@
 """Saves a quantized model, all of it or nothing, and loads it after checking everything (docs/spec.md §7)."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from ..modules import WushGroup, install_group, unwrapped
 from . import hf
 from .atomic import recover, replaced_directory
 from .files import CONFIG, DIGEST, JOURNAL, WEIGHT_FILE, WEIGHTS, Weights, digest, read_config, weight_files
+from .fused import half_quantized
 from .gguf import load_gguf
 from .layout import (
     build_groups,
@@ -28,6 +30,8 @@ from .layout import (
     split_state_dict,
 )
 from .record import REPORT, Quantization, read_report, write_report
+
+log = logging.getLogger("wush_compile")
 
 
 def _aliases(model: nn.Module) -> list[list[str]]:
@@ -113,6 +117,13 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> None
     """
     model = unwrapped(model)
     record = hf.bring_up_to_date(model)
+    if halves := half_quantized(record):
+        log.warning(
+            "vLLM cannot serve this checkpoint: it runs %s as one linear with quantized ones (%d such places); "
+            "ignore all of q_proj, k_proj and v_proj or none, and all of gate_proj and up_proj or none",
+            ", ".join(halves[0]),
+            len(halves),
+        )
     target = recover(directory)
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{directory} is a file: give a directory")

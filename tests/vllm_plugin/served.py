@@ -1,0 +1,107 @@
+"""Tiny checkpoints, and what vLLM and our own model make of them.
+
+Both compute in fp32, and our model goes over vLLM's tokens: a difference below a rounding threshold vanishes in the
+next quantizer, so that log-probabilities agree to fp32's last digits, until one code flips. Few layers keep that rare.
+"""
+
+import gc
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from helpers import quantize
+from torch import nn
+
+import wush_compile as wc
+
+VOCABULARY = 1000  # not a multiple of 64, to which vLLM pads a head
+PROMPTS = (1, 3, 5, 9, 14, 20)  # tokens; more prompts than run at once, so that they join and leave the batch
+NEW = 24
+
+COMMON = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+MODELS = {
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),  # biases on q, k, v
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
+    "tied": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"tie_word_embeddings": True}),
+    "phi": (
+        transformers.PhiConfig,
+        transformers.PhiForCausalLM,
+        {"num_key_value_heads": 4},
+    ),  # fc1 reads what q, k, v read
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM, {}),  # fused on disk
+}
+
+
+def checkpoint(directory: Path, kind: str = "qwen2", seed: int = 0, **settings) -> Path:
+    """A checkpoint of a random model, rounded to nearest after a WUSH transform."""
+    config_class, model_class, changes = MODELS[kind]
+    torch.manual_seed(seed)
+    model = model_class._from_config(config_class(**COMMON | changes), dtype=torch.bfloat16).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    data = torch.randint(VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(2))
+    wc.save(quantize(model, data, **settings), directory)
+    return directory
+
+
+class Agreement(NamedTuple):
+    """Of greedy tokens and their log-probabilities: how many are our model's first choice, and the differences."""
+
+    tokens: int
+    same: int
+    largest: float
+    mean: float
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in PROMPTS]
+
+
+def greedy(directory: Path, **settings) -> list[tuple[list[int], list[int], list[float]]]:
+    """(prompt, new tokens, their log-probabilities) of each prompt, by vLLM."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    defaults = dict(dtype="float32", max_model_len=64, max_num_seqs=4, enforce_eager=True, skip_tokenizer_init=True)
+    llm = LLM(str(directory), **defaults | settings)
+    try:
+        sampling = SamplingParams(temperature=0, max_tokens=NEW, logprobs=0, ignore_eos=True, detokenize=False)
+        results = llm.generate([{"prompt_token_ids": p} for p in prompts()], sampling, use_tqdm=False)
+    finally:
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    rows = []
+    for result in results:
+        (answer,) = result.outputs
+        ids = list(answer.token_ids)
+        rows.append((list(result.prompt_token_ids), ids, [p[i].logprob for i, p in zip(ids, answer.logprobs)]))
+    return rows
+
+
+@torch.no_grad()
+def agreement(directory: Path, rows: list[tuple[list[int], list[int], list[float]]]) -> Agreement:
+    """vLLM's tokens and log-probabilities beside those of our own eager model over the same tokens."""
+    model = nn.Module.float(wc.load(directory))  # transforms keep their bits
+    same, differences = 0, []
+    for prompt, new, log_probabilities in rows:
+        logits = model(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
+        same += int((logits.argmax(-1) == torch.tensor(new)).sum())
+        own = logits.log_softmax(-1)[range(len(new)), new]
+        differences += (own - torch.tensor(log_probabilities)).abs().tolist()
+    return Agreement(len(differences), same, max(differences), sum(differences) / len(differences))

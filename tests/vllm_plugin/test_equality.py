@@ -1,0 +1,45 @@
+"""vLLM and our own eager model agree on every kind of checkpoint that the library writes."""
+
+import pytest
+from served import NEW, PROMPTS, agreement, checkpoint, greedy
+
+CASES = {
+    "mxfp4": {},
+    "nvfp4": dict(format="nvfp4"),
+    "block of 64": dict(transform_block_size=64),
+    "hadamard": dict(transform="hadamard"),
+    "identity": dict(transform="identity"),
+    "paper's rules": dict(weight_scale_rule="paper", activation_scale_rule="paper"),
+    "a transform a linear": dict(share_transform=False),
+    "a transform and a scale a linear": dict(format="nvfp4", share_transform=False, seed=1),  # 0: a code flips
+    "ignored": dict(ignore=("*.layers.0.self_attn.[qkv]_proj", "*.layers.1.mlp.down_proj")),
+    "a quantized head": dict(ignore=("!lm_head",)),
+    "activations in fp8": dict(activation_format="fp8"),
+    "activations in 16 bits": dict(activation_format=None),
+    # one fused linear holds two recipes: q and v of one group, k of another; gate and up in two formats
+    "two recipes in a linear": dict(
+        overrides={
+            "*.k_proj": {"format": "nvfp4"},
+            "*.up_proj": {"activation_format": "fp8"},
+            "*.o_proj": {"format": "int4"},
+        }
+    ),
+    "llama": dict(kind="llama"),
+    "tied": dict(kind="tied"),
+    "phi": dict(kind="phi"),
+    "phi3": dict(kind="phi3", format="nvfp4"),
+}
+
+
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+def test_log_probabilities(tmp_path, settings):
+    directory = checkpoint(tmp_path / "checkpoint", **settings)
+    found = agreement(directory, greedy(directory))
+    assert found.tokens == len(PROMPTS) * NEW
+    assert found.same == found.tokens and found.largest < 5e-5, found
+
+
+def test_int4_flips_few_codes(tmp_path):
+    directory = checkpoint(tmp_path / "checkpoint", format="int4")
+    found = agreement(directory, greedy(directory))
+    assert found.same >= found.tokens - 2 and found.mean < 0.01, found

@@ -1,0 +1,110 @@
+"""What a checkpoint says about each layer of vLLM's model. A layer that is quantized in part is an error."""
+
+import weakref
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from ..checkpoint.fused import FUSED
+from ..checkpoint.layout import read_record
+from ..checkpoint.record import Quantization
+from ..errors import CheckpointError
+from . import refused_release
+
+
+class WushVllmConfig(QuantizationConfig):
+    """The `quantization_config` of a checkpoint, as vLLM asks for it.
+
+    record    how the model was quantized (docs/spec.md §7)
+    group_of  name of a linear, as vLLM's model names it -> index of its group in `record.groups`
+    holders   index of a group -> the layer that loads the group's transform. It is the layer of the first member;
+              other layers take the transform from there.
+    reads_tensors   whether the weights come from the checkpoint, tensor by tensor
+    """
+
+    def __init__(self, record: Quantization):
+        super().__init__()
+        self.record = record
+        self.group_of = {name: index for index, group in enumerate(record.groups) for name in group["members"]}
+        self.reads_tensors = True
+        self.holders: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "holders": weakref.WeakValueDictionary()}  # it is pickled to the workers
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "wush"
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80  # other devices, and what no kernel takes, run the reference
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []  # all is in config.json
+
+    @classmethod
+    def from_config(cls, config: dict) -> "WushVllmConfig":
+        """Raises `CheckpointError` for a release of vLLM or a checkpoint that this library does not know."""
+        if reason := refused_release():
+            raise CheckpointError(reason)
+        return cls(read_record(config))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
+        """Renames the linears as the model class renames the tensors of its checkpoints (vision-language models)."""
+        self.group_of = {hf_to_vllm_mapper.map_name(name) or name: i for name, i in self.group_of.items()}
+
+    def first_member(self, group: int) -> str:
+        """The member under whose name the group's transform is on disk, as vLLM's model names it."""
+        return next(name for name, index in self.group_of.items() if index == group)
+
+    def members_of(self, prefix: str) -> list[str]:
+        """The linears on disk that a linear of vLLM's model consists of, in the order of its rows."""
+        parent, dot, leaf = prefix.rpartition(".")
+        packed = FUSED | self.packed_modules_mapping
+        if prefix in self.group_of or leaf not in packed:
+            return [prefix]
+        return [f"{parent}{dot}{name}" for name in packed[leaf]]
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """How vLLM loads and computes a layer. Raises `CheckpointError` for one that is quantized in part."""
+        from vllm.config import get_current_vllm_config_or_none
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        names = self.members_of(prefix)
+        groups = [self.group_of.get(name) for name in names]
+        if not isinstance(layer, LinearBase | ParallelLMHead):
+            self._refuse_inside(layer, prefix)
+            return None
+        if None not in groups:
+            from .linear import WushLinearMethod
+            from .passes import enable
+
+            current = get_current_vllm_config_or_none()
+            self.reads_tensors = current is None or current.load_config.load_format in ("auto", "hf", "safetensors")
+            enable()
+            return WushLinearMethod(self, prefix, names, groups)
+        if left := [name for name, group in zip(names, groups) if group is None and any(g is not None for g in groups)]:
+            raise CheckpointError(
+                f"vLLM runs {', '.join(names)} as one linear, and the checkpoint leaves {', '.join(left)} in 16 bits: "
+                "quantize the model again, and ignore all of them or none"
+            )
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _refuse_inside(self, layer: nn.Module, prefix: str) -> None:
+        """Raises `CheckpointError` for experts with quantized linears, which vLLM runs as one layer of another kind."""
+        if type(layer).__name__ not in ("RoutedExperts", "FusedMoE"):
+            return
+        inside = [name for name in self.group_of if name.startswith(f"{prefix}.")]
+        if inside:
+            raise CheckpointError(
+                f"{prefix}: the plug-in cannot run quantized experts, and {len(inside)} linears of these are: "
+                "quantize the model again with the experts in `ignore`"
+            )

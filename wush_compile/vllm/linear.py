@@ -1,0 +1,218 @@
+"""How vLLM loads and computes a quantized linear: one quantizer and one product for each group that it has rows of."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import BasevLLMParameter
+
+from ..errors import CheckpointError
+from ..modules import buffer_layout
+from ..recipe import Recipe
+from .parameters import GlobalScales, Rows, forwarded, load_whole
+
+BY_ROWS = ("weight_packed", "weight_scale")
+OF_INPUT = ("input_transform", "input_global_scale")
+BUFFERS = (*BY_ROWS, "weight_global_scale", *OF_INPUT)
+
+
+class Part(NamedTuple):
+    """The rows of one group in a linear of vLLM.
+
+    suffix    of the names of its parameters; none if the linear has one part
+    members   numbers of its linears on disk, among those of vLLM's linear
+    """
+
+    suffix: str
+    group: int
+    recipe: Recipe
+    block: int
+    members: list[int]
+
+
+@register_weight_loader_v2_supported_method
+class WushLinearMethod(LinearMethodBase):
+    """A linear of vLLM's model, which may be several linears on disk.
+
+    config   the checkpoint's; it knows where the transforms are
+    names    the linears on disk, in the order of their rows
+    groups   the group of each
+    """
+
+    def __init__(self, config, prefix: str, names: list[str], groups: list[int]):
+        self.config, self.prefix, self.names = config, prefix, names
+        distinct, record = list(dict.fromkeys(groups)), config.record
+        self.parts = [
+            Part(
+                f"_{i}" if len(distinct) > 1 else "",
+                group,
+                record.recipe_of(record.groups[group]),
+                record.groups[group]["transform_block_size"],
+                [member for member, other in enumerate(groups) if other == group],
+            )
+            for i, group in enumerate(distinct)
+        ]
+
+    # -- loading -----------------------------------------------------------------------------------------------------
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        # A linear that is fused on disk (Phi-3) is one member, whatever its partitions.
+        sizes = output_partition_sizes if len(self.names) > 1 else [sum(output_partition_sizes)]
+        if len(sizes) != len(self.names):
+            raise CheckpointError(
+                f"{self.prefix}: vLLM cuts it into {len(sizes)} parts, and the checkpoint holds "
+                f"{', '.join(self.names)}: the plug-in does not know which rows are whose"
+            )
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        layer.wush_rows = [(start, start + size) for start, size in zip(starts, sizes)]
+        layer.wush_missing = {}
+        loader, names = extra_weight_attrs["weight_loader"], []
+        for part in self.parts:
+            self._check_width(part, input_size_per_partition, input_size)
+            names += self._create_part(layer, part, sizes, input_size_per_partition, params_dtype, loader)
+        if len(self.parts) > 1:
+            for name in dict.fromkeys(names):
+                layer.register_parameter(name, forwarded(lambda member, name=name: self._target(layer, name, member)))
+
+    def _check_width(self, part: Part, width: int, whole: int) -> None:
+        """A rank's channels must be whole blocks of the transform and whole groups of the format."""
+        step = max(part.block, part.recipe.group_size)
+        if width % step == 0:
+            return
+        ranks = whole // width
+        fits = next(n for n in range(ranks - 1, 0, -1) if whole % n == 0 and whole // n % step == 0)
+        raise CheckpointError(
+            f"{self.prefix}: tensor parallelism cuts its {whole} input channels into {width}, which is no multiple of "
+            f"the transform's block of {step}: use tensor_parallel_size={fits}"
+        )
+
+    def _create_part(self, layer, part: Part, sizes: list[int], width: int, dtype: torch.dtype, loader) -> list[str]:
+        """Registers the parameters of a part; returns the names of its tensors on disk."""
+        rows = [sizes[member] for member in part.members]
+        layout = buffer_layout(part.recipe, sum(rows), width, part.block, dtype, False)
+        starts = None
+        if part.suffix:
+            starts = {member: sum(rows[:i]) for i, member in enumerate(part.members)}
+        if self.config.first_member(part.group) in self.names:
+            self.config.holders[part.group] = layer
+        else:
+            layout |= dict.fromkeys(OF_INPUT)  # another layer has them
+        loaders = {name: load_whole(layer.tp_rank) for name in OF_INPUT}
+        for name in BUFFERS:
+            if layout[name] is None:
+                continue
+            (shape, kind), load = layout[name], self._counting(layer, name + part.suffix, loaders.get(name, loader))
+            if name in BY_ROWS:
+                data = torch.zeros(shape, dtype=kind)
+                param = Rows(data=data, input_dim=1, output_dim=0, weight_loader=load, starts=starts)
+                layer.wush_missing[name + part.suffix] = len(rows)
+            elif name == "weight_global_scale":
+                data = torch.ones(len(rows), dtype=kind)
+                param = GlobalScales(data=data, weight_loader=load, members=part.members)
+                layer.wush_missing[name + part.suffix] = len(rows)
+            else:
+                param = BasevLLMParameter(data=torch.zeros(shape, dtype=kind), weight_loader=load)
+                layer.wush_missing[name + part.suffix] = 1
+            layer.register_parameter(name + part.suffix, param)
+        return [name for name in BUFFERS if layout[name] is not None]
+
+    def _counting(self, layer: nn.Module, name: str, load):
+        """`load`, which also counts the tensors that are still to come for this parameter."""
+
+        def run(param, loaded_weight: Tensor, *shard_id) -> None:
+            load(param, loaded_weight, *shard_id)
+            layer.wush_missing[name] -= 1
+
+        return run
+
+    def _target(self, layer: nn.Module, name: str, member: int):
+        """(parameter, its loader) for a tensor of a member, in a linear of several parts."""
+        part = next(part for part in self.parts if member in part.members)
+        param = getattr(layer, name + part.suffix, None)
+        if param is None:
+            raise CheckpointError(
+                f"{self.names[member]}.{name} is in the checkpoint, and its recipe has no such tensor: "
+                "config.json was edited; quantize the model again"
+            )
+        return param, param.weight_loader
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self._finish(layer)
+        for part in self.parts:
+            holder = self.config.holders.get(part.group)
+            if holder is None:
+                raise CheckpointError(
+                    f"{self.prefix}: the transform is that of {self.config.first_member(part.group)}, which vLLM's "
+                    "model does not have in this process: use pipeline_parallel_size=1"
+                )
+            if holder is not layer:  # (Phi: fc1 reads what q, k and v read)
+                holder.quant_method.lend(holder, part.group, layer, part.suffix)
+
+    def lend(self, layer: nn.Module, group: int, borrower: nn.Module, suffix: str) -> None:
+        """Gives another layer the transform and the scale of a group's input: the same parameters, so that a compiled
+        graph sees that both layers quantize alike."""
+        self._finish(layer)
+        own = next(part for part in self.parts if part.group == group)
+        for name in OF_INPUT:
+            setattr(borrower, name + suffix, getattr(layer, name + own.suffix, None))
+
+    def _finish(self, layer: nn.Module) -> None:
+        """Makes plain parameters of those that were loaded. Does nothing the second time."""
+        missing = [name for name, count in layer.wush_missing.items() if count > 0]
+        if missing and self.config.reads_tensors:
+            raise CheckpointError(f"the checkpoint lacks {', '.join(missing)} of {self.prefix}: copy or save it again")
+        for name, param in list(layer.named_parameters(recurse=False)):
+            if not isinstance(param, BasevLLMParameter) or not name.startswith(BUFFERS):
+                continue
+            if param.numel() == 0:
+                delattr(layer, name)  # it handed its tensors on
+            else:
+                data = param.data[:1] if isinstance(param, GlobalScales) else param.data  # members have copies
+                setattr(layer, name, Parameter(data, requires_grad=False))
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [.., K] -> [.., N] in x's dtype."""
+        if len(self.parts) == 1:
+            return self._product(layer, self.parts[0], x, bias)
+        outputs: dict[int, Tensor] = {}
+        for part in self.parts:
+            rows = [layer.wush_rows[member] for member in part.members]
+            own = None if bias is None else torch.cat([bias[start:stop] for start, stop in rows])
+            y = self._product(layer, part, x, own)
+            outputs |= dict(zip(part.members, y.split([stop - start for start, stop in rows], dim=-1)))
+        return torch.cat([outputs[member] for member in range(len(self.names))], dim=-1)
+
+    def _product(self, layer: nn.Module, part: Part, x: Tensor, bias: Tensor | None) -> Tensor:
+        recipe = part.recipe
+        weight, weight_scale, weight_global_scale, transform, global_scale = [
+            getattr(layer, name + part.suffix, None) for name in BUFFERS
+        ]
+        codes, scales = torch.ops.wush.transform_quantize(
+            x, transform, global_scale, recipe.operand, recipe.operand_rule
+        )
+        return torch.ops.wush.fp4_linear(
+            codes,
+            scales,
+            global_scale,
+            weight,
+            weight_scale,
+            weight_global_scale,
+            bias,
+            None,
+            recipe.format,
+            x.dtype,
+            *(() if recipe.activation_format == "same" else ("rows", recipe.operand)),
+        )
