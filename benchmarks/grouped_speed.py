@@ -281,8 +281,10 @@ def candidates(format: str, rows: int, experts: int) -> list:
     if 4 < average <= 96:
         found += [Gemm(64, 32, 256, 4, 4 if mx else 3), Gemm(64, 32, 128, 4, 4)]
         found += [Hopper(128, 32, 8 if mx else 5, 2), Hopper(128, 32, 5 if mx else 3, 3)]
-    if 12 < average <= 400:
-        found += [Gemm(64, 64, 128, 4, 4), Hopper(128, 64, 6 if mx else 4, 2), Hopper(128, 64, 8, 1)]
+    if average > 12:
+        found += [Hopper(128, 64, 6 if mx else 4, 2)]
+    if 12 < average <= 100:
+        found += [Gemm(64, 64, 128, 4, 4)]
     if average >= 48:
         found += [Hopper(128, 128, 6 if mx else 4, 1)] + ([Hopper(128, 128, 4, 1)] if mx else [])
     if average >= 128:
