@@ -1,7 +1,6 @@
 """Weights of calibration tokens from gradients: against float64 autograd, by micro-batch, in the journal, without."""
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 import wush_compile as wc
 from wush_compile.calibration import loop
 from wush_compile.calibration import token_weights as weighing
+from wush_compile.calibration.likelihood import UNIT_STRIDE, sampled_gradient
 from wush_compile.errors import ConfigError
 from wush_compile.ops import core as ops
 
@@ -49,14 +49,18 @@ def reference(model: nn.Module, batches: list[torch.Tensor], members: list[str])
         model.get_submodule(name).register_forward_hook(keep)
     for ids in batches:
         logits = model(input_ids=ids, use_cache=False).logits
-        position = (sequence + torch.arange(len(ids)))[:, None] * weighing.UNIT_STRIDE + torch.arange(ids.shape[1])
+        position = (sequence + torch.arange(len(ids)))[:, None] * UNIT_STRIDE + torch.arange(ids.shape[1])
         draw = ops._uniform(position.flatten(), 0).view(ids.shape)
         sampled = (logits.detach().softmax(-1).cumsum(-1) < draw[..., None]).sum(-1)
         logits.log_softmax(-1).gather(-1, sampled[..., None]).sum().backward()
         norms.append(sum(outputs[name].grad.square().sum(-1) for name in members).sqrt().flatten())
         sequence += len(ids)
-    norm = torch.cat(norms)
-    return (norm / norm.mean()).clamp(max=weighing.LARGEST_WEIGHT)
+    return _weights(torch.cat(norms))
+
+
+def _weights(norm: torch.Tensor) -> torch.Tensor:
+    weight = norm**weighing.POWER
+    return (weight / weight.mean()).clamp(max=weighing.LARGEST_WEIGHT)
 
 
 def test_weights_are_the_norms_of_the_gradients(found):
@@ -127,24 +131,40 @@ def test_a_journal_keeps_the_weights(found, tmp_path, monkeypatch):
 
 
 class Bare(nn.Module):
-    """A model whose result has no name, and one that autograd cannot follow."""
+    """A model of rows, whose one result has no name; `rounds` lets no gradient through."""
 
-    def __init__(self, named: bool):
+    def __init__(self, rounds: bool = False):
         super().__init__()
-        self.first, self.second, self.named = nn.Linear(64, 64), nn.Linear(64, 32), named
+        self.first, self.second, self.rounds = nn.Linear(64, 64), nn.Linear(64, 32), rounds
 
     def forward(self, x):
         y = self.second(self.first(x).relu())
-        return {"logits": y.round()} if self.named else y
+        return y.round() if self.rounds else y
 
 
-@pytest.mark.parametrize("named, reason", [(False, "no logits"), (True, "no gradient")])
-def test_without_gradients_tokens_count_alike(named, reason, caplog):
+def bare(rounds: bool = False) -> tuple[nn.Module, list[torch.Tensor]]:
     torch.manual_seed(0)
-    model, x = Bare(named), [torch.randn(40, 64)]
+    return Bare(rounds), list(torch.randn(3, 40, 64))
+
+
+def test_results_without_logits_are_means_of_normal_distributions(found):
+    """The gradient of a sample is the sample minus its mean: standard normal numbers, the same ones every time."""
+    model, x = bare()
+    second = model.second.weight.detach().double()
+    relu = torch.cat(x).double() @ model.first.weight.detach().double().T + model.first.bias.double() > 0
+    quantize(model, x)
+    drawn = [sampled_gradient(torch.zeros(40, 32), "normal", None, unit, 0) for unit in (0, 1, 2)]
+    noise = torch.cat(drawn).double()
+    assert noise.mean().abs() < 0.05 and noise.std() == pytest.approx(1, abs=0.05) and not drawn[0].equal(drawn[1])
+    for name, gradient in (("second", noise), ("first", (noise @ second) * relu)):
+        norm = gradient.norm(dim=1)
+        torch.testing.assert_close(found[0][name].double(), _weights(norm), rtol=1e-4, atol=1e-5)
+
+
+def test_without_gradients_tokens_count_alike(caplog):
+    model, x = bare(rounds=True)
     other = copy.deepcopy(model)
-    with caplog.at_level(logging.INFO, "wush_compile"):
-        quantize(model, x)
-    assert [r for r in caplog.records if "count alike" in r.message and reason in r.message]
+    quantize(model, x)
+    assert [r for r in caplog.records if "count alike" in r.message and "no gradient" in r.message]
     assert {entry["token_weights"] for entry in measured(model).values()} == {"uniform"}
     assert same_tensors(model, quantize(other, x, token_weights="uniform"))

@@ -49,7 +49,7 @@ class Recipe:
     token_weights
         What a token counts in second moments. `uniform`: all alike. `gradient`: by how much the model's log-likelihood
         depends on the linear's output for this token (docs/spec.md §3), which takes one more pass, forward and
-        backward. Models without logits have no such gradient: their tokens count alike, and a warning says so.
+        backward. Where no gradient can be had, tokens count alike, and a warning says so.
     seed
         The seed of everything random: `random` transforms, sampled calibration text, the rows kept for layer losses.
     """

@@ -16,19 +16,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ..capture.export import Captured
 from ..data import Batch
 from ..errors import WushError
-from ..ops.core import _uniform
 from ..passes.calibration.group import LinearGroup
 from ..passes.calibration.taps import tapped
 from ..solver.solution import uses_moment
 from .activations import Activations
 from .context import Run
+from .likelihood import NoGradient, predictions, sampled_gradient
 from .microbatch import MicroBatch, regroup, sequences, traced_bytes
 from .tensors import Loader
 from .variants import Variant, Variants
@@ -39,15 +38,8 @@ LARGEST_WEIGHT = 20.0
 POWER = 1.0
 # Tokens in a micro-batch of the pass: it also runs the head, whose logits are larger than anything in a layer.
 PASS_TOKENS = 4096
-# Rows whose probabilities are computed at a time.
-LOGIT_ROWS = 1024
 # The share of the host's memory for the values between stages, where the weights are loaded stage by stage.
 HELD_SHARE = 0.25
-UNIT_STRIDE = 2**20
-
-
-class NoGradient(Exception):
-    """Why a model's tokens cannot be weighted."""
 
 
 @dataclass
@@ -70,50 +62,6 @@ def wanted_groups(groups: list[LinearGroup]) -> set[int]:
     return {i for i, recipe in weighed if recipe.token_weights == "gradient" and uses_moment(recipe)}
 
 
-# -- the log-likelihood ----------------------------------------------------------------------------------------------
-
-
-def logit_outputs(captured: Captured) -> dict[str, str]:
-    """Returns {node: key} of the graph's results whose key ends with `logits`, of 2 dimensions or more.
-
-    Raises `NoGradient` if there are none.
-    """
-    graph_module = captured.graph_module
-    results = next(n for n in graph_module.graph.nodes if n.op == "output").args[0]
-    spec = getattr(graph_module, "_out_spec", None)
-    structure = None if spec is None else pytree.tree_unflatten(list(results), spec)
-    found = {}
-    for key, node in structure.items() if isinstance(structure, dict) else ():
-        value = node.meta.get("val") if isinstance(node, fx.Node) else None
-        if str(key).endswith("logits") and isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
-            found[node.name] = str(key)
-    if not found:
-        raise NoGradient("it returns no logits")
-    return found
-
-
-def likelihood_gradient(logits: Tensor, mask: Tensor | None, first_unit: int, seed: int) -> Tensor:
-    """d(Σ log p(sampled token)) / d(logits), in the dtype of the logits [B, .., V].
-
-    Row i of sequence b draws by a pseudo-random number of b, i and the seed alone. mask [B, ..]: rows to leave out.
-    """
-    batch, flat = logits.shape[0], logits.reshape(-1, logits.shape[-1])  # [n, V]
-    each = len(flat) // batch
-    row = torch.arange(len(flat), device=logits.device)
-    number = (first_unit + row // each) * UNIT_STRIDE + row % each
-    draw = _uniform(number, seed).to(torch.float32)[:, None]  # [n, 1]
-    gradient = torch.empty_like(flat)
-    for start in range(0, len(flat), LOGIT_ROWS):
-        part = slice(start, start + LOGIT_ROWS)
-        p = flat[part].float().softmax(-1)
-        total = p.cumsum(-1)
-        token = torch.searchsorted(total, draw[part] * total[:, -1:]).clamp(max=p.shape[-1] - 1)
-        gradient[part] = p.neg_().scatter_add_(-1, token, torch.ones_like(draw[part])).to(gradient.dtype)
-    if mask is not None and mask.shape == logits.shape[:-1]:
-        gradient[mask.reshape(-1) == 0] = 0
-    return gradient.view(logits.shape)
-
-
 # -- the pass --------------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +71,7 @@ class _Pass:
     def __init__(self, variant: Variant, wanted: set[int], run: Run, loader: Loader, offset: int, seed: int):
         """offset: the number of this process's first unit among all processes' units."""
         self.variant, self.run, self.loader, self.offset, self.seed = variant, run, loader, offset, seed
-        self.logits = logit_outputs(variant.captured)
+        self.predictions = predictions(variant.captured)
         self.stages = variant.stages
         self.made = [tapped(stage, variant.groups, wanted) for stage in self.stages]
         self.first = min((k for k, (_, taps) in enumerate(self.made) if taps), default=len(self.stages))
@@ -195,9 +143,10 @@ class _Pass:
             arguments = [leaves.get(name, value) for name, value in zip(stage.inputs, inputs, strict=True)]
             outputs = dict(zip(stage.outputs, functional_call(module, loaded, tuple(arguments)), strict=True))
         mask = self._mask(batch)
-        for name in self.logits:
+        for name, kind in self.predictions.items():
             if name in outputs:
-                own = likelihood_gradient(outputs[name].detach(), mask, batch.units[0] + self.offset, self.seed)
+                first = batch.units[0] + self.offset
+                own = sampled_gradient(outputs[name].detach(), kind, mask, first, self.seed)
                 gradients[name] = gradients[name] + own if name in gradients else own
         flowing = [n for n, g in gradients.items() if isinstance(outputs[n], Tensor) and outputs[n].requires_grad]
         if not flowing:
