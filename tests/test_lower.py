@@ -163,6 +163,61 @@ def test_packages_for_a_gpu_leave_out_what_the_shapes_rule_out(hopper):
     ]
 
 
+class Experts(nn.Module):
+    """Two experts of a width that is no multiple of 128, with a bias; rows of the input by an index."""
+
+    def __init__(self, format: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.format = format
+        codes, scales = formats.quantize(torch.randn(2, 24, 160), format, "absmax")
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", torch.randn(2, 24))
+
+    def forward(self, x, offs, index):
+        q = wush.transform_quantize(x, None, None, self.format, "absmax")
+        rest = None, offs, self.bias, self.format, torch.float32
+        return wush.fp4_grouped_linear(*q, None, self.codes, self.scales, *rest, index=index)
+
+
+EXPERTS_INPUT = (x_like(3, 160), torch.tensor([2, 5], dtype=torch.int32), torch.tensor([2, 0, 0, 1, 2, 1]))
+
+
+def experts_program(format: str) -> torch.export.ExportedProgram:
+    sizes = ({0: torch.export.Dim.AUTO}, None, {0: torch.export.Dim.AUTO})
+    with torch.no_grad():
+        return torch.export.export(Experts(format), EXPERTS_INPUT, dynamic_shapes=sizes)
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_experts_in_a_package_for_a_gpu(format, hopper):
+    """One product for any number of rows: few, more, many for two experts."""
+    program = experts_program(format)
+    graph = on_gpu(program)
+    passes.run(graph, passes.PACKAGING)
+    assert not count_ops(graph)
+    (index,) = [n for n in graph.nodes if n.op == "placeholder" and value(n).dtype == torch.int64]
+    rows = value(index).shape[0].node.expr
+    products = [grid[0].node.expr for name, grid in launches(graph) if name == "grouped_gemm_kernel"]
+    assert len(products) == 3
+    for m in (1, 2, 16, 17, 48, 49, 5000):
+        assert sum(int(grid.subs(rows, m)) > 0 for grid in products) == 1, m
+    assert not any(int(grid.subs(rows, 0)) for grid in products)
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int4"])
+def test_experts_in_a_package_for_a_cpu(format):
+    program = experts_program(format)
+    want = program.module()(*EXPERTS_INPUT)
+    passes.run(program.graph, passes.PACKAGING)
+    assert not count_ops(program.graph)
+    program.graph_module.recompile()
+    got = program.module()(*EXPERTS_INPUT)
+    assert (got - want).norm() < 1e-6 * want.norm()  # fp32 sums in another order
+    assert not got[5].any() and want[:5].any()
+
+
 def test_equal_constants_of_a_package_are_made_once(hopper):
     model = nn.Sequential(Product("mxfp4", 256), Product("mxfp4", 256), Product("mxfp4", 256))
     graph = on_gpu(exported(model, x_like(5, 256)))

@@ -13,11 +13,12 @@ kernels find every row's expert on the device.
 import torch
 from torch import Tensor
 
+from .. import formats
 from ..errors import OffsetsError
 from ..formats import get_format
 from .core import FAKE, REFERENCE
 from .layouts import in_rows
-from .schema import define
+from .schema import check, define
 
 
 def check_offsets(offs: Tensor, rows: int) -> list[int]:
@@ -143,7 +144,48 @@ def _fp4_grouped_linear_fake(
     return codes.new_empty((index.shape[0], n), dtype=out_dtype)
 
 
+def _arithmetic(
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: Tensor | None,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    weight_global_scale: Tensor | None,
+    offs: Tensor,
+    bias: Tensor | None,
+    format: str,
+    out_dtype: torch.dtype,
+    scale_layout: str = "rows",
+    activation_format: str = "same",
+    index: Tensor | None = None,
+) -> Tensor:
+    """The op for a graph without Python, whose sizes do not depend on the offsets: every row times every weight, of
+    which the products with the row's own expert are taken."""
+    if activation_format == "same":
+        groups = 2 * codes.shape[-1] // get_format(format).group_size
+        x = formats.dequantize(codes, in_rows(scales, codes.shape[:-1], groups, scale_layout), format)  # [T, K]
+    else:
+        x = codes.to(torch.float32) if activation_format == "none" else formats.dequantize_fp8(codes, scales)
+    x = x if index is None else x[index]  # [S, K]
+    w = formats.dequantize(weight_codes, weight_scales, format)  # [E, N, K]
+    row = torch.arange(x.shape[0], device=x.device)
+    expert = (offs <= row[:, None]).sum(1)  # [S], E where there is none
+    own = expert.clamp(max=w.shape[0] - 1)
+    y = torch.matmul(x, w.transpose(1, 2))  # [E, S, N]
+    y = y.gather(0, own[None, :, None].expand(1, *y.shape[1:]))[0]  # [S, N]
+    factor = None if global_scale is None else global_scale  # [1]
+    if weight_global_scale is not None:
+        factor = weight_global_scale[own] if factor is None else factor * weight_global_scale[own]  # [S]
+    if factor is not None:
+        y = y * (1.0 / factor)[:, None]
+    if bias is not None:
+        y = y + bias.to(torch.float32)[own]
+    return torch.where((expert < w.shape[0])[:, None], y, 0.0).to(out_dtype)
+
+
 GROUPED_REFERENCE = {"fp4_grouped_linear": _fp4_grouped_linear}
 GROUPED_FAKE = {"fp4_grouped_linear": _fp4_grouped_linear_fake}
+GROUPED_ARITHMETIC = {"fp4_grouped_linear": _arithmetic}
 for name, reference in GROUPED_REFERENCE.items():
     define(name, reference, GROUPED_FAKE[name])
+    check(name, "the arithmetic", GROUPED_ARITHMETIC[name])

@@ -10,104 +10,24 @@ import functools
 import torch
 import triton
 from torch import Tensor
-from torch._higher_order_ops.triton_kernel_wrap import (
-    TraceableTritonKernelWrapper,
-    TracingTritonHOPifier,
-    triton_kernel_wrapper_functional,
-)
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...formats import FORMATS
 from ...ops.schema import bind, check
 from .common.memory import Workspace
+from .launches import band_rows, bands, dense, in_band, launch, tiles
 from .linear.choose import FUSED_MANY_ROWS, GROUP_M, Fused, Gemv, Scaled, choose
 from .linear.gemm import fused_gemm_kernel
 from .linear.gemv import gemv_kernel
 from .linear.scaled import scaled_gemm_kernel
 from .linear.upcast import upcast_bf16_kernel, upcast_fp8_kernel
+from .packaged_grouped import fp4_grouped_linear
 from .provider import IMPLEMENTATIONS
 from .quantize.spec import make_spec
 from .quantize.tiles import choose_tile, instructions
 from .quantize.transform_quantize import dense_rows, flat_transform_quantize_kernel
 
-# (first, last) number of rows of each band. The kernel chosen for the last number serves the whole band.
-BANDS = ((1, 1), (2, 16), (17, 64), (65, 128), (129, None))
-# The number of rows for which the kernel of the last, open band is chosen.
-MANY = 4096
 # The product for many rows in NVFP4: both operands are decoded first.
 FUSED_MANY_ROWS_NVFP4 = Fused(128, 128, 128, 1, 8, 3, True)
-# Kernel parameters that every packaged launch switches off: the overlap with the previous kernel (PDL), stores in
-# assembly, which Inductor cannot analyse (WORDS), and sums in smaller steps (PROMOTE).
-PLAIN = {"PDL": False, "WORDS": 0, "PROMOTE": 0}
-
-
-class _Functional(TracingTritonHOPifier):
-    """Traces a launch as `torch.library.wrap_triton` does, but as a functional call.
-
-    writes    the kernel's outputs by name. Nothing is inferred from its code, and dead-code elimination knows what the
-              launch computes.
-    """
-
-    def __init__(self, writes: tuple[str, ...]):
-        self.writes = writes
-
-    def call_HOP(self, variable, grids, combined_args, tx):
-        arguments, index = self.store_non_graphable_args(combined_args)
-        return triton_kernel_wrapper_functional(
-            kernel_idx=variable.kernel_idx,
-            constant_args_idx=index,
-            grid=grids,
-            tma_descriptor_metadata={},
-            kwargs=arguments,
-            tensors_to_clone=[name for name in self.writes if name in arguments],
-        )
-
-
-def _launch(
-    kernel, writes: tuple[str, ...], grid: tuple, warps: int, stages: int = 3, **arguments
-) -> dict[str, Tensor]:
-    """Adds a launch to the graph that is traced; parameter's name -> tensor, for the parameters that it writes."""
-    arguments = {name: PLAIN[name] for name in kernel.arg_names if name in PLAIN} | arguments
-    if sorted(arguments) != sorted(kernel.arg_names):
-        raise TypeError(f"{kernel.__name__} takes {kernel.arg_names}, not {sorted(arguments)}")
-    launched = TraceableTritonKernelWrapper(kernel, None, grid)
-    return _Functional(writes).call_triton_kernel(
-        launched, (), {**arguments, "num_warps": warps, "num_stages": stages}, None
-    )
-
-
-def _in_band(rows, first: int, last: int | None):
-    """1 if first <= rows <= last, else 0: a number if `rows` is one, else an expression.
-
-    A traced dimension is assumed to be at least 2, but the program must be right for 0 and 1. So only upper bounds of a
-    dynamic dimension are used. For rows = 0 the number of tiles is 0, which already empties the grid.
-    """
-    if isinstance(rows, int):
-        return 1
-    inside = 1
-    if first > 1:
-        inside = torch.sym_min(inside, rows - (first - 1))
-    if last is not None and not statically_known_true(rows <= last):
-        inside = torch.sym_min(inside, last + 1 - rows)
-    return torch.sym_max(0, inside)
-
-
-def _bands(rows, kernel_for) -> list[tuple]:
-    """(first, last, kernel) of the bands that `rows` can be in; neighbours with the same kernel are joined."""
-    bands: list[tuple] = []
-    for first, last in BANDS:
-        if isinstance(rows, int) and not first <= rows <= (last or rows) or statically_known_true(rows < first):
-            continue
-        kernel = kernel_for(last or MANY)
-        if bands and bands[-1][2] == kernel:
-            first = bands.pop()[0]
-        bands.append((first, last, kernel))
-    return bands
-
-
-def _tiles(n, size: int):
-    return (n + size - 1) // size
-
 
 # -- transform_quantize ----------------------------------------------------------------------------------------------
 
@@ -128,10 +48,10 @@ def transform_quantize(
     codes = x.new_empty((m, width // 2), dtype=torch.uint8)
     scales = x.new_empty((m, width // FORMATS[format].group_size), dtype=torch.uint8)
     block = 0 if transform is None else transform.shape[-1]
-    for first, last, tile in _bands(m, lambda rows: choose_tile(rows, width, block)):
-        grid = (_tiles(width, tile.columns) * _in_band(m, first, last) * _tiles(m, tile.rows * tile.tiles),)
+    for first, last, tile in bands(m, lambda rows: choose_tile(rows, width, block)):
+        grid = (tiles(width, tile.columns) * in_band(m, first, last) * tiles(m, tile.rows * tile.tiles),)
         spec = make_spec(rows, transform, global_scale, format, scale_rule, tile, instructions(capability))
-        written = _launch(
+        written = launch(
             flat_transform_quantize_kernel,
             ("codes", "scales"),
             grid,
@@ -164,11 +84,6 @@ def _kernel(format: str, rows: int, n: int, k: int, capability: tuple[int, int])
     return FUSED_MANY_ROWS if format == "mxfp4" else FUSED_MANY_ROWS_NVFP4
 
 
-def _dense(t: Tensor) -> Tensor:
-    aligned = t.storage_offset() * t.element_size() % 16 == 0
-    return t if aligned and t.is_contiguous() else t.clone(memory_format=torch.contiguous_format)
-
-
 def fp4_linear(
     capability: tuple[int, int],
     codes: Tensor,
@@ -188,7 +103,7 @@ def fp4_linear(
     lead, half = codes.shape[:-1], codes.shape[-1]
     n, k, mx = weight_codes.shape[0], 2 * half, format == "mxfp4"
     x, xs = codes.reshape(-1, half), scales.reshape(-1, scales.shape[-1])
-    w, ws = _dense(weight_codes), _dense(weight_scales)
+    w, ws = dense(weight_codes), dense(weight_scales)
     m = x.shape[0]
     out = x.new_empty((m, n), dtype=out_dtype)
     late = residual if residual is not None and residual.dtype != out_dtype else None
@@ -208,14 +123,14 @@ def fp4_linear(
         BIAS=bias is not None,
         RESIDUAL=added is not None,
     )
-    for first, last, kernel in _bands(m, lambda rows: _kernel(format, rows, n, k, capability)):
-        here = _in_band(m, first, last)
+    for first, last, kernel in bands(m, lambda rows: _kernel(format, rows, n, k, capability)):
+        here = in_band(m, first, last)
         if isinstance(kernel, Gemv):
             block_k = min(kernel.block_k, max(triton.next_power_of_2(k), 128))
-            out = _launch(
+            out = launch(
                 gemv_kernel,
                 ("out",),
-                (here * _tiles(n, kernel.block_n), m),
+                (here * tiles(n, kernel.block_n), m),
                 kernel.warps,
                 **common | {"w": w.view(torch.int32)},
                 x=x_words,
@@ -231,10 +146,10 @@ def fp4_linear(
             )["out"]
         elif isinstance(kernel, Scaled):
             kind = torch.uint8 if mx else torch.float8_e4m3fn
-            out = _launch(
+            out = launch(
                 scaled_gemm_kernel,
                 ("out",),
-                (here * _tiles(m, kernel.block_m) * _tiles(n, kernel.block_n),),
+                (here * tiles(m, kernel.block_m) * tiles(n, kernel.block_n),),
                 kernel.warps,
                 **common,
                 x=x,
@@ -265,7 +180,7 @@ def _fused(
     unit = partials = arrivals = None
     if not tile.packed and mx:
         groups = triton.next_power_of_2(k // 32)
-        expanded = _launch(
+        expanded = launch(
             upcast_fp8_kernel,
             ("out", "unit"),
             (here * m,),
@@ -287,10 +202,10 @@ def _fused(
         x, unit, gx = expanded["out"].view(torch.float8_e5m2), expanded["unit"], None
     elif not tile.packed:
         block = 1 if most is not m and most <= 64 else 8
-        x = _launch(
+        x = launch(
             upcast_bf16_kernel,
             ("out",),
-            (here * _tiles(m, block), _tiles(k, 1024)),
+            (here * tiles(m, block), tiles(k, 1024)),
             4,
             codes=x,
             scales=xs,
@@ -308,12 +223,12 @@ def _fused(
         )["out"]
     if tile.split_k > 1:  # sized for the band: M may be far larger
         partials = x.new_empty((tile.split_k, most, n), dtype=torch.float32)
-        arrivals = torch.zeros(_tiles(n, tile.block_n) * _tiles(most, tile.block_m), dtype=torch.int32, device=x.device)
+        arrivals = torch.zeros(tiles(n, tile.block_n) * tiles(most, tile.block_m), dtype=torch.int32, device=x.device)
     # `arrivals` is zero again when the kernel ends. So it is not an output, and all products of a program can share it.
-    return _launch(
+    return launch(
         fused_gemm_kernel,
         ("out", "partials"),
-        (here * _tiles(n, tile.block_n) * _tiles(m, tile.block_m), tile.split_k),
+        (here * tiles(n, tile.block_n) * tiles(m, tile.block_m), tile.split_k),
         tile.warps,
         tile.stages,
         **common,
@@ -342,7 +257,11 @@ def _fused(
 
 # -- which ops -------------------------------------------------------------------------------------------------------
 
-PACKAGED = {"transform_quantize": transform_quantize, "fp4_linear": fp4_linear}
+PACKAGED = {
+    "transform_quantize": transform_quantize,
+    "fp4_linear": fp4_linear,
+    "fp4_grouped_linear": fp4_grouped_linear,
+}
 for op, function in PACKAGED.items():
     check(op, "the packaged function", functools.partial(function, (0, 0)))  # the capability comes first
 
@@ -358,6 +277,6 @@ def refuses(op: str, capability: tuple[int, int], *args) -> str | None:
     if reason is None and op == "fp4_linear":
         format, (n, half) = call["format"], call["weight_codes"].shape
         k = 2 * half
-        if any(_kernel(format, last or MANY, n, k, capability) is None for _, last in BANDS):
+        if any(_kernel(format, rows, n, k, capability) is None for rows in band_rows()):
             return f"width {k} in {format} has no kernel without a library at compute capability {capability}"
     return reason

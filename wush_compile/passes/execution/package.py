@@ -11,12 +11,14 @@ import torch
 from torch.fx import Graph, Node
 
 from ...kernels import dispatch as kernels
-from ...ops.core import ARITHMETIC
+from ...ops import core
 from ...ops.fused import FUSED_REFERENCE
+from ...ops.grouped import GROUPED_ARITHMETIC
 from ..pattern import arguments, fakes, freeze, is_wush, op_name, replace, value
 from .lower import fused_ops
 from .paste import replace_by
 
+ARITHMETIC = core.ARITHMETIC | GROUPED_ARITHMETIC
 # Ops that build constants in `kernels/triton/packaged.py`; `_share` merges equal ones.
 _SOURCES = ("arange", "mul", "add", "full", "zeros")
 

@@ -54,6 +54,8 @@ def replace_by(
     graph: Graph, nodes: list[Node], body_of: Callable[[Node], Callable], decompositions: dict | None = None
 ) -> list[Node]:
     """Replaces each node by the traced graph of its body; returns the new nodes."""
+    # torch.export names inputs without telling the graph, which would then give an op the name of an input.
+    graph._graph_namespace._used_names.update(node.name for node in graph.nodes)
     traced: dict[tuple, Graph] = {}  # decoder layers are alike: each call is traced once
     new: list[Node] = []
     for node in nodes:

@@ -4,15 +4,17 @@ Tiles are numbered expert by expert. The rows behind the last offset, which belo
 number of experts E as their expert.
 Offsets may be anything: those that are not sorted or go past the rows give wrong experts, but no row outside [0, S)."""
 
+import torch
 import triton
 import triton.language as tl
 
 from ..common.overlap import start_next, wait_inputs
 
 
-def most_tiles(rows: int, experts: int, block_m: int) -> int:
-    """The largest number of tiles that any split of the rows over the experts, and over none, can need."""
-    used = min(experts + 1, rows)
+def most_tiles(rows, experts: int, block_m: int):
+    """The largest number of tiles that any split of the rows over the experts, and over none, can need. rows: a number,
+    or a symbol of a traced graph."""
+    used = torch.sym_min(experts + 1, rows)
     return used + (rows - used) // block_m
 
 
