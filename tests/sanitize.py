@@ -22,6 +22,10 @@ from wush_compile.formats import FORMATS, get_format
 from wush_compile.kernels import cuda
 from wush_compile.kernels.triton.calibration import gptq as triton_gptq
 from wush_compile.kernels.triton.calibration import moments as triton_gram
+from wush_compile.kernels.triton.grouped import fp4_grouped_linear as triton_grouped
+from wush_compile.kernels.triton.grouped.choose import Gemm
+from wush_compile.kernels.triton.grouped.choose import Gemv as ExpertGemv
+from wush_compile.kernels.triton.grouped.choose import Hopper as ExpertHopper
 from wush_compile.kernels.triton.linear import fp4_linear as triton_linear
 from wush_compile.kernels.triton.linear import launch as triton_launch
 from wush_compile.kernels.triton.linear.choose import Fused, Gemv, Hopper
@@ -216,6 +220,41 @@ def product_cases() -> Iterator[Case]:
             yield f"linear {format} {kernel} precise={precise} {m}x{n}x{k} full={full}", call
 
 
+# Tiles of the products of four experts with 90 rows, each at two widths, of which one fills no step.
+EXPERT_TILES = (
+    ExpertGemv(8, 2048, 4),
+    Gemm(64, 16, 128, 4, 4),
+    Gemm(128, 64, 128, 8, 3),
+    ExpertHopper(128, 16, 5, 3),
+    ExpertHopper(128, 64, 4, 2),
+    ExpertHopper(128, 128, 3, 1),
+)
+OFFSETS = ([20, 20, 77, 90], [0, 3, 5, 60], [30, 10, 90, 40], [-5, 2**30, 2**31 - 1, 50])  # two right, two wrong
+
+
+def expert_cases() -> Iterator[Case]:
+    """Every tile with right and with wrong offsets, rows by an index that goes past the tokens."""
+    on_hopper = torch.cuda.get_device_capability() == (9, 0)
+    for kernel, format, k in itertools.product(EXPERT_TILES, FLOATS, (416, 512)):
+        if isinstance(kernel, ExpertHopper) and not on_hopper:
+            continue
+
+        def call(kernel=kernel, format=format, k=k):
+            x, w = packed(40, k, format), [t.view(4, 72, -1) for t in packed(4 * 72, k, format)]
+            index = torch.arange(90).mul(7).sub(3).to(DEVICE)
+            results = []
+            with mock.patch.object(triton_grouped, "multiprocessors", lambda device: 4):
+                for ends in OFFSETS:
+                    offs = torch.tensor(ends, dtype=torch.int32).to(DEVICE)
+                    y = triton_grouped.fp4_grouped_linear(
+                        *x, None, *w, None, offs, None, format, torch.bfloat16, "same", index, kernel
+                    )
+                    results += [y] if ends is OFFSETS[0] or ends is OFFSETS[1] else []  # else rows may stay unwritten
+            return tuple(results)
+
+        yield f"experts {format} {kernel} K {k}", call
+
+
 def other_cases() -> Iterator[Case]:
     for m, k, block in ((1, 64, 32), (70, 96, 16), (300, 576, 32), (1000, 1536, 64), (129, 512, 128), (17, 64, None)):
 
@@ -317,6 +356,7 @@ GROUPS = {
     "tiles": tile_cases,
     "prologues": prologue_cases,
     "products": product_cases,
+    "experts": expert_cases,
     "others": other_cases,
     "csrc": csrc_cases,
 }
