@@ -261,6 +261,27 @@ def libraries(name: str) -> str:
     return table(["rows", *columns.values()], lines)
 
 
+@figure
+def experts(name: str, layer: str) -> str:
+    """A layer of experts, µs: bf16, ours, and humming where it ran."""
+    rows = [row for row in result(name)["rows"] if row["layer"] == layer]
+    peers = [p for p in ("humming W4A8", "humming W4A16") if any(f"{p} us" in row for row in rows)]
+    lines = []
+    for row in rows:
+        cells = [f"{shown(row[f'{key} us'])} ({gain(row, key)}×)" for key in ("mxfp4", "nvfp4")]
+        cells += [f"{shown(row[f'{p} us'])} ({gain(row, p)}×)" if f"{p} us" in row else "" for p in peers]
+        lines.append([str(row["tokens"]), shown(row["bf16 us"]), *cells])
+    return table(["tokens", "bf16", "MXFP4", "NVFP4", *peers], lines)
+
+
+@figure
+def experts_steps(name: str, layer: str) -> str:
+    """The steps of the layer in MXFP4, µs, each timed by itself."""
+    steps = ("quantize", "gate-up", "activation", "down", "sum")
+    rows = [row for row in result(name)["rows"] if row["layer"] == layer]
+    return table(["tokens", *steps], [[str(r["tokens"]), *(shown(r[f"{s} us"], 1) for s in steps)] for r in rows])
+
+
 def cases(name: str) -> dict[tuple, dict[str, dict]]:
     """(what, attention, batch, context) -> model -> row."""
     found: dict[tuple, dict[str, dict]] = {}
