@@ -153,6 +153,16 @@ def test_offsets_that_are_wrong_read_nothing_outside(kernel):
 
 
 @gpu
+def test_precise_sums():
+    """Sums that go to fp32 every 128 channels lose no more than fp32 does."""
+    counts = [200, 0, 100]
+    c, s, w, ws = operands("mxfp4", 300, 3, 136, 2048)
+    args = (c, s, None, w, ws, None, offsets(counts, DEVICE), None, "mxfp4", torch.float32)
+    want = exact(wide(c, s, "mxfp4"), wide(w, ws, "mxfp4"), counts)
+    assert relative(grouped.fp4_grouped_linear(*args, precise=True), want) < 2e-5
+
+
+@gpu
 @both
 def test_a_bad_weight_stays_in_its_expert(format):
     for counts in ([2, 1, 2], [40, 30, 20], [300, 200, 100]):
