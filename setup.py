@@ -1,4 +1,4 @@
-"""Puts the CUDA kernels that `make cuda` built into the wheel. Without them the wheel fits every platform.
+"""Puts the kernels that `csrc/build.py` built into the wheel. Without them the wheel fits every platform.
 
 Everything else about the package is in pyproject.toml.
 """
@@ -9,7 +9,7 @@ from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-LIBRARIES = sorted((Path(__file__).parent / "build" / "csrc").glob("libwush_sm_*.so"))
+LIBRARIES = sorted((Path(__file__).parent / "build" / "csrc").glob("libwush_*.so"))
 
 
 class BuildPy(build_py):

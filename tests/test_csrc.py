@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from wush_compile.formats import FORMATS
-from wush_compile.kernels import cuda
+from wush_compile.kernels import cuda, libraries
 from wush_compile.kernels import dispatch as kernels
 from wush_compile.ops import core as ops
 from wush_compile.ops import fused as fused_ops
@@ -169,13 +169,13 @@ def test_a_cpu_only_torch_loads_the_library(nvcc):
 
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(cuda, "DIRECTORIES", (tmp_path,))
+    monkeypatch.setattr(libraries, "DIRECTORIES", (tmp_path,))
     assert "compute capability 8.0" in cuda.unavailable((8, 0))
     assert cuda.unavailable((9, 0)).startswith("not built: `python csrc/build.py --targets sm_90a`")
     (tmp_path / "libwush_sm_120a.so").write_bytes(b"no library")
     reason = cuda.unavailable((9, 0))
     assert isinstance(reason, kernels.FixableReason) and "built for sm_120a, not for this GPU's sm_90a" in reason
-    cuda.load.cache_clear()
+    libraries.load.cache_clear()
     reason = cuda.unavailable((12, 0))
     assert isinstance(reason, kernels.FixableReason) and reason.startswith("libwush_sm_120a.so does not run here:")
     assert "\n" not in reason
@@ -199,7 +199,7 @@ def test_without_a_driver_the_library_says_so(nvcc):
     if torch.cuda.is_available():
         pytest.skip("needs a machine without an NVIDIA driver")
     build.build(["sm_90a"])
-    cuda.load.cache_clear()
+    libraries.load.cache_clear()
     with pytest.raises(RuntimeError, match="no NVIDIA driver"):
         cuda.load("sm_90a")
 

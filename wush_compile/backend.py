@@ -42,9 +42,9 @@ def _digest(root: Path) -> str:
 
 
 def _providers() -> tuple:
-    """The providers of each op on this machine's GPUs. A cached graph is only valid for these."""
+    """The providers of each op on this machine's CPU and GPUs. A cached graph is only valid for these."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    tables = (kernels.resolve(device) for device in devices)
+    tables = (kernels.resolve(device) for device in (None, *devices))
     return kernels.forced(), *(
         tuple((op, tuple(name for name, _ in entries)) for op, entries in sorted(table.items())) for table in tables
     )

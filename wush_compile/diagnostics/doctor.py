@@ -9,7 +9,7 @@ import torch
 
 from .. import formats
 from ..formats import FORMATS
-from ..kernels.dispatch import PROVIDERS, arithmetic, forced, resolve
+from ..kernels.dispatch import CPU_PROVIDERS, PROVIDERS, arithmetic, forced, resolve
 from ..ops import core as ops
 
 VERSIONS = ("torch", "triton", "transformers", "wush-compile")
@@ -134,7 +134,9 @@ def examine(device: torch.device | str | None = None) -> dict:
         providers = {p.name: p.unavailable(capability) or "used" for p in PROVIDERS}
     else:
         name = device.type
+        table = {op: [provider for provider, _ in entries] for op, entries in resolve(None).items()}
         providers = {p.name: why_no_gpu() for p in PROVIDERS}
+        providers |= {p.name: p.unavailable(capability) or "used" for p in CPU_PROVIDERS}
     return {
         "device": name,
         "capability": capability,

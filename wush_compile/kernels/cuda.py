@@ -4,42 +4,16 @@ A wheel or a checkout may hold any of the libraries, or none. A device's library
 resolved. Where it is missing or does not run, `unavailable` gives the reason and the remedy in one sentence.
 """
 
-import ctypes
 import functools
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..formats import FORMATS
-from .provider import FixableReason, Implementation
+from .libraries import libraries, load
+from .provider import FLOATS, FixableReason, Implementation
 
 TARGETS = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a", (12, 0): "sm_120a", (12, 1): "sm_121a"}
-# Where libraries are: in an installed package, and in a checkout.
-DIRECTORIES = (Path(__file__).parent / "lib", Path(__file__).resolve().parents[2] / "build" / "csrc")
-
-
-def libraries() -> dict[str, Path]:
-    """Target -> path of its library, for the targets that are built."""
-    found = {}
-    for directory in DIRECTORIES:
-        for path in sorted(directory.glob("libwush_sm_*.so")):
-            found.setdefault(path.stem.removeprefix("libwush_"), path)
-    return found
-
-
-@functools.cache
-def load(target: str) -> ModuleType:
-    """The ops of a target's library, `torch.ops.wush_<target>`; OSError or RuntimeError if it does not run here."""
-    path = libraries()[target]
-    torch.ops.load_library(str(path))
-    problem = ctypes.CDLL(str(path)).wush_problem
-    problem.restype = ctypes.c_char_p
-    sentence = problem()
-    if sentence:
-        raise RuntimeError(sentence.decode())
-    return getattr(torch.ops, f"wush_{target}")
 
 
 def unavailable(capability: tuple[int, int]) -> str | None:
@@ -48,7 +22,7 @@ def unavailable(capability: tuple[int, int]) -> str | None:
     if target is None:
         known = ", ".join(f"{major}.{minor}" for major, minor in TARGETS)
         return f"has no kernels for compute capability {capability[0]}.{capability[1]}, only for {known}"
-    built = libraries()
+    built = [name for name in libraries() if name != "cpu"]
     remedy = f"`python csrc/build.py --targets {target}` in a checkout builds it (nvcc 12.9 or newer)"
     if not built:
         return f"not built: {remedy}"
@@ -57,7 +31,7 @@ def unavailable(capability: tuple[int, int]) -> str | None:
     try:
         load(target)
     except (OSError, RuntimeError) as error:
-        return FixableReason(f"{built[target].name} does not run here: {str(error).splitlines()[0]}")
+        return FixableReason(f"{libraries()[target].name} does not run here: {str(error).splitlines()[0]}")
     return None
 
 
@@ -147,9 +121,6 @@ def silu_mul_transform_quantize(
     )
 
 
-LINEAR_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
 def refuses_fp4_linear(
     codes,
     scales,
@@ -171,7 +142,7 @@ def refuses_fp4_linear(
         return "the FP4 instruction is emulated on Hopper, for tests only"
     if format not in ("mxfp4", "nvfp4"):
         return f"{format} has no CUDA kernel"
-    if out_dtype not in (LINEAR_DTYPES[:1] if target in ("sm_100a", "sm_103a") else LINEAR_DTYPES):
+    if out_dtype not in (FLOATS[:1] if target in ("sm_100a", "sm_103a") else FLOATS):
         return f"output is {out_dtype}"
     for name, other in (("bias", bias), ("residual", residual)):
         if other is not None and other.dtype != out_dtype:

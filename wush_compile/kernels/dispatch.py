@@ -1,10 +1,10 @@
-"""Chooses who computes an op on a GPU, from one table of providers that is resolved once a process and device.
+"""Chooses who computes an op, from one table of providers that is resolved once a process and device.
 
 For each op, a provider has a function, and a predicate that says from the arguments alone why it does not take a call.
 `dispatch` asks the providers in order; the reference computes what none takes. A provider that fails at run time is
 dropped for that op, with one warning.
-`WUSH_PROVIDER=reference` (or `scaled_mm`, `cuda`, `triton`) leaves only that provider in front of the reference, and
-raises its errors.
+`WUSH_PROVIDER=reference` (or `scaled_mm`, `cuda`, `triton`, `cpu`) leaves only that provider in front of the reference,
+and raises its errors. A device is the index of a GPU, or None for the CPU.
 """
 
 import functools
@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 from ..errors import one_of
+from . import cpu
 from .provider import FixableReason, Implementation, Provider, implementations
 
 logger = logging.getLogger("wush_compile")
@@ -59,6 +60,7 @@ def _load_scaled_mm() -> dict[str, Implementation]:
     return scaled_mm.IMPLEMENTATIONS
 
 
+# Of GPUs, in the order in which they are asked.
 PROVIDERS = (
     Provider("scaled_mm", _scaled_mm_unavailable, _load_scaled_mm),
     Provider("cuda", _cuda_unavailable, _load_cuda),
@@ -66,13 +68,15 @@ PROVIDERS = (
 )
 # Ops that write into their arguments: they cannot be computed a second time after a failure.
 IN_PLACE = ("observe",)
-NAMES = (*(p.name for p in PROVIDERS), "reference")
+CPU_PROVIDERS = (Provider("cpu", lambda capability: cpu.unavailable(), lambda: cpu.IMPLEMENTATIONS),)
+NAMES = (*(p.name for p in (*PROVIDERS, *CPU_PROVIDERS)), "reference")
 
 
 def arithmetic(format: str, capability: tuple[int, int] | None) -> str:
     """How a device multiplies two tensors of this format, in words."""
     if capability is None:
-        return "reference: fp32 products of decoded values"
+        fast = format in cpu.FORMATS and cpu.unavailable() is None and forced() in (None, "cpu")
+        return "fp32 products of decoded values" if fast else "reference: fp32 products of decoded values"
     if format == "int4":
         return "emulated, exact: INT8 tensor cores"
     if capability >= (10, 0):
@@ -89,12 +93,12 @@ def forced() -> str | None:
 
 
 @functools.cache
-def resolve(device: int) -> dict[str, list[tuple[str, Implementation]]]:
-    """Op -> (provider's name, implementation), in the order in which they are asked, for a CUDA device; logs them."""
-    capability = torch.cuda.get_device_capability(device)
+def resolve(device: int | None) -> dict[str, list[tuple[str, Implementation]]]:
+    """Op -> (provider's name, implementation), in the order in which they are asked, for a device; logs them."""
+    capability = None if device is None else torch.cuda.get_device_capability(device)
     name = forced()
     table, lines, faults = {}, [], []
-    for provider in PROVIDERS:
+    for provider in CPU_PROVIDERS if device is None else PROVIDERS:
         reason = provider.unavailable(capability)
         if isinstance(reason, FixableReason) and name in (None, provider.name):
             faults.append(f"{provider.name} {reason}")
@@ -107,18 +111,19 @@ def resolve(device: int) -> dict[str, list[tuple[str, Implementation]]]:
     if faults:
         used = sorted({entries[0][0] for entries in table.values()}) or ["reference"]
         logger.warning("%s; used instead: %s", "; ".join(faults), ", ".join(used))
-    logger.info("providers on %s: %s", torch.cuda.get_device_name(device), "; ".join(lines))
+    where = "the CPU" if device is None else torch.cuda.get_device_name(device)
+    logger.info("providers on %s: %s", where, "; ".join(lines))
     return table
 
 
-def candidates(op: str, device: int, args: tuple) -> list[tuple[str, Implementation]]:
-    """The providers of an op on a CUDA device, in the order in which they are asked to compute this call."""
+def candidates(op: str, device: int | None, args: tuple) -> list[tuple[str, Implementation]]:
+    """The providers of an op on a device, in the order in which they are asked to compute this call."""
     entries = resolve(device).get(op, ())
     return sorted(entries, key=lambda entry: entry[1].prefer_others(*args)) if len(entries) > 1 else list(entries)
 
 
-def chosen(op: str, device: int, args: tuple) -> str | None:
-    """The name of the provider that computes a call on a CUDA device; None where the reference does."""
+def chosen(op: str, device: int | None, args: tuple) -> str | None:
+    """The name of the provider that computes a call on a device; None where the reference does."""
     return next((name for name, kernel in candidates(op, device, args) if kernel.refuses(*args) is None), None)
 
 

@@ -3,7 +3,12 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from ..ops import fused, schema  # noqa: F401  (fused: every op is defined)
+
+# The dtypes of models that kernels compute in.
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Implementation(NamedTuple):

@@ -1,4 +1,4 @@
-"""Puts the providers behind the ops on CUDA devices. The reference serves other devices, and calls that none takes."""
+"""Puts the providers behind the ops on CUDA devices and CPUs. The reference serves calls that none takes."""
 
 import functools
 
@@ -6,14 +6,18 @@ from ..ops import core as ops
 from ..ops.fused import FUSED_REFERENCE
 from ..ops.grouped import GROUPED_REFERENCE
 from ..ops.schema import lib, refuse_gradients
+from . import cpu
 from .dispatch import dispatch
 
 
 @functools.cache
 def register() -> None:
-    """Registers `dispatch` as the CUDA implementation of every op, once a process."""
+    """Registers `dispatch` as the implementation of every op, once a process."""
     for name, reference in (ops.REFERENCE | FUSED_REFERENCE | GROUPED_REFERENCE).items():
         lib.impl(name, refuse_gradients(name, functools.partial(dispatch, name, reference)), "CUDA")
+    for name in cpu.IMPLEMENTATIONS:
+        reference = ops.REFERENCE[name]
+        lib.impl(name, refuse_gradients(name, functools.partial(dispatch, name, reference)), "CPU")
 
 
 register()

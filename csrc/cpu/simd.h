@@ -1,0 +1,89 @@
+// Vectors of fp32 at two levels: AVX-512 with bf16 dot products, and AVX2 with FMA. A source is compiled once a level.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace wush::cpu::WUSH_LEVEL {
+
+// The values of the 16 codes of e2m1, and those of the 8 magnitudes.
+alignas(64) constexpr float kE2M1[16] = {0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
+
+#ifdef __AVX512BF16__
+
+constexpr int kLanes = 16;
+using Floats = __m512;
+using Integers = __m512i;
+
+inline Floats zero() { return _mm512_setzero_ps(); }
+inline Floats all(float v) { return _mm512_set1_ps(v); }
+inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline __m256 half_sum(Floats v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+inline Floats first_half(Floats v) { return _mm512_maskz_mov_ps(0xff, v); }
+inline Integers load_bytes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// The permutation reads the low four bits of each lane.
+inline Floats low_codes(Integers bytes) { return _mm512_permutexvar_ps(bytes, _mm512_load_ps(kE2M1)); }
+inline Floats high_codes(Integers bytes) { return low_codes(_mm512_srli_epi32(bytes, 4)); }
+// The scales of `bytes` codes 2·kLanes at a time: one group of 32, or two of 16.
+template <int GROUP>
+inline Floats scales(const uint8_t* bytes, const float* table) {
+  if constexpr (GROUP == 32) return all(table[bytes[0]]);
+  return _mm512_mask_blend_ps(0xff00, all(table[bytes[0]]), all(table[bytes[1]]));
+}
+
+#else
+
+constexpr int kLanes = 8;
+using Floats = __m256;
+using Integers = __m256i;
+
+inline Floats zero() { return _mm256_setzero_ps(); }
+inline Floats all(float v) { return _mm256_set1_ps(v); }
+inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline __m256 half_sum(Floats v) { return v; }
+inline Floats first_half(Floats v) { return v; }         // no half is ever left: groups have 16 channels or 32
+inline Integers load_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+// The permutation reads the low three bits of each lane: the magnitude. The fourth is the sign.
+inline Floats low_codes(Integers bytes) {
+  const Floats magnitude = _mm256_permutevar8x32_ps(_mm256_load_ps(kE2M1), bytes);
+  const Integers sign = _mm256_slli_epi32(_mm256_and_si256(bytes, _mm256_set1_epi32(8)), 28);
+  return _mm256_xor_ps(magnitude, _mm256_castsi256_ps(sign));
+}
+inline Floats high_codes(Integers bytes) { return low_codes(_mm256_srli_epi32(bytes, 4)); }
+template <int GROUP>
+inline Floats scales(const uint8_t* bytes, const float* table) {
+  return all(table[bytes[0]]);
+}
+
+#endif
+
+constexpr int kChunk = 2 * kLanes;                       // codes of one vector of bytes
+constexpr int kFewRows = 4;                              // with so many rows, codes are decoded in registers
+
+inline __m128 quarter_sum(Floats v) {
+  const __m256 half = half_sum(v);
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+inline float sum(Floats v) {
+  __m128 q = quarter_sum(v);
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+inline void sum_four(const Floats v[4], float* out) {
+  __m128 a = quarter_sum(v[0]), b = quarter_sum(v[1]), c = quarter_sum(v[2]), d = quarter_sum(v[3]);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_store_ps(out, _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d)));
+}
+
+}  // namespace wush::cpu::WUSH_LEVEL

@@ -1,0 +1,136 @@
+"""The CPU provider: the kernels of csrc/cpu, for x86-64 with AVX2, and with AVX-512 and its bf16 dot products.
+
+`csrc/build.py --targets cpu` builds their library; `make` does so where it finds a C++ compiler. The reference computes
+every op without it.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..ops.layouts import in_rows, lay_out, scale_shape
+from .libraries import libraries, load
+from .provider import FLOATS, FixableReason, Implementation
+
+RULES = ("absmax", "mse", "ocp", "paper")  # in the order of csrc/cpu/kernels.h
+FORMATS = {"mxfp4": 32, "nvfp4": 16}  # format -> group size
+LANES = 16  # a transform's block is a multiple of the widest vector
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why this CPU has no kernels, a `FixableReason` if the user can help; None if it has."""
+    if "cpu" not in libraries():
+        return "not built: `python csrc/build.py --targets cpu` in a checkout builds it (a C++ compiler is enough)"
+    try:
+        load("cpu")
+    except (OSError, RuntimeError) as error:
+        return FixableReason(f"{libraries()['cpu'].name} does not run here: {str(error).splitlines()[0]}")
+    return None
+
+
+def _number(g: Tensor | None) -> float:
+    return 1.0 if g is None else g.item()
+
+
+def refuses_transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
+    if format not in FORMATS:
+        return f"{format} has no CPU kernel"
+    if x.dtype not in FLOATS:
+        return f"input is {x.dtype}"
+    if transform is not None and (transform.shape[-1] % LANES or transform.dtype not in FLOATS):
+        return f"transform of {transform.dtype}, blocks of {transform.shape[-1]}"
+    return None
+
+
+def transform_quantize(
+    x, transform, global_scale, format, scale_rule, scale_layout: str = "rows"
+) -> tuple[Tensor, Tensor]:
+    """`wush::transform_quantize` for MXFP4 and NVFP4; codes and scales have the reference's bits for the same sums."""
+    width, group = x.shape[-1], FORMATS[format]
+    rows = x.reshape(-1, width)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    codes = x.new_empty((rows.shape[0], width // 2), dtype=torch.uint8)
+    scales = x.new_empty((rows.shape[0], width // group), dtype=torch.uint8)
+    load("cpu").transform_quantize(
+        rows,
+        None if transform is None else transform.contiguous(),
+        _number(global_scale),
+        format == "nvfp4",
+        RULES.index(scale_rule),
+        codes,
+        scales,
+    )
+    scales = scales.view(scale_shape(x.shape[:-1], width // group, "rows"))
+    return codes.view(*x.shape[:-1], width // 2), lay_out(scales, scale_layout)
+
+
+def refuses_fp4_linear(
+    codes,
+    scales,
+    global_scale,
+    weight_codes,
+    weight_scales,
+    weight_global_scale,
+    bias,
+    residual,
+    format,
+    out_dtype,
+    scale_layout="rows",
+    activation_format="same",
+) -> str | None:
+    if format not in FORMATS:
+        return f"{format} has no CPU kernel"
+    if out_dtype not in FLOATS:
+        return f"output is {out_dtype}"
+    if activation_format == "none" and codes.dtype not in FLOATS:
+        return f"input is {codes.dtype}"
+    for name, other in (("bias", bias), ("residual", residual)):
+        if other is not None and other.dtype != out_dtype:
+            return f"{name} is {other.dtype}, the output {out_dtype}"
+    return None
+
+
+def fp4_linear(
+    codes,
+    scales,
+    global_scale,
+    weight_codes,
+    weight_scales,
+    weight_global_scale,
+    bias,
+    residual,
+    format,
+    out_dtype,
+    scale_layout: str = "rows",
+    activation_format: str = "same",
+) -> Tensor:
+    """`wush::fp4_linear`, its operands decoded in registers or a tile at a time; sums in fp32."""
+    lead, columns = codes.shape[:-1], weight_codes.shape[0]
+    if activation_format == "same":
+        scales = in_rows(scales, lead, 2 * codes.shape[-1] // FORMATS[format], scale_layout)
+    # The reference's factor, rounded as there.
+    factors = [g for g in (global_scale, weight_global_scale) if g is not None]
+    factor = _number(1.0 / (factors[0] if len(factors) == 1 else factors[0] * factors[1]) if factors else None)
+    out = codes.new_empty((*lead, columns), dtype=out_dtype)
+    load("cpu").fp4_linear(
+        codes.contiguous(),
+        None if activation_format == "none" else scales.contiguous(),
+        weight_codes.contiguous(),
+        weight_scales.contiguous(),
+        factor,
+        None if bias is None else bias.contiguous(),
+        None if residual is None else residual.contiguous(),
+        format == "nvfp4",
+        activation_format,
+        out.view(-1, columns),
+    )
+    return out
+
+
+IMPLEMENTATIONS = {
+    "fp4_linear": Implementation(fp4_linear, refuses_fp4_linear),
+    "transform_quantize": Implementation(transform_quantize, refuses_transform_quantize),
+}
