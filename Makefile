@@ -1,15 +1,17 @@
-# `make demo` runs the main job and `make test` the tests; both set up what a fresh machine needs. `make cuda` builds the
-# CUDA kernels for every GPU of csrc/build.py. It needs nvcc 12.9 or newer, and caches objects.
+# `make demo` runs the main job and `make test` the tests; both set up what a fresh machine needs, the CPU kernels among
+# it where there is a C++ compiler. `make cuda` builds the kernels for every target of csrc/build.py. It needs nvcc 12.9 or
+# newer, and caches objects.
 PYTHON ?= python3
 # The PyTorch to install. The plain name (`make TORCH=torch test`) also works. On Linux it brings CUDA's libraries too,
 # several gigabytes.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+CPU_KERNELS := build/csrc/libwush_cpu.so
 
 .PHONY: demo lint test docs figures test-report cuda cuda-check bench clean
 
-demo: $(VENV)/ready
+demo: $(VENV)/ready $(CPU_KERNELS)
 	$(BIN)/wush-compile demo
 
 # Every commit passes these checks: style, and imports that point one way.
@@ -18,7 +20,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 
-test: lint
+test: lint $(CPU_KERNELS)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # The report's page in a headless Chromium. Debian's package of it is installed where it is missing.
@@ -56,6 +58,10 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@
+
+# Without them the reference computes every op, so a failure only costs time.
+$(CPU_KERNELS): $(VENV)/ready csrc/build.py $(wildcard csrc/cpu/*)
+	-$(BIN)/python csrc/build.py --targets cpu && touch $@
 
 $(VENV)/docs-ready: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"

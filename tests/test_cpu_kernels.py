@@ -1,0 +1,164 @@
+"""The CPU kernels of csrc/cpu at both levels of instructions: bits of codes and scales, products against float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wush_compile import formats
+from wush_compile.formats import FORMATS
+from wush_compile.kernels import cpu, dispatch, libraries
+from wush_compile.ops import core
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built for this machine")
+WIDTHS = {"mxfp4": (32, 96, 576), "nvfp4": (16, 48, 80, 576)}
+RULES = [(f, rule) for f in WIDTHS for rule in FORMATS[f].scale_rules]
+
+
+def wide_range(rows: int, width: int, seed: int) -> torch.Tensor:
+    """Values of many exponents [rows, width]: a zero group, small rows, NaN, Inf, and numbers at the ends of fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=generator)
+    x *= torch.exp2(torch.randint(-140, 120, (rows, 1), generator=generator).float())
+    x[0, :16] = 0
+    for row, value in zip(range(1, rows), (float("nan"), float("inf"), 1e-45, 3e38)):
+        x[row, row % width] = value
+    return x
+
+
+@pytest.mark.parametrize("format, rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_codes_and_scales_have_the_references_bits(format, rule, dtype):
+    g = None if format == "mxfp4" and rule != "paper" else torch.tensor([3.7])
+    for width in WIDTHS[format]:
+        for rows in (0, 1, 3, 17, 129):
+            x = wide_range(max(rows, 1), width, seed=rows)[:rows].to(dtype)
+            found = cpu.transform_quantize(x, None, g, format, rule)
+            wanted = core.REFERENCE["transform_quantize"](x, None, g, format, rule)
+            assert all(map(torch.equal, found, wanted)), (width, rows)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(RULES))
+def test_any_bits_are_quantized_as_by_the_reference(seed, case):
+    format, rule = case
+    bits = torch.randint(-(2**31), 2**31, (4, 96), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    x = bits.view(torch.float32)
+    g = torch.tensor([1.3])
+    found = cpu.transform_quantize(x, None, g, format, rule)
+    assert all(map(torch.equal, found, core.REFERENCE["transform_quantize"](x, None, g, format, rule)))
+
+
+@pytest.mark.parametrize("format", WIDTHS)
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_a_transform_of_integers_is_exact(format, block):
+    """Sums of small integers are exact in any order. Blocks smaller and larger than a group; one block for all."""
+    generator = torch.Generator().manual_seed(0)
+    for rows in (1, 3, 17):
+        x = torch.randint(-24, 25, (2, rows, 192), generator=generator).to(torch.bfloat16)[1]
+        for blocks in (1, 192 // block):
+            t = torch.randint(-3, 4, (blocks, block, block), generator=generator).to(torch.bfloat16)
+            found = cpu.transform_quantize(x, t, None, format, "mse")
+            assert all(map(torch.equal, found, core.REFERENCE["transform_quantize"](x, t, None, format, "mse")))
+
+
+def product(rows: int, columns: int, width: int, format: str, activations: str, dtype: torch.dtype, seed: int = 0):
+    """Arguments of `fp4_linear` without residual, and the product in float64 [rows, columns]."""
+    generator = torch.Generator().manual_seed(seed)
+    x, w, bias = (torch.randn(*s, generator=generator) for s in ((rows, width), (columns, width), (columns,)))
+    g = torch.tensor([11.0]) if format == "nvfp4" and activations == "same" else None
+    weight_g = torch.tensor([20.0]) if format == "nvfp4" else None
+    weight = formats.quantize(w, format, "mse", weight_g)
+    operand, rule = {"same": (format, "mse"), "fp8": ("fp8", "token"), "none": ("none", "none")}[activations]
+    codes, scales = core.REFERENCE["transform_quantize"](x.to(dtype), None, g, operand, rule)
+    if activations == "same":
+        wide = formats.dequantize(codes, scales, format, g)
+    else:
+        wide = formats.dequantize_fp8(codes, scales) if activations == "fp8" else codes
+    exact = wide.double() @ formats.dequantize(*weight, format, weight_g).double().T + bias.to(dtype).double()
+    return (codes, scales, g, *weight, weight_g, bias.to(dtype)), exact
+
+
+@pytest.mark.parametrize("activations", ["same", "fp8", "none"])
+@pytest.mark.parametrize("format", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products(format, activations, dtype):
+    """Rows for every kernel, columns that fill no tile, and a last half chunk of codes."""
+    for width, columns in ((FORMATS[format].group_size * 3, 5), (576, 70)):
+        for rows in (0, 1, 2, 3, 4, 5, 17, 129):
+            args, exact = product(rows, columns, width, format, activations, dtype)
+            y = cpu.fp4_linear(*args, None, format, dtype, "rows", activations)
+            assert y.dtype == dtype and y.shape == (rows, columns)
+            # One rounding of fp32 sums, whose errors are bounded by the largest terms.
+            step = torch.finfo(dtype).eps / 2
+            assert torch.all((y.double() - exact).abs() <= step * exact.abs() + 2e-5), (width, rows)
+
+
+def test_nan_stays_in_its_row_and_column():
+    args, _ = product(9, 6, 80, "nvfp4", "same", torch.bfloat16)
+    codes, scales, g, weight_codes, weight_scales, *rest = args
+    scales[3, 1], weight_scales[5, 4] = formats.NV_NAN, formats.NV_NAN
+    for rows in (slice(2, 5), slice(0, 9)):  # few rows, more rows
+        y = cpu.fp4_linear(
+            codes[rows], scales[rows], g, weight_codes, weight_scales, *rest, None, "nvfp4", torch.bfloat16
+        )
+        wanted = torch.zeros(9, 6, dtype=torch.bool)
+        wanted[3], wanted[:, 5] = True, True
+        assert torch.equal(y.isnan(), wanted[rows])
+
+
+def test_the_residual_is_added_after_the_rounding():
+    args, _ = product(7, 12, 96, "mxfp4", "same", torch.bfloat16)
+    residual = torch.randn(7, 12, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    y = cpu.fp4_linear(*args, None, "mxfp4", torch.bfloat16)
+    assert torch.equal(cpu.fp4_linear(*args, residual, "mxfp4", torch.bfloat16), y + residual)
+
+
+def test_the_ops_use_them(monkeypatch):
+    monkeypatch.delenv("WUSH_PROVIDER", raising=False)
+    table = dispatch.resolve.__wrapped__(None)
+    assert [name for name, _ in table["fp4_linear"]] == ["cpu"]
+    monkeypatch.setenv("WUSH_PROVIDER", "reference")
+    assert dispatch.resolve.__wrapped__(None) == {}
+
+
+def test_arguments_at_fault_are_the_references_error(monkeypatch):
+    """The kernels check what they read: a bad call reaches the reference, which says what is wrong."""
+    args, _ = product(3, 5, 64, "mxfp4", "same", torch.bfloat16)
+    codes, scales, g, weight_codes, weight_scales, *rest = args
+    with pytest.raises(RuntimeError):
+        torch.ops.wush.fp4_linear(
+            codes, scales, g, weight_codes[:, :16], weight_scales, *rest, None, "mxfp4", torch.float32
+        )
+    for bad in (weight_scales[:, :1], weight_scales[:4]):
+        with pytest.raises(RuntimeError, match="weight_scales has"):
+            cpu.fp4_linear(codes, scales, g, weight_codes, bad, *rest, None, "mxfp4", torch.bfloat16)
+    with pytest.raises(RuntimeError, match="do not cover"):
+        cpu.transform_quantize(torch.randn(2, 96), torch.randn(2, 32, 32), None, "mxfp4", "mse")
+
+
+def test_the_lesser_level_runs_the_same_tests():
+    """On a CPU with AVX-512 the AVX2 kernels are tested in a process that is told to use them."""
+    if os.environ.get("WUSH_CPU_LEVEL"):
+        pytest.skip("this is that process")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"WUSH_CPU_LEVEL": "avx2"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-2000:]
+
+
+def test_a_missing_library_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(libraries, "DIRECTORIES", (tmp_path,))
+    assert cpu.unavailable.__wrapped__().startswith("not built: `python csrc/build.py --targets cpu`")
+    (tmp_path / "libwush_cpu.so").write_bytes(b"no library")
+    libraries.load.cache_clear()
+    try:
+        assert cpu.unavailable.__wrapped__().startswith("libwush_cpu.so does not run here:")
+    finally:
+        libraries.load.cache_clear()
