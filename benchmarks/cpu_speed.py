@@ -3,8 +3,8 @@
     python benchmarks/cpu_speed.py --out cpu_speed.json
     WUSH_PROVIDER=reference python benchmarks/cpu_speed.py      without the CPU kernels
 
-A Llama with the widths of SmolLM2-135M and random weights, as transformers runs it, with a cache. Models take turns, and
-the least time of each counts, so that other work on the machine disturbs all alike. Compare ratios, not times.
+A Llama with the widths of SmolLM2-135M and random weights, as transformers runs it, with a cache. Models take turns,
+and the least time of each counts, so that other work on the machine disturbs all alike. Compare ratios, not times.
 """
 
 import argparse
