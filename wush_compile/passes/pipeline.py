@@ -18,6 +18,7 @@ from .execution.lay_out_scales import lay_out_scales
 from .execution.lower import lower
 from .execution.merge_siblings import merge_siblings
 from .execution.package import package
+from .execution.quantize_before_views import quantize_before_views
 
 _ALWAYS: tuple[Callable[[Graph], int], ...] = (
     drop_identities,  # dropout in eval mode
@@ -25,6 +26,7 @@ _ALWAYS: tuple[Callable[[Graph], int], ...] = (
     drop_copies,  # quantizers that only copy: 16 bits without a transform
     merge_siblings,  # one matmul for each group of siblings
     fuse_epilogue,  # bias and residual adds into the matmul
+    quantize_before_views,  # norms that experts reshape
     fuse_norm,  # RMSNorm, LayerNorm into the quantizer
     fuse_activation,  # SiLU·up, GELU·up, GELU, ReLU, .. into the quantizer
     cleanup,  # no-op views, paddings, dead code

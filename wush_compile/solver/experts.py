@@ -21,8 +21,9 @@ from .solution import GroupSolution, block_size
 from .solve import input_global_scale, solve
 from .transforms import PANEL, damped_cholesky, diagonal_blocks
 
-# τ: how many rows of all experts weigh as much as an expert's own rows.
-SHRINKAGE_ROWS = 128
+# τ: the mean over all rows weighs as much as so many of an expert's own rows. Of 0, 32, 128, 512, 2048 and inf, 512 has
+# the least loss or nearly so, from few tokens to many (benchmarks/trial_experts.py).
+SHRINKAGE_ROWS = 512
 
 
 def starved_experts(report: dict) -> list[int]:

@@ -147,6 +147,11 @@ def _layer_norm(root: Node) -> tuple[str, dict] | None:
     return "layer_norm", _arguments(found)
 
 
+def is_norm(node: Node) -> bool:
+    """Whether a node is a norm that can be fused."""
+    return (_rms_norm(node) or _layer_norm(node)) is not None
+
+
 def _keep(graph: Graph, root: Node, node: Node, op: str, named: dict) -> bool:
     """Replaces a norm and one of its readers, the quantizer `node`, by the op that writes both; whether it did."""
     dense = torch.empty_like(value(root), memory_format=torch.contiguous_format)
