@@ -88,3 +88,26 @@ def test_streamed_and_resumed_files_are_those_of_the_model_in_memory(kind, setti
     assert same_tensors(wc.load(tmp_path / "streamed"), model)
     wc.save(model, tmp_path / "saved")
     assert same_tensors(wc.load(tmp_path / "saved"), model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_calibrated_on_a_gpu(kind):
+    """From CPU memory, layer by layer, and as a whole; then it runs there, eager and compiled."""
+    ids = DATA[0].cuda()
+    whole, offloaded = (moe(kind, layers=2) for _ in range(2))
+    wc.quantize(whole.cuda(), [ids], progress=False)
+    wc.quantize(offloaded, DATA, progress=False, device="cuda")
+    offloaded.cuda()
+    for model in (whole, offloaded):
+        report = model.wush_quantization.report
+        assert all(report[name]["relative_loss"] < 0.03 for name in product_names(model))
+    with torch.no_grad():
+        logits = whole(ids, use_cache=False).logits
+        assert (logits - offloaded(ids, use_cache=False).logits).norm() < 0.2 * logits.norm()
+        compiled = torch.compile(whole, backend="wush", fullgraph=True)(ids, use_cache=False).logits
+        assert (logits - compiled).norm() < 0.1 * logits.norm()
+        graphed = torch.compile(whole, backend="wush", mode="reduce-overhead")
+        for _ in range(3):
+            replayed = graphed(ids, use_cache=False).logits.clone()
+        assert (logits - replayed).norm() < 0.1 * logits.norm()
