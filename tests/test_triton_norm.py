@@ -70,6 +70,15 @@ for m, k, norm in cases:
         wrong = [(a != b).float().mean().item() for a, b in zip(got, want)]
         assert max(wrong) <= (0 if norm == "rms_rounded" else 1e-2), (m, k, norm, plan, wrong)
         assert (got[1][2] == 255).all()
+        if norm == "rms_rounded":  # of a sum that is not rounded first
+            other = torch.randn(m, 2 * k, generator=generator).half()[:, :k]
+            total, kept = x.float() + other.float(), torch.full_like(x, 7)
+            got = norm_quantize(x, weight, None, eps, norm, t, None, "mxfp4", "absmax", plan, kept, other)
+            assert torch.equal(kept.nan_to_num(), total.half().nan_to_num()), (m, k, plan)
+            normed = fused_ops.rms_norm(total, weight, 1e-5, "rounded", x.dtype)
+            of_sum = ops._transform_quantize(normed, t, None, "mxfp4", "absmax")
+            wrong = [(a != b).float().mean().item() for a, b in zip(got, of_sum)]
+            assert max(wrong) <= 1e-3, (m, k, norm, plan, wrong)
 assert not workspace(x.device)._ring.any()
 print("same")
 """

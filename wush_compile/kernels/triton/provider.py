@@ -82,6 +82,15 @@ def refuses_rms_norm(
     return _refuses_norm(x, (weight,), eps_tensor, transform, global_scale, format, scale_rule)
 
 
+def refuses_add_rms_norm(
+    x, residual, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> str | None:
+    if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
+        return "x and its residual differ"
+    quantizer = (transform, global_scale, format, scale_rule, scale_layout)
+    return refuses_rms_norm(x, weight, eps, eps_tensor, gain, *quantizer)
+
+
 def refuses_layer_norm(
     x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows"
 ) -> str | None:
@@ -248,6 +257,9 @@ IMPLEMENTATIONS = {
     "observe": Implementation(_there(triton_gram.observe), refuses_observe),
     "transform_quantize": Implementation(_there(transform_quantize), refuses_transform_quantize),
     "rms_norm_transform_quantize": Implementation(_there(triton_fused.rms_norm_transform_quantize), refuses_rms_norm),
+    "add_rms_norm_transform_quantize": Implementation(
+        _there(triton_fused.add_rms_norm_transform_quantize), refuses_add_rms_norm
+    ),
     "layer_norm_transform_quantize": Implementation(
         _there(triton_fused.layer_norm_transform_quantize), refuses_layer_norm
     ),

@@ -19,6 +19,17 @@ def rms_norm_transform_quantize(
     return norm_quantize(x, weight, None, eps, f"rms_{gain}", transform, global_scale, format, scale_rule)
 
 
+def add_rms_norm_transform_quantize(
+    x, residual, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`wush::add_rms_norm_transform_quantize`. The sum of squares has another order than PyTorch's."""
+    rows_only(scale_layout)
+    eps = eps if eps_tensor is None else eps_tensor
+    total = x.new_empty(x.shape)
+    tail = (transform, global_scale, format, scale_rule)
+    return *norm_quantize(x, weight, None, eps, f"rms_{gain}", *tail, kept=total, up=residual), total
+
+
 def layer_norm_transform_quantize(
     x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows"
 ) -> tuple[Tensor, Tensor]:

@@ -47,11 +47,11 @@ def load_rows(
 
 @triton.jit
 def apply_prologue(tile, source, row, left, first, SPEC: tl.constexpr, MASKED: tl.constexpr, EVEN: tl.constexpr):
-    """What the prologue makes of a tile of x and of its other operands; a norm that is kept is stored."""
+    """What the prologue makes of a tile of x and of its other operands. `kept` gets the norm, or its sum with `up`."""
     x, up, weight, bias, mean, scale, kept, stride, up_stride = source
     PROLOGUE: tl.constexpr = SPEC.prologue
     if PROLOGUE is not None:
-        if up is not None:
+        if up is not None and scale is None:
             tile = gated(tile, load_rows(up, row, left, up_stride, first, SPEC, MASKED, EVEN), PROLOGUE)
         elif scale is None:
             tile = activated(tile, PROLOGUE)
@@ -63,11 +63,17 @@ def apply_prologue(tile, source, row, left, first, SPEC: tl.constexpr, MASKED: t
                     mean = tl.load(mean + rows, mask=inside, other=None if inside is None else 0.0)
             if scale.dtype.is_ptr():
                 scale = tl.load(scale + rows, mask=inside, other=None if inside is None else 0.0)
-            tile = normed(tile, mean, scale, weight, bias, PROLOGUE)
+            wide = tile.to(tl.float32)
+            if up is not None:
+                wide += load_rows(up, row, left, up_stride, first, SPEC, MASKED, EVEN).to(tl.float32)
+            result = normed(wide, mean, scale, weight, bias, PROLOGUE, tile.dtype)
             if kept is not None:
                 columns = tl.arange(0, SPEC.columns)[None, :]
                 inside = inside_mask(rows, left, first + columns, SPEC.width, MASKED, EVEN)
-                tl.store(kept + (rows * SPEC.width + columns), tile, mask=inside)
+                tl.store(
+                    kept + (rows * SPEC.width + columns), result if up is None else wide.to(tile.dtype), mask=inside
+                )
+            tile = result
     return tile
 
 

@@ -35,6 +35,7 @@ def tile_rows(values, ROWS: tl.constexpr, R: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "lead"])
 def norm_quantize_kernel(
     x,
+    up,
     weight,
     bias,
     eps,
@@ -49,10 +50,12 @@ def norm_quantize_kernel(
     M,
     lead,
     pitch,
+    up_pitch,
     SPEC: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """`transform_quantize_kernel` of a norm of x, the prologue of SPEC; kept [M, K], if there is one, is that norm.
+    """`transform_quantize_kernel` of a norm of x, or of x + up, the prologue of SPEC; kept [M, K], if there is one, is
+    that norm, or that sum.
 
     counters None: every program computes the statistics of its rows itself; SUMS.rows is at least M, or R*TILES.
     Else counters is int32 [bands], all 0; a band is the R*TILES rows of a program. Statistics go through mean (None:
@@ -67,15 +70,18 @@ def norm_quantize_kernel(
     program = tl.program_id(0)
     if counters is None:
         rows = (program // COLUMNS).to(tl.int64) * HEIGHT + tl.arange(0, ROWS)
-        pointers = x + (tl.minimum(rows, M - 1) * stride)[:, None]
-        means, factors = row_statistics(pointers, eps, SUMS)
+        rows = tl.minimum(rows, M - 1)
+        others = None
+        if up is not None:
+            others = up + (rows * up_pitch)[:, None]
+        means, factors = row_statistics(x + (rows * stride)[:, None], others, eps, SUMS)
         means = tile_rows(means, ROWS, SPEC.rows)
         factors = tile_rows(factors, ROWS, SPEC.rows)
         quantize_rows(
             program,
             None,
             x,
-            None,
+            up,
             weight,
             bias,
             means,
@@ -87,7 +93,7 @@ def norm_quantize_kernel(
             scales,
             M,
             pitch,
-            0,
+            up_pitch,
             SPEC,
         )
     else:
@@ -101,7 +107,7 @@ def norm_quantize_kernel(
         if program < lead:
             before = program
         if (before < total) & (place < SHARE):
-            store_statistics(before, x, eps, mean, scale, M, stride, SUMS)
+            store_statistics(before, x, up, eps, mean, scale, M, stride, up_pitch, SUMS)
             arrive(counters + before // SHARE)
         else:
             tile = program - before
@@ -111,7 +117,7 @@ def norm_quantize_kernel(
                 tile,
                 (counters + band, expected, COLUMNS),
                 x,
-                None,
+                up,
                 weight,
                 bias,
                 mean,
@@ -123,7 +129,7 @@ def norm_quantize_kernel(
                 scales,
                 M,
                 pitch,
-                0,
+                up_pitch,
                 SPEC,
             )
 
@@ -176,11 +182,13 @@ def norm_quantize(
     scale_rule: str,
     plan: NormPlan | None = None,
     kept: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`wush::transform_quantize` of a norm of x [.., K] bf16 or fp16.
+    """`wush::transform_quantize` of a norm of x [.., K] bf16 or fp16, or of x + up in fp32.
 
     norm: "layer_norm", or "rms_" and a gain of `ops.fused.GAINS`; weight, bias [K] of x's dtype or None; eps a number
-    or a tensor of one. The norm itself is written to `kept`, dense and like x, if there is one."""
+    or a tensor of one. The norm itself, or the sum x + up, is written to `kept`, dense and like x, if there is
+    one."""
     if x.numel() == 0:
         return transform_quantize(x, transform, global_scale, format, scale_rule)
     rows, width = dense_rows(x), x.shape[-1]
@@ -200,6 +208,8 @@ def norm_quantize(
         sm=device_instructions(x.device.index) if x.is_cuda else 0,
     )
     programs = triton.cdiv(count, plan.rows)
+    others = None if up is None else dense_rows(up)
+    addend = dict(up=others, up_pitch=0 if others is None else others.stride(0))
     if plan.way == "apart":
         pdl = x.is_cuda and overlaps(x.device.index)
         row_statistics_kernel[(programs,)](
@@ -209,13 +219,14 @@ def norm_quantize(
             scale=scale,
             M=count,
             pitch=rows.stride(0),
+            **addend,
             SUMS=sums,
             PDL=pdl,
             num_warps=tile.warps,
             enable_fp_fusion=False,
             **({"launch_pdl": True} if pdl else {}),
         )
-        prologue = Prologue(norm, weight=weight, bias=bias, mean=mean, scale=scale, kept=kept)
+        prologue = Prologue(norm, up, weight=weight, bias=bias, mean=mean, scale=scale, kept=kept)
         return transform_quantize(x, transform, global_scale, format, scale_rule, tile, prologue=prologue)
     codes, scales, arguments = prepare(x, rows, transform, global_scale, format, scale_rule, tile, norm)
     bands, columns, lead = triton.cdiv(count, height), triton.cdiv(width, tile.columns), 0
@@ -235,6 +246,7 @@ def norm_quantize(
         counters=counters,
         lead=lead,
         SUMS=sums,
+        **addend,
         **arguments,
     )
     return codes, scales

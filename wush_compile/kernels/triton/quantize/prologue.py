@@ -82,32 +82,32 @@ def gated(gate, up, KIND: tl.constexpr):
 
 
 @triton.jit
-def normed(x, mean, scale, weight, bias, KIND: tl.constexpr):
-    """A norm of a tile [R, W]: mean and scale (1/deviation) fp32 [R, 1]; weight and bias [1, W] or None.
+def normed(wide, mean, scale, weight, bias, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    """A norm of a tile fp32 [R, W], rounded to DTYPE: mean and scale (1/deviation) fp32 [R, 1]; weight and bias [1, W]
+    or None.
 
     KIND: "rms_" and a gain of `ops.fused.GAINS`, or "layer_norm"."""
-    wide = x.to(tl.float32)
     if KIND == "layer_norm":
         y = (wide - mean) * scale
         if weight is not None:
             y = y * weight.to(tl.float32)
         if bias is not None:
             y = y + bias.to(tl.float32)
-        return y.to(x.dtype)
+        return y.to(DTYPE)
     y = wide * scale
     if KIND == "rms_rounded":
-        y = y.to(x.dtype).to(tl.float32) * weight.to(tl.float32)
+        y = y.to(DTYPE).to(tl.float32) * weight.to(tl.float32)
     elif KIND == "rms_wide":
         y = y * weight.to(tl.float32)
     elif KIND == "rms_wide_plus_one":
         y = y * (1.0 + weight.to(tl.float32))
-    return y.to(x.dtype)
+    return y.to(DTYPE)
 
 
 class Prologue(NamedTuple):
     """The operation on x before the quantizer: its name, a KIND of `activated` or `normed`, and its other operands.
 
-    An activation with `up` is a gated one."""
+    An activation with `up` is a gated one. A norm with `up` is that of x + up in fp32."""
 
     name: str | None = None
     up: Tensor | None = None
@@ -115,4 +115,4 @@ class Prologue(NamedTuple):
     bias: Tensor | None = None
     mean: Tensor | None = None
     scale: Tensor | None = None
-    kept: Tensor | None = None  # where the result of a norm is written, dense
+    kept: Tensor | None = None  # where the result of a norm, or the sum that it is of, is written, dense

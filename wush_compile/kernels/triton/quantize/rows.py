@@ -109,7 +109,7 @@ def quantize_rows(
     """The part of program number `program` of `transform_quantize_kernel`.
 
     mean, scale: a norm's statistics, as pointers to those of all rows, or as tiles [R, 1]. kept: None, or where the
-    norm is written, dense [M, K]. arrivals: None, or what to
+    norm, with `up` the sum, is written, dense [M, K]. arrivals: None, or what to
     wait for (`overlap.wait_arrivals`) before these pointers are read."""
     R: tl.constexpr = SPEC.rows
     W: tl.constexpr = SPEC.columns

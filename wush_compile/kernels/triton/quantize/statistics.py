@@ -31,9 +31,9 @@ def steps(width: int, rows: int, warps: int) -> int:
 
 
 @triton.jit
-def row_sum(pointers, shift, SQUARES: tl.constexpr, CENTERED: tl.constexpr, SUMS: tl.constexpr):
-    """fp32 [ROWS]: sums of the rows at `pointers` [ROWS, 1]; of squares if SQUARES; of the values less `shift` [ROWS]
-    if CENTERED.
+def row_sum(pointers, others, shift, SQUARES: tl.constexpr, CENTERED: tl.constexpr, SUMS: tl.constexpr):
+    """fp32 [ROWS]: sums of the rows at `pointers` [ROWS, 1], plus those at `others` unless None; of squares if SQUARES;
+    of the values less `shift` [ROWS] if CENTERED.
 
     Each of the segment's columns first adds its own values in turn, then a tree of neighbours adds the columns. A sum
     of two has no order, so the result is the same for any number of rows and warps."""
@@ -53,6 +53,9 @@ def row_sum(pointers, shift, SQUARES: tl.constexpr, CENTERED: tl.constexpr, SUMS
                 values += (tl.load(pointers + (columns + i * WIDTH), mask=columns + i * WIDTH < K, other=0.0),)
         for i in tl.static_range(STEPS):
             value = values[i].to(tl.float32)
+            if others is not None:
+                inside = columns + i * WIDTH < K
+                value += tl.load(others + (columns + i * WIDTH), mask=inside, other=0.0).to(tl.float32)
             if CENTERED:
                 value -= shift[:, None]
                 if K % SPAN != 0:
@@ -67,17 +70,17 @@ def row_sum(pointers, shift, SQUARES: tl.constexpr, CENTERED: tl.constexpr, SUMS
 
 
 @triton.jit
-def row_statistics(pointers, eps, SUMS: tl.constexpr):
-    """(mean, scale), fp32 [ROWS] each, of the rows at `pointers` [ROWS, 1]: 0 and rsqrt(mean(x^2) + eps), or, if
-    centered, the mean and rsqrt(variance + eps)."""
+def row_statistics(pointers, others, eps, SUMS: tl.constexpr):
+    """(mean, scale), fp32 [ROWS] each, of the rows at `pointers` [ROWS, 1], plus those at `others` unless None: 0 and
+    rsqrt(mean(x^2) + eps), or, if centered, the mean and rsqrt(variance + eps)."""
     K: tl.constexpr = SUMS.width
     ROWS: tl.constexpr = SUMS.rows
     if SUMS.eps_tensor:
         eps = tl.load(eps).to(tl.float32)
     mean = tl.zeros((ROWS,), tl.float32)
     if SUMS.centered:
-        mean = row_sum(pointers, mean, False, False, SUMS) * (1.0 / K)
-    square = row_sum(pointers, mean, True, SUMS.centered, SUMS) * (1.0 / K)
+        mean = row_sum(pointers, others, mean, False, False, SUMS) * (1.0 / K)
+    square = row_sum(pointers, others, mean, True, SUMS.centered, SUMS) * (1.0 / K)
     if SUMS.sm > 0:
         return mean, libdevice.rsqrt(square + eps)
     else:
@@ -85,19 +88,23 @@ def row_statistics(pointers, eps, SUMS: tl.constexpr):
 
 
 @triton.jit
-def store_statistics(program, x, eps, mean, scale, M, stride, SUMS: tl.constexpr):
-    """`row_statistics` of the rows from program*ROWS on, to mean (None: not centered) and scale, fp32 [M] each."""
+def store_statistics(program, x, up, eps, mean, scale, M, stride, up_stride, SUMS: tl.constexpr):
+    """`row_statistics` of the rows of x, plus up unless None, from program*ROWS on, to mean (None: not centered) and
+    scale, fp32 [M] each."""
     rows = program.to(tl.int64) * SUMS.rows + tl.arange(0, SUMS.rows)
-    pointers = x + (tl.minimum(rows, M - 1) * stride)[:, None]
-    means, scales = row_statistics(pointers, eps, SUMS)
+    rows_there = tl.minimum(rows, M - 1)
+    others = None
+    if up is not None:
+        others = up + (rows_there * up_stride)[:, None]
+    means, scales = row_statistics(x + (rows_there * stride)[:, None], others, eps, SUMS)
     if SUMS.centered:
         tl.store(mean + rows, means, mask=rows < M)
     tl.store(scale + rows, scales, mask=rows < M)
 
 
 @triton.jit(do_not_specialize=["M"])
-def row_statistics_kernel(x, eps, mean, scale, M, pitch, SUMS: tl.constexpr, PDL: tl.constexpr):
-    """x [M, K], rows `pitch` apart -> mean (None: not centered), scale fp32 [M]; grid (M/ROWS)."""
+def row_statistics_kernel(x, up, eps, mean, scale, M, pitch, up_pitch, SUMS: tl.constexpr, PDL: tl.constexpr):
+    """x [M, K], rows `pitch` apart, plus up unless None -> mean (None: not centered), scale fp32 [M]; grid (M/ROWS)."""
     start_next(PDL)
     wait_inputs(PDL)
-    store_statistics(tl.program_id(0), x, eps, mean, scale, M, pitch, SUMS)
+    store_statistics(tl.program_id(0), x, up, eps, mean, scale, M, pitch, up_pitch, SUMS)
