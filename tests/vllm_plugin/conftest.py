@@ -5,10 +5,8 @@ import os
 
 import pytest
 
-if importlib.util.find_spec("vllm") is None:
-    collect_ignore_glob = ["test_*.py"]
-else:
-    # Read when vLLM is imported. The engine runs in this process, so that its errors and its compile can be seen.
+# Read when vLLM is imported. The engine runs in this process, so that its errors and its compile can be seen.
+if importlib.util.find_spec("vllm") is not None:
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_CPU_KVCACHE_SPACE="1",

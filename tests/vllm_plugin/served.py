@@ -105,3 +105,17 @@ def agreement(directory: Path, rows: list[tuple[list[int], list[int], list[float
         own = logits.log_softmax(-1)[range(len(new)), new]
         differences += (own - torch.tensor(log_probabilities)).abs().tolist()
     return Agreement(len(differences), same, max(differences), sum(differences) / len(differences))
+
+
+def tokenizer(directory: Path) -> None:
+    """Adds a tokenizer of single bytes to a checkpoint, for servers of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    bytes_alone = Tokenizer(models.BPE(vocabulary, []))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytes_alone, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(directory)

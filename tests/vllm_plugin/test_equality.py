@@ -1,6 +1,8 @@
 """vLLM and our own eager model agree on every kind of checkpoint that the library writes."""
 
 import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: `make test-vllm`")
 from served import NEW, PROMPTS, agreement, checkpoint, greedy
 
 CASES = {
@@ -14,6 +16,9 @@ CASES = {
     "a transform and a scale a linear": dict(format="nvfp4", share_transform=False, seed=1),  # 0: a code flips
     "ignored": dict(ignore=("*.layers.0.self_attn.[qkv]_proj", "*.layers.1.mlp.down_proj")),
     "a quantized head": dict(ignore=("!lm_head",)),
+    "a head in 8 bits": dict(head="int8"),
+    "a tied head in 8 bits": dict(kind="tied", head="int8"),
+    "weights in 8 bits": dict(format="int8", activation_format=None),
     "activations in fp8": dict(activation_format="fp8"),
     "activations in 16 bits": dict(activation_format=None),
     # one fused linear holds two recipes: q and v of one group, k of another; gate and up in two formats
@@ -26,7 +31,6 @@ CASES = {
     ),
     "llama": dict(kind="llama"),
     "tied": dict(kind="tied"),
-    "phi": dict(kind="phi"),
     "phi3": dict(kind="phi3", format="nvfp4"),
 }
 

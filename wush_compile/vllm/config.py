@@ -18,6 +18,8 @@ class WushVllmConfig(QuantizationConfig):
 
     record    how the model was quantized (docs/spec.md §7)
     group_of  name of a linear, as vLLM's model names it -> index of its group in `record.groups`
+    heads     name of an embedding that looks up the rows of a quantized head -> index of the head's group
+    found     those of `heads` that vLLM's model has
     holders   index of a group -> the layer that loads the group's transform. It is the layer of the first member;
               other layers take the transform from there.
     reads_tensors   whether the weights come from the checkpoint, tensor by tensor
@@ -27,11 +29,18 @@ class WushVllmConfig(QuantizationConfig):
         super().__init__()
         self.record = record
         self.group_of = {name: index for index, group in enumerate(record.groups) for name in group["members"]}
+        self.heads = {name: i for i, group in enumerate(record.groups) for name in group.get("embeddings", ())}
+        self.found: set[str] = set()
         self.reads_tensors = True
         self.holders: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
+    # It is pickled to the workers, before there are layers. A dictionary of weak references cannot be.
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "holders": weakref.WeakValueDictionary()}  # it is pickled to the workers
+        return {name: value for name, value in self.__dict__.items() if name != "holders"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        self.holders = weakref.WeakValueDictionary()
 
     @classmethod
     def get_name(cls) -> str:
@@ -58,11 +67,23 @@ class WushVllmConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         """Renames the linears as the model class renames the tensors of its checkpoints (vision-language models)."""
-        self.group_of = {hf_to_vllm_mapper.map_name(name) or name: i for name, i in self.group_of.items()}
+        for names in (self.group_of, self.heads):
+            renamed = {hf_to_vllm_mapper.map_name(name) or name: index for name, index in names.items()}
+            names.clear()
+            names.update(renamed)
 
     def first_member(self, group: int) -> str:
         """The member under whose name the group's transform is on disk, as vLLM's model names it."""
         return next(name for name, index in self.group_of.items() if index == group)
+
+    def holder(self, group: int) -> nn.Module:
+        """The layer that loads a group's transform."""
+        if group not in self.holders:
+            raise CheckpointError(
+                f"other layers read tensors of {self.first_member(group)}, which vLLM's model does not have in this "
+                "process: use pipeline_parallel_size=1"
+            )
+        return self.holders[group]
 
     def members_of(self, prefix: str) -> list[str]:
         """The linears on disk that a linear of vLLM's model consists of, in the order of its rows."""
@@ -76,10 +97,12 @@ class WushVllmConfig(QuantizationConfig):
         """How vLLM loads and computes a layer. Raises `CheckpointError` for one that is quantized in part."""
         from vllm.config import get_current_vllm_config_or_none
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         names = self.members_of(prefix)
         groups = [self.group_of.get(name) for name in names]
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+            return self._embedding(prefix)
         if not isinstance(layer, LinearBase | ParallelLMHead):
             self._refuse_inside(layer, prefix)
             return None
@@ -97,6 +120,16 @@ class WushVllmConfig(QuantizationConfig):
                 "quantize the model again, and ignore all of them or none"
             )
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _embedding(self, prefix: str) -> QuantizeMethodBase | None:
+        """The method of an embedding. Some model classes (Llama's) do not tell its name; then there is but one."""
+        name = prefix or next(iter(self.heads), "")
+        if name not in self.heads:
+            return None
+        from .linear import WushEmbeddingMethod
+
+        self.found.add(name)
+        return WushEmbeddingMethod(self, self.heads[name])
 
     def _refuse_inside(self, layer: nn.Module, prefix: str) -> None:
         """Raises `CheckpointError` for experts with quantized linears, which vLLM runs as one layer of another kind."""

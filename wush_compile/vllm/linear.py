@@ -1,14 +1,20 @@
-"""How vLLM loads and computes a quantized linear: one quantizer and one product for each group that it has rows of."""
+"""How vLLM loads and computes a quantized linear: one quantizer and one product for each group that it has rows of.
+
+And an embedding that looks up the rows of a quantized head.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn import functional as F
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from ..errors import CheckpointError
+from ..formats import dequantize
 from ..modules import buffer_layout
 from ..recipe import Recipe
 from .parameters import GlobalScales, Rows, forwarded, load_whole
@@ -149,23 +155,27 @@ class WushLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         self._finish(layer)
-        for part in self.parts:
-            holder = self.config.holders.get(part.group)
-            if holder is None:
+        for name, group in self.config.heads.items():
+            if name not in self.config.found and any(part.group == group for part in self.parts):
                 raise CheckpointError(
-                    f"{self.prefix}: the transform is that of {self.config.first_member(part.group)}, which vLLM's "
-                    "model does not have in this process: use pipeline_parallel_size=1"
+                    f"{name} looks up the rows of {self.prefix}, and vLLM's model has no such embedding: "
+                    "quantize the model again without `head`"
                 )
+        for part in self.parts:
+            holder = self.config.holder(part.group)
             if holder is not layer:  # (Phi: fc1 reads what q, k and v read)
                 holder.quant_method.lend(holder, part.group, layer, part.suffix)
 
-    def lend(self, layer: nn.Module, group: int, borrower: nn.Module, suffix: str) -> None:
-        """Gives another layer the transform and the scale of a group's input: the same parameters, so that a compiled
-        graph sees that both layers quantize alike."""
+    def lend(self, layer: nn.Module, group: int, borrower: nn.Module, suffix: str, names=OF_INPUT) -> Part:
+        """Gives another layer what this one holds of a group, by default the transform and the scale of its input.
+
+        Both get the same parameters, so that a compiled graph sees that both quantize alike.
+        """
         self._finish(layer)
         own = next(part for part in self.parts if part.group == group)
-        for name in OF_INPUT:
+        for name in names:
             setattr(borrower, name + suffix, getattr(layer, name + own.suffix, None))
+        return own
 
     def _finish(self, layer: nn.Module) -> None:
         """Makes plain parameters of those that were loaded. Does nothing the second time."""
@@ -216,3 +226,34 @@ class WushLinearMethod(LinearMethodBase):
             x.dtype,
             *(() if recipe.activation_format == "same" else ("rows", recipe.operand)),
         )
+
+
+class WushEmbeddingMethod(QuantizeMethodBase):
+    """An embedding that looks up the rows of a quantized head, to which it is tied."""
+
+    def __init__(self, config, group: int):
+        self.config, self.group = config, group
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        layer.wush_dtype = params_dtype
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        head = self.config.holder(self.group)
+        layer.wush_format = head.quant_method.lend(head, self.group, layer, "", BY_ROWS).recipe.format
+
+    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+        """ids [..] -> [.., K] in the model's dtype."""
+        codes, scales = F.embedding(input_, layer.weight_packed), F.embedding(input_, layer.weight_scale)
+        return dequantize(codes, scales, layer.wush_format).to(layer.wush_dtype)
+
+    def apply(self, layer: nn.Module, *args, **kwargs) -> Tensor:
+        raise NotImplementedError("an embedding has no product")

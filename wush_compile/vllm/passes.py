@@ -8,6 +8,7 @@ from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.config import CompilationMode, get_current_vllm_config_or_none
 
 from ..backend import cache_key
+from ..graphs.printing import count_ops
 from ..passes import pipeline
 
 log = logging.getLogger("wush_compile")
@@ -24,7 +25,8 @@ class ExecutionPasses(InductorPass):
         if self.first is not None:
             self.first(graph)
         changes = pipeline.run(graph)
-        log.info("%s", ", ".join(f"{name}: {count}" for name, count in changes.items() if count))
+        counts = (changes | count_ops(graph)).items()
+        log.info("execution passes: %s", ", ".join(f"{name}: {count}" for name, count in counts if count))
 
     def uuid(self) -> str:
         """Enters the keys of vLLM's and Inductor's caches."""

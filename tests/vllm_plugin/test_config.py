@@ -1,0 +1,136 @@
+"""What the plug-in refuses before anything is loaded, and what its import costs."""
+
+import ast
+import copy
+import importlib.metadata
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: `make test-vllm`")
+from served import checkpoint, greedy
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from wush_compile import WushConfig
+from wush_compile.checkpoint.record import Quantization
+from wush_compile.errors import CheckpointError
+from wush_compile.vllm.config import WushVllmConfig
+from wush_compile.vllm.linear import WushEmbeddingMethod, WushLinearMethod
+
+LAYER = "model.layers.0"
+
+
+def config(*groups: list[str], changes: dict | None = None, **settings) -> WushVllmConfig:
+    entries = [
+        {"members": [f"{LAYER}.{name}" for name in group], "transform_block_size": 32, "recipe": {}} for group in groups
+    ]
+    for index, change in (changes or {}).items():
+        entries[index] |= change
+    return WushVllmConfig.from_config(Quantization(WushConfig(**settings), entries, {}).to_dict())
+
+
+def method(of: WushVllmConfig, kind: type, name: str):
+    return of.get_quant_method(object.__new__(kind), name)
+
+
+def test_a_layer_is_quantized_or_not():
+    some = config(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.down_proj"])
+    fused = method(some, QKVParallelLinear, f"{LAYER}.self_attn.qkv_proj")
+    assert isinstance(fused, WushLinearMethod) and [part.members for part in fused.parts] == [[0, 1, 2]]
+    assert isinstance(method(some, RowParallelLinear, f"{LAYER}.mlp.down_proj"), WushLinearMethod)
+    assert isinstance(method(some, RowParallelLinear, f"{LAYER}.self_attn.o_proj"), UnquantizedLinearMethod)
+    assert method(some, VocabParallelEmbedding, "model.embed_tokens") is None
+    assert method(some, ParallelLMHead, "lm_head") is None
+
+
+def test_a_linear_of_two_groups_has_two_parts():
+    some = config(["self_attn.q_proj", "self_attn.v_proj"], ["self_attn.k_proj"])
+    fused = method(some, QKVParallelLinear, f"{LAYER}.self_attn.qkv_proj")
+    assert [(part.suffix, part.members) for part in fused.parts] == [("_0", [0, 2]), ("_1", [1])]
+
+
+def test_half_a_linear_is_refused_by_name():
+    half = config(["self_attn.q_proj", "self_attn.v_proj"])
+    with pytest.raises(CheckpointError, match=r"leaves model\.layers\.0\.self_attn\.k_proj in 16 bits"):
+        method(half, QKVParallelLinear, f"{LAYER}.self_attn.qkv_proj")
+
+
+def test_quantized_experts_are_refused():
+    name = "mlp.experts"
+    experts = config([f"{name}.gate_up_proj"], changes={0: {"experts": 4}})
+    with pytest.raises(CheckpointError, match="cannot run quantized experts.*`ignore`"):
+        method(experts, RoutedExperts, f"{LAYER}.{name}")
+
+
+def test_an_embedding_of_a_tied_head():
+    entry = {"members": ["lm_head"], "transform_block_size": 32, "recipe": {}, "embeddings": ["model.embed_tokens"]}
+    tied = WushVllmConfig.from_config(Quantization(WushConfig(), [entry], {}).to_dict())
+    assert isinstance(method(tied, VocabParallelEmbedding, "model.embed_tokens"), WushEmbeddingMethod)
+
+
+def test_a_cut_inside_a_block_says_which_size_fits():
+    down = method(config(["mlp.down_proj"]), RowParallelLinear, f"{LAYER}.mlp.down_proj")
+    for whole, ranks, fits in ((96, 2, 1), (192, 4, 3), (384, 8, 6)):
+        with pytest.raises(CheckpointError, match=f"block of 32: use tensor_parallel_size={fits}$"):
+            down._check_width(down.parts[0], whole // ranks, whole)
+    down._check_width(down.parts[0], 96, 192)
+
+
+def test_it_goes_to_the_workers():
+    some = config(["mlp.down_proj"], format="nvfp4")
+    for other in (pickle.loads(pickle.dumps(some)), copy.deepcopy(some)):
+        assert other.record == some.record and other.group_of == some.group_of and not other.holders
+
+
+def test_names_follow_the_model_class():
+    class Mapper:
+        def map_name(self, name):
+            return name.replace("model.", "language_model.model.", 1)
+
+    renamed = config(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])
+    renamed.apply_vllm_mapper(Mapper())
+    name = f"language_model.{LAYER}.self_attn.qkv_proj"
+    assert isinstance(method(renamed, QKVParallelLinear, name), WushLinearMethod)
+    assert renamed.first_member(0) == f"language_model.{LAYER}.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("release", ["0.31.2", "0.33.0", "1.0.0"])
+def test_another_release_is_refused_in_a_sentence(release, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: release)
+    with pytest.raises(CheckpointError, match=rf"works with vLLM 0\.32\.x, and vLLM {release} is installed"):
+        config(["mlp.down_proj"])
+
+
+def test_a_newer_checkpoint_is_refused():
+    settings = Quantization(WushConfig(), [], {}).to_dict()
+    with pytest.raises(CheckpointError, match="upgrade wush-compile"):
+        WushVllmConfig.from_config(settings | {"format_version": 99})
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    directory = checkpoint(tmp_path / "checkpoint", kind="llama")
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_proj.weight_scale"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks weight_scale of model\.layers\.1\.self_attn\.qkv_proj"):
+        greedy(directory)
+
+
+def test_the_import_brings_nothing_for_people():
+    code = """
+import sys, vllm
+from vllm.model_executor.layers.quantization import register_quantization_config
+before = set(sys.modules)
+from wush_compile.vllm import register
+register()
+print(sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    new = set(ast.literal_eval(done.stdout.strip().splitlines()[-1]))
+    assert new <= {"wush_compile", "safetensors"}, new

@@ -1,0 +1,71 @@
+"""Two processes on the CPU, by gloo: the ranks' shares give what the whole gives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: `make test-vllm`")
+from served import agreement, checkpoint
+
+SCRIPT = """
+import json, sys
+from served import greedy
+if __name__ == "__main__":
+    directory, target, settings = sys.argv[1:]
+    json.dump(greedy(directory, **json.loads(settings)), open(target, "w"))
+"""
+
+
+def run(directory: Path, folder: Path, **settings) -> tuple[int, str, list]:
+    """(exit status, output, rows) of `greedy` in two processes."""
+    script, target = folder / "parallel.py", folder / "rows.json"
+    script.write_text(SCRIPT)
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    done = subprocess.run(
+        [sys.executable, script, directory, target, json.dumps({"tensor_parallel_size": 2} | settings)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    return done.returncode, done.stdout + done.stderr, json.loads(target.read_text()) if target.exists() else []
+
+
+def test_one_process_of_its_own(tmp_path):
+    """vLLM runs Phi by transformers' own class, and changes it in its process. fc1 reads what q, k and v read."""
+    directory = checkpoint(tmp_path / "checkpoint", kind="phi")
+    status, output, rows = run(directory, tmp_path, tensor_parallel_size=1)
+    assert status == 0, output[-3000:]
+    found = agreement(directory, rows)
+    assert found.tokens == 144 and found.same == found.tokens and found.largest < 5e-5, found
+
+
+CASES = {
+    "mxfp4": {},
+    "nvfp4, two recipes in a linear": dict(format="nvfp4", overrides={"*.k_proj": {"format": "mxfp4"}}),
+    "a transform a linear": dict(share_transform=False),
+    "hadamard, a tied head in 8 bits": dict(kind="tied", transform="hadamard", head="int8"),
+    "phi": dict(kind="phi"),
+}
+
+
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+def test_two_processes(tmp_path, settings):
+    directory = checkpoint(tmp_path / "checkpoint", **settings)
+    status, output, rows = run(directory, tmp_path)
+    assert status == 0, output[-3000:]
+    found = agreement(directory, rows)
+    assert found.tokens == 144 and found.same == found.tokens and found.largest < 5e-5, found
+
+
+def test_two_processes_compiled(tmp_path, cache_root):
+    directory = checkpoint(tmp_path / "checkpoint")
+    status, output, rows = run(directory, tmp_path, enforce_eager=False)
+    assert status == 0, output[-3000:]
+    found = agreement(directory, rows)
+    assert found.tokens == 144 and found.same == found.tokens and found.largest < 5e-5, found
