@@ -233,3 +233,24 @@ def test_more_elements_than_an_int32_counts():
     for first in (0, m // 2, m - 100):
         rows = slice(first, first + 100)
         assert_same([part[rows] for part in got], run(x[rows].contiguous(), weight, t), first)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sum_in_front_of_the_norm(dtype):
+    """Every way gives the same bits; the sum has the reference's; codes differ by the order of the sum of squares."""
+    for m, k in ((1, 576), (3, 4096), (17, 576), (129, 4096), (1100, 4096)):
+        x, weight, t = operands(m, k, dtype)
+        residual = torch.randn(m, 2 * k, device=DEVICE).to(dtype)[:, :k]  # rows apart
+        args = (x, residual, weight, 1e-5, None, "rounded", t, None, "mxfp4", "absmax")
+        want = fused_ops.FUSED_REFERENCE["add_rms_norm_transform_quantize"](*args)
+        got = torch.ops.wush.add_rms_norm_transform_quantize(*args)
+        assert torch.equal(got[2], want[2]), (m, k)
+        assert max((a != b).float().mean().item() for a, b in zip(got[:2], want[:2])) <= 2.1e-3, (m, k)
+        for plan in PLANS:
+            total = torch.empty_like(x)
+            other = norm_quantize(
+                x, weight, None, 1e-5, "rms_rounded", t, None, "mxfp4", "absmax", plan, total, residual
+            )
+            assert_same((*other, total), got, (m, k, plan))
+    assert_counters_are_zero()
