@@ -100,6 +100,15 @@ def test_quantize_goes_on_streams_and_logs(tiny, tmp_path):
     assert wc.load(tmp_path / "b").wush_quantization.config.format == "nvfp4"
 
 
+def test_fewer_windows_than_asked_for_is_a_warning(tiny, tmp_path):
+    model, text = tiny
+    options = ["--calibration", text, "--out", tmp_path / "a", "--solver", "rtn", "--quiet"]
+    result = CliRunner().invoke(app, [str(a) for a in ("quantize", model, *options)])
+    assert f"has {len(TEXT) // 512} calibration windows of 512 tokens, not 128" in " ".join(result.stderr.split())
+    record = wc.load(tmp_path / "a").wush_quantization
+    assert record.run["calibration"] == {"windows": 2, "tokens": 1024, "first_token": None}
+
+
 def test_evaluate(tiny, quantized):
     model, text = tiny
     output = run(
@@ -108,6 +117,8 @@ def test_evaluate(tiny, quantized):
     assert json.loads((quantized[0] / "wush_evaluation.json").read_text())["text"] == "text.txt"
     kl = float(re.search(r"(\d\.\d{4})", output).group(1))
     assert 0 < kl < 0.1 and "top-1" in output  # measured: .0018
+    windows = len(TEXT) // 64
+    assert f"{windows} windows of 64 tokens, {windows * 64} of the text's; no BOS" in output
     assert float(re.search(r"(\d+\.\d{3})", run("evaluate", model, "--text", text, "--window", 64)).group(1)) > 100
 
 
@@ -142,6 +153,15 @@ def test_explain_and_generate(quantized):
             "shorter windows",
         ),
         (("quantize", "{model}", "--out", "{empty}/x", "--stream"), "pass data"),
+        (("quantize", "some/model", "--out", "{empty}/x", "--stream"), "download it first"),
+        (("quantize", "{model}/nowhere", "--out", "{empty}/x"), "there is no directory"),
+        (("quantize", "{model}", "--out", "{empty}/x", "--activations-dir", "{empty}/none"), "there is no directory"),
+        (("quantize", "{model}", "--out", "{empty}/x", "--device", "gpu"), "this machine has cpu"),
+        (("quantize", "{model}", "--out", "{empty}/x", "--device", "meta"), "this machine has cpu"),
+        (("evaluate", "{model}", "--text", "{model}/model.safetensors"), "is not text in UTF-8"),
+        (("quantize", "{model}", "--out", "{empty}/x", "--calibration", "{model}/model.safetensors"), "UTF-8"),
+        (("evaluate", "{model}", "--text", "/dev/null"), "give at least 2"),
+        (("generate", "{model}", "--prompt", ""), "--prompt is empty"),
         (("evaluate", "{empty}", "--text", "{model}/text.txt"), "no config.json"),
     ],
 )
@@ -149,6 +169,19 @@ def test_errors_are_one_line(tiny, tmp_path, arguments, message):
     error = run(*(a.format(model=tiny[0], empty=tmp_path) for a in arguments), code=1)
     assert message in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "{model}", "--prompt", "a", "--tokens", 0),
+        ("evaluate", "{model}", "--text", "{model}/text.txt", "--window", 0),
+        ("quantize", "{model}", "--out", "{empty}/x", "--window", 0),
+    ],
+)
+def test_numbers_out_of_range_are_usage_errors(tiny, tmp_path, arguments):
+    error = run(*(str(a).format(model=tiny[0], empty=tmp_path) for a in arguments), code=2)
+    assert arguments[-2] in error and "Traceback" not in error and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["demo", "quantize", "evaluate", "explain", "report", "generate"])

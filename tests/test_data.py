@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from wush_compile import data
 from wush_compile.data import check_token_ids, normalize, python_topics, sample_calibration_text, windows
 from wush_compile.errors import DataError
 
@@ -253,3 +254,47 @@ def test_sampled_text_starts_with_ordinary_tokens_where_there_is_no_bos(llama, t
 def test_a_model_that_does_not_generate_asks_for_data():
     with pytest.raises(DataError, match="Linear generates no text to calibrate on: pass data"):
         sample_calibration_text(nn.Linear(2, 2))
+
+
+# -- the tokens around a text --------------------------------------------------------------------------------------
+
+
+def with_template(tokenizer, single):
+    """The tokenizer, with a template such as `<s> $A`."""
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    changed = copy.deepcopy(tokenizer)
+    names = [name for name in single.split() if name != "$A"]
+    ids = [(name, changed.convert_tokens_to_ids(name)) for name in names]
+    changed.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=ids)
+    return changed
+
+
+@pytest.mark.parametrize("single, before, after", [("w7 $A", [7], []), ("w7 w8 $A w9", [7, 8], [9]), ("$A", [], [])])
+def test_windows_begin_and_end_as_the_tokenizer_does(tokenizer, single, before, after):
+    marked = with_template(tokenizer, single)
+    assert data.special_tokens(marked) == (before, after)
+    text = "w1 w2 w3 w4 w5 w6"
+    cut = windows(text, marked, 2 + len(before) + len(after))
+    assert [w.tolist() for w in cut] == [[[*before, i, i + 1, *after]] for i in (1, 3, 5)]
+    assert [w.tolist() for w in windows(text, marked, 3, special=False)] == [[[1, 2, 3]], [[4, 5, 6]]]
+    if before:
+        with pytest.raises(DataError, match="no room for text"):
+            windows(text, marked, len(before) + len(after))
+
+
+def test_every_piece_of_a_long_string_begins_as_the_tokenizer_does(tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "TEXT_WINDOW", 4)
+    marked = with_template(tokenizer, "w7 $A")
+    pieces = [b["input_ids"].tolist() for b in normalize(["w1 w2 w3 w4 w5", "w1"], marked)]
+    assert pieces == [[[7, 1, 2, 3]], [[7, 4, 5]], [[7, 1]]]
+
+
+def test_the_text_is_described():
+    batches = [{"input_ids": torch.tensor([[2, 1, 1], [2, 3, 4]])}, {"input_ids": torch.tensor([[2, 5]])}]
+    assert data.described(batches) == {"windows": 3, "tokens": 8, "first_token": 2}
+    batches[1]["input_ids"][0, 0] = 3
+    assert data.described(batches)["first_token"] is None
+    assert data.described([(torch.ones(2, 3),)]) is None

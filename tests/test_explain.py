@@ -86,7 +86,7 @@ def test_one_screen():
 settings: format=mxfp4, transform=hadamard, solver=rtn, ignore=(lm_head *.o_proj), overrides=(*.down_proj:format=nvfp4)
 quantized: 36 linears in 18 groups, 0.1 MiB, 5.44 bits a weight (4 codes, 0.314 scales, 1.12 transforms)
 model: 0.4 MiB before, 0.2 MiB now
-calibration: 32 tokens, groups solved in 4.5 s
+calibration: 32 tokens in 2 windows, groups solved in 4.5 s
 not quantized:
   6: ignored by the configuration ('*.o_proj'): model.layers.0.self_attn.o_proj, model.layers.1.self_attn.o_proj,
     model.layers.2.self_attn.o_proj and 3 more

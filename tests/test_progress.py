@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from test_journal import DATA, IDS, Words, net
 import wush_compile as wc
 from wush_compile.calibration import solve_group as solving
 from wush_compile.calibration import variants
-from wush_compile.calibration.progress import Progress
+from wush_compile.calibration.progress import Progress, _Lines
 from wush_compile.phases import phase, timing
 
 
@@ -20,17 +21,41 @@ def events(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_bar_says_where_the_run_is(capsys):
+def test_the_bar_says_where_the_run_is(capsys, monkeypatch):
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True)
     wc.quantize(net(), DATA)
     shown = capsys.readouterr().err
-    for part in ("layers.2, out, loss ", "solving a", "tokens/s", "GiB", "30/30"):
+    for part in ("layers.2, out, loss ", "solving a", "tokens/s", "GiB", "39/39"):  # 30 forwards, 9 groups
         assert part in shown, part
     assert shown.count("quantizing:") == shown.count("\r")  # one bar
 
 
-def test_without_data_the_bar_counts_groups(capsys):
+def test_without_data_the_bar_counts_groups(capsys, monkeypatch):
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True)
     wc.quantize(plain("llama"), solver="rtn", transform="hadamard")
     assert "8/8" in capsys.readouterr().err
+
+
+def test_where_there_is_no_terminal_there_are_lines(capsys, monkeypatch):
+    wc.quantize(net(), DATA)
+    shown = capsys.readouterr().err
+    assert shown.count("quantizing:") == 1 and "\r" not in shown and "quantizing: 39/39, " in shown
+    monkeypatch.setattr(_Lines, "INTERVAL", 0.0)
+    wc.quantize(net(), DATA)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("quantizing:")]
+    assert [line.split("/39,")[0] for line in lines] == [f"quantizing: {n}" for n in range(1, 40)]
+    assert "loss " in lines[-1] and "so far" in lines[-1] and lines[-1].endswith("00:00 left")
+
+
+def test_a_resumed_run_says_what_it_found(tmp_path, capsys):
+    wc.quantize(net(Words), IDS, out=tmp_path / "out")
+    capsys.readouterr()
+    wc.quantize(net(Words), IDS, out=tmp_path / "out")
+    assert f"found 5 of 5 stages finished in {tmp_path / 'out'}" in capsys.readouterr().err
+    record = tmp_path / "out" / ".wush" / "stage-00002.json"
+    record.unlink()
+    wc.quantize(net(Words), IDS, out=tmp_path / "out")
+    assert "found 2 of 5 stages" in (said := capsys.readouterr().err) and "going on with net.layers.1" in said
 
 
 def test_quiet_is_quiet(capsys):

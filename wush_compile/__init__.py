@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .backend import fuse
     from .calibration.progress import Progress
     from .calibration.run import quantize, quantize_checkpoint
-    from .checkpoint.save_load import load, load_model, load_tokenizer, save
+    from .checkpoint.save_load import load, save
+    from .checkpoint.source import load_model, load_tokenizer
     from .config import WushConfig
     from .data import windows
     from .errors import WushError
@@ -51,7 +52,8 @@ _MODULES = {
     ".backend": ("fuse",),
     ".calibration.progress": ("Progress",),
     ".calibration.run": ("quantize", "quantize_checkpoint"),
-    ".checkpoint.save_load": ("load", "load_model", "load_tokenizer", "save"),
+    ".checkpoint.save_load": ("load", "save"),
+    ".checkpoint.source": ("load_model", "load_tokenizer"),
     ".config": ("WushConfig",),
     ".data": ("windows",),
     ".errors": ("WushError",),

@@ -32,21 +32,48 @@ def tokenize(text: str, tokenizer, special: bool) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def windows(text: str | Sequence[str], tokenizer, length: int, count: int | None = None) -> list[Tensor]:
+def special_tokens(tokenizer) -> tuple[list[int], list[int]]:
+    """The token ids that a tokenizer puts before a text (BOS, [CLS] …) and behind it ([SEP], EOS …)."""
+    for probe in ("a", "the", "0"):
+        whole, text = (tokenize(probe, tokenizer, special).tolist() for special in (True, False))
+        for start in range(len(whole) - len(text) + 1 if text else 0):
+            if whole[start : start + len(text)] == text:
+                return whole[:start], whole[start + len(text) :]
+    return [], []  # not even these are tokens
+
+
+def _marked(pieces: Tensor, before: list[int], after: list[int]) -> Tensor:
+    """Token ids [P, S] -> int64 [P, S + ...], each row between the special tokens."""
+    first, last = (torch.tensor(ids, dtype=torch.int64).expand(len(pieces), -1) for ids in (before, after))
+    return torch.cat([first, pieces, last], 1)
+
+
+def windows(
+    text: str | Sequence[str], tokenizer, length: int, count: int | None = None, special: bool = True
+) -> list[Tensor]:
     """The first `count` windows (None: all) of `length` tokens of a text, or of several texts joined together.
 
-    Each window is int64 [1, length]. Windows do not overlap. No BOS or other token is added, and a shorter rest is left
-    out. Raises `DataError` if the text is too short for `count` windows, or for one.
+    Each window is int64 [1, length]. Windows do not overlap, and a shorter rest is left out. Each window begins and
+    ends with the tokens that the tokenizer puts around a text, such as BOS, for so the model was trained; with
+    `special=False` there are none, as in many papers. Raises `DataError` if the text is too short for `count` windows,
+    or for one.
     """
     texts = [text] if isinstance(text, str) else list(text)
     ids = torch.cat([torch.empty(0, dtype=torch.int64), *(tokenize(t, tokenizer, special=False) for t in texts)])
-    available = len(ids) // length
+    before, after = special_tokens(tokenizer) if special else ([], [])
+    own = length - len(before) - len(after)
+    if own < 1:
+        raise DataError(
+            f"a window of {length} tokens has no room for text beside the tokenizer's {len(before) + len(after)} "
+            "special tokens: give longer windows"
+        )
+    available = len(ids) // own
     if available < (1 if count is None else count):
         raise DataError(
             f"the text has {len(ids)} tokens, {available} windows of {length}; {1 if count is None else count} are "
             "wanted: give more text, or fewer or shorter windows"
         )
-    return list(ids[: available * length].view(-1, 1, length)[:count])
+    return list(_marked(ids[: available * own].view(-1, own), before, after)[:count, None])
 
 
 def python_topics() -> str:
@@ -96,6 +123,22 @@ def normalize(data: Iterable, tokenizer=None, model: nn.Module | None = None) ->
     return _same_inputs(batches)
 
 
+def described(batches: Iterable[Batch]) -> dict | None:
+    """How many `windows` (rows) and `tokens` of text there are, and the id of their `first_token`, None if they differ.
+
+    None for data without `input_ids`.
+    """
+    ids = [batch["input_ids"] for batch in batches if isinstance(batch, Mapping) and "input_ids" in batch]
+    if not ids or any(rows.dim() != 2 or rows.is_meta for rows in ids):
+        return None
+    first = {int(token) for rows in ids for token in rows[:, 0]}
+    return {
+        "windows": sum(map(len, ids)),
+        "tokens": sum(rows.numel() for rows in ids),
+        "first_token": first.pop() if len(first) == 1 else None,
+    }
+
+
 def check_token_ids(batches: Iterable[Batch], vocab_size: int) -> None:
     """Raises `DataError`, which names batch and id, if `input_ids` do not fit an embedding of `vocab_size` rows."""
     for index, batch in enumerate(batches):
@@ -132,7 +175,11 @@ def _batches(item: object, index: int, tokenizer, takes_ids: Callable[[Tensor], 
         if tokenizer is None:
             raise DataError(f"{where} is a string: pass tokenizer=, the tokenizer of the model")
         ids = tokenize(item, tokenizer, special=True)
-        return [_ids_batch(piece[None], takes_ids(piece)) for piece in ids.split(TEXT_WINDOW) if len(piece)]
+        if len(ids) > TEXT_WINDOW:
+            before, after = special_tokens(tokenizer)
+            pieces = tokenize(item, tokenizer, special=False).split(TEXT_WINDOW - len(before) - len(after))
+            return [_ids_batch(_marked(piece[None], before, after), takes_ids(piece)) for piece in pieces]
+        return [_ids_batch(ids[None], takes_ids(ids))] if len(ids) else []
     if isinstance(item, Tensor):
         _check_tensor(item, where)
         if takes_ids(item):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..errors import ConfigError
 from .journal import Journal
 from .progress import Progress
 from .ranks import SINGLE_PROCESS, SingleProcess
@@ -31,6 +32,10 @@ class Run:
     journal: Journal | None = None
     batch_size: int | None = None
     activations_dir: str | os.PathLike | None = None
+
+    def __post_init__(self) -> None:
+        if self.activations_dir is not None and not os.path.isdir(self.activations_dir):
+            raise ConfigError(f"there is no directory {self.activations_dir} for values between layers: make it first")
 
     @property
     def offloads(self) -> bool:

@@ -252,18 +252,22 @@ class Calibration:
             self.variants.remove_observers(number)
         loaded = self._load(number)
 
+        left = len(own)  # to be solved, here or by other processes
+
         def solve_one(i: int) -> Solved:
+            nonlocal left
             self.progress.at(stage.name, f"solving {self.groups[i].name.rpartition('.')[2]}")
             with phase("solve"):
                 solved = solve_group(self.groups[i], loaded, seen.pop(i, None))
             solved.report["token_weights"] = "gradient" if i in self.weights else "uniform"
             self.progress.at(stage.name, self.groups[i].name, solved.report.get("relative_loss"))
-            if self.windows is None:
-                self.progress.advance()
+            self.progress.advance()
+            left -= 1
             return solved
 
         with phase("exchange"):
             solutions = self.ranks.solve(own, solve_one)
+        self.progress.advance(steps=left)
         for i, solved in solutions.items():
             self.solved[i], report = solved, solved.report
             self.progress.event("group", stage=stage.name, group=self.groups[i].name, **report)
@@ -298,22 +302,27 @@ class Calibration:
             self._rewrite(k)
         if number:
             self.progress.event("resumed", stages=number)
+            self.progress.note(
+                f"found {number} of {len(self.stages)} stages finished in {self.journal.target}"
+                + (f": going on with {self.stages[number].name}" if number < len(self.stages) else "")
+            )
         return number
 
     def _steps(self, first: int) -> int:
         """Returns the steps of the progress bar if the loop starts at stage `first`."""
+        groups = sum(map(len, self.groups_in[first:]))
         if self.windows is None:
-            return sum(map(len, self.groups_in))
+            return groups
         replayed = first if first <= self.last else 0
         todo = sum(bool(self.groups_in[k]) + (k < self.last) for k in range(first, self.last + 1))
-        return (replayed + todo) * len(self.batches)
+        return groups + (replayed + todo) * len(self.batches)
 
     def calibrate(self) -> tuple[list[Solved], list[Stage]]:
         """Runs the stages up to the last one with a group. A journal also gets the tensors of later stages."""
         if self.windows is not None:
             self._weigh()
         first = self._resume()
-        self.progress.begin(self._steps(first), self.device, "batch" if self.batches else "group")
+        self.progress.begin(self._steps(first), self.device, "step")
         if 0 < first <= self.last and self.windows is not None:
             self._retry_smaller(first, lambda: None, replay=True)
         for number in range(first, len(self.stages) if self.journal is not None else self.last + 1):

@@ -8,6 +8,7 @@ import sys
 import time
 
 import torch
+from tqdm.asyncio import tqdm as terminal_tqdm
 from tqdm.auto import tqdm
 
 
@@ -19,10 +20,44 @@ def memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+class _Lines:
+    """Stands for the bar where the output is no terminal: a line now and then, with the same content."""
+
+    INTERVAL = 15.0  # seconds
+    disable = False
+
+    def __init__(self, total: int, desc: str):
+        self.n, self.total, self._desc, self._where = 0, total, desc, ""
+        self._start = self._printed = time.perf_counter()
+
+    def reset(self, total: int) -> None:
+        self.n, self.total = 0, total
+
+    def set_postfix_str(self, text: str, refresh: bool) -> None:
+        self._where = text
+
+    def update(self, steps: int) -> None:
+        self.n += steps
+        now = time.perf_counter()
+        if steps and (now - self._printed >= self.INTERVAL or self.n == self.total):
+            self._printed, taken = now, now - self._start
+            took, left = (tqdm.format_interval(t) for t in (taken, taken * (self.total - self.n) / self.n))
+            line = f"{self._desc}: {self.n}/{self.total}, {self._where}, {took} so far, {left} left"
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+def _is_terminal() -> bool:
+    """Whether a bar can be drawn: in a terminal, or in a notebook, for which tqdm has another class."""
+    return sys.stderr.isatty() or tqdm is not terminal_tqdm
+
+
 class Progress:
     """The bar and the log of one run.
 
-    bar     whether to show the bar
+    bar     whether to show the bar; where the output is no terminal, lines
     log     a file that gets one JSON object per line: `event` (run, stage, group, batch_size, resumed, finished,
             failed), `time` in seconds since the start, and the fields that docs/guide/large_models.md lists
     """
@@ -30,25 +65,27 @@ class Progress:
     def __init__(self, bar: bool = True, log: str | os.PathLike | None = None):
         self.shown, self._log = bar, None if log is None else open(log, "a", encoding="utf-8")  # noqa: SIM115
         self._start, self._tokens, self._since = time.perf_counter(), 0, None
-        self._bar: tqdm | None = None
+        self._bar: tqdm | _Lines | None = None
         self._device, self._at = torch.device("cpu"), ""
 
     def begin(self, steps: int, device: torch.device, unit: str) -> None:
         """Starts the bar, or restarts it with another length."""
         self._device = device
-        if self._bar is None:
+        if self._bar is None and self.shown and not _is_terminal():
+            self._bar, self._since = _Lines(steps, "quantizing"), time.perf_counter()
+        elif self._bar is None:
             # With smoothing=0, the estimate of the time left also counts the solver's pauses.
             self._bar = tqdm(total=steps, desc="quantizing", unit=unit, disable=not self.shown, smoothing=0)
             self._since = time.perf_counter()
         else:
             self._bar.reset(steps)
 
-    def advance(self, tokens: int = 0) -> None:
-        """Advances the bar by one step, and counts tokens."""
+    def advance(self, tokens: int = 0, steps: int = 1) -> None:
+        """Advances the bar, and counts tokens."""
         self._tokens += tokens
         if self._bar is not None:
             self._describe(refresh=False)
-            self._bar.update()
+            self._bar.update(steps)
 
     def at(self, stage: str, group: str | None = None, loss: float | None = None) -> None:
         """Shows where the run is. `loss` is the last group's relative loss."""
@@ -57,6 +94,11 @@ class Progress:
             parts.append(f"loss {loss:.2e}")
         self._at = ", ".join(parts)
         self._describe(refresh=True)
+
+    def note(self, text: str) -> None:
+        """Shows a line above the bar."""
+        if self.shown:
+            tqdm.write(text, file=sys.stderr)
 
     def tokens_per_second(self) -> float:
         """Returns the tokens that went through a stage per second of forwards and solves."""

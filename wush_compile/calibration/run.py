@@ -17,7 +17,9 @@ from ..capture.wrappers import unwrapped
 from ..checkpoint import hf
 from ..checkpoint.record import Quantization
 from ..checkpoint.save_load import saved_names, write_settings
+from ..checkpoint.source import load_model
 from ..config import CONFIG_FIELDS, WushConfig
+from ..data import described
 from ..errors import CaptureError, ConfigError, WushError, one_of
 from ..modules import install_group, is_quantized
 from ..passes.calibration.group import LinearGroup, find_groups
@@ -39,7 +41,7 @@ log = logging.getLogger("wush_compile")
 
 
 def quantize(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike,
     data: Iterable | None = None,
     config: WushConfig | None = None,
     *,
@@ -57,7 +59,7 @@ def quantize(
     model
         Any `nn.Module` that `torch.export` can trace. What `torch.compile`, `DataParallel` or accelerate's offloading
         has wrapped is quantized inside its wrapper. Hugging Face models keep `generate`, `save_pretrained` and the
-        rest.
+        rest. A directory, a GGUF file or a name on the hub is loaded with `load_model`, with its tokenizer.
     data
         Calibration inputs: an iterable of `input_ids` tensors, of dicts of model inputs, or of strings (with
         `tokenizer`); for other modules, of input tensors or tuples of them. 128 windows of 512 tokens are plenty for a
@@ -85,6 +87,9 @@ def quantize(
     the layer and the remedy. `wush_compile.explain(model)` shows the result.
     """
     config = _resolve(config, settings)
+    if isinstance(model, str | os.PathLike):
+        model, own = load_model(model)
+        tokenizer = own if tokenizer is None else tokenizer
     given, model = model, unwrapped(model)
     if is_quantized(model):
         raise WushError(f"this {type(model).__name__} is already quantized: start again from the original model")
@@ -203,7 +208,7 @@ def _solve(
                 one.group.block_size,
             )
     record = _record(groups, solved, ignored, config, describe_batch(largest_batch(batches)))
-    record.run = {"verified": verified}
+    record.run = {"verified": verified} | ({"calibration": described(batches)} if calibrates else {})
     return solved, record
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import hf
 from ..checkpoint.conversion import Conversion
 from ..checkpoint.files import Shards, weight_files
+from ..checkpoint.source import check_complete, empty_model, ignores
 from ..errors import CheckpointError, NonFiniteError
 from .tensors import finite
 
@@ -40,6 +40,10 @@ class CheckpointTensors:
                 + f": {type(model).__name__} uses other names than the files, or tensors are missing; quantize it "
                 "without streaming"
             )
+        used = {n for target, sources in made.items() if target in self._tensors for n in sources}
+        used |= set(self._sources.values())
+        left_over = [n for n in shards.specs if n not in used and not ignores(model, n)]
+        check_complete("the directory", type(model), (), left_over)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -85,11 +89,11 @@ def _sources(model: nn.Module, shards: Shards) -> dict[str, str]:
 
 
 def open_checkpoint(directory: str | Path) -> tuple[nn.Module, CheckpointTensors]:
-    """Returns (a causal language model on the meta device, the tensors of its files)."""
+    """Returns (the model of a directory on the meta device, the tensors of its files)."""
     path = Path(directory)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{directory} is not a directory with a config.json: give the directory of a local model")
     shards = Shards(weight_files(path))
     floats = [spec.dtype for spec in shards.specs.values() if spec.dtype.is_floating_point]
-    model = hf.empty_hf_model(path, floats[0] if floats else torch.float32)
+    model = empty_model(path, floats[0] if floats else torch.float32)
     return model, CheckpointTensors(model, shards)

@@ -67,18 +67,23 @@ def read_config(directory: Path) -> dict:
     return config
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one, or the shards that its index names."""
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    if not (directory / INDEX).is_file():
+def weight_files(directory: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files of a checkpoint: one, or the shards that its index names.
+
+    With a variant, `model.VARIANT.safetensors` and `model.safetensors.index.VARIANT.json`, as transformers names them.
+    """
+    weights = WEIGHTS if variant is None else f"model.{variant}.safetensors"
+    index = directory / (INDEX if variant is None else f"model.safetensors.index.{variant}.json")
+    if (directory / weights).is_file():
+        return [directory / weights]
+    if not index.is_file():
         others = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         found = f", only {', '.join(sorted(others))}, which is never unpickled" if others else ""
-        raise CheckpointError(f"{directory} has no {WEIGHTS}{found}: save the model again")
+        raise CheckpointError(f"{directory} has no {weights}{found}: save the model again")
     try:
-        names = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{directory / INDEX} cannot be read: save the model again") from None
+        raise CheckpointError(f"{index} cannot be read: save the model again") from None
     return [directory / os.path.basename(name) for name in names]
 
 

@@ -20,7 +20,6 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
@@ -323,35 +322,24 @@ def write_settings(model: PreTrainedModel, record: Quantization, directory: Path
         model.generation_config.save_pretrained(directory)
 
 
-def empty_hf_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model of a directory's `config.json`, with its buffers; its weights are on the meta device.
-
-    `dtype` holds if the configuration names none.
-    """
-    config = transformers.AutoConfig.from_pretrained(directory)
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(f"{directory} is already quantized: start again from the original model")
-    with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or dtype)
-    model.tie_weights()  # above, every name got a tensor of its own
-    if (directory / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
-    return model.eval()
+def class_named(architectures: object) -> type[PreTrainedModel] | None:
+    """The transformers class that `architectures` of a `config.json` names first; None if transformers lacks it."""
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
 
 
 def _class_of(directory: Path, config: Mapping) -> type[PreTrainedModel]:
     """The transformers class that a checkpoint's `config.json` names."""
-    try:
-        name = config["architectures"][0]
-    except (KeyError, IndexError, TypeError):
+    kind, names = class_named(config.get("architectures")), config.get("architectures")
+    if not names:
         raise CheckpointError(
             f"{directory} does not name the class of its model: load it with "
             "wush_compile.load(directory, model=...) and an unquantized model of the same kind"
-        ) from None
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        )
+    if kind is None:
         raise CheckpointError(
-            f"{directory} holds a {name}, which transformers does not have: load it with that "
+            f"{directory} holds a {names[0]}, which transformers does not have: load it with that "
             "class's from_pretrained, or with wush_compile.load(directory, model=...)"
         )
     return kind
@@ -380,15 +368,22 @@ def empty_quantized(
     return model.eval()
 
 
-def load(directory: Path, config: Mapping, weights: Weights) -> PreTrainedModel:
-    """The Hugging Face model of a checkpoint, exactly as saved. `config` and `weights` are those of the directory."""
+def load(directory: Path, config: Mapping, weights: Weights, dtype: torch.dtype | None, **where) -> PreTrainedModel:
+    """The Hugging Face model of a checkpoint, exactly as saved if `dtype` is None.
+
+    `config` and `weights` are those of the directory, and `where` has arguments of `from_pretrained`.
+    """
     kind = _class_of(directory, config)
-    model, info = kind.from_pretrained(directory, dtype="auto", use_safetensors=True, output_loading_info=True)
+    model, info = kind.from_pretrained(
+        directory, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **where
+    )
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{directory} lacks {', '.join(missing[:3])} of a {kind.__name__}: copy or save it again")
+    if left := sorted(info["unexpected_keys"]):
+        raise CheckpointError(f"{directory} has {', '.join(left[:3])}, which no {kind.__name__} has: save it again")
     # transformers casts every float tensor to the model's dtype. Tensors saved in another dtype get it back.
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict().items() if dtype is None else ():
         spec = weights.specs.get(name)
-        if spec is not None and spec.dtype != tensor.dtype:
+        if spec is not None and spec.dtype != tensor.dtype and not tensor.is_meta:
             model.get_parameter_or_buffer(name).data = weights.tensor(name).to(tensor.device, copy=True)
     return model

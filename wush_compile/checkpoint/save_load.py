@@ -12,13 +12,12 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..modules import WushGroup, install_group, unwrapped
 from . import hf
 from .atomic import recover, replaced_directory
 from .files import CONFIG, DIGEST, JOURNAL, WEIGHT_FILE, WEIGHTS, Weights, digest, read_config, weight_files
 from .fused import half_quantized
-from .gguf import load_gguf
 from .layout import (
     build_groups,
     check_specs,
@@ -147,22 +146,45 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> None
             _keep_other_files(target, new)
 
 
-def load(directory: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
+def load(
+    directory: str | os.PathLike,
+    model: nn.Module | None = None,
+    *,
+    device: torch.device | str | None = None,
+    device_map: str | Mapping | None = None,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+) -> nn.Module:
     """Loads a checkpoint: a Hugging Face model by its class, any other model into `model`. Returns the model.
 
-    `model` is an unquantized model of the same kind. Its dtype does not matter, and it may be on any device, the meta
-    device included. It gets exactly what was saved, dtypes included. Its tensors stay on their devices; those on the
-    meta device go to the CPU. Raises `CheckpointError` if the checkpoint is truncated, tampered with, incomplete, newer
-    than this version, or does not fit the model; then the model stays as it was.
+    model
+        An unquantized model of the same kind. Its dtype does not matter, and it may be on any device, the meta device
+        included. Its tensors stay on their devices; those on the meta device go to the CPU.
+    device
+        Where the tensors go instead. Default for Hugging Face models: the CPU.
+    device_map
+        As in transformers' `from_pretrained`: `"auto"`, or the device of each module. Hugging Face models only.
+    dtype
+        The dtype of everything outside of the quantized linears, and of their inputs. Default: what was saved, exactly.
+    variant
+        The part `fp8` in the name `model.fp8.safetensors` that `save_pretrained(variant="fp8")` gave the files.
+
+    Raises `CheckpointError` if the checkpoint is truncated, tampered with, incomplete, newer than this version, or does
+    not fit the model; then the model stays as it was.
     """
+    if device is not None and device_map is not None:
+        raise ConfigError("device and device_map both say where a model goes: give one of them")
+    if model is not None and device_map is not None:
+        raise ConfigError("device_map is for Hugging Face models, which load builds itself: with model=, give device")
     path = recover(directory)
     config = read_config(path)
     settings = config["quantization_config"]
     record = read_record(settings)
     read_report(record, path)
-    weights = Weights(weight_files(path))
+    weights = Weights(weight_files(path, variant))
     if model is None:
-        return hf.load(path, config, weights)
+        where = device_map if device is None else device
+        return hf.load(path, config, weights, dtype, device_map=where, variant=variant)
     groups = build_groups(model, record, weights.specs)
     replaced = replaces(groups)
     state = {name: tensor for name, tensor in model.state_dict().items() if not replaced(name)}
@@ -176,19 +198,24 @@ def load(directory: str | os.PathLike, model: nn.Module | None = None) -> nn.Mod
                 "persistent: build the model on a real device"
             )
     weights.verify(settings, config.get(DIGEST))
-    _fill(model, groups, state, weights, aliases)
+    _fill(model, groups, state, weights, aliases, None if device is None else torch.device(device))
     hf.attach(model, record)
-    return model
+    return model if dtype is None else model.to(dtype)
 
 
 def _fill(
-    model: nn.Module, groups: list[WushGroup], state: Mapping[str, Tensor], weights: Weights, aliases: list[list[str]]
+    model: nn.Module,
+    groups: list[WushGroup],
+    state: Mapping[str, Tensor],
+    weights: Weights,
+    aliases: list[list[str]],
+    home: torch.device | None,
 ) -> None:
-    """Puts checked tensors into a model, on the devices of `state`."""
+    """Puts checked tensors into a model, on the device `home`. None: on the devices of `state`."""
 
     def to(tensor: Tensor, device: torch.device) -> Tensor:
         # A copy: mapped memory would change with the file.
-        return tensor.to("cpu" if device.type == "meta" else device, copy=True)
+        return tensor.to(home or ("cpu" if device.type == "meta" else device), copy=True)
 
     for group in groups:
         device = replaced_weight(model, group).device
@@ -208,23 +235,3 @@ def _fill(
             setattr(model.get_submodule(parent), leaf, getattr(model.get_submodule(source_parent), source_leaf))
     for group in groups:
         install_group(model, group)
-
-
-def load_model(source: str, dtype: str | torch.dtype = "auto") -> tuple[nn.Module, object]:
-    """(causal language model, its tokenizer) from a local directory or checkpoint, a GGUF file, or a hub name."""
-    path = Path(source)
-    if path.is_file():
-        return load_gguf(path) if dtype == "auto" else load_gguf(path, dtype)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise CheckpointError(f"{source} has no config.json: give the directory of a model")
-    settings = json.loads((path / "config.json").read_text(encoding="utf-8")) if path.is_dir() else {}
-    if (settings.get("quantization_config") or {}).get("quant_method") == hf.QUANT_METHOD:
-        model = load(path)
-    else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    return model, load_tokenizer(source)
-
-
-def load_tokenizer(source: str):
-    """The tokenizer of a local directory or a hub name."""
-    return transformers.AutoTokenizer.from_pretrained(source)

@@ -29,6 +29,9 @@ console = Console()
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local directory, a hub name, or a GGUF file.")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint written by wush-compile.")]
+Bos = Annotated[
+    bool, typer.Option(help="Whether windows have the tokens that the tokenizer puts around a text, such as BOS.")
+]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")]
 
 
@@ -62,6 +65,14 @@ def one_line_errors(interrupted: str = "interrupted: nothing was written") -> It
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def hide_bars(quiet: bool = False) -> None:
+    """Hides transformers' bars if the user wants none, or if they would not be drawn on a terminal."""
+    import transformers
+
+    if quiet or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
 
 
 def say(text: str) -> None:

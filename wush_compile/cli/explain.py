@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .app import Checkpoint, app, console, one_line_errors, say
+from .app import Checkpoint, app, console, hide_bars, one_line_errors, say
 
 
 @app.command()
@@ -28,6 +28,7 @@ def explain(
     from ..reporting.graphs import compiled_graph
 
     with one_line_errors():
+        hide_bars()
         model = load(directory)
         if graph is None and after is None:
             text = explanation(model, all=all, width=console.width)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import DataError
-from .app import Checkpoint, Device, app, device_named, one_line_errors, say
+from .app import Checkpoint, Device, app, device_named, hide_bars, one_line_errors, say
 
 
 @app.command()
@@ -18,11 +18,14 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Continue a prompt with a quantized model (greedy)."""
-    from ..checkpoint.save_load import load_model
+    from ..checkpoint.source import load_model, load_tokenizer
 
     with one_line_errors():
-        net, tokenizer = load_model(str(directory))
-        net.to(device_named(device))
+        where = device_named(device)
+        hide_bars()
+        net, tokenizer = load_model(directory)
+        tokenizer = tokenizer or load_tokenizer(directory)  # raises
+        net.to(where)
         ids = tokenizer(prompt, return_tensors="pt").to(net.device)
         if ids["input_ids"].numel() == 0:
             raise DataError("--prompt is empty: give some text to go on from")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,9 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError, one_of
-from .app import Device, Model, app, console, device_named, one_line_errors, read_text, say
+from .app import Bos, Device, Model, app, console, device_named, hide_bars, one_line_errors, read_text, say
+
+log = logging.getLogger("wush_compile")
 
 
 @app.command()
@@ -23,6 +26,7 @@ def quantize(
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     window: Annotated[int, typer.Option(min=1, help="Tokens in a calibration window.")] = 512,
+    bos: Bos = True,
     format: Annotated[str, typer.Option(help="mxfp4, nvfp4, int4 or int8.")] = "mxfp4",
     transform: Annotated[str, typer.Option(help="identity, random, hadamard, wus or wush.")] = "wush",
     solver: Annotated[str, typer.Option(help="rtn or gptq.")] = "gptq",
@@ -64,18 +68,18 @@ def quantize(
     activations_dir: Annotated[Path | None, typer.Option(help="Keep values between layers in files there.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an earlier run left in DIR.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar and no table.")] = False,
-    log: Annotated[Path | None, typer.Option(help="Append a JSON line for each step to this file.")] = None,
+    log_file: Annotated[
+        Path | None, typer.Option("--log", help="Append a JSON line for each step to this file.")
+    ] = None,
 ) -> None:
     """Quantize MODEL's linears to 4 bits on both sides and write a checkpoint.
 
     The layers are written to --out as they are finished: after a kill or an error the same command goes on from there.
     """
-    import transformers
-
     from ..calibration.progress import Progress
     from ..calibration.run import quantize as quantize_model
     from ..calibration.run import quantize_checkpoint
-    from ..checkpoint.save_load import load_model, load_tokenizer
+    from ..checkpoint.source import load_model, load_tokenizer
     from ..config import WushConfig
     from ..data import windows
     from ..reporting.explain import explain as explanation
@@ -97,16 +101,24 @@ def quantize(
             damping=damping,
             seed=seed,
         )
-        text = None if calibration is None else read_text(calibration)
-        if quiet:
-            transformers.utils.logging.disable_progress_bar()
+        text, where = None if calibration is None else read_text(calibration), device_named(device)
+        if stream and not Path(model).is_dir():
+            raise ConfigError(
+                f"--stream reads a local directory, and {model} is none: download it first, or leave it out"
+            )
+        hide_bars(quiet)
         net, tokenizer = (None, load_tokenizer(model)) if stream else load_model(model)
-        data = None if text is None else windows(text, tokenizer, window)[:count]
-        progress = Progress(not quiet, log)
+        data = None
+        if text is not None:
+            tokenizer = tokenizer or load_tokenizer(model)  # raises
+            data = windows(text, tokenizer, window, special=bos)[:count]
+            if len(data) < count:
+                log.warning("%s has %d calibration windows of %d tokens, not %d", calibration, len(data), window, count)
+        progress = Progress(not quiet, log_file)
         settings = dict(
             tokenizer=tokenizer,
             progress=progress,
-            device=device_named(device),
+            device=where,
             batch_size=batch_size,
             activations_dir=activations_dir,
             out=out,

@@ -38,36 +38,54 @@ class Comparison:
         return asdict(self)
 
 
-def perplexity(model: nn.Module, token_ids: Tensor | Sequence[int], window: int = 2048, progress: bool = True) -> float:
+def perplexity(
+    model: nn.Module,
+    token_ids: Tensor | Sequence[int],
+    window: int = 2048,
+    progress: bool = True,
+    prefix: Sequence[int] = (),
+) -> float:
     """exp of the mean cross entropy of `model` on `token_ids` [T] or [1, T], in windows of `window` without overlap.
 
-    Each window is predicted from its own tokens alone: window − 1 predictions, no BOS added, fp32 cross entropy. Tokens
-    after the last full window are left out. A text shorter than `window` is one window. Raises `DataError` for fewer
-    than 2 tokens, and for ids outside the vocabulary.
+    Each window is predicted from its own tokens alone, in fp32: window − 1 predictions. `prefix` has the tokens that
+    each window begins with, in its `window` tokens: `data.special_tokens(tokenizer)[0]` for a model that was trained
+    with BOS in front of each text. They predict and are not predicted. Tokens after the last full window are left out.
+    A text shorter than a window is one window. Raises `DataError` for fewer than 2 tokens, and for ids outside the
+    vocabulary.
     """
     total, count = 0.0, 0
-    for (logp,), targets in _predictions((model,), token_ids, window, "perplexity", progress):
+    for (logp,), targets in _predictions((model,), token_ids, window, "perplexity", progress, prefix):
         total -= logp.gather(-1, targets[:, None]).sum(dtype=torch.float64).item()
         count += len(targets)
     return _exp(total / count)
 
 
 def kl_divergence(
-    reference: nn.Module, model: nn.Module, token_ids: Tensor | Sequence[int], window: int = 2048, progress: bool = True
+    reference: nn.Module,
+    model: nn.Module,
+    token_ids: Tensor | Sequence[int],
+    window: int = 2048,
+    progress: bool = True,
+    prefix: Sequence[int] = (),
 ) -> float:
     """The mean of KL(reference ‖ model) over predicted tokens, in nats. Arguments are those of `compare`."""
-    return compare(reference, model, token_ids, window, progress).kl
+    return compare(reference, model, token_ids, window, progress, prefix).kl
 
 
 def compare(
-    reference: nn.Module, model: nn.Module, token_ids: Tensor | Sequence[int], window: int = 2048, progress: bool = True
+    reference: nn.Module,
+    model: nn.Module,
+    token_ids: Tensor | Sequence[int],
+    window: int = 2048,
+    progress: bool = True,
+    prefix: Sequence[int] = (),
 ) -> Comparison:
     """KL, top-1 agreement and both perplexities, from one forward of each model for each window.
 
-    `token_ids` and `window` are those of `perplexity`.
+    `token_ids`, `window` and `prefix` are those of `perplexity`.
     """
     sums, count = torch.zeros(4, dtype=torch.float64), 0
-    for (logp, logq), targets in _predictions((reference, model), token_ids, window, "compare", progress):
+    for (logp, logq), targets in _predictions((reference, model), token_ids, window, "compare", progress, prefix):
         p = logp.exp()
         kl = torch.where(p > 0, p * (logp - logq), 0).sum(dtype=torch.float64)  # [n, V] -> []
         agree = (logp.argmax(-1) == logq.argmax(-1)).sum(dtype=torch.float64)
@@ -83,17 +101,25 @@ def _exp(loss: float) -> float:
 
 
 def _predictions(
-    models: Sequence[nn.Module], token_ids: Tensor | Sequence[int], window: int, title: str, progress: bool
+    models: Sequence[nn.Module],
+    token_ids: Tensor | Sequence[int],
+    window: int,
+    title: str,
+    progress: bool,
+    prefix: Sequence[int],
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Yields ([log-probabilities of each model, fp32 [n, V]], targets int64 [n]), on the device of the last model."""
-    rows = _windows(token_ids, window)  # [W, window]
+    rows = _windows(token_ids, window, prefix)  # [W, window]
+    given = max(1, len(prefix))  # tokens of a window that nothing predicts
     devices = [next(m.parameters()).device for m in models]
     check_ids(rows, min(_vocabulary(m) for m in models), "token_ids")
     step = 1 if devices[-1].type == "cpu" else GPU_WINDOWS
     with inference_mode(models), tqdm(total=len(rows), desc=title, unit="window", disable=not progress or None) as bar:
         for batch in rows.split(step):
-            logits = [_logits(m, batch.to(d))[:, :-1].flatten(0, 1) for m, d in zip(models, devices, strict=True)]
-            targets = batch[:, 1:].flatten().to(devices[-1])
+            logits = [
+                _logits(m, batch.to(d))[:, given - 1 : -1].flatten(0, 1) for m, d in zip(models, devices, strict=True)
+            ]
+            targets = batch[:, given:].flatten().to(devices[-1])
             chunk = max(1, CHUNK_LOGITS // logits[-1].shape[-1])
             for start in range(0, len(targets), chunk):
                 part = slice(start, start + chunk)
@@ -101,18 +127,23 @@ def _predictions(
             bar.update(len(batch))
 
 
-def _windows(token_ids: Tensor | Sequence[int], window: int) -> Tensor:
-    """Token ids [T] or [1, T] -> int64 [W, window], or [1, T] if there are fewer than `window`."""
+def _windows(token_ids: Tensor | Sequence[int], window: int, prefix: Sequence[int]) -> Tensor:
+    """Token ids [T] or [1, T] -> int64 [W, window] with the prefix; fewer than a window are one row."""
     ids = torch.as_tensor(token_ids)
     if ids.is_floating_point() or ids.dim() > 2 or (ids.dim() == 2 and ids.shape[0] != 1):
         raise DataError(f"token_ids are {ids.dtype} {list(ids.shape)}: give integers of shape [T] or [1, T]")
-    if window < 2:
-        raise DataError(f"window is {window}: give at least 2, because a window of 1 token predicts nothing")
+    own = window - len(prefix)
+    if own < 1 or window < 2:
+        raise DataError(
+            f"window is {window}: give at least {max(2, 1 + len(prefix))}, because a window needs a token to predict "
+            "and one to predict it from"
+        )
     ids = ids.reshape(-1).to("cpu", torch.int64)
     if len(ids) < 2:
         raise DataError(f"token_ids holds {len(ids)} tokens: give at least 2, because 1 token predicts nothing")
-    window = min(window, len(ids))
-    return ids[: len(ids) // window * window].view(-1, window)
+    own = min(own, len(ids))
+    rows = ids[: len(ids) // own * own].view(-1, own)
+    return torch.cat([torch.tensor(list(prefix), dtype=torch.int64).expand(len(rows), -1), rows], 1)
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -125,7 +156,10 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     """Token ids [B, S] -> logits [B, S, V]."""
     uncached = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     output = model(ids, **uncached)
-    return output if isinstance(output, Tensor) else output.logits
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape or logits.dim() != 3:
+        raise DataError(f"{type(model).__name__} gives no logits for each token: perplexity is for language models")
+    return logits
 
 
 @contextlib.contextmanager

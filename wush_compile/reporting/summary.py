@@ -114,7 +114,11 @@ def summary(model: nn.Module, everything: bool = False, width: int = 120) -> str
     if reports := list(record.report.values()):
         tokens = max(report.get("tokens", 0) for report in reports)
         seconds = sum(report.get("seconds", 0) for report in reports)
-        lines.append(f"calibration: {tokens or 'no'} tokens, groups solved in {seconds:.1f} s")
+        text = (record.run or {}).get("calibration")
+        windows = "" if text is None else f" in {text['windows']} windows"
+        if text is not None and text["first_token"] is not None:
+            windows += f" that begin with token {text['first_token']}"
+        lines.append(f"calibration: {tokens or 'no'} tokens{windows}, groups solved in {seconds:.1f} s")
     if record.ignored:
         lines += ["not quantized:", *_skipped(record.ignored, everything)]
     return "\n".join(textwrap.fill(line, width, subsequent_indent="    ", **WHOLE_WORDS) for line in lines)
