@@ -263,15 +263,29 @@ def libraries(name: str) -> str:
 
 @figure
 def experts(name: str, layer: str) -> str:
-    """A layer of experts, µs: bf16, ours, and humming where it ran."""
+    """A layer of experts, µs: bf16 and ours."""
     rows = [row for row in result(name)["rows"] if row["layer"] == layer]
-    peers = [p for p in ("humming W4A8", "humming W4A16") if any(f"{p} us" in row for row in rows)]
     lines = []
     for row in rows:
         cells = [f"{shown(row[f'{key} us'])} ({gain(row, key)}×)" for key in ("mxfp4", "nvfp4")]
-        cells += [f"{shown(row[f'{p} us'])} ({gain(row, p)}×)" if f"{p} us" in row else "" for p in peers]
         lines.append([str(row["tokens"]), shown(row["bf16 us"]), *cells])
-    return table(["tokens", "bf16", "MXFP4", "NVFP4", *peers], lines)
+    return table(["tokens", "bf16", "MXFP4", "NVFP4"], lines)
+
+
+@figure
+def experts_peers(name: str) -> str:
+    """A layer of experts, µs: bf16, ours, and other libraries."""
+    rows = result(name)["rows"]
+    columns = [c for c in ("mxfp4", "humming W4A8", "humming W4A16") if any(f"{c} us" in row for row in rows)]
+    lines = [
+        [
+            str(r["tokens"]),
+            shown(r["bf16 us"]),
+            *(f"{shown(r[f'{c} us'])} ({gain(r, c)}×)" if f"{c} us" in r else "" for c in columns),
+        ]
+        for r in rows
+    ]
+    return table(["tokens", "bf16", *(c.replace("mxfp4", "ours, MXFP4") for c in columns)], lines)
 
 
 @figure

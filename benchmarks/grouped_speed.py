@@ -167,11 +167,10 @@ def layer_us(call: Callable[[Routing], object], all_routings: list[Routing], tok
     return time_us([lambda r=r: call(r) for r in all_routings], least=8 if tokens <= 512 else 2)
 
 
-def bench_layer(name: str, tokens: tuple[int, ...], peers: dict[str, Callable]) -> list[dict]:
+def bench_layer(name: str, tokens: tuple[int, ...]) -> list[dict]:
     layer, rows = LAYERS[name], []
     wide = bf16_weights(layer)
     packed = {format: packed_weights(layer, format) for format in ("mxfp4", "nvfp4")}
-    built = {peer: build(layer, *wide) for peer, build in peers.items()}
     for count in tokens:
         x = torch.randn(count, layer.hidden, device=DEVICE).bfloat16()
         all_routings = routings(layer, count)
@@ -180,12 +179,6 @@ def bench_layer(name: str, tokens: tuple[int, ...], peers: dict[str, Callable]) 
         for format, weights in packed.items():
             row[f"{format} us"] = layer_us(lambda r: packed_layer(x, r, weights), all_routings, count)
             row[f"{format} speed-up"] = row["bf16 us"] / row[f"{format} us"]
-        for peer, run in built.items():
-            if run is not None:
-                try:
-                    row[f"{peer} us"] = layer_us(lambda r: run(x, r), all_routings, count)
-                except Exception as error:  # a size that a peer cannot compute is a result
-                    print(f"no {peer} for {name}, {count} tokens: {type(error).__name__}: {str(error)[:200]}")
         steps = [parts(x, r, packed["mxfp4"]) for r in all_routings]
         for each in steps:
             for step in each.values():
@@ -206,90 +199,105 @@ def bench_grouped(compile_all: Callable, tokens: tuple[int, ...] = TOKENS) -> li
     for format, count, name in every:
         layer = LAYERS[name]
         for n, k in shapes(layer).values():
-            tile = choose(format, "same", count * layer.chosen, layer.experts, n, k)
+            rows = count * layer.chosen
+            tile = TUNED.get((format, n, k, count)) or choose(format, "same", rows, layer.experts, n, k)
             jobs.append((format, layer.experts, n, k, tile))
     compile_all(jobs, compile_tile)
-    peers = humming_layers()
-    return [row for name in LAYERS for row in bench_layer(name, tokens, peers)]
+    return [row for name in LAYERS for row in bench_layer(name, tokens)]
 
 
 # -- humming ---------------------------------------------------------------------------------------------------------
 
+PEERS = {"humming W4A8": "float8e4m3", "humming W4A16": None}
+PEER_TOKENS = (1, 8, 128, 4096)
 
-def humming_layers() -> dict[str, Callable]:
-    """humming-kernels' experts, if it is there: MXFP4 weights, activations in fp8 (quantized by its own kernel) or
-    bf16. Its products take rows that are gathered already."""
+
+def humming_layer(
+    layer: Layer, activation: str | None, up: Tensor, down: Tensor
+) -> Callable[[Tensor, Routing], Tensor]:
+    """The layer by humming-kernels: MXFP4 weights, activations in fp8, quantized by its own kernel, or in bf16. Its
+    products take rows that are gathered already."""
+    from humming.layer import HummingLayer
+
+    def experts_of(weight: Tensor) -> HummingLayer:
+        made = HummingLayer(
+            shape_n=weight.shape[1],
+            shape_k=weight.shape[2],
+            num_experts=layer.experts,
+            weight_config={"dtype": "float4e2m1", "scale_dtype": "float8e8m0", "group_size": 32},
+            input_config={"dtype": activation} if activation else None,
+            torch_dtype=torch.bfloat16,
+        ).to(DEVICE)
+        made.load_from_unquantized(weight)
+        made.transform()
+        return made
+
+    first, second = experts_of(up), experts_of(down)
+    config = {"gemm_type": "grouped_contiguous"}
+
+    def run(x: Tensor, r: Routing) -> Tensor:
+        layout = torch.nn.functional.pad(r.offs, (1, 0)).long()
+        h = silu_mul(first(x[r.token], expert_layout=layout, compute_config=config))
+        return combine(second(h, expert_layout=layout, compute_config=config), r.place, r.weights)
+
+    return run
+
+
+def warm_humming(job: tuple[str, str, int]) -> str | None:
+    """Compiles what humming needs for a layer and a number of tokens, in a process of its own."""
+    name, peer, tokens = job
     try:
-        from humming.layer import HummingLayer
+        layer = LAYERS[name]
+        run = humming_layer(layer, PEERS[peer], *bf16_weights(layer))
+        run(torch.randn(tokens, layer.hidden, device=DEVICE).bfloat16(), routing(layer, tokens, 0))
+        torch.cuda.synchronize()
     except Exception as error:
-        print(f"no humming: {type(error).__name__}: {str(error)[:200]}")
-        return {}
+        return f"{job}: {type(error).__name__}: {str(error)[:300]}"
 
-    def builder(activation: str | None) -> Callable:
-        def experts_of(weight: Tensor):
-            experts, n, k = weight.shape
-            made = HummingLayer(
-                shape_n=n,
-                shape_k=k,
-                num_experts=experts,
-                weight_config={"dtype": "float4e2m1", "scale_dtype": "float8e8m0", "group_size": 32},
-                input_config={"dtype": activation} if activation else None,
-                torch_dtype=torch.bfloat16,
-            ).cuda()
-            made.load_from_unquantized(weight)
-            made.transform()
-            return made
 
-        def build(layer: Layer, up: Tensor, down: Tensor) -> Callable | None:
-            try:
-                first, second = experts_of(up), experts_of(down)
-                config = {"gemm_type": "grouped_contiguous"}
-
-                def run(x: Tensor, r: Routing) -> Tensor:
-                    layout = torch.nn.functional.pad(r.offs, (1, 0)).long()
-                    h = first(x[r.token], expert_layout=layout, compute_config=config)
-                    return combine(second(silu_mul(h), expert_layout=layout, compute_config=config), r.place, r.weights)
-
-                x, r = torch.randn(64, layer.hidden, device=DEVICE).bfloat16(), routing(layer, 64, 0)
-                got, want = run(x, r), bf16_layer(x, r, up, down)
+def bench_peers(compile_all: Callable, tokens: tuple[int, ...] = PEER_TOKENS) -> list[dict]:
+    """Microseconds of the first layer in bf16, in MXFP4 and by humming-kernels."""
+    name, layer = next(iter(LAYERS.items()))
+    compile_all([(name, peer, count) for peer in PEERS for count in tokens], warm_humming)
+    wide, packed = bf16_weights(layer), packed_weights(layer, "mxfp4")
+    rows = [{"layer": name, "tokens": count} for count in tokens]
+    inputs = [(torch.randn(count, layer.hidden, device=DEVICE).bfloat16(), routings(layer, count)) for count in tokens]
+    for row, (x, all_routings) in zip(rows, inputs):
+        row["bf16 us"] = layer_us(lambda r: bf16_layer(x, r, *wide), all_routings, row["tokens"])
+        row["mxfp4 us"] = layer_us(lambda r: packed_layer(x, r, packed), all_routings, row["tokens"])
+    for peer, activation in PEERS.items():
+        try:
+            run = humming_layer(layer, activation, *wide)
+            for row, (x, all_routings) in zip(rows, inputs):
+                got, want = run(x, all_routings[0]), bf16_layer(x, all_routings[0], *wide)
                 error = ((got - want).norm() / want.norm()).item()
-                print(f"humming {activation}: relative error {error:.3f}", flush=True)
-                return run if error < 0.35 else None
-            except Exception as error:
-                print(f"no humming {activation}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-                return None
-
-        return build
-
-    return {"humming W4A8": builder("float8e4m3"), "humming W4A16": builder(None)}
+                if not error < 0.35:  # 4-bit weights: 0.2
+                    raise ArithmeticError(f"relative error {error:.2g} at {row['tokens']} tokens")
+                row[f"{peer} us"] = layer_us(lambda r: run(x, r), all_routings, row["tokens"])
+                print({key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
+        except Exception as error:  # a library that is missing or fails is a result
+            print(f"no column for {peer}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    return rows
 
 
 # -- tune ------------------------------------------------------------------------------------------------------------
 
-TUNED_TOKENS = (1, 8, 32, 128, 512, 1024, 4096, 16384)
+TUNED_TOKENS = TOKENS
 
 
 def candidates(format: str, rows: int, experts: int) -> list:
     """Tiles worth timing for so many rows."""
     average, mx = rows / experts, format == "mxfp4"
-    few = [Gemm(64, 16, 256, 4, 4 if mx else 3), Gemm(64, 16, 128, 4, 4), Gemm(128, 16, 128, 4, 4)]
-    few += [Gemm(128, 16, 256, 8, 3)] if mx else []
-    few += [Hopper(128, 16, 6, 3), Hopper(128, 16, 10 if mx else 8, 2), Hopper(128, 16, 16 if mx else 12, 1)]
-    gemvs = [Gemv(8, 2048, 4), Gemv(16, 1024, 4), Gemv(4, 4096, 4), Gemv(16, 2048, 8)]
-    if rows <= 128:
-        return gemvs[: None if rows <= 16 else 2] + few
-    found = few if average <= 24 else []
+    found = [Gemv(8, 2048, 4), Gemv(16, 1024, 4)] if rows <= 64 else []
+    if average <= 24:
+        found += [Gemm(64, 16, 256, 4, 4 if mx else 3), Gemm(64, 16, 128, 4, 4)]
+        found += [Hopper(128, 16, 6, 3), Hopper(128, 16, 10 if mx else 8, 2)]
     if 4 < average <= 96:
-        found += [Gemm(64, 32, 256, 4, 4 if mx else 3), Gemm(64, 32, 128, 4, 4)]
-        found += [Hopper(128, 32, 8 if mx else 5, 2), Hopper(128, 32, 5 if mx else 3, 3)]
+        found += [Gemm(64, 32, 128, 4, 4), Hopper(128, 32, 8 if mx else 5, 2)]
     if average > 12:
         found += [Hopper(128, 64, 6 if mx else 4, 2)]
-    if 12 < average <= 100:
-        found += [Gemm(64, 64, 128, 4, 4)]
-    if average >= 48:
-        found += [Hopper(128, 128, 6 if mx else 4, 1)] + ([Hopper(128, 128, 4, 1)] if mx else [])
-    if average >= 128:
-        found += [Hopper(128, 256, 4 if mx else 3, 1)]
+    if average > 96:
+        found += [Hopper(128, 128, 6 if mx else 4, 1), Hopper(128, 256, 4 if mx else 3, 1)]
     return found
 
 
@@ -332,11 +340,13 @@ def time_upcasts() -> None:
         print(f"upcast {rows} x {k}: 4, 2, 1 warps", *(f"{t:.1f}" for t in us), flush=True)
 
 
-def tune_grouped(compile_all: Callable, tokens: tuple[int, ...] = TUNED_TOKENS) -> list[dict]:
+def tune_grouped(
+    compile_all: Callable, tokens: tuple[int, ...] = TUNED_TOKENS, kinds: tuple[str, ...] = ("mxfp4", "nvfp4")
+) -> list[dict]:
     """Microseconds of each product of the layers with every candidate tile, the upcast of its rows included."""
     every = [
         (format, name, count, part, tile)
-        for format, name, count in itertools.product(("mxfp4", "nvfp4"), LAYERS, tokens)
+        for format, name, count in itertools.product(kinds, LAYERS, tokens)
         if format == "mxfp4" or name == next(iter(LAYERS))  # one layer is enough for the tiles of the slower format
         for part, (_, k) in shapes(LAYERS[name]).items()
         for tile in candidates(format, count * LAYERS[name].chosen, LAYERS[name].experts)

@@ -5,7 +5,8 @@
     python benchmarks/kernel_speed.py linear --activations fp8 none    with columns for W4A8 and W4A16
     python benchmarks/kernel_speed.py linear --tuned FILE          the table with each shape's best candidate of FILE
     python benchmarks/kernel_speed.py compare --out results        beside torchao and FP-Quant (comparisons.py)
-    python benchmarks/kernel_speed.py grouped tune-grouped         layers of experts (grouped_speed.py)
+    python benchmarks/kernel_speed.py tune-grouped grouped        layers of experts (grouped_speed.py), tiles as found
+    python benchmarks/kernel_speed.py grouped-peers                one of them beside humming-kernels
 
 Speed-ups are over bf16 `F.linear` on the same shapes. The 4-bit side includes the transform and the quantization of its
 input. The shapes are the linear groups of one Llama-3.1-8B decoder layer.
@@ -419,6 +420,7 @@ BENCHMARKS = {
     "compare": bench_compare,
     "tune-linear": tune_linear,
     "grouped": functools.partial(grouped_speed.bench_grouped, compile_all),
+    "grouped-peers": functools.partial(grouped_speed.bench_peers, compile_all),
     "tune-grouped": functools.partial(grouped_speed.tune_grouped, compile_all),
 }
 
@@ -429,7 +431,8 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     parser.add_argument("--tuned", type=pathlib.Path, help="a tuning run; `linear` takes its best kernels")
     parser.add_argument("--rows", type=int, nargs="+", help="the rows of `linear` and `tune-linear`, instead of all")
-    parser.add_argument("--tokens", type=int, nargs="+", help="the tokens of `grouped` and `tune-grouped`")
+    parser.add_argument("--tokens", type=int, nargs="+", help="the tokens of the benchmarks of experts")
+    parser.add_argument("--formats", nargs="+", choices=("mxfp4", "nvfp4"), help="the formats of `tune-grouped`")
     parser.add_argument("--activations", nargs="+", choices=("fp8", "none"), default=(), help="columns of `linear`")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -437,8 +440,10 @@ def main() -> None:
         read_tuned(args.tuned)
     for name in args.what:
         options = {"rows": args.rows} if args.rows and name in ("linear", "tune-linear") else {}
-        if args.tokens and name in ("grouped", "tune-grouped"):
+        if args.tokens and "grouped" in name:
             options["tokens"] = args.tokens
+        if args.formats and name == "tune-grouped":
+            options["kinds"] = args.formats
         if name == "linear":
             options["activations"] = args.activations
         rows = BENCHMARKS[name](**options)

@@ -88,7 +88,7 @@ def fp4_grouped_linear(
     index: Tensor | None = None,
 ) -> Tensor:
     """`wush::fp4_grouped_linear` for a device of that compute capability, for scales in rows."""
-    kind = grouped_format(format, capability)
+    kind = grouped_format(format, activation_format, capability)
     experts, n, half = weight_codes.shape
     k, w, ws = 2 * half, dense(weight_codes), dense(weight_scales)
     rows = (codes if index is None else index).shape[0]

@@ -78,6 +78,8 @@ def choose(
     return tile._replace(block_k=tile.block_k if width % tile.block_k == 0 else 128)
 
 
-def grouped_format(format: str, capability: tuple[int, int]) -> str:
-    """What a weight is decoded to, as FORMAT of `gemm.grouped_gemm_kernel`: fp8 on Hopper, else bf16."""
-    return "mxfp4_bf16" if format == "mxfp4" and capability != (9, 0) else format
+def grouped_format(format: str, activation: str, capability: tuple[int, int]) -> str:
+    """What a weight is decoded to, as FORMAT of `gemm.grouped_gemm_kernel`: on Hopper MXFP4 meets 4 and 8 bits in fp8;
+    else bf16."""
+    fp8 = capability == (9, 0) and activation != "none"
+    return "mxfp4_bf16" if format == "mxfp4" and not fp8 else format

@@ -52,7 +52,7 @@ class Operands(NamedTuple):
     @property
     def kernel_format(self) -> str:
         """What the weight is decoded to for a tensor core, as FORMAT of the kernels."""
-        return grouped_format(self.format, capability(self.codes.device.index))
+        return grouped_format(self.format, self.activation, capability(self.codes.device.index))
 
     @property
     def top(self) -> Tensor | None:
@@ -202,6 +202,7 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
     )
     x, x_unit, gx = upcast_rows(o)
     launched, second = REGISTERS[tile.programs]
+    stages = tile.stages - (out.element_size() > 2)  # the tile's results pass through shared memory too
     words = o.weight_codes.view(torch.int32).flatten(0, 1)
     tiles = slots * triton.cdiv(n, tile.block_n)
     grouped_hopper_kernel[(min(tiles, multiprocessors(out.device.index) * tile.programs),)](
@@ -222,7 +223,7 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
         o.kernel_format,
         tile.block_n,
         tile.block_m,
-        tile.stages,
+        stages,
         second,
         num_warps=4,
         maxnreg=launched,
