@@ -98,7 +98,33 @@ def check_observe(device: torch.device) -> Iterator[Check]:
     yield _checked("observe", "", "300 rows", 0.0, wrong)
 
 
-SELF_TESTS = {"observe": check_observe, "transform_quantize": check_transform_quantize, "fp4_linear": check_fp4_linear}
+def check_fp4_grouped_linear(device: torch.device) -> Iterator[Check]:
+    """bf16 products of four experts, one of them without rows, at sizes that reach every kind of kernel."""
+    generator = torch.Generator().manual_seed(0)
+    for format in FORMATS:
+        w = formats.quantize(torch.randn(4, WIDTH // 2, WIDTH, generator=generator).to(device), format, "absmax")
+        wide = formats.dequantize(*w, format).double()
+
+        def relative(rows: int) -> float:
+            q = formats.quantize(torch.randn(rows, WIDTH, generator=generator).to(device), format, "absmax")
+            expert = torch.tensor([0, 2, 3])[torch.randint(0, 3, (rows,), generator=generator)].sort().values
+            offs = torch.bincount(expert, minlength=4).cumsum(0, dtype=torch.int32).to(device)
+            got = torch.ops.wush.fp4_grouped_linear(*q, None, *w, None, offs, None, format, torch.bfloat16)
+            x = formats.dequantize(*q, format).double()
+            want = torch.cat([x[expert == e] @ wide[e].T for e in range(4)])
+            return ((got.double() - want).norm() / want.norm()).item()
+
+        for rows in ROWS:
+            limit = ops.PRODUCT_ERROR[torch.bfloat16]
+            yield _checked("fp4_grouped_linear", format, f"{rows} rows", limit, lambda: relative(rows))
+
+
+SELF_TESTS = {
+    "observe": check_observe,
+    "transform_quantize": check_transform_quantize,
+    "fp4_linear": check_fp4_linear,
+    "fp4_grouped_linear": check_fp4_grouped_linear,
+}
 
 
 def self_test(device: torch.device, op: str) -> list[Check]:
@@ -143,7 +169,7 @@ def examine(device: torch.device | str | None = None) -> dict:
         "versions": {package: _version(package) for package in VERSIONS} | {"cuda": torch.version.cuda},
         "forced": forced(),
         "providers": providers | {"reference": "always"},
-        "ops": {op: [*table.get(op, []), "reference"] for op in ops.REFERENCE},
+        "ops": {op: [*table.get(op, []), "reference"] for op in SELF_TESTS},
         "arithmetic": {format: arithmetic(format, capability) for format in FORMATS},
         "self_test": [check for op in SELF_TESTS for check in self_test(device, op)],
     }

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from ..linear.choose import Gemv, Scaled, has_gluon, triton_version
 
-GROUPED_GEMV_ROWS = 16  # with at most so many rows, each reads its expert's weights itself
+# With at most so many rows, and so many experts for each, a row reads its expert's weights by itself: few rows then share
+# an expert, and the rows of one token never do.
+GEMV_ROWS, GEMV_EXPERTS = 16, 4
 
 
 class Gemm(NamedTuple):
@@ -65,7 +67,7 @@ def choose(
     """The kernel for `rows` rows of `experts` weights [n, k]; format: what the weight is decoded to for a tensor core
     (`grouped_format`). precise: MXFP4's channels are summed in fp32 at least every 128."""
     if activation == "same":
-        if rows <= GROUPED_GEMV_ROWS:
+        if rows <= min(GEMV_ROWS, experts // GEMV_EXPERTS):
             return Gemv(8, 2048, 4)
         if capability >= (10, 0) and not (capability == (12, 1) and triton_version() < (3, 9)):
             return Scaled(128, 64 if rows <= 64 * experts else 128, 256 if k % 256 == 0 else 128, 4, 3)
