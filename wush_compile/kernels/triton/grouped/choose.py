@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from ..linear.choose import Gemv, Scaled, has_gluon, triton_version
 
-# With at most so many rows, and so many experts for each, a row reads its expert's weights by itself. Few rows then share
-# an expert, and those of one token never do.
+# With at most so many rows, and so many experts for each, a row reads its expert's weights by itself: few rows share an
+# expert then, and those of one token never do.
 GEMV_ROWS, GEMV_EXPERTS = 16, 4
 
 
