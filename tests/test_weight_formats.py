@@ -14,8 +14,9 @@ from torch.export import Dim
 import wush_compile as wc
 from wush_compile import formats
 from wush_compile.config import WushConfig
-from wush_compile.errors import ConfigError
+from wush_compile.errors import ConfigError, NonFiniteError
 from wush_compile.graphs.printing import count_ops
+from wush_compile.kernels.dispatch import arithmetic
 
 wush = torch.ops.wush
 HEAD = {"lm_head": {"format": "int8", "activation_format": None}}
@@ -127,6 +128,24 @@ def test_the_head_is_quantized_where_it_is_named():
     assert WushConfig(head="int8", ignore=("*head",)).ignores("lm_head") == "*head"
     with pytest.raises(ConfigError, match="lm_head"):
         quantize(torch.nn.Sequential(torch.nn.Linear(64, 64)), torch.randn(3, 64), head="int8")
+
+
+def test_what_a_gpu_lacks_is_said():
+    words = {c: arithmetic("mxfp4", c, "fp8") for c in ((8, 0), (8, 9), (9, 0), (12, 0))}
+    assert "FP8 tensor cores" in words[9, 0]
+    assert all("no faster than activations of 16 bits" in words[c] for c in words if c != (9, 0))
+    assert "no faster" in arithmetic("nvfp4", (9, 0), "fp8") and "no faster" not in arithmetic("int8", (9, 0), "none")
+
+
+def test_activations_that_overflow_fp16_are_an_error_that_names_the_layer():
+    """A Hadamard transform adds 32 channels up; WUSH's transform whitens, and fp8 has a scale of its own."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False)).half(), torch.full((64, 64), 30000.0).half()
+    torch.nn.init.normal_(model[0].weight, std=1e-4)
+    with pytest.raises(NonFiniteError, match="0: its transformed activations overflow float16: .*'fp8'"):
+        quantize(copy.deepcopy(model), x, transform="hadamard", activation_format=None)
+    for settings in (dict(transform="hadamard", activation_format="fp8"), dict(activation_format=None)):
+        assert quantize(copy.deepcopy(model), x, **settings)(x).isfinite().all()
 
 
 # -- whole models ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Solves one group: computes its run-time module and a report from its weights and from what its observer saw."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import NonFiniteError
 from ..experts import ExpertGroup
 from ..modules import Member, WushGroup
 from ..passes.calibration.group import LinearGroup
@@ -69,6 +71,11 @@ def solve_group(group: LinearGroup, tensors: Mapping[str, Tensor], seen: Observa
                     layer_loss(rows, weight, solution, group.recipe)
                     if expert is None
                     else experts_loss(rows, expert, weight, solution, group.recipe)
+                )
+            if not all(map(math.isfinite, losses)):  # weights and rows are finite: only a rounding can overflow
+                raise NonFiniteError(
+                    f"{group.name}: its transformed activations overflow {str(weight.dtype).removeprefix('torch.')}: "
+                    "convert the model to bfloat16, or give activation_format 'fp8'"
                 )
             report["loss"], report["relative_loss"] = losses
     buffers = {

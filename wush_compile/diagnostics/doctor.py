@@ -146,7 +146,7 @@ def examine(device: torch.device | str | None = None) -> dict:
 
     device, capability, versions    what there is
     forced, providers               WUSH_PROVIDER; provider -> "used" or why not
-    ops, arithmetic                 op -> providers in the order in which they are asked; format -> how it is multiplied
+    ops, arithmetic                 op -> providers in the order in which they are asked; rung -> how it is multiplied
     self_test                       a list of `Check`
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -170,6 +170,13 @@ def examine(device: torch.device | str | None = None) -> dict:
         "forced": forced(),
         "providers": providers | {"reference": "always"},
         "ops": {op: [*table.get(op, []), "reference"] for op in SELF_TESTS},
-        "arithmetic": {format: arithmetic(format, capability) for format in FORMATS},
+        "arithmetic": {
+            **{format: arithmetic(format, capability) for format in FORMATS},
+            **{
+                f"{format}, {words} activations": arithmetic(format, capability, activation)
+                for format in ("mxfp4", "nvfp4", "int8")
+                for activation, words in (("fp8", "fp8"), ("none", "16-bit"))
+            },
+        },
         "self_test": [check for op in SELF_TESTS for check in self_test(device, op)],
     }

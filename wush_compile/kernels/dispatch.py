@@ -72,11 +72,17 @@ CPU_PROVIDERS = (Provider("cpu", lambda capability: cpu.unavailable(), lambda: c
 NAMES = (*(p.name for p in (*PROVIDERS, *CPU_PROVIDERS)), "reference")
 
 
-def arithmetic(format: str, capability: tuple[int, int] | None) -> str:
-    """How a device multiplies two tensors of this format, in words."""
+def arithmetic(format: str, capability: tuple[int, int] | None, activation: str = "same") -> str:
+    """How a device multiplies weights of a format with activations of that format, or of `fp8` or `none`, in words."""
     if capability is None:
         fast = format in cpu.FORMATS and cpu.unavailable() is None and forced() in (None, "cpu")
         return "fp32 products of decoded values" if fast else "reference: fp32 products of decoded values"
+    if activation == "fp8" and format == "mxfp4" and capability == (9, 0):
+        return "decoded, exact: FP8 tensor cores"
+    if activation != "same":
+        how = "rounded" if format == "int8" else "exact"
+        slow = ", no faster than activations of 16 bits" if activation == "fp8" else ""
+        return f"decoded, {how}: BF16 tensor cores{slow}"
     if format == "int4":
         return "emulated, exact: INT8 tensor cores"
     if capability >= (10, 0):

@@ -18,7 +18,6 @@ from ..checkpoint.hf import empty_quantized
 from ..checkpoint.layout import join_rows, parts, read_record
 from ..checkpoint.record import quantization_of, read_report
 from ..errors import CheckpointError, WushError
-from ..formats import FORMATS
 from ..graphs.printing import print_graph
 from ..kernels.dispatch import arithmetic
 from ..modules import WushGroup, named_groups
@@ -190,6 +189,7 @@ def _contents(
     before, after = model_bytes(model)
     tokens = max((f.tokens or 0 for f in facts), default=0)
     formats = sorted({group.format for _, group in named_groups(model)})
+    rungs = sorted({(g.format, g.layout[1] if g.layout else "same") for _, g in named_groups(model)})
     config = record.config
     page = Contents(type(model).__name__, groups=facts, skipped=by_reason(record.ignored))
     page.head = [
@@ -204,7 +204,7 @@ def _contents(
             f"{bits_per_weight(model)}.",
         ),
         ("How much is lost", _lost(facts, evaluation)),
-        ("Where it is fast", _fast(formats)),
+        ("Where it is fast", _fast(rungs)),
     ]
     page.facts = [
         ("settings", settings_text(config)),
@@ -266,15 +266,16 @@ def _lost(facts: list[GroupFacts], evaluation: dict | None) -> str:
     return f"{text} (on {evaluation.get('text', 'an unnamed text')}). {layers}"
 
 
-def _fast(formats: list[str]) -> str:
-    """How each kind of GPU multiplies, from what the providers say; GPUs of one answer together."""
+def _fast(rungs: list[tuple[str, str]]) -> str:
+    """How each kind of GPU multiplies each (format of weights, of activations); GPUs of one answer together."""
     lines = []
-    for format in (f for f in formats if f in FORMATS):
+    for format, activation in rungs:
         words: dict[str, list[str]] = {}
         for name, capability in GPUS.items():
-            words.setdefault(arithmetic(format, capability), []).append(name)
+            words.setdefault(arithmetic(format, capability, activation), []).append(name)
         answers = "; ".join(f"{', '.join(names)}: {how}" for how, names in words.items())
-        lines.append(f"{format.upper()} on {answers}.")
+        beside = {"same": "", "fp8": " with fp8 activations", "none": " with 16-bit activations"}[activation]
+        lines.append(f"{format.upper()}{beside} on {answers}.")
     return " ".join(lines)
 
 

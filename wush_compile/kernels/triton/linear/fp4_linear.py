@@ -14,11 +14,13 @@ the weight. MXFP4 times fp8 is a product of e5m2 and e4m3 on Hopper; else both o
 """
 
 import functools
+import logging
 
 import torch
 from torch import Tensor
 
 from ....formats import get_format
+from ...dispatch import arithmetic
 from ..common.memory import row_facts
 from .choose import (
     Fused,
@@ -38,6 +40,8 @@ from .choose import (
 from .launch import RUN, multiprocessors
 from .library import run_bf16, run_library
 from .operands import Operands, check, dense
+
+logger = logging.getLogger("wush_compile")
 
 
 @functools.cache
@@ -83,6 +87,17 @@ def of_cuda(error: Exception) -> bool:
     """Whether the device failed: the error may be an earlier kernel's, and no other kernel could compute after it."""
     cuda_errors = torch.AcceleratorError | torch.OutOfMemoryError
     return isinstance(error, cuda_errors) or "Triton Error [CUDA]" in str(error)
+
+
+@functools.cache
+def _say_slow(format: str, device: int) -> None:
+    """Says once a process what activations of 8 bits cost where no tensor core multiplies them with the weights."""
+    logger.warning(
+        "%s weights with fp8 activations on %s: %s",
+        format,
+        torch.cuda.get_device_name(device),
+        arithmetic(format, capability(device), "fp8"),
+    )
 
 
 def _product(o: Operands, out_dtype: torch.dtype, kernel) -> Tensor:
@@ -132,6 +147,8 @@ def fp4_linear(
         return torch.empty(shape, dtype=out_dtype, device=codes.device)
     flat = codes.reshape(-1, codes.shape[-1])
     decoded = ""
+    if activation_format == "fp8" and (format != "mxfp4" or capability(codes.device.index) != (9, 0)):
+        _say_slow(format, codes.device.index)
     if activation_format != "same" and format != "int8":
         decoded = decoded_format(format, activation_format, capability(codes.device.index))
     # The kernels add a residual in out_dtype. Another one is added to the finished product.
