@@ -69,6 +69,13 @@ def test_the_product_is_that_of_the_decoded_operands(activation, rows):
     assert got.shape == (rows, 2, 24) and torch.allclose(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
+def test_a_weight_that_is_decoded_in_parts_gives_the_same():
+    w, scales = weights(5000, 64)
+    x = torch.randn(3, 64)
+    y = wush.fp4_linear(x, x[:, :0], None, w, scales, None, None, None, "int8", torch.float32, "rows", "none")
+    torch.testing.assert_close(y, x @ formats.dequantize(w, scales, "int8").T, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("activation", ["fp8", "none"])
 def test_the_op_keeps_its_contract(activation):
     codes, scales = wush.transform_quantize(

@@ -23,6 +23,8 @@ from .schema import check, define
 
 # A CPU quantizes this many values at a time. It is 4x faster when the temporaries stay in its cache.
 CHUNK_ELEMENTS = 2**16
+# A CPU decodes this many weights of 8 bits at a time, so that their temporaries stay in its cache: a head is large.
+DECODED_ELEMENTS = 2**18
 # One in this many rows of a group's sample is kept for the rows of largest norm. The others are a uniform sample.
 LARGEST_SHARE = 8
 # Largest relative error (Frobenius norm) of a provider's product. Rounding to bf16 costs at most 2^-9 = 1.95e-3, and
@@ -249,8 +251,23 @@ def _operand(codes: Tensor, scales: Tensor, format: str) -> Tensor:
     return groups.mul_(formats.decode_scales(scales, format)[..., None]).flatten(-2)
 
 
-def _fp4_linear_by(decode: Callable[[Tensor, Tensor, str], Tensor]) -> Callable[..., Tensor]:
-    """`wush::fp4_linear`, its operands made fp32 by `decode(codes, scales, format)`."""
+def _product_at_once(x: Tensor, codes: Tensor, scales: Tensor, format: str) -> Tensor:
+    return torch.nn.functional.linear(x, formats.dequantize(codes, scales, format))
+
+
+def _product(x: Tensor, codes: Tensor, scales: Tensor, format: str) -> Tensor:
+    """x [.., K] times a weight, transposed: [.., N]."""
+    step = max(1, DECODED_ELEMENTS // codes.shape[-1]) if format == "int8" and x.device.type == "cpu" else len(codes)
+    if step >= len(codes):
+        return torch.nn.functional.linear(x, _operand(codes, scales, format))
+    pairs = zip(codes.split(step), scales.split(step), strict=True)
+    return torch.cat([torch.nn.functional.linear(x, _operand(c, s, format)) for c, s in pairs], -1)
+
+
+def _fp4_linear_by(
+    decode: Callable[[Tensor, Tensor, str], Tensor], product: Callable[[Tensor, Tensor, Tensor, str], Tensor]
+) -> Callable[..., Tensor]:
+    """`wush::fp4_linear`: the activation is made fp32 by `decode(codes, scales, format)`, then `product` follows."""
 
     def fp4_linear(
         codes: Tensor,
@@ -273,8 +290,7 @@ def _fp4_linear_by(decode: Callable[[Tensor, Tensor, str], Tensor]) -> Callable[
         else:
             groups = 2 * codes.shape[-1] // get_format(format).group_size
             x = decode(codes, in_rows(scales, codes.shape[:-1], groups, scale_layout), format)
-        w = decode(weight_codes, weight_scales, format)  # [N, K]
-        y = torch.nn.functional.linear(x, w)  # [.., N]
+        y = product(x, weight_codes, weight_scales, format)  # [.., N]
         factors = [g for g in (global_scale, weight_global_scale) if g is not None]
         if factors:
             y = y * (1.0 / (factors[0] if len(factors) == 1 else factors[0] * factors[1]))
@@ -286,7 +302,7 @@ def _fp4_linear_by(decode: Callable[[Tensor, Tensor, str], Tensor]) -> Callable[
     return fp4_linear
 
 
-_fp4_linear = _fp4_linear_by(_operand)
+_fp4_linear = _fp4_linear_by(_operand, _product)
 
 
 def _fp4_linear_fake(
@@ -329,7 +345,10 @@ def _fp4_linear_fake(
 REFERENCE = {"observe": _observe, "transform_quantize": _transform_quantize, "fp4_linear": _fp4_linear}
 FAKE = {"observe": _observe_fake, "transform_quantize": _transform_quantize_fake, "fp4_linear": _fp4_linear_fake}
 # The same numbers without a table and without chunks: a graph can hold neither constants nor loops.
-ARITHMETIC = {"transform_quantize": _transform_quantize_at_once, "fp4_linear": _fp4_linear_by(formats.dequantize)}
+ARITHMETIC = {
+    "transform_quantize": _transform_quantize_at_once,
+    "fp4_linear": _fp4_linear_by(formats.dequantize, _product_at_once),
+}
 for name, reference in REFERENCE.items():
     define(name, reference, FAKE[name], mutates=("moment", "count", "sample") if name == "observe" else ())
 for name, function in ARITHMETIC.items():
