@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from wush_compile.formats import FORMATS, get_format
+from wush_compile.formats import FORMATS, get_format, quantize
 from wush_compile.kernels import cuda
 from wush_compile.kernels.triton.calibration import gptq as triton_gptq
 from wush_compile.kernels.triton.calibration import moments as triton_gram
@@ -32,6 +32,7 @@ from wush_compile.kernels.triton.linear.choose import Fused, Gemv, Hopper
 from wush_compile.kernels.triton.quantize import fused as triton_fused
 from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
 from wush_compile.kernels.triton.quantize.tiles import Tile
+from wush_compile.kernels.triton.quantize.tokens import quantize_tokens
 from wush_compile.ops import fused as fused_ops
 from wush_compile.ops.layouts import SCALE_LAYOUTS as LAYOUTS
 
@@ -220,6 +221,32 @@ def product_cases() -> Iterator[Case]:
             yield f"linear {format} {kernel} precise={precise} {m}x{n}x{k} full={full}", call
 
 
+# Weights of 8 bits: a tile that is chosen for every number of rows, and sizes that fill none.
+EIGHT_BITS = ((1, 33, 96), (2, 40, 576), (4, 8200, 256), (3, 72, 192), (17, 200, 576), (64, 72, 512), (70, 33, 576))
+
+
+def eight_bit_cases() -> Iterator[Case]:
+    """Alone, and behind fp8 rows with everything that can be added."""
+    dtypes = torch.bfloat16, torch.float16
+    for (m, n, k), full, dtype in itertools.product(EIGHT_BITS, (False, True), dtypes):
+
+        def call(m=m, n=n, k=k, full=full, dtype=dtype):
+            w = normal(n, k).float()
+            codes, scales = quantize(w, "int8", "absmax")
+            activation = "fp8" if full else "none"
+            x = quantize_tokens(normal(m, k, dtype=dtype), None, activation)
+            added = (normal(n, dtype=dtype), normal(m, n, dtype=dtype)) if full else (None, None)
+            run = [
+                triton_linear.fp4_linear(
+                    *x, None, codes, scales, None, *added, "int8", dtype, activation_format=activation
+                )
+                for _ in range(2)
+            ]
+            return run[1]
+
+        yield f"linear int8 {m}x{n}x{k} full={full} {dtype}", call
+
+
 # Tiles of the products of four experts with 90 rows, each at two widths, of which one fills no step.
 EXPERT_TILES = (
     ExpertGemv(8, 2048, 4),
@@ -356,6 +383,7 @@ GROUPS = {
     "tiles": tile_cases,
     "prologues": prologue_cases,
     "products": product_cases,
+    "eight bits": eight_bit_cases,
     "experts": expert_cases,
     "others": other_cases,
     "csrc": csrc_cases,

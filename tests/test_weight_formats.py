@@ -144,6 +144,17 @@ def test_what_a_gpu_lacks_is_said():
     assert "no faster" in arithmetic("nvfp4", (9, 0), "fp8") and "no faster" not in arithmetic("int8", (9, 0), "none")
 
 
+def test_a_product_that_a_gpu_lacks_is_said_once(caplog):
+    triton_linear = pytest.importorskip("wush_compile.kernels.triton.linear.fp4_linear")
+    with caplog.at_level("WARNING", "wush_compile"):
+        for _ in range(2):
+            triton_linear._say_slow("mxfp4", (8, 0))
+    assert [r.getMessage() for r in caplog.records] == [
+        "mxfp4 weights with fp8 activations at compute capability 8.0: decoded, exact: BF16 tensor cores, no faster "
+        "than activations of 16 bits"
+    ]
+
+
 def test_activations_that_overflow_fp16_are_an_error_that_names_the_layer():
     """A Hadamard transform adds 32 channels up; WUSH's transform whitens, and fp8 has a scale of its own."""
     torch.manual_seed(0)

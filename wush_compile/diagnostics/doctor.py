@@ -81,6 +81,21 @@ def check_fp4_linear(device: torch.device) -> Iterator[Check]:
                 "fp4_linear", format, f"{rows} rows", ops.PRODUCT_ERROR[torch.bfloat16], lambda: relative(rows)
             )
 
+    codes, scales = formats.quantize(torch.randn(WIDTH // 2, WIDTH, generator=generator), "int8", "absmax")
+    codes, scales = codes.to(device), scales.to(device)
+    wide = formats.dequantize(codes, scales, "int8").double()
+
+    def of_eight_bits(rows: int) -> float:
+        x = torch.randn(rows, WIDTH, generator=generator).to(device, torch.bfloat16)
+        none = x.new_empty((rows, 0), dtype=torch.float32)
+        args = None, codes, scales, None, None, None, "int8", torch.bfloat16, "rows", "none"
+        want = x.double() @ wide.T
+        return ((torch.ops.wush.fp4_linear(x, none, *args).double() - want).norm() / want.norm()).item()
+
+    for rows in ROWS:
+        bound = ops.PRODUCT_ERROR[torch.bfloat16] + 2**-9  # a weight may be rounded too (docs/spec.md §4)
+        yield _checked("fp4_linear", "int8", f"{rows} rows", bound, lambda: of_eight_bits(rows))
+
 
 def check_observe(device: torch.device) -> Iterator[Check]:
     """Second moments of small integers, exact in any order, and the sample."""

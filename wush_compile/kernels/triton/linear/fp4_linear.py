@@ -90,14 +90,11 @@ def of_cuda(error: Exception) -> bool:
 
 
 @functools.cache
-def _say_slow(format: str, device: int) -> None:
+def _say_slow(format: str, of_device: tuple[int, int]) -> None:
     """Says once a process what activations of 8 bits cost where no tensor core multiplies them with the weights."""
-    logger.warning(
-        "%s weights with fp8 activations on %s: %s",
-        format,
-        torch.cuda.get_device_name(device),
-        arithmetic(format, capability(device), "fp8"),
-    )
+    where = ".".join(map(str, of_device))
+    words = arithmetic(format, of_device, "fp8")
+    logger.warning("%s weights with fp8 activations at compute capability %s: %s", format, where, words)
 
 
 def _product(o: Operands, out_dtype: torch.dtype, kernel) -> Tensor:
@@ -147,8 +144,8 @@ def fp4_linear(
         return torch.empty(shape, dtype=out_dtype, device=codes.device)
     flat = codes.reshape(-1, codes.shape[-1])
     decoded = ""
-    if activation_format == "fp8" and (format != "mxfp4" or capability(codes.device.index) != (9, 0)):
-        _say_slow(format, codes.device.index)
+    if activation_format == "fp8" and decoded_format(format, "fp8", capability(codes.device.index)) != "mxfp4":
+        _say_slow(format, capability(codes.device.index))
     if activation_format != "same" and format != "int8":
         decoded = decoded_format(format, activation_format, capability(codes.device.index))
     # The kernels add a residual in out_dtype. Another one is added to the finished product.
