@@ -150,8 +150,8 @@ def test_a_product_that_a_gpu_lacks_is_said_once(caplog):
         for _ in range(2):
             triton_linear._say_slow("mxfp4", (8, 0))
     assert [r.getMessage() for r in caplog.records] == [
-        "mxfp4 weights with fp8 activations at compute capability 8.0: decoded, exact: BF16 tensor cores, no faster "
-        "than activations of 16 bits"
+        "mxfp4 weights with fp8 activations have no fp8 product at compute capability 8.0: both are decoded to bf16, "
+        "which is no faster than activations of 16 bits"
     ]
 
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from ....formats import get_format
-from ...dispatch import arithmetic
 from ..common.memory import row_facts
 from .choose import (
     Fused,
@@ -92,9 +91,12 @@ def of_cuda(error: Exception) -> bool:
 @functools.cache
 def _say_slow(format: str, of_device: tuple[int, int]) -> None:
     """Says once a process what activations of 8 bits cost where no tensor core multiplies them with the weights."""
-    where = ".".join(map(str, of_device))
-    words = arithmetic(format, of_device, "fp8")
-    logger.warning("%s weights with fp8 activations at compute capability %s: %s", format, where, words)
+    logger.warning(
+        "%s weights with fp8 activations have no fp8 product at compute capability %d.%d: both are decoded to bf16, which "
+        "is no faster than activations of 16 bits",
+        format,
+        *of_device,
+    )
 
 
 def _product(o: Operands, out_dtype: torch.dtype, kernel) -> Tensor:
