@@ -92,8 +92,8 @@ def of_cuda(error: Exception) -> bool:
 def _say_slow(format: str, of_device: tuple[int, int]) -> None:
     """Says once a process what activations of 8 bits cost where no tensor core multiplies them with the weights."""
     logger.warning(
-        "%s weights with fp8 activations have no fp8 product at compute capability %d.%d: both are decoded to bf16, which "
-        "is no faster than activations of 16 bits",
+        "%s weights with fp8 activations have no fp8 product at compute capability %d.%d: both are decoded to bf16, "
+        "which is no faster than activations of 16 bits",
         format,
         *of_device,
     )
