@@ -1,16 +1,25 @@
 """Mixtures of experts: found by dataflow, calibrated from routed rows, quantized, saved, loaded, compiled."""
 
+import copy
+import json
+import pickle
+
 import pytest
 import torch
-from helpers import files, same_tensors
+from helpers import emulates_rounding, files, same_tensors
 from models import tokens
 from moe_models import FAMILIES, moe
+from pass_harness import count_ops
+from torch import nn
+from torch.export import Dim
 from transformers import AutoModelForCausalLM
 
 import wush_compile as wc
 from wush_compile.calibration import loop as stages
 from wush_compile.calibration import verify
-from wush_compile.experts import ExpertGroup
+from wush_compile.errors import CheckpointError, ConfigError, NonFiniteError
+from wush_compile.experts import ExpertGroup, WushExperts
+from wush_compile.formats import dequantize
 from wush_compile.modules import named_groups
 
 DATA = [tokens(4, 32, seed=1)]
@@ -88,6 +97,161 @@ def test_streamed_and_resumed_files_are_those_of_the_model_in_memory(kind, setti
     assert same_tensors(wc.load(tmp_path / "streamed"), model)
     wc.save(model, tmp_path / "saved")
     assert same_tensors(wc.load(tmp_path / "saved"), model)
+
+
+# -- settings and bad input ------------------------------------------------------------------------------------------
+
+RTN = {"solver": "rtn", "transform": "hadamard", "progress": False}
+
+
+def test_patterns_name_experts():
+    experts = "model.layers.0.mlp.experts"
+    model = wc.quantize(moe("mixtral"), DATA, ignore=("*.experts",), **RTN)
+    assert not product_names(model) and not isinstance(model.model.layers[0].mlp.experts, WushExperts)
+    ignored = model.wush_quantization.ignored
+    assert ignored[f"{experts}.down_proj"] == "ignored by the configuration ('*.experts')"
+    overrides = {"*.experts": {"format": "nvfp4"}, "*.experts.down_proj": {"activation_format": "fp8"}}
+    model = wc.quantize(moe("mixtral"), DATA, overrides=overrides, **RTN)
+    found = {name: (group.format, group.operand) for name, group in named_groups(model)}
+    assert found[f"{experts}.gate_up_proj"] == ("nvfp4", "nvfp4") and found[f"{experts}.down_proj"] == ("nvfp4", "fp8")
+    assert found["model.layers.0.self_attn.q_proj.group"] == ("mxfp4", "mxfp4")
+    with pytest.raises(ConfigError, match="matches no module"):
+        wc.quantize(moe("mixtral"), DATA, ignore=("*.expert",), **RTN)
+
+
+def test_a_width_that_does_not_fit_leaves_the_experts():
+    model = wc.quantize(moe("mixtral", intermediate_size=48), DATA, **RTN)
+    ignored = model.wush_quantization.ignored
+    reason = "width 48 is not a multiple of mxfp4's group of 32"
+    assert ignored["model.layers.0.mlp.experts.down_proj"] == reason
+    assert ignored["model.layers.0.mlp.experts.gate_up_proj"].endswith(reason)
+
+
+def test_starved_experts_are_named(caplog):
+    """A router that never chooses expert 2, which is solved with the moment of the others."""
+    model = moe("glm4_moe")
+    model.model.layers[0].mlp.gate.e_score_correction_bias[2] = -1e9
+    data = [tokens(8, 64, seed=s) for s in range(3)]
+    wc.quantize(model, data, progress=False)
+    [warning] = [r.getMessage() for r in caplog.records if "experts saw fewer" in r.getMessage()]
+    report = model.wush_quantization.report["model.layers.0.mlp.experts.gate_up_proj"]
+    assert report["tokens_by_expert"][2] == 0 and min(report["tokens_by_expert"][i] for i in (0, 1, 3)) >= 512
+    assert "1 experts saw fewer than 512" in warning and "(model.layers.0.mlp.experts: 2)" in warning
+    text = wc.explain(model)
+    assert "few tokens for 1 of 4 experts" in text and "2 products of experts" in text
+
+
+def test_an_expert_with_nan_is_named():
+    model = moe("mixtral")
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[2, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"mlp\.experts\.down_proj\[2\] has NaN"):
+        wc.quantize(model, DATA, **RTN)
+    model = moe("mixtral")
+    with torch.no_grad():  # finite weights whose products overflow
+        model.model.layers[0].mlp.experts.gate_up_proj[1] = 1e30
+    with pytest.raises(NonFiniteError, match=r"mlp\.experts\.down_proj\[1\]: its calibration inputs hold NaN or Inf"):
+        wc.quantize(model, DATA, progress=False)
+
+
+def test_another_number_of_experts_is_refused(tmp_path):
+    wc.save(wc.quantize(moe("mixtral"), DATA, **RTN), tmp_path / "four")
+    config = json.loads((tmp_path / "four/config.json").read_text())
+    config["num_local_experts"] = 8
+    (tmp_path / "four/config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="has 8 experts in this MixtralForCausalLM, 4 in the checkpoint"):
+        wc.load(tmp_path / "four")
+
+
+class Bare(nn.Module):
+    """Experts of the user's own, multiplied by a batched product."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.experts = nn.Linear(64, 64), nn.Parameter(torch.randn(4, 64, 64))
+
+    def forward(self, x):
+        return torch.bmm(self.first(x).expand(4, -1, -1), self.experts)
+
+
+def test_what_is_not_understood_is_left_with_a_reason():
+    model = wc.quantize(Bare(), [torch.randn(1, 7, 64)], **RTN)
+    assert model.wush_quantization.ignored == {
+        "experts": "3-D weight of Bare, which does not multiply rows in the order of experts"
+    }
+
+
+# -- what runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rounded():
+    """A tiny Qwen3-MoE, quantized by plain rounding."""
+    return wc.quantize(moe("qwen3_moe"), DATA, **RTN)
+
+
+def test_loops_over_experts_are_traced_as_products():
+    model = moe("qwen3_moe")
+    model.set_experts_implementation("eager")
+    assert len(product_names(wc.quantize(model, DATA, **RTN))) == 2
+    assert model.config._experts_implementation == "eager"
+
+
+def test_gradients_pass_through_experts(rounded):
+    """Straight through: as for weights that are dequantized, and inputs that are not quantized."""
+    experts = rounded.model.layers[0].mlp.experts
+    x = torch.randn(5, 64, requires_grad=True)
+    index, weights = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 3], [1, 0]]), torch.rand(5, 2)
+    group = experts.gate_up_proj
+    offs = torch.tensor([3, 6, 8, 10], dtype=torch.int32)
+    order = index.reshape(-1).sort().indices
+    grad = torch.randn(10, 128)
+    group(x, offs, order // 2).backward(grad)
+    w = dequantize(group.weight_packed, group.weight_scale, group.format)  # [E, N, K]
+    t = torch.block_diag(*group.input_transform.float().expand(2, -1, -1))
+    owner = index.reshape(-1)[order]
+    expected = torch.zeros(5, 64).index_add_(0, order // 2, torch.einsum("sn,snk->sk", grad, w[owner]) @ t)
+    assert torch.allclose(x.grad, expected, atol=1e-4)
+    assert experts(x.bfloat16(), index, weights.bfloat16()).requires_grad
+
+
+def test_copies_of_a_model_are_equal(rounded):
+    other = copy.deepcopy(rounded)
+    assert same_tensors(other, rounded) and pickle.loads(pickle.dumps(rounded.model.layers[0].mlp)) is not None
+    with torch.no_grad():
+        assert torch.equal(other(DATA[0]).logits, rounded(DATA[0]).logits)
+
+
+class Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids):
+        return self.model(input_ids, use_cache=False).logits
+
+
+def test_exported_and_fused_programs_have_the_same_bits(rounded):
+    model = Logits(rounded)
+    with torch.no_grad():
+        program = torch.export.export(model, (tokens(2, 9),), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},))
+        wc.fuse(program)
+        counts = count_ops(program.graph)
+        fused = {"rms_norm_keep_transform_quantize": 1, "silu_mul_transform_quantize": 1, "fp4_grouped_linear": 2}
+        assert fused.items() <= counts.items()
+        for shape in ((2, 9), (1, 1), (3, 7)):
+            assert torch.equal(program.module()(tokens(*shape)), model(tokens(*shape)))
+
+
+@pytest.mark.skipif(not emulates_rounding(), reason="Inductor's C++ code rounds differently from eager")
+def test_compiled_with_a_static_cache(rounded):
+    """One graph, whose tokens are those of the eager model."""
+    model = copy.deepcopy(rounded)
+    settings = dict(max_new_tokens=3, do_sample=False, cache_implementation="static", disable_compile=True)
+    expected = model.generate(tokens(2, 9), **settings)
+    model.forward = torch.compile(model.forward, backend="wush", fullgraph=True)
+    with torch._inductor.config.patch(emulate_precision_casts=True):  # tokens may differ without it
+        assert torch.equal(model.generate(tokens(2, 9), **settings), expected)
 
 
 @pytest.mark.gpu

@@ -232,7 +232,7 @@ def test_reasons_for_matrices_of_many_kinds():
 attention.in_proj_weight: belongs to MultiheadAttention, not to a linear layer
 attention.out_proj: its weight is read by MultiheadAttention directly, not through its own forward
 conv: Conv1d is not a linear layer
-experts: 3-D weight of Kinds: MoE experts are not supported
+experts: 3-D weight of Kinds, which does not multiply rows in the order of experts
 gains: no matrix product reads it
 matrix: belongs to Kinds, not to a linear layer
 own: Own has a forward of its own

@@ -27,7 +27,7 @@ from ..passes.calibration.group import LinearGroup
 from ..passes.calibration.observe import Observation, allocate, observed
 from ..passes.calibration.partition import Stage
 from ..phases import phase
-from ..solver.experts import SHRINKAGE_ROWS, starved_experts
+from ..solver.experts import SHRINKAGE_ROWS, first_bad_expert, starved_experts
 from ..solver.solution import solve_cost
 from .context import Run
 from .microbatch import MicroBatch, choose_batch_size, regroup, sequences
@@ -201,7 +201,7 @@ class Calibration:
                 torch.stack([s.moment.diagonal(dim1=-2, dim2=-1).isfinite().all() for s in seen.values()])
                 for _ in self._forwards(number)
             ]
-            self._check_finite(list(seen), torch.stack(finite).cpu())
+            self._check_finite(seen, torch.stack(finite).cpu())
         return seen
 
     def _warn_if_short(self, seen: dict[int, Observation]) -> None:
@@ -223,16 +223,21 @@ class Calibration:
                     4 * group.width,
                 )
 
-    def _check_finite(self, numbers: list[int], finite: Tensor) -> None:
+    def _check_finite(self, seen: dict[int, Observation], finite: Tensor) -> None:
         """Raises `NonFiniteError` unless all moments are finite.
 
+        seen     the groups' observations, in order
         finite   bool [batches, groups]: whether a group's moment is finite after each batch
         """
         if not finite.all():
             batch, group = (~finite).nonzero()[0].tolist()
             where = f"{self.batches[batch]}" + (f" of rank {self.ranks.rank}" if self.ranks.size > 1 else "")
+            number, observation = list(seen.items())[group]
+            name = self.groups[number].name
+            if self.groups[number].experts is not None:
+                name += f"[{first_bad_expert(observation.moment)}]"
             raise NonFiniteError(
-                f"{self.groups[numbers[group]].name}: its calibration inputs hold NaN or Inf in {where}, or "
+                f"{name}: its calibration inputs hold NaN or Inf in {where}, or "
                 "overflow fp32 when squared; repair the data or the model, or put the layer in ignore"
             )
 

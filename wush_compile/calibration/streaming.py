@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..checkpoint.conversion import Conversion
 from ..checkpoint.files import Shards, weight_files
 from ..checkpoint.source import check_complete, empty_model, ignores
-from ..errors import CheckpointError, NonFiniteError
-from .tensors import finite
+from ..errors import CheckpointError
+from .tensors import check_finite
 
 
 class CheckpointTensors:
@@ -66,10 +66,8 @@ class CheckpointTensors:
             if tensor.shape != like.shape:
                 raise CheckpointError(f"{name} is {list(tensor.shape)} in the file, {list(like.shape)} by config.json")
             loaded[name] = tensor = tensor.to(device)
-            if name in self._weights and not finite(tensor):
-                raise NonFiniteError(
-                    f"the weight {name} has NaN or Inf: the checkpoint is damaged, or was cast to a dtype too small"
-                )
+            if name in self._weights:
+                check_finite(name, tensor)
         return loaded
 
 

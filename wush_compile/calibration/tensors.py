@@ -25,6 +25,8 @@ def finite(tensor: Tensor) -> bool:
 def check_finite(name: str, weight: Tensor) -> None:
     """Raises a `NonFiniteError` if a weight has NaN or Inf."""
     if not finite(weight):
+        if weight.dim() == 3:  # of experts: the first one at fault
+            name = f"{name}[{next(e for e, own in enumerate(weight) if not finite(own))}]"
         raise NonFiniteError(
             f"the weight {name} has NaN or Inf: the checkpoint is damaged, or was cast to a dtype too small"
         )

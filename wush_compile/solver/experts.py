@@ -87,15 +87,20 @@ def solve_experts(
     )
 
 
+def first_bad_expert(moment: Tensor) -> int | None:
+    """The first expert whose moment [E, ..] has NaN or Inf; None if there is none."""
+    bad = (~moment.diagonal(dim1=-2, dim2=-1).flatten(1).isfinite().all(-1)).nonzero()
+    return int(bad[0]) if bad.numel() else None
+
+
 def _pooled(moment: Tensor, count: Tensor, name: str) -> Tensor:
     """The mean moment of all rows, float64 [K, K] or [K/B, B, B]."""
     total = int(count.sum())
     if total <= 0:
         raise DataError(f"{name}: no calibration token reached these experts: give more data, or put them in ignore")
-    bad = (~moment.diagonal(dim1=-2, dim2=-1).flatten(1).isfinite().all(-1)).nonzero()
-    if bad.numel():
+    if (bad := first_bad_expert(moment)) is not None:
         raise NonFiniteError(
-            f"{name}[{int(bad[0])}]: its calibration inputs hold NaN or Inf, or overflow fp32 when squared; "
+            f"{name}[{bad}]: its calibration inputs hold NaN or Inf, or overflow fp32 when squared; "
             "repair the data or the model, or put the layer in ignore"
         )
     return moment.sum(0, dtype=torch.float64).div_(total)

@@ -68,7 +68,9 @@ def reason_to_skip(parameter: Tensor, owner: nn.Module, readers: list[fx.Node]) 
     if is_linear_layer(owner):
         return read_by(called_by(readers[0])[1] or "the model")
     if any(_op_name(n) in PRODUCTS or "grouped_mm" in _op_name(n) for n in readers):
-        return f"3-D weight of {kind}: MoE experts are not supported" if parameter.dim() == 3 else belongs_to(owner)
+        if parameter.dim() == 3:
+            return f"3-D weight of {kind}, which does not multiply rows in the order of experts"
+        return belongs_to(owner)
     if any(part in _op_name(n) for n in readers for part in OTHER_LAYERS):
         return f"{kind} is not a linear layer"
     return "no matrix product reads it"
