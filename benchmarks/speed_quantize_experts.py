@@ -4,8 +4,8 @@
     python benchmarks/speed_quantize_experts.py --folder DIR --model tiny --device cpu --windows 4 --length 64
 
 DIR gets the checkpoint, one matrix an expert as the hub has them (1.3 GB a layer of Qwen3-30B-A3B's shape), and the
-result. A checkpoint that is there is used again. With `--layers` the time of all layers is projected: those that are left
-out take what a layer in the middle takes.
+result. A checkpoint that is there is used again. With `--layers` the time of all layers is projected: those that are
+left out take what a layer in the middle takes.
 
 The time covers everything from the files to the files, GPTQ on windows of random tokens. Memory of the GPU is what
 PyTorch reserves at most, and of the CPU the most that the process holds, with the values between layers.
