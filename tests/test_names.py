@@ -102,6 +102,8 @@ def test_a_model_whose_submodule_was_quantized(tmp_path, save):
     model = llava()
     quantize(model.model.language_model, IDS)
     before = logits(model)
+    with pytest.raises(WushError, match="only model.language_model of this LlavaForCond"):
+        wc.explain(model)
     save(model, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert "quantization_config" in config and "quantization_config" not in config["text_config"]

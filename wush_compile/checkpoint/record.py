@@ -119,6 +119,12 @@ def quantization_of(model: nn.Module) -> Quantization:
     """The record of a quantized model. Raises `WushError` for any other model."""
     record = getattr(model, ATTRIBUTE, None)
     if record is None:
+        inner = next((path for path, module in model.named_modules() if ATTRIBUTE in vars(module)), None)
+        if inner is not None:
+            raise WushError(
+                f"only {inner} of this {type(model).__name__} is quantized: give that module, or save the model, which "
+                "gives it a record of the whole"
+            )
         raise WushError(f"this {type(model).__name__} is not quantized: call wush_compile.quantize(model) first")
     return record
 

@@ -96,10 +96,15 @@ def load_model(source: str | os.PathLike, dtype: str | torch.dtype = "auto") -> 
         with _loading(source, "weights"):
             model, info = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
         check_complete(source, kind, info["missing_keys"], info["unexpected_keys"])
+    return model, tokenizer_or_none(source)
+
+
+def tokenizer_or_none(source: str | os.PathLike):
+    """`load_tokenizer`, or None for a model of images, of sound, or without its tokenizer's files."""
     try:
-        return model, load_tokenizer(source)
+        return load_tokenizer(source)
     except CheckpointError:
-        return model, None  # of images, of sound, or without its tokenizer's files
+        return None
 
 
 def load_tokenizer(source: str | os.PathLike):

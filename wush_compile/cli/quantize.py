@@ -79,7 +79,7 @@ def quantize(
     from ..calibration.progress import Progress
     from ..calibration.run import quantize as quantize_model
     from ..calibration.run import quantize_checkpoint
-    from ..checkpoint.source import load_model, load_tokenizer
+    from ..checkpoint.source import load_model, load_tokenizer, tokenizer_or_none
     from ..config import WushConfig
     from ..data import windows
     from ..reporting.explain import explain as explanation
@@ -107,7 +107,7 @@ def quantize(
                 f"--stream reads a local directory, and {model} is none: download it first, or leave it out"
             )
         hide_bars(quiet)
-        net, tokenizer = (None, load_tokenizer(model)) if stream else load_model(model)
+        net, tokenizer = (None, tokenizer_or_none(model)) if stream else load_model(model)
         data = None
         if text is not None:
             tokenizer = tokenizer or load_tokenizer(model)  # raises
