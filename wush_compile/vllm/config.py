@@ -22,6 +22,7 @@ class WushVllmConfig(QuantizationConfig):
     found     those of `heads` that vLLM's model has
     holders   index of a group -> the layer that loads the group's transform. It is the layer of the first member;
               other layers take the transform from there.
+    captures        whether vLLM captures CUDA graphs
     reads_tensors   whether the weights come from the checkpoint, tensor by tensor
     """
 
@@ -32,6 +33,7 @@ class WushVllmConfig(QuantizationConfig):
         self.heads = {name: i for i, group in enumerate(record.groups) for name in group.get("embeddings", ())}
         self.found: set[str] = set()
         self.reads_tensors = True
+        self.captures = False
         self.holders: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
     # It is pickled to the workers, before there are layers. A dictionary of weak references cannot be.
@@ -111,7 +113,9 @@ class WushVllmConfig(QuantizationConfig):
             from .passes import enable
 
             current = get_current_vllm_config_or_none()
-            self.reads_tensors = current is None or current.load_config.load_format in ("auto", "hf", "safetensors")
+            if current is not None:
+                self.reads_tensors = current.load_config.load_format in ("auto", "hf", "safetensors")
+                self.captures = current.device_config.device_type == "cuda" and not current.model_config.enforce_eager
             enable()
             return WushLinearMethod(self, prefix, names, groups)
         if left := [name for name, group in zip(names, groups) if group is None and any(g is not None for g in groups)]:

@@ -154,6 +154,13 @@ class WushLinearMethod(LinearMethodBase):
         return param, param.weight_loader
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if getattr(layer, "wush_ready", False) and self.config.captures:
+            # Kernels remember facts of a weight, and captured graphs hold these.
+            raise CheckpointError(
+                f"{self.prefix}: weights cannot be loaded again into captured CUDA graphs: start vLLM anew, or with "
+                "enforce_eager=True"
+            )
+        layer.wush_ready = True
         self._finish(layer)
         for name, group in self.config.heads.items():
             if name not in self.config.found and any(part.group == group for part in self.parts):
