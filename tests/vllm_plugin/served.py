@@ -4,6 +4,7 @@ Both compute in fp32, and our model goes over vLLM's tokens: a difference below 
 next quantizer, so that log-probabilities agree to fp32's last digits, until one code flips. Few layers keep that rare.
 """
 
+import contextlib
 import gc
 from pathlib import Path
 from typing import NamedTuple
@@ -72,20 +73,33 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in PROMPTS]
 
 
-def greedy(directory: Path, **settings) -> list[tuple[list[int], list[int], list[float]]]:
-    """(prompt, new tokens, their log-probabilities) of each prompt, by vLLM."""
-    from vllm import LLM, SamplingParams
+Row = tuple[list[int], list[int], list[float]]  # a prompt, its new tokens, their log-probabilities
+
+
+@contextlib.contextmanager
+def engine(directory: Path, **settings):
+    """A `vllm.LLM` of a checkpoint, in fp32 and eager mode unless told otherwise; it is gone behind the context."""
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    defaults = dict(dtype="float32", max_model_len=64, max_num_seqs=4, enforce_eager=True, skip_tokenizer_init=True)
+    defaults = dict(dtype="float32", max_model_len=128, max_num_seqs=4, enforce_eager=True, skip_tokenizer_init=True)
     llm = LLM(str(directory), **defaults | settings)
     try:
-        sampling = SamplingParams(temperature=0, max_tokens=NEW, logprobs=0, ignore_eos=True, detokenize=False)
-        results = llm.generate([{"prompt_token_ids": p} for p in prompts()], sampling, use_tqdm=False)
+        yield llm
     finally:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def sampling():
+    """Greedy, of `NEW` tokens with their log-probabilities."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=NEW, logprobs=0, ignore_eos=True, detokenize=False)
+
+
+def rows_of(results) -> list[Row]:
     rows = []
     for result in results:
         (answer,) = result.outputs
@@ -94,10 +108,16 @@ def greedy(directory: Path, **settings) -> list[tuple[list[int], list[int], list
     return rows
 
 
+def greedy(directory: Path, **settings) -> list[Row]:
+    """What vLLM makes of each prompt."""
+    with engine(directory, **settings) as llm:
+        return rows_of(llm.generate([{"prompt_token_ids": p} for p in prompts()], sampling(), use_tqdm=False))
+
+
 @torch.no_grad()
-def agreement(directory: Path, rows: list[tuple[list[int], list[int], list[float]]]) -> Agreement:
-    """vLLM's tokens and log-probabilities beside those of our own eager model over the same tokens."""
-    model = nn.Module.float(wc.load(directory))  # transforms keep their bits
+def agreement(directory: Path, rows: list[Row], model: nn.Module | None = None) -> Agreement:
+    """vLLM's tokens and log-probabilities beside those of our own eager model (or of `model`) over the same tokens."""
+    model = model or nn.Module.float(wc.load(directory))  # transforms keep their bits
     same, differences = 0, []
     for prompt, new, log_probabilities in rows:
         logits = model(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]

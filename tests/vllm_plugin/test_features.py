@@ -1,0 +1,82 @@
+"""vLLM's own features on a quantized model: each works, and gives what it should."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="needs vLLM: `make test-vllm`")
+from safetensors.torch import save_file
+from served import NEW, agreement, checkpoint, engine, greedy, prompts, rows_of, sampling
+from torch import nn
+
+import wush_compile as wc
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("features") / "checkpoint", kind="llama")
+
+
+def test_a_prefix_is_cached(directory):
+    prompt = torch.randint(3, 1000, (40,), generator=torch.Generator().manual_seed(5)).tolist()
+    with engine(directory, enable_prefix_caching=True, block_size=32) as llm:
+        results = [
+            llm.generate([{"prompt_token_ids": prompt + [end]}], sampling(), use_tqdm=False) for end in (7, 8, 7)
+        ]
+    assert [r[0].num_cached_tokens for r in results] == [0, 32, 32]
+    found = agreement(directory, rows_of([r[0] for r in results]))
+    assert found.same == found.tokens == 3 * NEW and found.largest < 5e-5, found
+
+
+def test_an_adapter(directory, tmp_path):
+    """vLLM's LoRA over a quantized linear: the adapter gets the activations before they are quantized."""
+    from vllm.lora.request import LoRARequest
+
+    generator, tensors, targets = torch.Generator().manual_seed(3), {}, {"self_attn.q_proj": 256, "mlp.down_proj": 512}
+    for layer in (0, 1):
+        for name, width in targets.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = 0.05 * torch.randn(8, width, generator=generator)
+            tensors[f"{prefix}.lora_B.weight"] = 0.05 * torch.randn(256, 8, generator=generator)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj", "down_proj"],
+        "bias": "none",
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+
+    with engine(directory, enable_lora=True, max_lora_rank=8) as llm:
+        request = LoRARequest("adapter", 1, str(tmp_path))
+        asked = [{"prompt_token_ids": p} for p in prompts()]
+        plain = rows_of(llm.generate(asked, sampling(), use_tqdm=False))
+        adapted = rows_of(llm.generate(asked, sampling(), use_tqdm=False, lora_request=request))
+    model = nn.Module.float(wc.load(directory))
+    for name, a in tensors.items():
+        if name.endswith("lora_A.weight"):
+            b = tensors[name.replace("lora_A", "lora_B")]
+            linear = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+            linear.register_forward_hook(lambda _, args, y, a=a, b=b: y + 2.0 * (args[0] @ a.T @ b.T))
+    for rows, by in ((plain, None), (adapted, model)):
+        found = agreement(directory, rows, by)
+        assert found.same == found.tokens and found.largest < 5e-5, found
+    assert [row[1] for row in plain] != [row[1] for row in adapted]
+
+
+def test_a_cache_in_fp8(directory):
+    rows = greedy(directory, kv_cache_dtype="fp8")
+    found = agreement(directory, rows)
+    assert found.tokens == 6 * NEW and 5e-5 < found.mean < 0.2, found  # the cache rounds, and codes flip
+
+
+def test_speculative_decoding(directory):
+    """By n-grams; accepted or not, the tokens are those of one step after the other."""
+    rows = greedy(
+        directory,
+        speculative_config=dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=1),
+    )
+    found = agreement(directory, rows)
+    assert found.same == found.tokens and found.largest < 5e-5, found
