@@ -23,7 +23,16 @@ from wush_compile.calibration import token_weights
 from wush_compile.data import windows
 from wush_compile.solver import choose
 
-ROWS = ("uniform", "gradient", "gradient^1.5", "gradient^2", "uniform-loss", "gradient-loss^1.5", "uniform+1/8")
+ROWS = (
+    "uniform",
+    "gradient",
+    "gradient^1.5",
+    "gradient^2",
+    "uniform-loss",
+    "gradient-loss^1.5",
+    "uniform+1/8",
+    "hadamard",
+)
 
 
 def outputs(model: torch.nn.Module, ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,6 +72,7 @@ def main() -> None:
             token_weights=row.weights,
             weight_scale_rule=row.rule,
             progress=False,
+            **row.changes,
         )
         found, other = outputs(quantized, ids)
         report = {

@@ -58,6 +58,7 @@ ROWS = {
     "gradient-loss^2+1/8": Row("gradient", "loss", 0.125, exponent=2.0),
     "gradient-bound-4": Row("gradient", bound=4.0),
     "gradient-bound-100": Row("gradient", bound=100.0),
+    "hadamard": Row("uniform", changes={"transform": "hadamard"}),
     "gradient-loss-own": Row("gradient", "loss", changes={"share_transform": False}),
 }
 

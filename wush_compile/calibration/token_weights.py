@@ -100,8 +100,8 @@ class _Pass:
             self.loader.start(following, names(following))
         return loaded
 
-    def run_chunk(self, batches: list[MicroBatch], values: list[dict]) -> Iterator[tuple[int, int, Tensor, int]]:
-        """Runs micro-batches on the values of the graph's inputs. Yields (group, batch, norms [rows], rows kept)."""
+    def run_chunk(self, batches: list[MicroBatch], values: list[dict]) -> Iterator[tuple[int, int, tuple]]:
+        """Runs micro-batches on the values of the graph's inputs. Yields (group, batch, what its tap collected)."""
         run, last = self.run, len(self.stages) - 1
         forward = Activations(values, run.device, run.offloads, run.activations_dir)
         for k in range(last):
@@ -118,7 +118,7 @@ class _Pass:
                 before = self._take(backward, index, made)
                 backward.write(index, {n: g + before[n] if n in before else g for n, g in made.items()})
                 for group, tap in self.made[k][1].items():
-                    yield group, index, *tap.take()
+                    yield group, index, tap.take()
 
     @staticmethod
     def _take(store: Activations, index: int, names: Iterable[str]) -> dict[str, Tensor]:
@@ -173,8 +173,10 @@ class _Norms:
 
     units: dict[int, Tensor] | None
     kept: int = 0
+    effect: float = 0.0
 
-    def add(self, batch: MicroBatch, norm: Tensor, kept: int) -> None:
+    def add(self, batch: MicroBatch, norm: Tensor, kept: int, effect: float) -> None:
+        self.effect += effect
         if self.units is None or len(norm) % len(batch.units):
             self.units = None
             return
@@ -206,8 +208,8 @@ def _norms(
             values = variant.activations.read(work.inputs)
             for chunk in _chunks(variant.batches, work.together):
                 inputs = [dict(zip(work.inputs, next(values), strict=True)) for _ in chunk]
-                for group, index, norm, kept in work.run_chunk(chunk, inputs):
-                    found[group].add(chunk[index], norm, kept)
+                for group, index, collected in work.run_chunk(chunk, inputs):
+                    found[group].add(chunk[index], *collected)
                 for batch in chunk:
                     run.progress.advance(batch.tokens())
     finally:
@@ -231,7 +233,7 @@ def _pass_size(windows: list[Batch], batch_size: int | None) -> int | None:
     return min(max(1, PASS_TOKENS // longest), batch_size or max(counts))
 
 
-def _measure(
+def measure(
     variants: Variants,
     groups: list[LinearGroup],
     wanted: set[int],
@@ -239,7 +241,10 @@ def _measure(
     batch_size: int | None,
     run: Run,
 ) -> dict[str, Tensor]:
-    """Returns the weights of the whole run, of all processes: for each group `weights` [rows] and `rows` [units]."""
+    """Returns the weights of the whole run, of all processes: for each group `weights` [rows] and `rows` [units].
+
+    `effect` of a group is the mean over tokens of ‖gradient‖² ‖output‖² / N, summed over its members.
+    """
     units = run.ranks.gather(sum(sequences(batch) or 1 for batch in windows))
     offset, size = sum(units[: run.ranks.rank]), run.ranks.smallest(_pass_size(windows, batch_size) or 0) or None
     while True:
@@ -264,16 +269,18 @@ def _measure(
     weights, without = {"units": torch.tensor(units)}, []
     for i in sorted(wanted):
         own = found[i].units
-        mine = None if own is None else ([own[unit] for unit in sorted(own)], found[i].kept)
+        mine = None if own is None else ([own[unit] for unit in sorted(own)], found[i].kept, found[i].effect)
         shares = run.ranks.gather(mine)
         if None in shares:  # its rows do not belong to sequences
             without.append(groups[i].name)
             continue
-        parts = [part for share, _ in shares for part in share]
-        weight, kept = torch.cat(parts).to(torch.float64) ** POWER, sum(count for _, count in shares)
+        parts = [part for share, *_ in shares for part in share]
+        weight, kept = torch.cat(parts).to(torch.float64) ** POWER, sum(count for _, count, _ in shares)
         mean = weight.sum() / max(kept, 1)
         if 0 < mean < math.inf:
             weights[f"{groups[i].name}.weights"] = (weight / mean).clamp(max=LARGEST_WEIGHT).to(torch.float32)
+            effect = sum(value for *_, value in shares) / kept
+            weights[f"{groups[i].name}.effect"] = torch.tensor(effect, dtype=torch.float64)
             weights[f"{groups[i].name}.rows"] = torch.tensor([len(part) for part in parts])
         else:
             without.append(groups[i].name)
@@ -298,9 +305,13 @@ def token_weights(
         return TokenWeights({})
 
     def make() -> dict[str, Tensor]:
-        return _measure(variants, groups, wanted, windows, batch_size, run)
+        return measure(variants, groups, wanted, windows, batch_size, run)
 
-    whole = make() if run.journal is None else run.journal.remember("token_weights", make)
+    return assigned(make() if run.journal is None else run.journal.remember("token_weights", make), groups, wanted, run)
+
+
+def assigned(whole: dict[str, Tensor], groups: list[LinearGroup], wanted: set[int], run: Run) -> TokenWeights:
+    """Returns this process's part of what `measure` has found."""
     units = whole["units"].tolist()
     own = slice(sum(units[: run.ranks.rank]), sum(units[: run.ranks.rank + 1]))
     of_group = {}

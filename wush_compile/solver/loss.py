@@ -27,6 +27,12 @@ def layer_loss(x: Tensor, weight: Tensor, solution: "GroupSolution", recipe: Rec
 
 def loss_sums(x: Tensor, weight: Tensor, solution: "GroupSolution", recipe: Recipe) -> tuple[Tensor, Tensor]:
     """The two sums of squares of `layer_loss`, ‖X Wᵀ − Q(X Tᵀ) Q(W T⁻¹)ᵀ‖² and ‖X Wᵀ‖²: float64 []."""
+    error, power = loss_rows(x, weight, solution, recipe)
+    return error.sum(), power.sum()
+
+
+def loss_rows(x: Tensor, weight: Tensor, solution: "GroupSolution", recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The two sums of squares of `layer_loss` for each row of x: float64 [n]."""
     x = x.to(weight.device, torch.float32)
     t = None if solution.transform is None else solution.transform.to(torch.float32)
     values = apply_blockwise(x.T, t).T.contiguous()  # X Tᵀ [n, K]
@@ -38,7 +44,7 @@ def loss_sums(x: Tensor, weight: Tensor, solution: "GroupSolution", recipe: Reci
     else:
         packed, scale = formats.quantize(values, recipe.format, recipe.activation_scale_rule, g)
         x_quantized = formats.dequantize(packed, scale, recipe.format, g)
-    error = power = torch.zeros((), dtype=torch.float64, device=weight.device)
+    error = power = torch.zeros(x.shape[0], dtype=torch.float64, device=weight.device)
     step = max(1, DECODED_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
@@ -46,6 +52,6 @@ def loss_sums(x: Tensor, weight: Tensor, solution: "GroupSolution", recipe: Reci
             solution.weight_packed[rows], solution.weight_scale[rows], recipe.format, solution.weight_global_scale
         )  # [N', K]
         reference = x @ weight[rows].to(torch.float32).T  # [n, N']
-        error = error + (reference - x_quantized @ w_quantized.T).to(torch.float64).square().sum()
-        power = power + reference.to(torch.float64).square().sum()
+        error = error + (reference - x_quantized @ w_quantized.T).to(torch.float64).square().sum(-1)
+        power = power + reference.to(torch.float64).square().sum(-1)
     return error, power

@@ -19,38 +19,50 @@ class Tap(nn.Module):
         self.anchor: Tensor | None = None
         self._square: Tensor | None = None
         self._kept: Tensor | None = None
+        self._effect: Tensor | None = None
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x [.., N], the output of one member; mask: 0 where a row does not count, or None."""
         if self._square is None:
             self._square = torch.zeros(x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
+            self._effect = torch.zeros((), dtype=torch.float64, device=x.device)
         if mask is not None:
             self._kept = mask.reshape(-1) != 0
         return _Passed.apply(x, self.anchor, self)
 
-    def add(self, gradient: Tensor) -> None:
-        """Adds the squared norms of the rows of a member's gradient [.., N]."""
-        norm = torch.linalg.vector_norm(gradient.flatten(0, -2), dim=-1, dtype=torch.float32)
-        self._square += norm.square()
+    def add(self, gradient: Tensor, size: Tensor) -> None:
+        """Adds a member's gradient [.., N]; size [..]: the norm of each row of its output."""
+        square = _row_norms(gradient).flatten().square()
+        self._square += square
+        self._effect += (square.double() * size.flatten().double().square()).sum() / gradient.shape[-1]
 
-    def take(self) -> tuple[Tensor, int]:
-        """Returns (each row's norm over all members [rows], 0 in masked rows; the number of the others), and resets."""
+    def take(self) -> tuple[Tensor, int, float]:
+        """Returns what was collected, and resets.
+
+        (each row's norm over all members [rows], 0 in masked rows; the number of the other rows; the sum over rows and
+        members of ‖gradient‖² ‖output‖² / N, see `recommend.py`)
+        """
         norm, rows = self._square.sqrt(), len(self._square)
         if self._kept is not None:
             norm, rows = torch.where(self._kept, norm, 0.0), int(self._kept.sum())
-        self._square = self._kept = None
-        return norm, rows
+        effect = float(self._effect)
+        self._square = self._kept = self._effect = None
+        return norm, rows, effect
+
+
+def _row_norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
 
 
 class _Passed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, anchor: Tensor, tap: Tap) -> Tensor:
-        ctx.tap = tap
+        ctx.tap, ctx.size = tap, _row_norms(x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        ctx.tap.add(gradient)
+        ctx.tap.add(gradient, ctx.size)
         return gradient, None, None
 
 
