@@ -26,15 +26,16 @@ from wush_compile.ops import core as ops
 from wush_compile.solver import choose
 
 ACTIVATIONS = {"same": "same", "fp8": "fp8", "none": None}
-POWER, SCALED = dict(choose.POWER), ops.scaled_rows
+# Row.power counts from these. The library's own are in LIBRARY.
+POWER, LIBRARY, SCALED = {"same": 0.5, "fp8": 0.875, None: 0.875}, dict(choose.POWER), ops.scaled_rows
 
 
 class Row(NamedTuple):
-    """One setting: `power` is added to the default power of s, `exponent` is that of gradients' norms."""
+    """One setting: `power` is added to `POWER`, None is the library's; `exponent` is that of gradients' norms."""
 
     weights: str
     rule: str = "mse"
-    power: float = 0.0
+    power: float | None = 0.0
     bound: float | None = None
     exponent: float = 1.0
     changes: dict = {}
@@ -56,6 +57,7 @@ ROWS = {
     "gradient-loss^2": Row("gradient", "loss", exponent=2.0),
     "gradient-loss^1.5+1/8": Row("gradient", "loss", 0.125, exponent=1.5),
     "gradient-loss^2+1/8": Row("gradient", "loss", 0.125, exponent=2.0),
+    "default": Row("gradient", "best", None, exponent=1.5),
     "gradient-bound-4": Row("gradient", bound=4.0),
     "gradient-bound-100": Row("gradient", bound=100.0),
     "hadamard": Row("uniform", changes={"transform": "hadamard"}),
@@ -73,10 +75,14 @@ def bound(limit: float):
     return scaled
 
 
+def power_of(row: Row, activation: str | None) -> float:
+    return LIBRARY[activation] if row.power is None else POWER[activation] + row.power
+
+
 def measure(model, data, ids, format: str, activations: str, name: str) -> dict:
     """KL, perplexity and top-1 agreement of one setting."""
     row, activation = ROWS[name], ACTIVATIONS[activations]
-    choose.POWER[activation] = POWER[activation] + row.power
+    choose.POWER[activation] = power_of(row, activation)
     token_weights.POWER = row.exponent
     ops.scaled_rows = SCALED if row.bound is None else bound(row.bound)
     start = time.perf_counter()

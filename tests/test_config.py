@@ -149,6 +149,7 @@ def test_paper(format):
         weight_scale_rule="paper",
         activation_scale_rule="paper",
         share_transform=False,
+        token_weights="uniform",
     )
     assert WushConfig.paper(format, solver="rtn", share_transform=True).solver == "rtn"
     assert WushConfig.paper(format, moments="marginal").moments == "marginal"

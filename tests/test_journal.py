@@ -66,7 +66,7 @@ IDS = list(torch.randint(50, (3, 4, 16), generator=torch.Generator().manual_seed
 
 
 def quantize(model, out, data=DATA, **settings):
-    return wc.quantize(model, data, progress=False, out=out, **settings)
+    return wc.quantize(model, data, progress=False, out=out, **{"token_weights": "uniform", **settings})
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def test_sampled_text_is_kept(tmp_path):
 
 def test_out_of_memory_halves_the_micro_batch_and_a_resumed_run_takes_that(tmp_path, failing):
     one, two = tmp_path / "one", tmp_path / "two"
-    plain = wc.quantize(net(Words), IDS, progress=False, batch_size=4)
+    plain = wc.quantize(net(Words), IDS, progress=False, batch_size=4, token_weights="uniform")
     failing(variants, "functional_call", 14, torch.OutOfMemoryError("simulated"))
     model = quantize(net(Words), one, IDS)
     manifest = json.loads((one / ".wush" / "manifest.json").read_text())

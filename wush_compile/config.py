@@ -123,9 +123,13 @@ class WushConfig(Recipe):
 
     @classmethod
     def paper(cls, format: str = "mxfp4", **changes) -> "WushConfig":
-        """The authors' setting: GPTQ, conditional moments, their scale rules, a transform for each linear."""
+        """The authors' setting: GPTQ, conditional moments, their scale rules, a transform a linear, equal tokens."""
         settings = dict(
-            moments="conditional", weight_scale_rule="paper", activation_scale_rule="paper", share_transform=False
+            moments="conditional",
+            weight_scale_rule="paper",
+            activation_scale_rule="paper",
+            share_transform=False,
+            token_weights="uniform",
         )
         return cls.from_dict({"format": format, **settings, **changes})
 

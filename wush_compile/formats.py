@@ -11,6 +11,7 @@ A tensor [.., K] is quantized in groups of G channels of its last dimension:
 `g` is the global scale, fp32 [1], or None for 1. Values are multiplied by g before they are encoded.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -272,22 +273,28 @@ MXFP4_OFFSETS = (0, -1, 1, -2)
 INT4_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
+@functools.cache
+def _candidates(format: str, device: torch.device) -> Tensor:
+    values = {"mxfp4": MXFP4_OFFSETS, "nvfp4": NVFP4_LARGEST, "int4": INT4_SHARES}[format]
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
 def scale_candidates(x: Tensor, format: str, g: Tensor | None = None) -> Tensor:
     """Scales among which to choose: fp32 groups [.., G] -> [C, ..] in the format's scale dtype, `absmax` first.
 
     A group with NaN or Inf gets the NaN mark in all.
     """
+    each = _candidates(format, x.device).view(-1, *[1] * (x.dim() - 1))  # [C, 1..]
+    if format == "nvfp4":
+        amax = x.to(torch.float32).abs().amax(-1)
+        bad = ~torch.isfinite(amax)
+        byte = e4m3_encode((torch.where(bad, 0.0, amax) * (_global(g, x) / each)).clamp(max=E4M3_MAX))
+        return torch.where(bad, NV_NAN, byte.clamp(0x01, 0x7E))
     first = compute_scales(x, format, "absmax", g)
     if format == "int4":
-        return torch.stack([(first.to(torch.float32) * share).to(torch.bfloat16) for share in INT4_SHARES])
-    if format == "mxfp4":
-        byte = first.to(torch.int32)
-        moved = [(byte + offset).clamp(1, 254) for offset in MXFP4_OFFSETS]
-        return torch.stack([torch.where(byte == MX_NAN, MX_NAN, b) for b in moved]).to(torch.uint8)
-    scaled = torch.where(first == NV_NAN, 0.0, x.to(torch.float32).abs().amax(-1))
-    factors = [_global(g, x) / largest for largest in NVFP4_LARGEST]
-    found = [e4m3_encode((scaled * f).clamp(max=E4M3_MAX)).clamp(0x01, 0x7E) for f in factors]
-    return torch.stack([torch.where(first == NV_NAN, NV_NAN, b) for b in found]).to(torch.uint8)
+        return (first.to(torch.float32) * each).to(torch.bfloat16)
+    byte = first.to(torch.int32)
+    return torch.where(byte == MX_NAN, MX_NAN, (byte + each.to(torch.int32)).clamp(1, 254)).to(torch.uint8)
 
 
 # -- encode, decode --------------------------------------------------------------------------------------------------

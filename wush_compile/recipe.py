@@ -32,9 +32,10 @@ class Recipe:
         moment given the channels not yet quantized, as in the authors' Algorithm 2.
     weight_scale_rule, activation_scale_rule
         How the scale of a group follows from its values (docs/spec.md §4). `absmax` clips nothing; `mse` takes the
-        candidate with the least squared error; `loss` (weights alone), of more candidates, the one with the least loss
-        of GPTQ, with `rtn` it is `mse`; `ocp` (mxfp4) is the Microscaling rule; `gaussian` (int4) is optimal for
-        a normal distribution; `paper` is the rule of the authors' code.
+        candidate with the least squared error; `ocp` (mxfp4) is the Microscaling rule; `gaussian` (int4) is optimal for
+        a normal distribution; `paper` is the rule of the authors' code. Of weights alone: `loss` takes the one, of more
+        candidates, with the least loss of GPTQ (with `rtn` it is `mse`); `best` is `loss` for nvfp4 and `mse` for the
+        others, by measurement.
     activation_format
         The format of activations. `same`: that of the weights, 4 bits. `fp8`: e4m3 with one fp32 scale a token; more
         than half of the loss of 4 bits on both sides goes away. None: 16 bits, only weights are quantized.
@@ -58,13 +59,13 @@ class Recipe:
     transform: str = "wush"
     solver: str = "gptq"
     moments: str = "marginal"
-    weight_scale_rule: str = "mse"
+    weight_scale_rule: str = "best"
     activation_scale_rule: str = "mse"
     activation_format: str | None = "same"
     transform_block_size: int | None = None
     share_transform: bool = True
     damping: float = 0.01
-    token_weights: str = "uniform"
+    token_weights: str = "gradient"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,7 +76,7 @@ class Recipe:
         one_of("activation_format", self.activation_format, ACTIVATION_FORMATS)
         if self.format not in WEIGHT_FORMATS:  # which `resolved` gives their one rule
             for side in ("weight_scale_rule", "activation_scale_rule"):
-                more = ("loss",) if side == "weight_scale_rule" else ()
+                more = ("best", "loss") if side == "weight_scale_rule" else ()
                 one_of(f"{side} for {self.format}", getattr(self, side), (*fmt.scale_rules, *more))
         elif self.activation_format == "same":
             raise ConfigError(

@@ -107,7 +107,7 @@ def _gain(before: tuple, after: tuple) -> float:
 
 
 def choose(groups: list[Surveyed], cost: Cost, max_kl: float | None, max_share: float | None) -> list[str]:
-    """The rung of each group: the least cost with a KL of `max_kl`, or the least KL at this share of the cost at 16 bits.
+    """The rung of each group: the least cost for a KL of `max_kl`, or the least KL at a share of the cost at 16 bits.
 
     Raises `ConfigError` if even the cheapest rungs cost more than the share.
     """

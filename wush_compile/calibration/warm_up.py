@@ -54,7 +54,7 @@ def _product(rows: int, width: int, tokens: int, recipe: Recipe, dtype: torch.dt
     fmt, one = formats.get_format(recipe.format), torch.ones(1, device=device)
     g = [
         one if stores_global_scale(format, rule) else None
-        for format, rule in ((recipe.operand, recipe.operand_rule), (recipe.format, recipe.weight_scale_rule))
+        for format, rule in ((recipe.operand, recipe.operand_rule), (recipe.format, weight_rule(recipe)))
     ]
     block = block_size(recipe, width)
     t = torch.eye(block, dtype=dtype, device=device)

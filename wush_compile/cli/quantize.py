@@ -31,8 +31,10 @@ def quantize(
     transform: Annotated[str, typer.Option(help="identity, random, hadamard, wus or wush.")] = "wush",
     solver: Annotated[str, typer.Option(help="rtn or gptq.")] = "gptq",
     moments: Annotated[str, typer.Option(help="marginal or conditional.")] = "marginal",
-    weight_scale_rule: Annotated[str, typer.Option(help="absmax, mse, paper; mxfp4: ocp; int4: gaussian.")] = "mse",
-    activation_scale_rule: Annotated[str, typer.Option(help="As the weights' rule.")] = "mse",
+    weight_scale_rule: Annotated[
+        str, typer.Option(help="best, loss, absmax, mse, paper; mxfp4: ocp; int4: gaussian.")
+    ] = "best",
+    activation_scale_rule: Annotated[str, typer.Option(help="absmax, mse, paper; as the weights' rule.")] = "mse",
     activation_format: Annotated[
         str,
         typer.Option(help="Activations: same (4 bits, as the weights), fp8 (e4m3, a scale a token) or none (16 bits)."),
@@ -56,6 +58,9 @@ def quantize(
             "ones win.",
         ),
     ] = None,
+    token_weights: Annotated[
+        str, typer.Option(help="What a token counts in second moments: gradient (one more pass) or uniform.")
+    ] = "gradient",
     damping: Annotated[float, typer.Option(help="Share of the mean diagonal added to second moments.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Device = "auto",
@@ -99,6 +104,7 @@ def quantize(
             ignore=tuple(ignore or ()),
             overrides=dict(map(_override, override or ())),
             damping=damping,
+            token_weights=token_weights,
             seed=seed,
         )
         text, where = None if calibration is None else read_text(calibration), device_named(device)
