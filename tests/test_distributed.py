@@ -20,7 +20,7 @@ from wush_compile.errors import NonFiniteError, WushError
 from wush_compile.solver.solution import solve_cost
 
 WINDOWS, LENGTH = 10, 48
-SETTINGS = {"solver": "gptq", "token_weights": "gradient", "progress": False}
+SETTINGS = {"solver": "gptq", "activation_format": "fp8", "progress": False}
 
 
 def data():
