@@ -15,6 +15,7 @@ kept (`--again STATUS` repeats those that have not passed). The columns, in orde
               returns what the model returns in eager mode, bit for bit. Its ops run one by one: no code is generated,
               since that takes a minute a model. The passes also run on Inductor's form of the graph (`compiled`).
     export    `torch.export` + `fuse` return what the model returns, bit for bit
+    images    a vision-language model is quantized on text with images, and its graph agrees; the others are on text
 
 A column is `true`, an error, or `null` where it does not apply: the 16-bit model cannot do it either (its reason is
 under `not_applicable`).
@@ -29,6 +30,7 @@ import functools
 import json
 import logging
 import os
+import random
 import resource
 import signal
 import sys
@@ -40,11 +42,11 @@ from pathlib import Path
 
 import torch
 from common import environment, write_json
-from tiny_models import TORCH, architectures, inputs_of, tiny_model
+from tiny_models import TORCH, architectures, inputs_of, tiny_model, with_images
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-COLUMNS = ("quantized", "graph", "saved", "generate", "compile", "export")
+COLUMNS = ("quantized", "graph", "saved", "generate", "compile", "export", "images")
 BATCHES = 3
 # A column is this and a distance where the passes change nothing, and the trace that torch makes differs from eager.
 TRACE = "the trace itself differs by "
@@ -249,7 +251,7 @@ def varied(batch: object) -> object:
     """Another batch of the same shapes."""
 
     def other(t: Tensor) -> Tensor:
-        return t.flip(-1) if t.dtype == torch.int64 and len(t.unique()) > 2 else t * 1.1 if t.is_floating_point() else t
+        return t * 1.1 if t.is_floating_point() else t
 
     return pytree.tree_map(other, batch)
 
@@ -359,6 +361,18 @@ def measure(name: str, columns: tuple[str, ...], emit: Callable[[dict], None]) -
             compiled(original, batch)
         except Exception as error:
             not_applicable["compile"] = reason(error)
+    if "images" in columns and kind in ("vision-language", "multimodal") and "pixel_values" not in batch:
+        pictures = with_images(original, call)
+
+        def quantized_on_images() -> None:
+            wc.quantize(original, [pictures, varied(pictures)], progress=False)
+            if original.wush_quantization.run["verified"] is None:
+                raise Differs("not checked")
+
+        if pictures is None:
+            not_applicable["images"] = "no batch with images could be made"
+        else:
+            attempt("images", quantized_on_images)
     emit({"not_applicable": not_applicable, "done": True, "seconds": round(time.process_time(), 1)})
 
 
@@ -469,6 +483,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = [n for n in architectures() if not args.only or any(fnmatch.fnmatch(n, p) for p in args.only)]
     result = json.loads(args.out.read_text()) if args.out.exists() else {"rows": {}}
     result = {**environment(torch.device("cpu")), "rows": result["rows"]}
+    random.Random(0).shuffle(names)  # a run that is cut short is a fair sample
     todo = [n for n in names if n not in result["rows"] or (args.again and not passed(result["rows"][n]))]
 
     import torch._inductor.compile_fx as _  # noqa: F401

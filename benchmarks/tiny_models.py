@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-WIDTH, HEADS, HEAD, LAYERS, VOCABULARY, IMAGE, PATCH, LENGTH = 64, 4, 16, 2, 256, 64, 16, 16
+WIDTH, HEADS, HEAD, LAYERS, VOCABULARY, IMAGE, PATCH, LENGTH, QUESTION = 64, 4, 16, 2, 256, 64, 16, 16, 5
 
 # Heads by the mapping of transformers that names them: a model type is walked with the first that it has.
 TASKS = {
@@ -96,6 +96,7 @@ NUMBERS: list[tuple[str, Callable[[int], int]]] = [
     (r"(\w+_)?(num_(\w+_)?experts|n_routed_experts)", _at_most(4)),
     (r"(\w+_)?experts_per_tok|moe_topk|top_?k(_experts)?|topk_group|n_group", _at_most(2)),
     (r"(pretrain_)?(image|img|input_image)_size", DEPTHS[5]),
+    (r"mm_tokens_per_image", _at_most(4)),
     (r"window_size", lambda v: 2 if v <= 16 else v),
     (r"(mamba_)?n_groups|mamba_ngroups|moe_k|num_(expert_)?group|num_experts_per_token", _at_most(2)),
     (r"(\w+_)?num_queries|num_query_tokens|query_length|num_denoising", _at_most(10)),
@@ -227,12 +228,15 @@ EXCEPTIONS: dict[str, dict] = {
     "wav2vec2-conformer": dict(vocab_size=64),
     **{name: dict(head_dim=HEAD) for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral")},
     "hunyuan_vl": dict(text_config=dict(head_dim=HEAD)),
-    "dots1": dict(n_routed_experts=4),
+    "dots1": dict(n_routed_experts=4, n_shared_experts=1, moe_intermediate_size=WIDTH),
+    "splinter": dict(question_token_id=QUESTION),
+    "xmod": dict(default_language="en_XX"),
+    "vits": dict(vocab_size=VOCABULARY),
     "glm5_next": dict(text_config=dict(num_key_value_heads=HEADS, index_topk=16)),
     "glm5_next_text": dict(num_key_value_heads=HEADS, index_topk=16),
     "chameleon": dict(vocabulary_map={"<image>": 200, **{f"IMGIMGBS{c}Z": 100 + i for i, c in enumerate("ABCDEFGH")}}),
     "emu3": dict(vocabulary_map={"<image>": 200, **{f"<|visual token {i:06d}|>": 100 + i for i in range(16)}}),
-    "dpt": dict(num_hidden_layers=4, backbone_out_indices=[1, 2, 3, 4], neck_hidden_sizes=[32, 32, 32, 32]),
+    "dpt": dict(num_hidden_layers=4, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[32, 32, 32, 32]),
 }
 
 
@@ -289,7 +293,9 @@ def _find(config: object, *names: str) -> int | None:
 
 
 def _tokens(batch: int = 2, length: int = LENGTH) -> Tensor:
-    return torch.randint(5, 90, (batch, length))
+    ids = torch.randint(QUESTION, 90, (batch, length))
+    ids[:, 0] = QUESTION  # Splinter answers at such a token
+    return ids
 
 
 def _image(config: object, batch: int = 2) -> Tensor:
@@ -315,6 +321,8 @@ def _made(model: nn.Module, name: str, grid: bool) -> Iterator[Tensor]:
             channels = _find(config, "in_channels", "num_channels", "in_chans", "in_channel") or 3
             yield torch.randn(batch * side * side, channels * depth)
             yield torch.randn(batch * side * side, channels, size, size)
+    elif name == "image_sizes":
+        yield torch.tensor([[IMAGE, IMAGE]] * batch)
     elif name == "spatial_shapes":
         yield torch.tensor([[4, 4]] * batch)
     elif name == "pixel_attention_mask":
@@ -424,3 +432,39 @@ def inputs_of(model: nn.Module) -> Iterator[dict[str, Tensor] | tuple[Tensor, ..
                 continue
             for i in range(max(map(len, choices.values()))):
                 yield {name: values[min(i, len(values) - 1)] for name, values in choices.items()}
+
+
+def with_images(model: nn.Module, call: Callable[[nn.Module, dict], object]) -> dict[str, Tensor] | None:
+    """Text with an image in each row, for a vision-language model; None if no such batch runs.
+
+    How many tokens an image takes is what the model says of a text without them.
+    """
+    torch.manual_seed(2)
+    config, parameters = model.config, inspect.signature(model.forward).parameters
+    token = _find(config, "image_token_id", "image_token_index")
+    names = [n for n in ("pixel_values", "image_grid_thw", "spatial_shapes", "pixel_attention_mask") if n in parameters]
+    if token is None or "pixel_values" not in names:
+        return None
+    grid = "image_grid_thw" in names
+    names = names if grid or "spatial_shapes" in names else names[:1]
+    names += [n for n in ("image_sizes",) if n in parameters]
+    choices = {name: list(_made(model, name, grid)) for name in names}
+    for i in range(max(map(len, choices.values()))):
+        images = {n: values[min(i, len(values) - 1)] for n, values in choices.items()}
+        counts = [0]  # image tokens in a row
+        for count in counts:
+            ids = _tokens()
+            ids = torch.cat([ids[:, :2], torch.full((len(ids), count), token), ids[:, 2:]], 1)
+            batch = {"input_ids": ids, **images}
+            if "mm_token_type_ids" in parameters:
+                batch["mm_token_type_ids"] = (ids == token).long()
+            try:
+                call(model, batch)
+                if count:
+                    return batch
+            except Exception as error:
+                said = re.search(r"features:? (\d+)", str(error))
+                if said and count == 0:  # some models count tokens, some count numbers
+                    found = int(said[1]) // len(ids)
+                    counts += [n for n in (found, found // WIDTH) if 0 < n < 400]
+    return None
