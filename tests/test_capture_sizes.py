@@ -139,11 +139,33 @@ class Short(nn.Module):
         self.f = nn.Linear(64, 64)
 
     def forward(self, x):
-        if x.shape[0] < 4 and x.sum() > 1e9:
-            x = 2 * x
+        if x.shape[0] < 4 and torch.compiler.is_compiling():
+            raise ValueError("no tracing")
         return self.f(x)
 
 
 def test_a_batch_that_cannot_be_traced_is_named():
     with pytest.raises(wc.WushError, match="batch 1 needs a graph of its own.*x.*Give batches of one size"):
         quantize(Short().eval(), rows(4, 64), rows(2, 64))
+
+
+class Numbers(nn.Module):
+    """Code that takes no symbol for a size."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x):
+        if type(x.shape[1]) is not int:
+            raise TypeError("a number is wanted")
+        return self.linear(x) / x.shape[1]
+
+
+def test_code_that_takes_no_symbols_gets_a_graph_for_each_size():
+    captured = capture(Numbers(), [(rows(2, 8, 64),)])
+    assert captured.refusal((rows(2, 8, 64),)) is None
+    assert captured.refusal((rows(3, 8, 64),)) == "x of the size [2, 8, 64]"
+    model = quantize(Numbers(), (rows(2, 8, 64),), (rows(3, 9, 64),))
+    assert isinstance(model.linear, WushLinear)
+    assert quantization_of(model).run["verified"] == "equal"

@@ -424,7 +424,9 @@ class Untraceable(nn.Module):
 
 class Branching(nn.Module):
     def forward(self, x):
-        return x if x.sum() > 0 else -x
+        if torch.compiler.is_compiling():
+            raise ValueError("no tracing")
+        return -x
 
 
 def poison(model, value):

@@ -75,7 +75,16 @@ class Variant:
         if len(self.activations):
             for batch, inputs in zip(self.batches, self.activations.read(stage.inputs), strict=True):
                 weights = {weight_name(i): self._weights.of(i, batch, self._run.device) for i in weighted}
-                yield functional_call(stage.graph_module, loaded | weights, tuple(inputs))
+                try:
+                    outputs = functional_call(stage.graph_module, loaded | weights, tuple(inputs))
+                except RuntimeError as error:  # an assertion of a graph that was traced with the values of a batch
+                    if not str(error).startswith("Runtime assertion failed"):
+                        raise
+                    raise DataError(
+                        f"{batch} makes {type(self.captured.model).__name__} run other code than the traced batch: "
+                        "calibrate on batches that are alike (padding, empty parts), or quantize a submodule"
+                    ) from error
+                yield outputs
 
     def keep(self, number: int, index: int, outputs: tuple) -> None:
         """Keeps a stage's outputs for its batch `index`, and drops the values that no later stage reads."""

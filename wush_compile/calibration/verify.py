@@ -197,7 +197,7 @@ def _explained(check: _Check, actual: list[Tensor], expected: list[Tensor]) -> b
 def _compare(check: _Check, groups: list[WushGroup], linears: list[str]) -> str | None:
     """Raises a `WushError` unless the model and the graph agree. None if one of them does not take this batch."""
     try:
-        expected = check.run_graph()
+        expected = check.run_graph() if check.captured.refusal(check.batch) is None else None
     except Exception as error:  # a guard of the graph, for one, rejects the batch
         log.debug("the graph does not take this batch: %s", error)
         expected = None
@@ -259,15 +259,16 @@ def verify(
         for graph_module in (captured.graph_module, *(stage.graph_module for stage in stages)):
             place(graph_module, device, {name for name, _ in graph_module.named_buffers() if name in run.tensors})
     own, linears = [one.group for one in solved], [linear.name for group in groups for linear in group.linears]
-    short = shortened(batches[0])
+    whole = next((batch for batch in batches if captured.refusal(batch) is None), batches[0])
+    short = shortened(whole)
     with evaluating(model):
         try:
-            for batch in (short, batches[0]) if short is not batches[0] else (short,):
+            for batch in (short, whole) if short is not whole else (short,):
                 verdict = _compare(_Check(model, captured, stages, batch, device), own, linears)
                 if verdict is not None:
                     return verdict
         except torch.OutOfMemoryError:
             log.warning("%s: not checked with quantized linears, because memory ran out", type(model).__name__)
             return None
-    log.warning("%s: not checked with quantized linears, because it does not run on batch 0", type(model).__name__)
+    log.warning("%s: not checked with quantized linears, because no batch of its graph runs", type(model).__name__)
     return None

@@ -1,12 +1,13 @@
 """Traces a model on an example batch: one graph of the whole forward, with `aten.linear` nodes and weights by name.
 
 `torch.export` makes the graph, non-strict and with every dimension `Dim.AUTO`. The graph has no KV cache. Its batch and
-its length are dynamic, it shares the weights with the model, and every node has an `nn_module_stack`.
+its length are dynamic, it shares the weights with the model, and every node has an `nn_module_stack`. A model that
+cannot be traced so gets a graph for the sizes of the example alone.
 """
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from ..data import Batch
 from ..errors import CaptureError, DataError
 from ..experts import is_experts
 from . import repeats
+from .known import KnownValues
 
 PLAIN_TYPES = (type(None), bool, int, float, str)
 
@@ -30,12 +32,16 @@ class Captured:
     keys          names of the keyword inputs, in the order of the placeholders; None for positional inputs
     guards        raises an `AssertionError` if the graph is not valid for inputs of these sizes; None if it always is
     model         what was traced
+    sizes         the only sizes of the inputs that the graph is valid for, by placeholder; None for a dynamic graph
+    values        the only values of some keyword inputs that it is valid for, by name
     """
 
     graph_module: fx.GraphModule
     keys: tuple[str, ...] | None
     guards: nn.Module | None = None
     model: nn.Module | None = None
+    sizes: dict[str, torch.Size] | None = None
+    values: dict[str, Tensor] | None = None
 
     def placeholders(self) -> list[fx.Node]:
         """Returns the graph's inputs in order."""
@@ -58,10 +64,17 @@ class Captured:
 
     def refusal(self, batch: Batch) -> str | None:
         """Returns the condition of the graph that a batch breaks; None if the graph is valid for the batch."""
+        inputs = self.flatten(0, batch)
+        for name, size in (self.sizes or {}).items():
+            if inputs[name].shape != size:
+                return f"{name} of the size {list(size)}"
+        for name, value in (self.values or {}).items():
+            if not torch.equal(batch[name], value):
+                return f"{name} of the values {value.flatten()[:8].tolist()}"
         if self.guards is None:
             return None
         try:
-            self.guards(*self.flatten(0, batch).values())
+            self.guards(*inputs.values())
         except AssertionError as error:
             return str(error).removeprefix("Guard failed: ").split("\n")[0]
         return None
@@ -140,16 +153,22 @@ def _tensors_in(leaf: object) -> object:
 
 
 @contextlib.contextmanager
-def traceable(model: nn.Module, example: Batch) -> Iterator[None]:
+def traceable(model: nn.Module, example: Batch, known: dict[str, Tensor] | None = None) -> Iterator[None]:
     """Gives the model, in the block, a forward that names its inputs and returns no other objects than tensors.
 
     Export refuses an input that only `**kwargs` accepts, and a result of an unknown class, such as a cache.
+
+    known   inputs by name whose values the forward takes in place of those that it is called with
     """
     before, forward = vars(model).get("forward"), model.forward
     # A default of `use_cache=True` in the signature would win over the configuration.
     off = {"use_cache": False} if "use_cache" in inspect.signature(forward).parameters else {}
 
     def traced(*args: object, **kwargs: object) -> object:
+        if known:
+            with KnownValues():
+                result = forward(*args, **(kwargs | known), **off)
+            return pytree.tree_map(_tensors_in, result)
         return pytree.tree_map(_tensors_in, forward(*args, **kwargs, **(off if kwargs else {})))
 
     if isinstance(example, dict):
@@ -190,23 +209,42 @@ def _examples(batch: Batch) -> list[Batch]:
 def _dynamic(value: object) -> dict[int, object] | None:
     if not isinstance(value, Tensor):
         return None
-    return {d: Dim.STATIC if size == 1 else Dim.AUTO for d, size in enumerate(value.shape)}
+    return {d: Dim.STATIC if size == 1 or _is_spatial(value, d) else Dim.AUTO for d, size in enumerate(value.shape)}
+
+
+def _is_spatial(value: Tensor, dim: int) -> bool:
+    """Whether a dimension is one of channels, frames, height or width of images or videos [B, .., C, H, W].
+
+    Models cut images into windows and interpolate position embeddings with arithmetic that takes symbols for sizes
+    minutes, or does not take them. Images of other sizes get a graph of their own.
+    """
+    return value.dim() > 3 and value.is_floating_point() and dim > 0
 
 
 @contextlib.contextmanager
-def _settings() -> Iterator[None]:
+def _settings(real: bool) -> Iterator[None]:
     """Runs compiled parts of a model in eager mode, and does without the cache of fake tensors.
 
     That cache checks every entry with a second, symbolic output. In graphs whose ops differ this takes half the time.
+
+    real   compute with the example's numbers beside the symbols, for code that asks for values
     """
-    with torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+    numbers = torch._functorch.config.patch(
+        fake_tensor_propagate_real_tensors=real, generate_fake_kernels_from_real_mismatches=real
+    )
+    with torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(fake_tensor_cache_enabled=False), numbers:
         yield
 
 
-def _export(model: nn.Module, example: Batch) -> torch.export.ExportedProgram:
+def _export(
+    model: nn.Module, example: Batch, dynamic: bool = True, real: bool = False, known: dict[str, Tensor] | None = None
+) -> torch.export.ExportedProgram:
+    # New tensors, since a trace marks those that it gets as dynamic, for every later trace.
+    example = pytree.tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, example)
     args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
     shapes = {k: _dynamic(v) for k, v in kwargs.items()} if kwargs else tuple(_dynamic(v) for v in args)
-    with traceable(model, example), _settings():
+    shapes = shapes if dynamic else None
+    with traceable(model, example, known), _settings(real):
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
@@ -232,13 +270,18 @@ def _failing_module(model: nn.Module, example: Batch) -> str:
     return failed[-1] if failed and failed[-1] else type(model).__name__
 
 
-def _remedy(example: Batch) -> str:
-    """Returns what helps a user whose model cannot be traced on these inputs."""
+def _remedy(model: nn.Module, example: Batch, module: str) -> str:
+    """Returns what helps a user whose model cannot be traced on these inputs, because it stops in a module."""
     text = ("input", "attention_mask", "position", "token_type")
     others = [name for name in example if not name.startswith(text)] if isinstance(example, dict) else []
     if others and "input_ids" in example and any(example[name].is_floating_point() for name in others):
-        return f"Calibrate on text alone, without {', '.join(others)}: then its language part is quantized."
-    return "Make its forward traceable (no data-dependent Python control flow), or quantize a traceable submodule."
+        with contextlib.suppress(Exception):
+            model(**{name: value for name, value in example.items() if name not in others})
+            return f"Calibrate on text alone, without {', '.join(others)}: then its language part is quantized."
+    part = f", such as one that does not hold {module!r}" if "." in module else ""
+    return (
+        f"Make its forward traceable (no data-dependent Python control flow), or quantize a traceable submodule{part}."
+    )
 
 
 def _take_guards(graph_module: fx.GraphModule) -> nn.Module | None:
@@ -253,12 +296,56 @@ def _take_guards(graph_module: fx.GraphModule) -> nn.Module | None:
     return guards
 
 
-def _trace(model: nn.Module, example: Batch) -> Captured:
-    graph_module = repeats.export_by_layers(model, lambda: _export(model, example))
-    if graph_module is None:
-        graph_module = _export(model, example).module()
+def _describes(value: object, name: str, inputs: dict[str, Tensor]) -> bool:
+    """Whether an input describes others, as the grid of an image does: it is no token and stands beside no token."""
+    ids = inputs.get("input_ids")
+    return _is_no_token(value, name, inputs) and (ids is None or value.shape[:2] != ids.shape)
+
+
+def _is_no_token(value: object, name: str, inputs: dict[str, Tensor]) -> bool:
+    """Whether an input holds integers that are neither tokens nor a mask."""
+    integers = isinstance(value, Tensor) and not value.is_floating_point()
+    return integers and not name.endswith("input_ids") and not name.endswith("mask")
+
+
+# Arguments of `_trace` for a model whose code takes no symbols for sizes, or asks for values of tensors.
+OTHER_WAYS = (
+    dict(holds=_describes),
+    dict(holds=_describes, dynamic=False),
+    dict(holds=_is_no_token),
+    dict(holds=_is_no_token, dynamic=False),
+    dict(dynamic=False),
+    dict(real=True),
+    dict(real=True, dynamic=False),
+)
+
+
+def _trace(
+    model: nn.Module,
+    example: Batch,
+    dynamic: bool = True,
+    real: bool = False,
+    holds: Callable[[object, str, dict], bool] | None = None,
+) -> Captured:
+    """Traces the model.
+
+    dynamic   symbols for sizes; otherwise the graph is valid for the sizes of the example alone
+    real      the example's numbers beside the symbols; the graph asserts what the code asked of them
+    holds     (value, name, inputs) -> whether the graph shall be valid for these values of the input alone
+    """
     keys = tuple(example) if isinstance(example, dict) else None
-    return Captured(graph_module, keys, _take_guards(graph_module), model)
+    known = {k: v for k, v in example.items() if holds(v, k, example)} if keys and holds else {}
+    if holds and not known:
+        raise CaptureError("there is no such input")
+    plain = not (real or known)
+    graph_module = repeats.export_by_layers(model, lambda: _export(model, example, dynamic)) if plain else None
+    if graph_module is None:
+        graph_module = _export(model, example, dynamic, real, known).module()
+    captured = Captured(graph_module, keys, _take_guards(graph_module), model, values=known)
+    if not dynamic:
+        inputs = captured.flatten(0, example).items()
+        captured.sizes = {name: value.shape for name, value in inputs if isinstance(value, Tensor)}
+    return captured
 
 
 def largest_batch(batches: list[Batch]) -> Batch:
@@ -282,8 +369,11 @@ def capture(model: nn.Module, batches: list[Batch]) -> Captured:
         try:
             return _trace(model, own)
         except Exception as error:
-            reason = str(error).strip().split("\n")[0]
+            for way in OTHER_WAYS:
+                with contextlib.suppress(Exception):
+                    return _trace(model, own, **way)
+            reason, module = str(error).strip().split("\n")[0], _failing_module(model, own)
             raise CaptureError(
-                f"torch.export cannot trace {type(model).__name__}: it stopped in module "
-                f"{_failing_module(model, own)!r} with {type(error).__name__}: {reason}. {_remedy(own)}"
+                f"torch.export cannot trace {type(model).__name__}: it stopped in module {module!r} with "
+                f"{type(error).__name__}: {reason}. {_remedy(model, own, module)}"
             ) from error
