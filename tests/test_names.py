@@ -94,6 +94,17 @@ def test_the_encoder_of_an_encoder_decoder(tmp_path):
     assert torch.equal(states(encoder), states(model.encoder))
 
 
+def test_the_same_base_without_a_part(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=97, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    model = quantize(transformers.BertForSequenceClassification(config).eval(), IDS)  # with a pooler
+    wc.save(model, tmp_path / "bert")
+    masked = transformers.BertForMaskedLM.from_pretrained(tmp_path / "bert")  # without one
+    assert torch.equal(states(masked.bert), states(model.bert))
+
+
 # -- saving --------------------------------------------------------------------------------------------------------
 
 

@@ -41,16 +41,26 @@ def _renaming(record: Quantization, model: nn.Module) -> Renaming:
     return Renaming(strip=prefix) if saved else Renaming(add=prefix)
 
 
+def _lacks(model: nn.Module, name: str) -> bool:
+    """Whether a model lacks the whole part that a name is in. A list of layers that is too short is no such part."""
+    for part in name.split("."):
+        inner = getattr(model, part, None)
+        if inner is None:
+            return not part.isdigit()
+        model = inner
+    return False
+
+
 def fitted(record: Quantization, model: nn.Module) -> tuple[Quantization, Renaming]:
     """The part of a record that a transformers model has, with the model's names, and how they were renamed.
 
-    A part that the model does not have at all, such as a quantized head or a decoder, is left out; transformers reports
-    its tensors. If that is everything, the record comes back as it is.
+    A part that the model does not have at all, such as a quantized head, a pooler or a decoder, is left out;
+    transformers reports its tensors. If that is everything, the record comes back as it is.
     """
     names, groups, report = _renaming(record, model), [], {}
     for entry in record.groups:
         members = [names.in_model(name) for name in entry["members"]]
-        if any(name is not None and hasattr(model, name.partition(".")[0]) for name in members):
+        if any(name is not None and not _lacks(model, name) for name in members):
             groups.append({**entry, "members": members})
             if entry["members"][0] in record.report:
                 report[members[0]] = record.report[entry["members"][0]]
