@@ -186,6 +186,13 @@ def test_an_unchanged_record_stays_the_same_object(deep, tmp_path):
     assert all((tmp_path / "a" / p.name).read_bytes() == p.read_bytes() for p in (tmp_path / "b").iterdir())
 
 
+def test_a_model_with_an_adapter_is_refused(deep, tmp_path):
+    model = copy.deepcopy(deep)
+    model._hf_peft_config_loaded = True  # as add_adapter sets it
+    with pytest.raises(CheckpointError, match="has an adapter"):
+        wc.save(model, tmp_path / "m")
+
+
 def test_an_unquantized_model_saves_as_ever(tmp_path):
     model = llama()
     model.save_pretrained(tmp_path / "m")

@@ -115,6 +115,11 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> None
     quantized, and `CheckpointError` for a directory that is not empty and holds no checkpoint.
     """
     model = unwrapped(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise CheckpointError(
+            "the model has an adapter, which is no part of a checkpoint: save it with model.save_pretrained, and the "
+            "model without it"
+        )
     record = hf.bring_up_to_date(model)
     if halves := half_quantized(record):
         log.warning(
