@@ -68,8 +68,8 @@ def loss(weights: Tensor, seen: list[Tensor], held: list[Tensor], recipe: Recipe
     count = torch.tensor([len(x) for x in seen])
     pooled = moment.sum(0, dtype=torch.float64) / int(count.sum())
     sample = torch.cat(seen)[:: max(1, int(count.sum()) // 2048)][:2048]
-    shared, _ = solver._transforms(weights, recipe, pooled, recipe.group_size, "trial")
-    g = solver.input_global_scale(recipe, None, sample, shared[0], recipe.group_size, weights.device, "trial", {})
+    t, g, _ = solver.solve_shared(weights, recipe, pooled=pooled, sample=sample, name="trial")
+    shared = t, torch.linalg.inv_ex(t.to(torch.float64)).inverse
     error = power = 0.0
     for e, rows in enumerate(held):
         mixed = pooled if tau == float("inf") else moment[e] + tau * pooled

@@ -16,6 +16,7 @@ from moe_models import moe
 import wush_compile as wc
 from wush_compile.calibration import loop as calibrate
 from wush_compile.calibration.ranks import Ranks, SingleProcess, assign, join, merge_samples
+from wush_compile.calibration.solve_experts import shares
 from wush_compile.errors import NonFiniteError, WushError
 from wush_compile.solver.solution import solve_cost
 
@@ -254,3 +255,11 @@ def test_groups_are_spread():
     assert assign(costs, 3) == {3: 0, 2: 1, 0: 2, 1: 2}
     assert set(assign({0: 64, 1: 64, 2: 64, 3: 64}, 4).values()) == {0, 1, 2, 3}
     assert assign({}, 2) == {}
+
+
+def test_experts_are_spread():
+    assert shares(128, 2) == [range(64), range(64, 128)] and shares(5, 2) == [range(2), range(2, 5)]
+    assert shares(3, 8) == [range(1), range(1, 2), range(2, 3)] and shares(4, 1) == [range(4)]
+    units = {(i, k): cost for i, cost in ((0, 1.0), (1, 6.0), (2, 2.0)) for k in range(2)}
+    owners = assign(units, 2)
+    assert all(owners[i, 0] != owners[i, 1] for i in range(3))

@@ -82,7 +82,7 @@ def test_streamed_and_resumed_files_are_those_of_the_model_in_memory(kind, setti
 
     stream("streamed")
     assert files(tmp_path / "streamed") == files(tmp_path / "memory")
-    solve = stages.solve_group
+    solve = stages.solve_common
 
     def broken(group, *args):
         if "layers.1.mlp.experts.down" in group.name:
@@ -90,7 +90,7 @@ def test_streamed_and_resumed_files_are_those_of_the_model_in_memory(kind, setti
         return solve(group, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stages, "solve_group", broken)
+        patch.setattr(stages, "solve_common", broken)
         stream("resumed")
     stream("resumed")
     assert files(tmp_path / "resumed") == files(tmp_path / "memory")

@@ -1,8 +1,10 @@
 """Hashes the data and the model of a run. A journal can only resume with the same data and the same model."""
 
+import contextlib
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -37,9 +39,13 @@ def fingerprint_of_model(model: nn.Module, names: Iterable[str], tensors: ModelT
         else {}
     )
 
+    # The weights of a layer's experts are the largest tensors, and are joined from many: one at a time is in memory.
+    experts, alone = {name for name, p in model.named_parameters() if p.dim() == 3}, threading.Lock()
+
     def one(name: str) -> list:
-        tensor = tensors.load([name], torch.device("cpu"))[name]
-        return [name, str(tensor.dtype), list(tensor.shape), _hash(tensor)]
+        with alone if name in experts else contextlib.nullcontext():
+            tensor = tensors.load([name], torch.device("cpu"))[name]
+            return [name, str(tensor.dtype), list(tensor.shape), _hash(tensor)]
 
     with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
         hashes = list(pool.map(one, sorted(names)))

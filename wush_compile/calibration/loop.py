@@ -27,10 +27,12 @@ from ..passes.calibration.group import LinearGroup
 from ..passes.calibration.observe import Observation, allocate, observed
 from ..passes.calibration.partition import Stage
 from ..phases import phase
-from ..solver.experts import SHRINKAGE_ROWS, first_bad_expert, starved_experts
+from ..solver.experts import SHRINKAGE_ROWS, first_bad_expert, pooled_moment, starved_experts
 from ..solver.solution import solve_cost
 from .context import Run
 from .microbatch import MicroBatch, choose_batch_size, regroup, sequences
+from .ranks import Unit
+from .solve_experts import join_shares, shares, solve_common, solve_experts_of
 from .solve_group import Solved, solve_group
 from .tensors import Loader, ResultMover
 from .token_weights import TokenWeights, token_weights
@@ -241,9 +243,15 @@ class Calibration:
                 "overflow fp32 when squared; repair the data or the model, or put the layer in ignore"
             )
 
-    def _cost(self, group: LinearGroup) -> float:
+    def _units(self, i: int) -> list[Unit]:
+        """The units of work in which group `i` is solved: one, or shares of its experts."""
+        experts = self.groups[i].experts
+        return [(i, 0)] if experts is None else [(i, k) for k in range(len(shares(experts, self.ranks.size)))]
+
+    def _cost(self, unit: Unit) -> float:
+        group = self.groups[unit[0]]
         cost = solve_cost(group.recipe, sum(linear.rows for linear in group.linears), group.width)
-        return cost * (group.experts or 1)
+        return cost * (group.experts or 1) / len(self._units(unit[0]))
 
     def _solve_stage(self, number: int) -> None:
         """Observes a stage, solves its groups and rewrites its graph."""
@@ -252,26 +260,47 @@ class Calibration:
         if self.windows is not None:
             seen = self._retry_smaller(number, lambda: self._observe(number))
             with phase("reduce"):
-                self.ranks.reduce(seen, {i: self._cost(self.groups[i]) for i in seen})
+                self.ranks.reduce(seen, {unit: self._cost(unit) for i in seen for unit in self._units(i)})
+                for i, observation in seen.items():
+                    if observation.expert is not None and observation.pooled is None:
+                        name = self.groups[i].name
+                        observation.pooled = pooled_moment(observation.moment, observation.count, name)
             self._warn_if_short(seen)
             self.variants.remove_observers(number)
         loaded = self._load(number)
 
         left = len(own)  # to be solved, here or by other processes
+        experts = [i for i in own if self.groups[i].experts is not None]
+        common: dict[Unit, Solved] = {}
 
-        def solve_one(i: int) -> Solved:
+        def solve_unit(unit: Unit) -> Solved:
             nonlocal left
-            self.progress.at(stage.name, f"solving {self.groups[i].name.rpartition('.')[2]}")
+            i, share = unit
+            group = self.groups[i]
+            self.progress.at(stage.name, f"solving {group.name.rpartition('.')[2]}")
             with phase("solve"):
-                solved = solve_group(self.groups[i], loaded, seen.pop(i, None))
-            solved.report["token_weights"] = "gradient" if i in self.weights else "uniform"
-            self.progress.at(stage.name, self.groups[i].name, solved.report.get("relative_loss"))
-            self.progress.advance()
-            left -= 1
+                if group.experts is None:
+                    solved = solve_group(group, loaded, seen.pop(i, None))
+                elif share < 0:
+                    return solve_common(group, loaded, seen.get(i))
+                else:
+                    part = shares(group.experts, self.ranks.size)[share]
+                    solved = solve_experts_of(group, loaded, seen.get(i), part, common[i, -1])
+            self.progress.at(stage.name, group.name, solved.report.get("relative_loss"))
+            if share == 0:
+                self.progress.advance()
+                left -= 1
             return solved
 
         with phase("exchange"):
-            solutions = self.ranks.solve(own, solve_one)
+            common |= self.ranks.solve([(i, -1) for i in experts], solve_unit)
+            parts = self.ranks.solve([unit for i in own for unit in self._units(i)], solve_unit)
+        solutions = {i: parts[i, 0] for i in own}
+        for i in experts:
+            joined = [parts[unit] for unit in self._units(i)]
+            solutions[i] = join_shares(self.groups[i], loaded, seen.pop(i, None), common[i, -1], joined)
+        for i, solved in solutions.items():
+            solved.report["token_weights"] = "gradient" if i in self.weights else "uniform"
         self.progress.advance(steps=left)
         for i, solved in solutions.items():
             self.solved[i], report = solved, solved.report

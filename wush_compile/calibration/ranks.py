@@ -23,8 +23,11 @@ from ..ops.core import LARGEST_SHARE, _sample_largest
 from ..passes.calibration.observe import Observation
 from .fingerprint import fingerprint_of_data
 from .microbatch import sequences
+from .solve_experts import shares
 
 T = TypeVar("T")
+# A piece of a stage's work: the number of a group, and a share of its experts, or 0. Share -1 is what experts share.
+Unit = tuple[int, int]
 log = logging.getLogger("wush_compile")
 # Environment variables that torchrun and accelerate set for each process.
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -50,16 +53,16 @@ class SingleProcess:
         """Returns what every rank gives, in the order of the ranks."""
         return [mine]
 
-    def reduce(self, seen: Mapping[int, Observation], costs: Mapping[int, float]) -> None:
+    def reduce(self, seen: Mapping[int, Observation], costs: Mapping[Unit, float]) -> None:
         """Combines the observations of a stage over all ranks, in place.
 
         seen    group number -> what this rank observed
-        costs   group number -> cost of solving the group, in any unit
+        costs   unit of work (group number, share of its experts) -> cost of solving it, in any unit
         """
 
-    def solve(self, numbers: Iterable[int], solve: Callable[[int], T]) -> dict[int, T]:
-        """Calls `solve(number)` for each group of a stage, each on one rank. All ranks get identical results."""
-        return {number: solve(number) for number in numbers}
+    def solve(self, units: Iterable[Unit], solve: Callable[[Unit], T]) -> dict[Unit, T]:
+        """Calls `solve(unit)` for each unit of a stage's work, each on one rank. All ranks get identical results."""
+        return {unit: solve(unit) for unit in units}
 
     def fail(self, error: Exception) -> None:
         """Tells the other ranks, which wait in one of the calls above, that this rank stops with an error."""
@@ -210,40 +213,57 @@ class Ranks(SingleProcess):
         return self._exchange(mine)
 
     def reduce(self, seen: Mapping[int, Observation], costs: Mapping[int, float]) -> None:
-        """Leaves a group's moment and sample on the rank that solves it, and its count on every rank."""
+        """Leaves a group's moment and sample on the rank that solves it, and its count on every rank.
+
+        The moment of a share of experts stays on the rank that solves it; every rank gets the rest of what is seen.
+        """
         self._owners = assign(costs, self.size)
         counts = self._exchange([observation.count.cpu() for observation in seen.values()])
         with self._contact():
             for position, (i, observation) in enumerate(seen.items()):
-                own, owner = [c[position] for c in counts], self._owners[i]
-                rows = [int(count.sum()) for count in own]
-                dist.reduce(observation.moment, owner)
+                own = [c[position] for c in counts]
                 observation.count.copy_(sum(own))
-                for part in ("sample", "expert"):
-                    sample = getattr(observation, part)
-                    if sample is None:
-                        continue
-                    samples = [torch.empty_like(sample) for _ in range(self.size if owner == self.rank else 0)]
-                    dist.gather(_as_bytes(sample), list(map(_as_bytes, samples)) or None, owner)
-                    # Which rows of the uniform part are merged depends on the counts alone.
-                    setattr(observation, part, merge_samples(samples, rows) if samples else None)
-                if owner != self.rank:
-                    observation.moment = None  # frees memory for the solver
+                if observation.expert is None:
+                    self._reduce_linears(observation, [int(count) for count in own], self._owners[i, 0])
+                else:
+                    owners = [self._owners[unit] for unit in sorted(self._owners) if unit[0] == i]
+                    self._reduce_experts(observation, [int(count.sum()) for count in own], owners)
 
-    def solve(self, numbers: Iterable[int], solve: Callable[[int], T]) -> dict[int, T]:
+    def _reduce_linears(self, observation: Observation, rows: list[int], owner: int) -> None:
+        dist.reduce(observation.moment, owner)
+        samples = [torch.empty_like(observation.sample) for _ in range(self.size if owner == self.rank else 0)]
+        dist.gather(_as_bytes(observation.sample), list(map(_as_bytes, samples)) or None, owner)
+        if samples:
+            observation.sample = merge_samples(samples, rows)
+        else:
+            observation.moment = observation.sample = None  # frees memory for the solver
+
+    def _reduce_experts(self, observation: Observation, rows: list[int], owners: list[int]) -> None:
+        pooled = observation.moment.sum(0, dtype=torch.float64)
+        dist.all_reduce(pooled)
+        observation.pooled = pooled.div_(max(sum(rows), 1))
+        for share, owner in zip(shares(len(observation.moment), self.size), owners, strict=True):
+            dist.reduce(observation.moment[share.start : share.stop], owner)
+        for part in ("sample", "expert"):
+            samples = [torch.empty_like(getattr(observation, part)) for _ in range(self.size)]
+            dist.all_gather(list(map(_as_bytes, samples)), _as_bytes(getattr(observation, part)))
+            # Which rows of the uniform part are merged depends on the counts alone.
+            setattr(observation, part, merge_samples(samples, rows))
+
+    def solve(self, units: Iterable[Unit], solve: Callable[[Unit], T]) -> dict[Unit, T]:
         """Broadcasts the results. Each is a dataclass with a module `group`: buffers go as bytes, the rest pickled."""
-        numbers = list(numbers)
-        owners = {i: self._owners.get(i, position % self.size) for position, i in enumerate(numbers)}
+        units = list(units)
+        owners = {i: self._owners.get(i, position % self.size) for position, i in enumerate(units)}
         results, error = {}, None
         try:
-            for i in numbers:
+            for i in units:
                 if owners[i] == self.rank:
                     results[i] = solve(i)
         except Exception as caught:
             error = caught
         described = self._exchange({i: _without_values(result) for i, result in results.items()}, error)
         with self._contact():
-            for i in numbers:
+            for i in units:
                 if owners[i] != self.rank:
                     results[i] = described[owners[i]][i]
                     group = results[i].group
@@ -251,11 +271,11 @@ class Ranks(SingleProcess):
                         setattr(group, name, torch.empty_like(buffer, device=self.device))
                 for buffer in results[i].group.buffers():
                     dist.broadcast(_as_bytes(buffer), owners[i])
-        return {i: results[i] for i in numbers}
+        return {i: results[i] for i in units}
 
 
-def assign(costs: Mapping[int, float], size: int) -> dict[int, int]:
-    """Returns group number -> solving rank: the most expensive group first, each to the least loaded rank."""
+def assign(costs: Mapping[T, float], size: int) -> dict[T, int]:
+    """Returns unit of work -> solving rank: the most expensive unit first, each to the least loaded rank."""
     load, owners = [0.0] * size, {}
     for i in sorted(costs, key=lambda i: (-costs[i], i)):
         owners[i] = load.index(min(load))

@@ -42,49 +42,83 @@ def solve_experts(
     solution has weight_packed [E, N, K/2], weight_scale [E, N, K/G] and weight_global_scale [E]. Errors name an expert
     by its number: `name[3]`.
     """
-    experts, _, width = weights.shape
-    block, device = block_size(recipe, width), weights.device
-    if moment is None and (recipe.solver == "gptq" or recipe.transform in CLOSED_FORM):
+    pooled = None if moment is None else pooled_moment(moment, count, name)
+    t, g_x, report = solve_shared(weights, recipe, pooled=pooled, sample=sample, name=name)
+    rows = None if count is None else count.tolist()
+    solution = solve_share(weights, recipe, t, range(len(weights)), moment=moment, rows=rows, pooled=pooled, name=name)
+    solution.input_global_scale = g_x
+    solution.report = join_reports(report, [solution.report])
+    return solution
+
+
+def solve_shared(
+    weights: Tensor, recipe: Recipe, *, pooled: Tensor | None, sample: Tensor | None, name: str
+) -> tuple[Tensor | None, Tensor | None, dict]:
+    """(T, the global scale of activations, report): what all experts of a product share.
+
+    pooled: the mean moment of all rows, float64. `solve_experts` says what the others are.
+    """
+    block, device = block_size(recipe, weights.shape[-1]), weights.device
+    if pooled is None and (recipe.solver == "gptq" or recipe.transform in CLOSED_FORM):
         raise DataError(f"{name}: {recipe.solver} with transform {recipe.transform} needs calibration data: pass data")
-    for e in range(experts):
-        if not torch.isfinite(weights[e]).all():
-            raise NonFiniteError(
-                f"{name}[{e}]: the weight holds NaN or Inf; repair the model or put the layer in ignore"
-            )
-    report, rows, pooled = {"damping_tries": 0}, [0] * experts, None
-    if moment is not None:
-        rows, pooled = count.tolist(), _pooled(moment, count, name)
     with phase("transforms"):
-        shared, report["damping_tries"] = _transforms(weights, recipe, pooled, block, name)
-    solutions = []
-    for e in range(experts):
-        own, n = None, 0.0
-        if moment is not None:
-            own, n = torch.add(moment[e], pooled, alpha=SHRINKAGE_ROWS), rows[e] + SHRINKAGE_ROWS
-        solutions.append(
-            solve(weights[e], recipe, moment=own, count=n, sample=None, name=f"{name}[{e}]", shared=shared)
-        )
-    t = shared[0]
-    report["damping_tries"] = max(report["damping_tries"], *(s.report["damping_tries"] for s in solutions))
-    report["weight_error"] = sum(s.report["weight_error"] for s in solutions) / experts
-    for key in ("weight_scales_saturated", "weight_scales_subnormal"):
-        if key in solutions[0].report:
-            report[key] = sum(s.report[key] for s in solutions)
-    h = None
+        t, tries = _transform(weights, recipe, pooled, block, name)
+    report, h = {"damping_tries": tries}, None
     if pooled is not None:
         h = diagonal_blocks(pooled, block)
         report["input_power"] = moment_curves(h, t, block)
     g_x = input_global_scale(recipe, h, sample, t, block, device, name, report)
+    return t, g_x, report
+
+
+def solve_share(
+    weights: Tensor,
+    recipe: Recipe,
+    transform: Tensor | None,
+    share: range,
+    *,
+    moment: Tensor | None,
+    rows: list[int] | None,
+    pooled: Tensor | None,
+    name: str,
+) -> GroupSolution:
+    """Solves the experts of a share, with the T of all. weights, moment and rows (their counts) are those of all."""
+    inverse = None if transform is None else torch.linalg.inv_ex(transform.to(torch.float64)).inverse
+    solutions = []
+    for e in share:
+        own, n = None, 0.0
+        if moment is not None:
+            own, n = torch.add(moment[e], pooled, alpha=SHRINKAGE_ROWS), rows[e] + SHRINKAGE_ROWS
+        given = {"moment": own, "count": n, "sample": None, "name": f"{name}[{e}]", "shared": (transform, inverse)}
+        solutions.append(solve(weights[e], recipe, **given))
+    report = {
+        "damping_tries": max(s.report["damping_tries"] for s in solutions),
+        "weight_error": [s.report["weight_error"] for s in solutions],
+    }
+    for key in ("weight_scales_saturated", "weight_scales_subnormal"):
+        if key in solutions[0].report:
+            report[key] = sum(s.report[key] for s in solutions)
     g = solutions[0].weight_global_scale
     return GroupSolution(
-        t,
-        block,
+        transform,
+        block_size(recipe, weights.shape[-1]),
         torch.stack([s.weight_packed for s in solutions]),
         torch.stack([s.weight_scale for s in solutions]),
         None if g is None else torch.cat([s.weight_global_scale for s in solutions]),
-        g_x,
+        None,
         report,
     )
+
+
+def join_reports(shared: dict, shares: list[dict]) -> dict:
+    """The report of a product, from that of what its experts share and those of the shares, in order."""
+    errors = [error for share in shares for error in share["weight_error"]]
+    report = {**shared, "weight_error": sum(errors) / len(errors)}
+    report["damping_tries"] = max(part["damping_tries"] for part in (shared, *shares))
+    for key in ("weight_scales_saturated", "weight_scales_subnormal"):
+        if key in shares[0]:
+            report[key] = sum(share[key] for share in shares)
+    return report
 
 
 def first_bad_expert(moment: Tensor) -> int | None:
@@ -93,7 +127,7 @@ def first_bad_expert(moment: Tensor) -> int | None:
     return int(bad[0]) if bad.numel() else None
 
 
-def _pooled(moment: Tensor, count: Tensor, name: str) -> Tensor:
+def pooled_moment(moment: Tensor, count: Tensor, name: str) -> Tensor:
     """The mean moment of all rows, float64 [K, K] or [K/B, B, B]."""
     total = int(count.sum())
     if total <= 0:
@@ -106,10 +140,10 @@ def _pooled(moment: Tensor, count: Tensor, name: str) -> Tensor:
     return moment.sum(0, dtype=torch.float64).div_(total)
 
 
-def _transforms(
+def _transform(
     weights: Tensor, recipe: Recipe, pooled: Tensor | None, block: int, name: str
-) -> tuple[tuple[Tensor | None, Tensor | None], int]:
-    """((T, T⁻¹) for all experts, how often damping was added)."""
+) -> tuple[Tensor | None, int]:
+    """(T for all experts, how often damping was added)."""
     factor, tries = None, 0
     if uses_conditional_moments(recipe):
         factor, tries = damped_cholesky(
@@ -120,20 +154,25 @@ def _transforms(
     def gram() -> Tensor:  # the mean over all rows of all experts: [K/B, B, B]
         return sum(block_gram(w.T.to(torch.float64), block) for w in weights) / len(weights)
 
-    shared = transforms.of_gram(weights.shape[-1], weights.device, gram, factor)
-    return shared, max(tries, transforms.damping_tries)
+    t, _ = transforms.of_gram(weights.shape[-1], weights.device, gram, factor)
+    return t, max(tries, transforms.damping_tries)
 
 
 def experts_loss(
     x: Tensor, expert: Tensor, weights: Tensor, solution: GroupSolution, recipe: Recipe
 ) -> tuple[float, float]:
-    """`layer_loss` of rows x [n, K], each by the weight of its expert [n]: the mean square error, and its share."""
+    """The sums of squares of rows x [n, K], each by the weight of its expert [n]: of the error, and of the output.
+
+    weights and solution are of the experts of one share; rows of other experts, with other numbers, are left out.
+    """
     error = power = torch.zeros((), dtype=torch.float64, device=weights.device)
     for e in expert.unique().tolist():
+        if not 0 <= e < len(weights):
+            continue
         one = copy.copy(solution)
         one.weight_packed, one.weight_scale = solution.weight_packed[e], solution.weight_scale[e]
         if solution.weight_global_scale is not None:
             one.weight_global_scale = solution.weight_global_scale[e : e + 1]
         own_error, own_power = loss_sums(x[expert == e], weights[e], one, recipe)
         error, power = error + own_error, power + own_power
-    return float(error / (x.shape[0] * weights.shape[1])), float(error / power.clamp(min=1e-300))
+    return float(error), float(power)

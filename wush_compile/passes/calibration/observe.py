@@ -25,12 +25,14 @@ class Observation:
     count    int64 [], the number of rows; of experts [E]
     sample   some of the rows [R, K], in the input's dtype
     expert   fp32 [R, 1], the expert of each row of the sample's uniform part; None without experts
+    pooled   float64, the mean moment of all experts' rows, once all of them are seen; None without experts
     """
 
     moment: Tensor
     count: Tensor
     sample: Tensor
     expert: Tensor | None = None
+    pooled: Tensor | None = None
 
 
 OBSERVERS = (torch.ops.wush.observe.default, torch.ops.wush.observe_experts.default)
