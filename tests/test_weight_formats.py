@@ -17,6 +17,7 @@ from wush_compile.config import WushConfig
 from wush_compile.errors import ConfigError, NonFiniteError
 from wush_compile.graphs.printing import count_ops
 from wush_compile.kernels.dispatch import arithmetic
+from wush_compile.reporting.contents import read_contents
 
 wush = torch.ops.wush
 HEAD = {"lm_head": {"format": "int8", "activation_format": None}}
@@ -133,7 +134,7 @@ def test_the_head_is_quantized_where_it_is_named():
         assert config.ignores("lm_head") is None and config.recipe_of("lm_head").format == "int8"
         assert config.recipe_of("model.layers.0.mlp.up_proj").format != "int8"
     assert WushConfig(head="int8", ignore=("*head",)).ignores("lm_head") == "*head"
-    with pytest.raises(ConfigError, match="lm_head"):
+    with pytest.raises(ConfigError, match="head='int8' is for a module named lm_head, which Sequential does not have"):
         quantize(torch.nn.Sequential(torch.nn.Linear(64, 64)), torch.randn(3, 64), head="int8")
 
 
@@ -298,6 +299,18 @@ def test_an_embedding_that_scales_its_rows_keeps_them(tmp_path):
     wc.save(model, tmp_path)
     for loaded in (wc.load(tmp_path), wc.load(tmp_path, model=tied("gemma3"))):
         assert torch.equal(loaded(ids, use_cache=False).logits, expected)
+
+
+def test_gradients_pass_and_the_report_shows_eight_bits(tmp_path):
+    model, ids = quantize(tied("llama"), tokens(2, 16), head="int8"), tokens(2, 5)
+    x = model.model.embed_tokens(ids).float().requires_grad_()
+    model.lm_head(x).sum().backward()
+    torch.testing.assert_close(x.grad, model.lm_head.dequantize().sum(0).expand_as(x), rtol=1e-3, atol=1e-3)
+    wc.save(model, tmp_path)
+    page = read_contents(tmp_path, graphs=False)
+    [head] = [facts for facts in page.groups if facts.name == "lm_head"]
+    assert (head.rows, head.width) == (97, 64) and head.weights.codes[0][0] == -127
+    assert any("INT8 with 16-bit activations on A100" in text for _, text in page.head)
 
 
 def test_a_tied_head_of_four_bits_stays_as_it_is():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from ...config import DEFAULT_IGNORE, Names, WushConfig, matches
+from ...config import DEFAULT_IGNORE, HEAD, Names, WushConfig, matches
 from ...errors import CaptureError, ConfigError, one_of
 from ...recipe import Recipe
 from .encoders import asked_for, encoders_beside_tokens, encodes
@@ -107,6 +107,11 @@ def _check_patterns(model: nn.Module, config: WushConfig) -> None:
     """Raises `ConfigError` if a pattern matches no module. Patterns of the default `ignore` may match none."""
     names = [name for name, _ in model.named_modules() if name]
     names += [name for name, parameter in model.named_parameters() if parameter.dim() == 3]  # experts
+    if config.head is not None and not any(matches(name, HEAD) for name in names):
+        raise ConfigError(
+            f"head={config.head!r} is for a module named {HEAD}, which {type(model).__name__} does not have: give "
+            f"overrides={{NAME: {{'format': {config.head!r}, 'activation_format': None}}}} with the name of its head"
+        )
     for setting, patterns in (("ignore", config.ignore), ("overrides", dict(config.changes))):
         for pattern in patterns:
             plain = pattern.removeprefix("!") if setting == "ignore" else pattern
