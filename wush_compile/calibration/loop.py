@@ -183,11 +183,11 @@ class Calibration:
             self._loaded = (number, loaded)
         return self._loaded[1]
 
-    def _forwards(self, number: int) -> Iterator[tuple[Variant, int, tuple]]:
+    def _forwards(self, number: int, observes: bool = False) -> Iterator[tuple[Variant, int, tuple]]:
         """Runs every batch through a stage. Yields (variant, index among its batches, outputs)."""
         loaded, batches = self._load(number), iter(self.batches)
         for variant in self.variants:
-            for index, outputs in enumerate(variant.forwards(number, loaded)):
+            for index, outputs in enumerate(variant.forwards(number, loaded, observes)):
                 yield variant, index, outputs
                 self.progress.advance(next(batches).tokens())
 
@@ -201,7 +201,7 @@ class Calibration:
             finite = [
                 # A NaN or Inf in an input reaches the diagonal of its moment, so checking K values is enough.
                 torch.stack([s.moment.diagonal(dim1=-2, dim2=-1).isfinite().all() for s in seen.values()])
-                for _ in self._forwards(number)
+                for _ in self._forwards(number, observes=True)
             ]
             self._check_finite(seen, torch.stack(finite).cpu())
         return seen

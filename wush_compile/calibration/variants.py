@@ -18,6 +18,7 @@ from ..passes.calibration.observe import (
     Observation,
     insert_observers,
     observed,
+    only_observers,
     remove_observers,
     share,
     weigh_observers,
@@ -68,15 +69,19 @@ class Variant:
         run, self.batches = self._run, batches
         self.activations = Activations(values, run.device, run.offloads, run.activations_dir)
 
-    def forwards(self, number: int, loaded: dict[str, Tensor]) -> Iterator[tuple]:
-        """Runs every batch through a stage with these tensors. Yields the outputs."""
+    def forwards(self, number: int, loaded: dict[str, Tensor], observes: bool = False) -> Iterator[tuple]:
+        """Runs every batch through a stage with these tensors. Yields the outputs; none of a pass that observes."""
         stage = self.stages[number]
+        module = only_observers(stage.graph_module) if observes else stage.graph_module
+        if observes:  # without the weights behind the observers
+            read = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+            loaded = {name: tensor for name, tensor in loaded.items() if name in read}
         weighted = [] if self._weights is None else [i for i in observed(stage.graph_module) if i in self._weights]
         if len(self.activations):
             for batch, inputs in zip(self.batches, self.activations.read(stage.inputs), strict=True):
                 weights = {weight_name(i): self._weights.of(i, batch, self._run.device) for i in weighted}
                 try:
-                    outputs = functional_call(stage.graph_module, loaded | weights, tuple(inputs))
+                    outputs = functional_call(module, loaded | weights, tuple(inputs))
                 except RuntimeError as error:  # an assertion of a graph that was traced with the values of a batch
                     if not str(error).startswith("Runtime assertion failed"):
                         raise

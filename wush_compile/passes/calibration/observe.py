@@ -117,6 +117,27 @@ def observed(graph_module: fx.GraphModule) -> list[int]:
     return [n.meta["wush_group"] for n in graph_module.graph.nodes if n.target in OBSERVERS]
 
 
+def only_observers(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Returns a graph of the same tensors that computes what observers and assertions read, and nothing else: no
+    logits."""
+    graph = fx.Graph()
+    kept: set[fx.Node] = set()
+    asserts = "_assert", "sym_constrain"
+    nodes = graph_module.graph.nodes
+    wanted = [n for n in nodes if n.target in OBSERVERS or getattr(n.target, "_opname", "").startswith(asserts)]
+    while wanted:
+        node = wanted.pop()
+        if node not in kept:
+            kept.add(node)
+            wanted += node.all_input_nodes
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        if node in kept or node.op == "placeholder":
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+    graph.output(())
+    return fx.GraphModule(graph_module, graph)
+
+
 def weigh_observers(graph_module: fx.GraphModule, weighted: Container[int]) -> None:
     """Gives the observers of these groups a weight for each row. `weight_name` names what the caller must provide."""
     for node in list(graph_module.graph.nodes):
