@@ -39,8 +39,8 @@ class Watch:
             monkeypatch.setattr(team, "reduce", self.reduce(team.reduce))
         forwards = calibrate.Calibration._forwards
 
-        def counted(run, number):
-            for index, step in enumerate(forwards(run, number)):
+        def counted(run, number, **options):
+            for index, step in enumerate(forwards(run, number, **options)):
                 self.forwarded += run.batches[index].tokens()
                 yield step
 
