@@ -4,6 +4,7 @@ linears.py     what a linear is in a graph; makes one node of linears that a tra
 group.py       groups the linears with the same input
 encoders.py    finds encoders of images or sound in front of a language model
 skipped.py     why a weight is not quantized
+tied.py        embeddings that share a head's weight
 dataflow.py    which values depend on which inputs
 place.py       moves the graph to the compute device
 observe.py     puts a `wush::observe` node in front of each group
