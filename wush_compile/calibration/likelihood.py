@@ -33,7 +33,8 @@ def predictions(captured: Captured) -> dict[str, str]:
         and value.is_floating_point()
         and value.dim() > 1
     ]
-    named = {node: str(key) for key, node in structure.items()} if isinstance(structure, dict) else {}
+    entries = structure.items() if isinstance(structure, dict) else ()
+    named = {node: str(key) for key, node in entries if isinstance(node, fx.Node)}
     logits = {node.name: "categorical" for node in floating if named.get(node, "").endswith("logits")}
     if not floating:
         raise NoGradient("it returns no floating-point tensor of two dimensions or more")

@@ -34,8 +34,10 @@ class Renaming:
 def _renaming(record: Quantization, model: nn.Module) -> Renaming:
     """As transformers does: `base_model_prefix` goes if the model is the base, comes if only the model has it."""
     base = getattr(model, "base_model_prefix", "")
-    prefix = f"{base}."
-    saved = any(name.startswith(prefix) for entry in record.groups for name in entry["members"])
+    prefix, names = f"{base}.", [name for entry in record.groups for name in entry["members"]]
+    if all(_exists(model, name) for name in names):  # heads alone may be quantized, which have no prefix
+        return Renaming()
+    saved = any(name.startswith(prefix) for name in names)
     if not base or saved == hasattr(model, base):
         return Renaming()
     return Renaming(strip=prefix) if saved else Renaming(add=prefix)
