@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -17,14 +19,21 @@ from wush_compile.cli import app
 
 @pytest.fixture
 def started(monkeypatch):
-    """The servers that were started, as (command, environment); none runs."""
+    """The servers that were started, as (command, environment). None runs: each is told to stop at once."""
     calls = []
 
-    def run(command, env):
-        calls.append((command, env))
-        return SimpleNamespace(returncode=0)
+    class Told:
+        def __init__(self, command, env):
+            calls.append((command, env))
 
-    monkeypatch.setattr(subprocess, "run", run)
+        def wait(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return 0
+
+        def terminate(self):
+            pass
+
+    monkeypatch.setattr(subprocess, "Popen", Told)
     return calls
 
 
@@ -95,6 +104,8 @@ def test_what_is_no_checkpoint(started, tmp_path):
 
 def test_a_server_that_fails(monkeypatch, directory):
     with_vllm(monkeypatch)
-    monkeypatch.setattr(subprocess, "run", lambda command, env: SimpleNamespace(returncode=3))
+    popen = subprocess.Popen
+    code = "import sys; sys.exit(3)"
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env: popen([sys.executable, "-c", code]))
     result = serve(directory)
-    assert result.exit_code == 1 and "the server ended with status 3" in result.output
+    assert result.exit_code == 1 and "the server ended by itself, with status 3" in result.output

@@ -42,6 +42,17 @@ MODELS = {
         transformers.PhiForCausalLM,
         {"num_key_value_heads": 4},
     ),  # fc1 reads what q, k, v read
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        transformers.Qwen3MoeForCausalLM,
+        {
+            "moe_intermediate_size": 128,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "head_dim": 64,
+        },
+    ),
     "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM, {}),  # fused on disk
 }
 

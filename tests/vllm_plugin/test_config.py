@@ -20,6 +20,7 @@ from wush_compile.checkpoint.record import Quantization
 from wush_compile.errors import CheckpointError
 from wush_compile.vllm.config import WushVllmConfig
 from wush_compile.vllm.linear import WushEmbeddingMethod, WushLinearMethod
+from wush_compile.vllm.parameters import check_cut
 
 LAYER = "model.layers.0"
 
@@ -59,11 +60,12 @@ def test_half_a_linear_is_refused_by_name():
         method(half, QKVParallelLinear, f"{LAYER}.self_attn.qkv_proj")
 
 
-def test_quantized_experts_are_refused():
+def test_half_of_the_experts_is_refused():
     name = "mlp.experts"
-    experts = config([f"{name}.gate_up_proj"], changes={0: {"experts": 4}})
-    with pytest.raises(CheckpointError, match="cannot run quantized experts.*`ignore`"):
-        method(experts, RoutedExperts, f"{LAYER}.{name}")
+    half = config([f"{name}.gate_up_proj"], changes={0: {"experts": 4}})
+    with pytest.raises(CheckpointError, match="both quantized, and the checkpoint quantizes .*gate_up_proj.*`ignore`"):
+        method(half, RoutedExperts, f"{LAYER}.{name}")
+    assert method(config(["mlp.down_proj"]), RoutedExperts, f"{LAYER}.{name}") is None
 
 
 def test_an_embedding_of_a_tied_head():
@@ -73,11 +75,10 @@ def test_an_embedding_of_a_tied_head():
 
 
 def test_a_cut_inside_a_block_says_which_size_fits():
-    down = method(config(["mlp.down_proj"]), RowParallelLinear, f"{LAYER}.mlp.down_proj")
     for whole, ranks, fits in ((96, 2, 1), (192, 4, 3), (384, 8, 6)):
         with pytest.raises(CheckpointError, match=f"block of 32: use tensor_parallel_size={fits}$"):
-            down._check_width(down.parts[0], whole // ranks, whole)
-    down._check_width(down.parts[0], 96, 192)
+            check_cut(f"{LAYER}.mlp.down_proj", 32, whole // ranks, whole)
+    check_cut(f"{LAYER}.mlp.down_proj", 32, 96, 192)
 
 
 def test_it_goes_to_the_workers():

@@ -31,6 +31,10 @@ CASES = {
     ),
     "llama": dict(kind="llama"),
     "tied": dict(kind="tied"),
+    "experts": dict(kind="qwen3_moe", ignore=("*.mlp.gate",)),
+    "experts in two formats": dict(
+        kind="qwen3_moe", ignore=("*.mlp.gate",), overrides={"*.down_proj": {"format": "nvfp4"}}
+    ),
     "phi3": dict(kind="phi3", format="nvfp4"),
 }
 

@@ -52,13 +52,16 @@ CASES = {
     "a transform a linear": dict(share_transform=False),
     "hadamard, a tied head in 8 bits": dict(kind="tied", transform="hadamard", head="int8"),
     "phi": dict(kind="phi"),
+    "experts, cut": dict(kind="qwen3_moe", ignore=("*.mlp.gate",)),
+    "experts, spread": dict(kind="qwen3_moe", ignore=("*.mlp.gate",), enable_expert_parallel=True),
 }
 
 
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_two_processes(tmp_path, settings):
-    directory = checkpoint(tmp_path / "checkpoint", **settings)
-    status, output, rows = run(directory, tmp_path)
+    spread = {name: value for name, value in settings.items() if name == "enable_expert_parallel"}
+    directory = checkpoint(tmp_path / "checkpoint", **{n: v for n, v in settings.items() if n not in spread})
+    status, output, rows = run(directory, tmp_path, **spread)
     assert status == 0, output[-3000:]
     found = agreement(directory, rows)
     assert found.tokens == 144 and found.same == found.tokens and found.largest < 5e-5, found

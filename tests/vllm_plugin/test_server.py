@@ -83,8 +83,7 @@ def server(tmp_path_factory):
 
 
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-MALFORMED = (
-    {"prompt": "x"},  # no model
+MALFORMED = (  # "": the model's own name
     {"model": "another", "prompt": "x"},
     {"model": "", "prompt": "x", "max_tokens": -1},
     {"model": "", "prompt": "x" * 1000},  # longer than the context
@@ -163,4 +162,4 @@ def test_load(server):
 def test_a_killed_worker_ends_the_server_with_one_line(server):
     server.engine().send_signal(signal.SIGKILL)
     assert server.process.wait(timeout=120) == 1
-    assert server.log.read_text().strip().splitlines()[-1].startswith("error: the server ended with status")
+    assert server.log.read_text().strip().splitlines()[-1].startswith("error: the server ended by itself")

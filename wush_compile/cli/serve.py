@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, WushError
 from .app import Checkpoint, app, one_line_errors, say
 
 VLLM, PLUGIN = "vllm", "wush"
@@ -57,6 +58,26 @@ def curl(directory: Path, host: str, port: int, key: str | None) -> str:
     return shlex.join(["curl", f"http://{host}:{port}/v1/completions", *options, "-d", json.dumps(body)])
 
 
+def _run(command: list[str], env: dict[str, str]) -> None:
+    """Runs a server until it is told to stop, by Ctrl-C or SIGTERM. Raises `WushError` if it ends by itself."""
+    process, told = subprocess.Popen(command, env=env), []
+
+    def stop(*_) -> None:
+        told.append(True)
+        process.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # the terminal has sent it to the server too
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if not told:
+        raise WushError(f"the server ended by itself, with status {status}; its messages are above")
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
@@ -84,6 +105,4 @@ def serve(
         env = os.environ | ({"VLLM_API_KEY": api_key} if api_key else {})
         say(f"{'vLLM' if by_vllm else 'transformers'} serves {directory} at http://{host}:{port}/v1, once it is ready:")
         say(curl(directory, host, port, api_key))
-        status = subprocess.run(command, env=env).returncode
-        if status:
-            raise CheckpointError(f"the server ended with status {status}; its messages are above")
+        _run(command, env)

@@ -4,6 +4,7 @@ vLLM calls `register` in each of its processes, by the entry point `vllm.general
 
 config.py       what a checkpoint says about each layer of vLLM's model
 linear.py       how vLLM loads and computes a linear layer
+experts.py      how vLLM loads and computes the experts of a layer
 parameters.py   where a tensor on disk goes in such a layer, on each rank of a tensor-parallel group
 passes.py       our execution passes in vLLM's compile
 """

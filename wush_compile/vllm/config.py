@@ -105,8 +105,9 @@ class WushVllmConfig(QuantizationConfig):
         groups = [self.group_of.get(name) for name in names]
         if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
             return self._embedding(prefix)
+        if type(layer).__name__ == "RoutedExperts":
+            return self._experts(layer, prefix)
         if not isinstance(layer, LinearBase | ParallelLMHead):
-            self._refuse_inside(layer, prefix)
             return None
         if None not in groups:
             from .linear import WushLinearMethod
@@ -135,13 +136,17 @@ class WushVllmConfig(QuantizationConfig):
         self.found.add(name)
         return WushEmbeddingMethod(self, self.heads[name])
 
-    def _refuse_inside(self, layer: nn.Module, prefix: str) -> None:
-        """Raises `CheckpointError` for experts with quantized linears, which vLLM runs as one layer of another kind."""
-        if type(layer).__name__ not in ("RoutedExperts", "FusedMoE"):
-            return
+    def _experts(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of a layer's experts. Raises `CheckpointError` for some that vLLM cannot run."""
+        from .experts import PRODUCTS, WushExpertsMethod
+
         inside = [name for name in self.group_of if name.startswith(f"{prefix}.")]
-        if inside:
+        products = [f"{prefix}.{name}" for name in PRODUCTS]
+        if not inside:
+            return None
+        if sorted(inside) != sorted(products):
             raise CheckpointError(
-                f"{prefix}: the plug-in cannot run quantized experts, and {len(inside)} linears of these are: "
-                "quantize the model again with the experts in `ignore`"
+                f"{prefix}: the plug-in runs experts whose {' and '.join(PRODUCTS)} are both quantized, and the "
+                f"checkpoint quantizes {', '.join(inside[:3])}: quantize the model again with the experts in `ignore`"
             )
+        return WushExpertsMethod(self, prefix, [self.group_of[name] for name in products], layer.moe_config)

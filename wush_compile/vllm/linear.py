@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from ..formats import dequantize
 from ..modules import buffer_layout
 from ..recipe import Recipe
-from .parameters import GlobalScales, Rows, forwarded, load_whole
+from .parameters import GlobalScales, Rows, check_cut, forwarded, load_whole
 
 BY_ROWS = ("weight_packed", "weight_scale")
 OF_INPUT = ("input_transform", "input_global_scale")
@@ -85,23 +85,12 @@ class WushLinearMethod(LinearMethodBase):
         layer.wush_missing = {}
         loader, names = extra_weight_attrs["weight_loader"], []
         for part in self.parts:
-            self._check_width(part, input_size_per_partition, input_size)
+            step = max(part.block, part.recipe.group_size)
+            check_cut(self.prefix, step, input_size_per_partition, input_size)
             names += self._create_part(layer, part, sizes, input_size_per_partition, params_dtype, loader)
         if len(self.parts) > 1:
             for name in dict.fromkeys(names):
                 layer.register_parameter(name, forwarded(lambda member, name=name: self._target(layer, name, member)))
-
-    def _check_width(self, part: Part, width: int, whole: int) -> None:
-        """A rank's channels must be whole blocks of the transform and whole groups of the format."""
-        step = max(part.block, part.recipe.group_size)
-        if width % step == 0:
-            return
-        ranks = whole // width
-        fits = next(n for n in range(ranks - 1, 0, -1) if whole % n == 0 and whole // n % step == 0)
-        raise CheckpointError(
-            f"{self.prefix}: tensor parallelism cuts its {whole} input channels into {width}, which is no multiple of "
-            f"the transform's block of {step}: use tensor_parallel_size={fits}"
-        )
 
     def _create_part(self, layer, part: Part, sizes: list[int], width: int, dtype: torch.dtype, loader) -> list[str]:
         """Registers the parameters of a part; returns the names of its tensors on disk."""

@@ -11,6 +11,23 @@ import torch
 from torch import Tensor
 from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter, PerTensorScaleParameter
 
+from ..errors import CheckpointError
+
+
+def check_cut(prefix: str, step: int, width: int, whole: int) -> None:
+    """Raises `CheckpointError` unless a rank's `width` of `whole` input channels is a multiple of `step`.
+
+    That is the transform's block, or the format's group if it is larger.
+    """
+    if width % step == 0:
+        return
+    ranks = whole // width
+    fits = next(n for n in range(ranks - 1, 0, -1) if whole % n == 0 and whole // n % step == 0)
+    raise CheckpointError(
+        f"{prefix}: tensor parallelism cuts its {whole} input channels into {width}, which is no multiple of the "
+        f"transform's block of {step}: use tensor_parallel_size={fits}"
+    )
+
 
 class Rows(ModelWeightParameter):
     """Rows [N, ..] of some members of a linear, stacked. Column-parallel ranks cut N, row-parallel ranks the width.
