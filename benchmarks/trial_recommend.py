@@ -8,7 +8,7 @@ A part quantizes the model by every 8th assignment of rungs to groups and measur
 draws how likely each rung is, then a rung for each group. At three costs between those of the uniform rungs there are
 the recommended assignment, and three that mix the next two uniform rungs at random at the same predicted cost. The
 verdict is the rank correlation of predicted and measured KL over the random ones, and how much less KL the recommended
-ones have than the mean of the mixed ones. Cost is bytes; `--device` and `--rows` make it time.
+ones have than the mean of the mixed ones. Cost is bytes; `--gpu` and `--rows` make it time.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import common
 import torch
 
 import wush_compile as wc
-from wush_compile.calibration.recommend import DEVICES, KEPT, Cost, Recommendation, choose, survey
+from wush_compile.calibration.recommend import GPUS, KEPT, Cost, Recommendation, choose, survey
 from wush_compile.calibration.survey import Surveyed
 from wush_compile.data import windows
 from wush_compile.evaluation.language import compare
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
     parser.add_argument("--join", type=Path, nargs="+", help="the files of all parts")
     parser.add_argument("--format", default="mxfp4", choices=["mxfp4", "nvfp4"])
-    parser.add_argument("--device", choices=DEVICES)
+    parser.add_argument("--gpu", "--device", choices=GPUS)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--calibration-windows", type=int, default=32)
     parser.add_argument("--test-windows", type=int, default=16)
@@ -105,7 +105,7 @@ def main() -> None:
         common.write_json(args.out, {**common.environment(where), "groups": [asdict(group) for group in groups]})
         return
     groups = [Surveyed(**{**g, "members": tuple(g["members"])}) for g in json.loads(args.survey.read_text())["groups"]]
-    cost = Cost(args.format, DEVICES.get(args.device), args.rows)
+    cost = Cost(args.format, GPUS.get(args.gpu), args.rows)
     test = torch.cat(windows(common.wikitext(args.data, "test"), tokenizer, 2048, args.test_windows), dim=1)
     result = {**common.environment(where), "rows": {}}
     for number, (name, chosen) in enumerate(assignments(groups, cost).items()):

@@ -218,3 +218,21 @@ def test_demo(tiny, tmp_path, monkeypatch):
 def test_doctor():
     output = " ".join(run("doctor", "--device", "cpu").split())
     assert "torch" in output and "reference" in output and "fp4_linear" in output and "checks passed" in output
+
+
+def test_bits_are_chosen(tiny, tmp_path):
+    model, text = tiny
+    given = ("quantize", model, "--calibration", text, "--out", tmp_path / "out", "--window", 64, "--device", "cpu")
+    table = run(*given, "--recommend", "--max-share", 0.8, "--cost", "h100:1")
+    assert "predicted KL" in table and "model.layers.1.mlp.gate_proj+up_proj" in table
+    assert not (tmp_path / "out").exists()
+    output = run(*given, "--max-share", 0.8, "--cost", "h100:1")
+    rungs = dict(re.findall(r"^ (\S+) +\d+ x \d+ +(W\d+A\d+)", table, re.MULTILINE))
+    assert len(rungs) == 8 and table.strip() in output
+    groups = {
+        g["members"][0]
+        for g in json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["groups"]
+    }
+    assert groups == {name.partition("+")[0] for name, rung in rungs.items() if rung != "W16A16"}
+    assert "GPU:ROWS" in run(*given, "--recommend", "--cost", "h100:many", code=1)
+    assert "--calibration" in run("quantize", model, "--out", tmp_path / "x", "--recommend", "--device", "cpu", code=1)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from . import evaluation as evaluate
     from .backend import fuse
     from .calibration.progress import Progress
+    from .calibration.recommend import recommend
     from .calibration.run import quantize, quantize_checkpoint
     from .checkpoint.save_load import load, save
     from .checkpoint.source import load_model, load_tokenizer
@@ -42,6 +43,7 @@ __all__ = [
     "load_tokenizer",
     "quantize",
     "quantize_checkpoint",
+    "recommend",
     "report",
     "save",
     "trace_graphs",
@@ -51,6 +53,7 @@ __all__ = [
 _MODULES = {
     ".backend": ("fuse",),
     ".calibration.progress": ("Progress",),
+    ".calibration.recommend": ("recommend",),
     ".calibration.run": ("quantize", "quantize_checkpoint"),
     ".checkpoint.save_load": ("load", "save"),
     ".checkpoint.source": ("load_model", "load_tokenizer"),

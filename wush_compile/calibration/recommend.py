@@ -1,7 +1,7 @@
 """`recommend`: a rung of precision for each group of linears, the cheapest that a target allows.
 
 What a rung costs in accuracy is predicted from one pass with gradients and from the group's own error (`survey.py`).
-What it costs in time or memory comes from a model of the device: bytes over bandwidth, or operations over peak rate,
+What it costs in time or memory comes from a model of the GPU: bytes over bandwidth, or operations over peak rate,
 whichever is larger. It is no measurement. Both add up over the groups, so the choice is a path: begin with the cheapest
 rung everywhere, and take the step with the most accuracy for its cost until the target is met.
 """
@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +44,7 @@ def rungs(format: str) -> dict[str, dict]:
 
 
 @dataclass(frozen=True)
-class Device:
+class Gpu:
     """Memory bandwidth, bytes/s, and dense tensor-core rates, operations/s; from the vendor's data sheets."""
 
     bandwidth: float
@@ -58,21 +59,21 @@ class Device:
         return self.fp8 if rung == "W4A8" or (rung == "W4A4" and format == "mxfp4") else self.bf16
 
 
-DEVICES = {
-    "h100": Device(3.35e12, 989e12, 1979e12),
-    "h200": Device(4.8e12, 989e12, 1979e12),
-    "b200": Device(8e12, 2250e12, 4500e12, 9000e12),
-    "rtx5090": Device(1.79e12, 210e12, 419e12, 1676e12),
-    "rtx4090": Device(1.01e12, 165e12, 330e12),
+GPUS = {
+    "h100": Gpu(3.35e12, 989e12, 1979e12),
+    "h200": Gpu(4.8e12, 989e12, 1979e12),
+    "b200": Gpu(8e12, 2250e12, 4500e12, 9000e12),
+    "rtx5090": Gpu(1.79e12, 210e12, 419e12, 1676e12),
+    "rtx4090": Gpu(1.01e12, 165e12, 330e12),
 }
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a group's products on a device for a number of rows; without a device, bytes of its weights."""
+    """Seconds of a group's products on a GPU for a number of rows; without a GPU, bytes of its weights."""
 
     format: str
-    device: Device | None
+    gpu: Gpu | None
     batch_rows: int
 
     def __call__(self, group: Surveyed, rung: str) -> float:
@@ -80,11 +81,9 @@ class Cost:
         fmt = get_format(self.format)
         bits = {KEPT: 16.0, "W8A16": 8 + 16 / 32}.get(rung, 4 + 8 / fmt.group_size)
         held = n * k * bits / 8 + (2 * k * fmt.group_size if rung.startswith("W4") else 0)  # and the transform
-        if self.device is None:
+        if self.gpu is None:
             return held
-        return max(
-            (held + 2 * m * (k + n)) / self.device.bandwidth, 2 * m * n * k / self.device.rate(rung, self.format)
-        )
+        return max((held + 2 * m * (k + n)) / self.gpu.bandwidth, 2 * m * n * k / self.gpu.rate(rung, self.format))
 
 
 def _hull(points: Iterable[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
@@ -195,24 +194,25 @@ def recommend(
     *,
     max_kl: float | None = None,
     max_share: float | None = None,
-    device: str | None = None,
+    gpu: str | None = None,
     rows: int = 1,
     tokenizer=None,
     progress: bool | Progress = True,
+    device: torch.device | str | None = None,
     batch_size: int | None = None,
     activations_dir: str | os.PathLike | None = None,
 ) -> Recommendation:
     """Chooses the precision of each group of linears: 4, 8 or 16 bits on either side. Does not change the model.
 
-    model, data, config, tokenizer, progress, batch_size, activations_dir
+    model, data, config, tokenizer, progress, device, batch_size, activations_dir
         As for `quantize`. Groups to which an override of `config` gives other settings keep them.
     max_kl
         The predicted KL to the unquantized model, in nats a token, that may not be exceeded at the least cost.
     max_share
         Or: the cost that may not be exceeded, as a share of that of 16 bits, at the least KL.
-    device, rows
+    gpu, rows
         What cost is: the time of the products on a `h100`, `h200`, `b200`, `rtx5090` or `rtx4090` for this number of
-        rows (tokens at once), by its bandwidth and peak rates. Without a device, cost is the bytes of the weights.
+        rows (tokens at once), by its bandwidth and peak rates. Without a GPU, cost is the bytes of the weights.
 
     Returns settings: `quantize(model, data, **recommend(model, data, max_kl=0.1))`. `print` shows them as a table.
     Raises `ConfigError` for a target that cannot be met, and `WushError` if no gradient reaches a linear.
@@ -225,10 +225,10 @@ def recommend(
     if config.solver != "gptq":
         raise ConfigError(f"a recommendation is for solver gptq, not {config.solver}")
     one_of("format", config.format, FORMATS)
-    machine = None if device is None else DEVICES[one_of("device", device, DEVICES)]
+    machine = None if gpu is None else GPUS[one_of("gpu", gpu, GPUS)]
     if launched():
         raise WushError("recommend runs on one process: call it before the processes start, and give all its result")
-    groups = survey(model, data, config, tokenizer, progress, batch_size, activations_dir)
+    groups = survey(model, data, config, tokenizer, progress, device, batch_size, activations_dir)
     cost = Cost(config.format, machine, rows)
     return Recommendation(groups, choose(groups, cost, max_kl, max_share), cost, config)
 
@@ -239,13 +239,15 @@ def survey(
     config: WushConfig,
     tokenizer=None,
     progress: bool | Progress = True,
+    device: torch.device | str | None = None,
     batch_size: int | None = None,
     activations_dir: str | os.PathLike | None = None,
 ) -> list[Surveyed]:
     """What each group of a model would lose by each rung."""
     tensors = tensors_of(model)
     shown = progress if isinstance(progress, Progress) else Progress(progress)
-    run = Run(tensors, tensors.home, shown, batch_size=batch_size, activations_dir=activations_dir)
+    where = tensors.home if device is None else torch.empty(0, device=device).device
+    run = Run(tensors, where, shown, batch_size=batch_size, activations_dir=activations_dir)
     try:
         batches, _ = prepare_batches(model, data, config, tokenizer, shown.shown, run.device, None)
         captured = capture(model, batches)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +64,23 @@ def quantize(
     ] = "gradient",
     damping: Annotated[float, typer.Option(help="Share of the mean diagonal added to second moments.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(show_default="off", help="Choose each linear's bits: least cost, predicted KL at most this."),
+    ] = None,
+    max_share: Annotated[
+        float | None,
+        typer.Option(show_default="off", help="Choose each linear's bits: least KL, at a share of 16 bits' cost."),
+    ] = None,
+    cost: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GPU:ROWS", show_default="bytes", help="What that cost is: time on h100:16, rtx5090:1, ..."
+        ),
+    ] = None,
+    recommend: Annotated[
+        bool, typer.Option("--recommend", help="Print the choice (of --max-kl .1 by default), and stop.")
+    ] = False,
     device: Device = "auto",
     stream: Annotated[
         bool, typer.Option("--stream", help="Read a local MODEL layer by layer, never all of it.")
@@ -82,6 +100,7 @@ def quantize(
     The layers are written to --out as they are finished: after a kill or an error the same command goes on from there.
     """
     from ..calibration.progress import Progress
+    from ..calibration.recommend import recommend as recommended
     from ..calibration.run import quantize as quantize_model
     from ..calibration.run import quantize_checkpoint
     from ..checkpoint.source import load_model, load_tokenizer, tokenizer_or_none
@@ -120,6 +139,18 @@ def quantize(
             data = windows(text, tokenizer, window, special=bos)[:count]
             if len(data) < count:
                 log.warning("%s has %d calibration windows of %d tokens, not %d", calibration, len(data), window, count)
+        if recommend or max_kl is not None or max_share is not None:
+            if net is None or data is None:
+                raise ConfigError(
+                    "a choice of bits needs all of the model and a text: give --calibration, not --stream"
+                )
+            target = {"max_kl": max_kl, "max_share": max_share} if max_kl or max_share else {"max_kl": 0.1}
+            found = recommended(net, data, config, **target, **_cost(cost), device=where, batch_size=batch_size)
+            config = replace(config, **found)
+            if recommend or not quiet:
+                say(str(found))
+            if recommend:
+                return
         progress = Progress(not quiet, log_file)
         settings = dict(
             tokenizer=tokenizer,
@@ -139,6 +170,14 @@ def quantize(
         if quiet or int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
             return
         say(f"{explanation(net, width=console.width)}\n\nsaved in {out}; shown by wush-compile explain {out}")
+
+
+def _cost(text: str | None) -> dict:
+    """`h100:16` -> the GPU and the rows of `recommend`."""
+    gpu, _, rows = (text or "").partition(":")
+    if rows and not rows.isdigit():
+        raise ConfigError(f"--cost is GPU:ROWS, as in h100:16, not {text!r}")
+    return {"gpu": gpu or None, "rows": int(rows or 1)}
 
 
 def _override(text: str) -> tuple[str, dict]:
