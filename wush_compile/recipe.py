@@ -113,6 +113,7 @@ class Recipe:
             weight_scale_rule=rule,
             activation_scale_rule=rule,
             transform_block_size=None,
+            token_weights="uniform",
         )
 
     @property
