@@ -6,7 +6,8 @@ inputs.py         the batches: the user's data, or text that the model samples
 warm_up.py        one-time work, done in threads while the model is traced
 loop.py           the stage loop: observe, solve, commit, propagate
 variants.py       the model's graph, and further ones for batches that it does not hold for
-solve_group.py    solves one group of a stage
+solve_group.py    solves one group of linears of a stage
+solve_experts.py  solves a product of experts of a stage, in shares
 tensors.py        a stage's weights from a model in memory, and transfers to and from the compute device
 streaming.py      a stage's weights from safetensors files, for a model that is never in memory as a whole
 activations.py    the values of every batch between two stages

@@ -8,5 +8,6 @@ save_load.py   save and load
 names.py       fits a record to a model with another head, or one that has changed
 hf.py          transformers' `from_pretrained` and `save_pretrained`
 patches.py     what transformers does not ask a quantizer when it saves
+conversion.py  makes tensors of a model from those of files, as transformers does while it loads
 gguf.py        reads GGUF models
 """

@@ -6,6 +6,7 @@ transforms.py   T_b in float64, and its rounding to the model's dtype
 choose.py       the transform that each block gets, and the moments it follows from
 scales.py       the global scales of weights and activations
 gptq.py         rounding with error propagation
+experts.py      a product of all experts of a layer: one transform, GPTQ an expert
 loss.py         the loss of a solution, on rows of calibration data
 facts.py        curves of the activations' power, for the report
 """

@@ -1,6 +1,7 @@
 """Passes over the graph of the whole model, in the order in which calibration runs them.
 
 linears.py     what a linear is in a graph; makes one node of linears that a trace took apart
+experts.py     finds the products of experts, and routers
 group.py       groups the linears with the same input
 encoders.py    finds encoders of images or sound in front of a language model
 skipped.py     why a weight is not quantized
