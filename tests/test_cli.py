@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -120,6 +121,35 @@ def test_evaluate(tiny, quantized):
     windows = len(TEXT) // 64
     assert f"{windows} windows of 64 tokens, {windows * 64} of the text's; no BOS" in output
     assert float(re.search(r"(\d+\.\d{3})", run("evaluate", model, "--text", text, "--window", 64)).group(1)) > 100
+
+
+def test_windows_begin_with_the_bos_of_the_tokenizer(tiny, tmp_path):
+    model, text = tiny
+    with_bos = tmp_path / "model"
+    shutil.copytree(model, with_bos)
+    tokenizer = json.loads((with_bos / "tokenizer.json").read_text())
+    single = [{"SpecialToken": {"id": "!", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    bos = tokenizer["model"]["vocab"]["!"]
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single,
+        "special_tokens": {"!": {"id": "!", "ids": [bos], "tokens": ["!"]}},
+    }
+    (with_bos / "tokenizer.json").write_text(json.dumps(tokenizer))
+    options = ("--text", text, "--window", 64, "--device", "cpu")
+    output = run("evaluate", with_bos, *options)
+    windows = len(TEXT) // 63
+    assert f"{windows} windows of 64 tokens, {windows * 63} of the text's; each begins with !" in output
+    assert run("evaluate", with_bos, *options, "--no-bos").replace(str(with_bos), str(model)) != output
+    for option, first in (("--bos", bos), ("--no-bos", None)):
+        same = ("--calibration", text, "--window", 64, "--solver", "rtn", "--device", "cpu", "--quiet", "--restart")
+        run("quantize", with_bos, "--out", tmp_path / "out", *same, option)
+        record = wc.load(tmp_path / "out").wush_quantization
+        assert record.run["calibration"]["first_token"] == first
+    output = run("evaluate", tmp_path / "out", *options, "--save")
+    saved = json.loads((tmp_path / "out" / "wush_evaluation.json").read_text())
+    assert saved["prefix"] == [bos] and saved["tokens"] == windows * 63
 
 
 def test_explain_and_generate(quantized):
