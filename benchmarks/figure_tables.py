@@ -122,6 +122,34 @@ def activation_powers(name: str) -> str:
 
 
 @figure
+def token_weights(name: str) -> str:
+    """KL by setting, in a column for each format and activation format."""
+    kl = {(r["row"], r["format"], r["activations"]): r["kl"] for r in result(name)["rows"]}
+    columns = [(format, bits) for format in ("mxfp4", "nvfp4") for bits in ("same", "fp8", "none")]
+    lines = []
+    for row in dict.fromkeys(row for row, *_ in kl):
+        lines.append([row, *(shown(kl[(row, *c)], 4) if (row, *c) in kl else "" for c in columns)])
+    bits = {"same": 4, "fp8": 8, "none": 16}
+    return table(["setting", *(f"{format.upper()}, {bits[a]} bits" for format, a in columns)], lines)
+
+
+@figure
+def massive_tokens(name: str) -> str:
+    """Relative losses on ordinary tokens / on massive ones, by transform and rule, a column for each multiple."""
+    rows = result(name)["rows"]
+    multiples, lines = sorted({r["multiple"] for r in rows}), []
+    for key in dict.fromkeys((r["format"], r["transform"], r["weights"]) for r in rows):
+        found = {r["multiple"]: r for r in rows if (r["format"], r["transform"], r["weights"]) == key}
+        cells = (
+            " / ".join(shown(found[m][part], 2) for part in ("ordinary", "massive") if part in found[m])
+            for m in multiples
+        )
+        lines.append([key[0].upper(), key[1], key[2], *cells])
+    heads = ("none" if m == 1 else f"× {m:g}" for m in multiples)
+    return table(["loss, %", "transform", "weights", *heads], lines)
+
+
+@figure
 def ladder(accuracy: str, trial: str) -> str:
     """Perplexity and KL of 4-bit weights by the bits of activations, each as by default."""
     default = result(accuracy)["rows"]

@@ -18,8 +18,8 @@ from .transforms import (
 CLOSED_FORM = ("wus", "wush")
 # The power of s in T, by the activations' format (docs/spec.md §2). 1/2 is eq. 7, where both sides get the same second
 # moment; 1 would give weights the moment I. On SmolLM2 (docs/notebook/accuracy.md) 7/8 has 7 % less KL than 1/2 for fp8
-# and 16 bits with MXFP4 weights, and 3 % less with NVFP4 weights. For 4 bits 5/8 has 2 to 3 % less with MXFP4, and 1 %
-# less with NVFP4.
+# and 16 bits with MXFP4 weights, and 3 % less with NVFP4 weights. For 4 bits 5/8 has 2 to 3 % less with MXFP4; with
+# NVFP4 1 % less, and on an encoder (benchmarks/trial_encoder.py) more.
 POWER = {"same": 0.625, "fp8": 0.875, None: 0.875}
 
 
@@ -29,8 +29,9 @@ def uses_conditional_moments(recipe: Recipe) -> bool:
 
 
 def power_of(recipe: Recipe) -> float:
-    """The power of s in T. Plain rounding on both sides, and the authors' schedule, have that of eq. 7."""
-    if recipe.activation_format == "same" and (recipe.solver == "rtn" or uses_conditional_moments(recipe)):
+    """The power of s in T. Where 5/8 does not pay on all models measured, that of eq. 7 stays."""
+    same = recipe.activation_format == "same"
+    if same and (recipe.format != "mxfp4" or recipe.solver == "rtn" or uses_conditional_moments(recipe)):
         return 0.5
     return POWER[recipe.activation_format]
 
