@@ -53,7 +53,7 @@ def main() -> None:
     result = {**common.environment(device), "rows": []}
     for format, activations, name in itertools.product(("mxfp4", "nvfp4"), args.activations, args.rows):
         row, activation = trial.ROWS[name], trial.ACTIVATIONS[activations]
-        choose.POWER[activation] = trial.power_of(row, activation)
+        choose.power_of = trial.power_of(row)
         token_weights.POWER = row.exponent
         quantized = wc.quantize(
             copy.deepcopy(model),

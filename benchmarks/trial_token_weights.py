@@ -26,8 +26,8 @@ from wush_compile.ops import core as ops
 from wush_compile.solver import choose
 
 ACTIVATIONS = {"same": "same", "fp8": "fp8", "none": None}
-# Row.power counts from these. The library's own are in LIBRARY.
-POWER, LIBRARY, SCALED = {"same": 0.5, "fp8": 0.875, None: 0.875}, dict(choose.POWER), ops.scaled_rows
+POWER = {"same": 0.5, "fp8": 0.875, None: 0.875}  # what Row.power is added to
+LIBRARY, SCALED = choose.power_of, ops.scaled_rows
 
 
 class Row(NamedTuple):
@@ -75,14 +75,15 @@ def bound(limit: float):
     return scaled
 
 
-def power_of(row: Row, activation: str | None) -> float:
-    return LIBRARY[activation] if row.power is None else POWER[activation] + row.power
+def power_of(row: Row):
+    """`choose.power_of` with the power of a row."""
+    return LIBRARY if row.power is None else lambda recipe: POWER[recipe.activation_format] + row.power
 
 
 def measure(model, data, ids, format: str, activations: str, name: str) -> dict:
     """KL, perplexity and top-1 agreement of one setting."""
     row, activation = ROWS[name], ACTIVATIONS[activations]
-    choose.POWER[activation] = power_of(row, activation)
+    choose.power_of = power_of(row)
     token_weights.POWER = row.exponent
     ops.scaled_rows = SCALED if row.bound is None else bound(row.bound)
     start = time.perf_counter()
@@ -102,7 +103,7 @@ def measure(model, data, ids, format: str, activations: str, name: str) -> dict:
         "format": format,
         "activations": activations,
         "row": name,
-        "power": choose.POWER[activation],
+        "power": choose.power_of(quantized.wush_quantization.config),
         "perplexity": round(measured.perplexity, 3),
         "kl": round(measured.kl, 4),
         "top1": round(measured.top1, 4),
