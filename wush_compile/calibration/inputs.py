@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import data as calibration_data
-from ..config import WushConfig
+from ..config import Names, WushConfig
 from ..data import Batch
 from ..errors import DataError
 from .journal import Journal
@@ -86,7 +86,8 @@ def moved(batches: list[Batch], device: torch.device) -> list[Batch]:
 
 def _needs_data(model: nn.Module, config: WushConfig) -> bool:
     """Tells whether the recipe of any module that may be quantized needs calibration data."""
-    names = (name for name, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor))
+    names: list[Names] = [n for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)]
+    names += [(n, n.rpartition(".")[0]) for n, p in model.named_parameters() if p.dim() == 3]  # experts
     recipes = {config.recipe_of(name) for name in names if not config.ignores(name)}
     return any(recipe.needs_data for recipe in recipes | {config.recipe})
 

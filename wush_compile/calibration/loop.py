@@ -386,7 +386,7 @@ class Calibration:
         """Warns of experts that saw too few tokens, once for a layer: both products of its experts see the same."""
         starved = {}
         for group, one in zip(self.groups, self.solved, strict=True):
-            if one is not None and (numbers := starved_experts(one.report)):
+            if one is not None and (numbers := starved_experts(one.report, group.recipe)):
                 starved[group.name.rpartition(".")[0]] = numbers
         if starved:
             some = "; ".join(f"{path}: {_listed(numbers)}" for path, numbers in list(starved.items())[:STARVED_LAYERS])

@@ -74,7 +74,7 @@ def group_notes(group: WushGroup, record: Quantization) -> str:
     if group.block_size < (recipe.transform_block_size or 0):
         notes.append(f"blocks of {group.block_size}")
     report = record.report.get(group.members[0].name, {})
-    if starved := starved_experts(report):
+    if starved := starved_experts(report, recipe):
         notes.append(f"few tokens for {len(starved)} of {report['experts']} experts")
     tries = report.get("damping_tries", 0)
     if tries > 1:

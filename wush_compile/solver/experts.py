@@ -26,10 +26,10 @@ from .transforms import PANEL, damped_cholesky, diagonal_blocks
 SHRINKAGE_ROWS = 512
 
 
-def starved_experts(report: dict) -> list[int]:
-    """The experts of a product's report that saw too few tokens for a moment of their own."""
+def starved_experts(report: dict, recipe: Recipe) -> list[int]:
+    """The experts of a product's report that saw too few tokens for a moment of their own, if one is used."""
     counts = report.get("tokens_by_expert")
-    known = isinstance(counts, list) and report.get("tokens", 0) > 0
+    known = isinstance(counts, list) and report.get("tokens", 0) > 0 and recipe.solver == "gptq"
     return [e for e, count in enumerate(counts) if count < SHRINKAGE_ROWS] if known else []
 
 
