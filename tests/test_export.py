@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import branches, emulates_rounding
+from helpers import branches, emulates_rounding, quantize
 from models import pair, pair_rows, quantized, tokens
 from torch import nn
 from torch.export import Dim
@@ -196,3 +196,24 @@ def test_a_gpu_package_runs_in_a_process_that_imports_only_torch_and_in_cpp(shar
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     assert run_cpp(tmp_path / "host", path) == python
+
+
+class Masked(nn.Module):
+    """A mask made by vmap, as transformers makes some, in front of a linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x):
+        mask = torch.vmap(lambda i: i + torch.arange(x.shape[1]))(torch.arange(x.shape[0]))
+        return self.linear(nn.functional.gelu(x * mask.unsqueeze(-1)).reshape(-1, 64))
+
+
+def test_passes_keep_the_levels_of_vmap():
+    x = torch.randn(3, 8, 64)
+    model = quantize(Masked(), x, transform="hadamard")
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), strict=False)
+        assert any("vmap" in node.name for node in program.graph.nodes)
+        assert torch.equal(wc.fuse(program).module()(x), model(x))

@@ -240,13 +240,23 @@ def refresh(graph: Graph, changed: set[Node]) -> None:
         node.meta["val"] = fake
 
 
+def has_effect(node: Node) -> bool:
+    """Whether a node without users does something: `vmap` enters and leaves a level by calls that return nothing."""
+    return node.is_impure() or "functorch" in (getattr(node.target, "__module__", None) or "")
+
+
+def eliminate_dead_code(graph: Graph) -> None:
+    """Erases nodes whose results nobody reads."""
+    graph.eliminate_dead_code(is_impure_node=has_effect)
+
+
 def replace(node: Node, by: Node) -> None:
     """Replaces every use of `node` by `by`, and erases `node` with the nodes that only it read."""
     node.replace_all_uses_with(by, propagate_meta=False)
     dead, erased = [node], set()
     while dead:
         node = dead.pop()  # a node that two erased nodes read is listed twice
-        if node not in erased and not node.users and node.op == "call_function" and not node.is_impure():
+        if node not in erased and not node.users and node.op == "call_function" and not has_effect(node):
             dead += node.all_input_nodes
             node.graph.erase_node(node)
             erased.add(node)

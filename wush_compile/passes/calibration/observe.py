@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from ...ops import observe_experts as _observe_experts  # noqa: F401  (registers wush::observe_experts)
 from ...solver.solution import moment_shape
+from ..pattern import has_effect
 from .dataflow import depend_on
 from .experts import products
 from .group import LinearGroup
@@ -117,14 +118,18 @@ def observed(graph_module: fx.GraphModule) -> list[int]:
     return [n.meta["wush_group"] for n in graph_module.graph.nodes if n.target in OBSERVERS]
 
 
+def _stays(node: fx.Node) -> bool:
+    """Whether a node does something besides its result: an assertion, or a level of `vmap`."""
+    return getattr(node.target, "_opname", "").startswith(("_assert", "sym_constrain")) or has_effect(node)
+
+
 def only_observers(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Returns a graph of the same tensors that computes what observers and assertions read, and nothing else: no
     logits."""
     graph = fx.Graph()
     kept: set[fx.Node] = set()
-    asserts = "_assert", "sym_constrain"
     nodes = graph_module.graph.nodes
-    wanted = [n for n in nodes if n.target in OBSERVERS or getattr(n.target, "_opname", "").startswith(asserts)]
+    wanted = [n for n in nodes if n.op == "call_function" and (n.target in OBSERVERS or _stays(n))]
     while wanted:
         node = wanted.pop()
         if node not in kept:

@@ -2,7 +2,7 @@
 
 from torch.fx import Graph
 
-from ..pattern import is_wush, op_name, replace, same_layout
+from ..pattern import eliminate_dead_code, is_wush, op_name, replace, same_layout
 from .drop_identities import drop_identities
 
 _VIEWS = ("view", "reshape", "_unsafe_view", "expand", "slice", "alias")
@@ -33,5 +33,5 @@ def cleanup(graph: Graph) -> int:
         if op_name(node) == "_assert_tensor_metadata":
             graph.erase_node(node)
     drop_identities(graph)  # copies that only changed the layout, before a fused residual did
-    graph.eliminate_dead_code()
+    eliminate_dead_code(graph)
     return before - len(graph.nodes)

@@ -14,7 +14,7 @@ from ...kernels import dispatch as kernels
 from ...ops import core
 from ...ops.fused import FUSED_REFERENCE
 from ...ops.grouped import GROUPED_ARITHMETIC
-from ..pattern import arguments, fakes, freeze, is_wush, op_name, replace, value
+from ..pattern import arguments, eliminate_dead_code, fakes, freeze, is_wush, op_name, replace, value
 from .lower import fused_ops
 from .paste import replace_by
 
@@ -54,5 +54,5 @@ def package(graph: Graph) -> int:
     nodes = [node for node in graph.nodes if is_wush(node, *ARITHMETIC)]
     _share(replace_by(graph, nodes, _body))
     if nodes:
-        graph.eliminate_dead_code()
+        eliminate_dead_code(graph)
     return len(nodes)

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..pattern import arguments, insert, insert_op, is_wush, op_name, replace, value
+from ..pattern import arguments, eliminate_dead_code, insert, insert_op, is_wush, op_name, replace, value
 from .fuse_norm import is_norm
 
 _VIEWS = ("view", "reshape", "_unsafe_view")
@@ -47,5 +47,5 @@ def quantize_before_views(graph: Graph) -> int:
             replace(part, insert(graph, node, torch.ops.aten.view.default, (own, size), val=value(part)))
         moved += 1
     if moved:
-        graph.eliminate_dead_code()
+        eliminate_dead_code(graph)
     return moved
