@@ -1,7 +1,7 @@
 """Asks a server for text, with the `openai` client.
 
-    wush-compile serve CHECKPOINT                   # in another shell; prints its address
-    python examples/serve_openai.py [URL] [KEY]     # default: http://127.0.0.1:8000/v1
+    wush-compile serve CHECKPOINT                              # in another shell; prints its address
+    python examples/serve_openai.py CHECKPOINT [URL] [KEY]     # default: http://127.0.0.1:8000/v1
 
 The server is vLLM where it is installed, else transformers' own. Both speak the API of OpenAI, as many clients do.
 """
@@ -11,13 +11,11 @@ import sys
 from openai import OpenAI
 
 
-def main(url: str = "http://127.0.0.1:8000/v1", key: str = "none") -> None:
+def main(checkpoint: str, url: str = "http://127.0.0.1:8000/v1", key: str = "none") -> None:
     client = OpenAI(base_url=url, api_key=key)
-    model = client.models.list().data[0].id
-    stream = client.completions.create(
-        model=model, prompt="Once upon a time", max_tokens=32, temperature=0, stream=True
-    )
-    print(f"{model}: Once upon a time", end="")
+    prompt = "Once upon a time"
+    stream = client.completions.create(model=checkpoint, prompt=prompt, max_tokens=32, temperature=0, stream=True)
+    print(prompt, end="")
     for event in stream:
         print(event.choices[0].text, end="", flush=True)
     print()

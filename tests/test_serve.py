@@ -9,7 +9,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers import branches
+from helpers import branches, quantize
+from models import plain, tokens
 from typer.testing import CliRunner
 
 import wush_compile as wc
@@ -109,3 +110,14 @@ def test_a_server_that_fails(monkeypatch, directory):
     monkeypatch.setattr(subprocess, "Popen", lambda command, env: popen([sys.executable, "-c", code]))
     result = serve(directory)
     assert result.exit_code == 1 and "the server ended by itself, with status 3" in result.output
+
+
+def test_save_warns_of_what_vllm_cannot_serve(tmp_path, caplog):
+    model = plain("llama", layers=1)
+    wc.save(quantize(model, tokens(2, 16), ignore=("*.k_proj",), transform="hadamard"), tmp_path / "half")
+    [record] = [r for r in caplog.records if "vLLM cannot serve" in r.message]
+    assert "model.layers.0.self_attn.k_proj as one linear" in record.message
+    caplog.clear()
+    model = plain("llama", layers=1)
+    wc.save(quantize(model, tokens(2, 16), ignore=("*.[qkv]_proj",), transform="hadamard"), tmp_path / "whole")
+    assert not [r for r in caplog.records if "vLLM cannot serve" in r.message]
