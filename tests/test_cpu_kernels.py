@@ -125,19 +125,26 @@ def test_the_ops_use_them(monkeypatch):
     assert dispatch.resolve.__wrapped__(None) == {}
 
 
-def test_arguments_at_fault_are_the_references_error(monkeypatch):
-    """The kernels check what they read: a bad call reaches the reference, which says what is wrong."""
+def test_arguments_at_fault_reach_no_kernel():
+    """The reference says what is wrong with a call of the op; the provider checks all that its kernels read."""
     args, _ = product(3, 5, 64, "mxfp4", "same", torch.bfloat16)
-    codes, scales, g, weight_codes, weight_scales, *rest = args
+    codes, scales, g, weight_codes, weight_scales, _, bias = args
+    fp4_linear, end = torch.ops.wush.fp4_linear, ("mxfp4", torch.bfloat16)
     with pytest.raises(RuntimeError):
-        torch.ops.wush.fp4_linear(
-            codes, scales, g, weight_codes[:, :16], weight_scales, *rest, None, "mxfp4", torch.float32
-        )
-    for bad in (weight_scales[:, :1], weight_scales[:4]):
-        with pytest.raises(RuntimeError, match="weight_scales has"):
-            cpu.fp4_linear(codes, scales, g, weight_codes, bad, *rest, None, "mxfp4", torch.bfloat16)
-    with pytest.raises(RuntimeError, match="do not cover"):
+        fp4_linear(codes, scales, g, weight_codes[:, :16], weight_scales, None, bias, None, *end)
+    for bad in (weight_scales[:, :1], weight_scales[:4], weight_scales.int()):
+        with pytest.raises(ValueError, match="its scale is torch"):
+            cpu.fp4_linear(codes, scales, g, weight_codes, bad, None, bias, None, *end)
+    with pytest.raises(ValueError, match="the activation is"):
+        cpu.fp4_linear(codes[:, :16], scales[:, :1], g, weight_codes, weight_scales, None, bias, None, *end)
+    with pytest.raises(ValueError, match="the bias is"):
+        cpu.fp4_linear(codes, scales, g, weight_codes, weight_scales, None, bias[:4], None, *end)
+    with pytest.raises(ValueError, match="the residual is"):
+        cpu.fp4_linear(codes, scales, g, weight_codes, weight_scales, None, bias, bias, *end)
+    with pytest.raises(ValueError, match="do not cover"):
         cpu.transform_quantize(torch.randn(2, 96), torch.randn(2, 32, 32), None, "mxfp4", "mse")
+    with pytest.raises(ValueError, match="no scale rule 'ocp'"):
+        cpu.transform_quantize(torch.randn(2, 96), None, None, "nvfp4", "ocp")
 
 
 def test_the_lesser_level_runs_the_same_tests():

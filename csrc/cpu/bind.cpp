@@ -1,4 +1,5 @@
-// torch.ops.wush_cpu.*: checks, outputs, threads. The ops are those of wush_compile/ops/core.py.
+// torch.ops.wush_cpu.*: arguments, scratch, threads. wush_compile/kernels/cpu.py checks what they read: no exception leaves
+// this library, since a compiler may have linked a C++ runtime of its own into it.
 
 #include <algorithm>
 #include <cstdlib>
@@ -38,22 +39,11 @@ Type type_of(ScalarType type) {
   switch (type) {
     case ScalarType::Float: return Type::f32;
     case ScalarType::Half: return Type::f16;
-    case ScalarType::BFloat16: return Type::bf16;
-    default: STD_TORCH_CHECK(false, "expected fp32, fp16 or bf16");
+    default: return Type::bf16;
   }
 }
 
 int64_t element_size(Type type) { return type == Type::f32 ? 4 : 2; }
-
-void check(const Tensor& t, int64_t elements, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.numel() == elements, name, " has ", t.numel(),
-                  " elements, expected ", elements, " on the CPU");
-}
-
-void check_bytes(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
-  check(t, rows * columns, name);
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte, name, " must be uint8");
-}
 
 // Calls f(begin, end) by threads, `grain` items or more at a time.
 template <class F>
@@ -72,20 +62,10 @@ void transform_quantize(const Tensor& x, const std::optional<Tensor>& transform,
   q.rows = x.size(0), q.width = x.size(1), q.stride = x.stride(0);
   q.format = nvfp4 ? Format::nvfp4 : Format::mxfp4;
   q.rule = Rule(rule);
-  STD_TORCH_CHECK(x.stride(1) == 1 || q.width <= 1, "rows of x must be dense");
-  STD_TORCH_CHECK(q.width % q.group() == 0, "width ", q.width, " is not a multiple of ", q.group());
-  STD_TORCH_CHECK(!(nvfp4 && q.rule == Rule::ocp), "nvfp4 has no rule ocp");
-  check_bytes(codes, q.rows, q.width / 2, "codes");
-  check_bytes(scales, q.rows, q.width / q.group(), "scales");
   if (transform.has_value()) {
-    STD_TORCH_CHECK(transform->is_cpu() && transform->is_contiguous() && transform->dim() == 3,
-                    "the transform must be [blocks, block, block]");
     q.transform = transform->const_data_ptr();
     q.transform_type = type_of(transform->scalar_type());
     q.blocks = transform->size(0), q.block = transform->size(1);
-    STD_TORCH_CHECK(q.block > 0 && q.block % 16 == 0 && transform->size(2) == q.block && q.width % q.unit() == 0 &&
-                        (q.blocks == 1 || q.blocks * q.block == q.width),
-                    q.blocks, " blocks of ", q.block, " do not cover width ", q.width);
   }
   q.global_scale = float(global_scale);
   q.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
@@ -102,37 +82,21 @@ void fp4_linear(const Tensor& codes, const std::optional<Tensor>& scales, const 
   a.format = nvfp4 ? Format::nvfp4 : Format::mxfp4;
   a.rows = out.size(0), a.columns = out.size(1), a.width = 2 * weight_codes.size(1);
   a.type = type_of(out.scalar_type());
-  STD_TORCH_CHECK(a.width % a.group() == 0, "width ", a.width, " is not a multiple of ", a.group());
-  check_bytes(weight_codes, a.columns, a.width / 2, "weight_codes");
-  check_bytes(weight_scales, a.columns, a.width / a.group(), "weight_scales");
   if (activation == "same") {
-    check_bytes(codes, a.rows, a.width / 2, "codes");
-    check_bytes(*scales, a.rows, a.width / a.group(), "scales");
     a.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
     a.scales = static_cast<const uint8_t*>(scales->const_data_ptr());
   } else if (activation == "fp8") {
-    check_bytes(codes, a.rows, a.width, "codes");
-    check(*scales, a.rows, "scales");
-    STD_TORCH_CHECK(scales->scalar_type() == ScalarType::Float, "scales must be fp32");
     a.fp8 = static_cast<const uint8_t*>(codes.const_data_ptr());
     a.row_scales = static_cast<const float*>(scales->const_data_ptr());
   } else {
-    STD_TORCH_CHECK(activation == "none", "activation format ", activation, " is not same, fp8 or none");
-    check(codes, a.rows * a.width, "x");
     a.values = codes.const_data_ptr();
     a.value_type = type_of(codes.scalar_type());
   }
   a.weight_codes = static_cast<const uint8_t*>(weight_codes.const_data_ptr());
   a.weight_scales = static_cast<const uint8_t*>(weight_scales.const_data_ptr());
   a.factor = float(factor);
-  if (bias.has_value()) {
-    check(*bias, a.columns, "bias");
-    a.bias = bias->const_data_ptr();
-  }
-  if (residual.has_value()) {
-    check(*residual, a.rows * a.columns, "residual");
-    a.residual = residual->const_data_ptr();
-  }
+  if (bias.has_value()) a.bias = bias->const_data_ptr();
+  if (residual.has_value()) a.residual = residual->const_data_ptr();
   a.out = out.mutable_data_ptr();
   if (a.rows == 0 || a.columns == 0) return;
   const int64_t bytes = level()->operand_bytes(a), size = element_size(a.type);

@@ -5,10 +5,12 @@ every op without it.
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
+from ..formats import get_format, operand_layout
 from ..ops.layouts import in_rows, lay_out, scale_shape
 from .libraries import libraries, load
 from .provider import FLOATS, FixableReason, Implementation
@@ -34,6 +36,14 @@ def _number(g: Tensor | None) -> float:
     return 1.0 if g is None else g.item()
 
 
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The kernels read what these checks allow, and check nothing themselves."""
+    if tensor.device.type != "cpu" or tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected {dtype} {shape} on the CPU"
+        )
+
+
 def refuses_transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
     if format not in FORMATS:
         return f"{format} has no CPU kernel"
@@ -49,6 +59,13 @@ def transform_quantize(
 ) -> tuple[Tensor, Tensor]:
     """`wush::transform_quantize` for MXFP4 and NVFP4; codes and scales have the reference's bits for the same sums."""
     width, group = x.shape[-1], FORMATS[format]
+    if scale_rule not in get_format(format).scale_rules or width % group:
+        raise ValueError(f"{format} has no scale rule {scale_rule!r}, or {width} is not a multiple of {group}")
+    if transform is not None:
+        blocks, size = transform.shape[0], transform.shape[-1]
+        _check("transform", transform, (blocks, size, size), transform.dtype)
+        if width % math.lcm(size, group) or blocks not in (1, width // size):
+            raise ValueError(f"{blocks} blocks of {size} do not cover width {width}")
     rows = x.reshape(-1, width)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
@@ -108,9 +125,20 @@ def fp4_linear(
     activation_format: str = "same",
 ) -> Tensor:
     """`wush::fp4_linear`, its operands decoded in registers or a tile at a time; sums in fp32."""
-    lead, columns = codes.shape[:-1], weight_codes.shape[0]
+    lead, columns, width = codes.shape[:-1], weight_codes.shape[0], 2 * weight_codes.shape[-1]
     if activation_format == "same":
         scales = in_rows(scales, lead, 2 * codes.shape[-1] // FORMATS[format], scale_layout)
+    channels, dtype, groups, scale_dtype = operand_layout(
+        format if activation_format == "same" else activation_format, width, codes.dtype
+    )
+    _check("the activation", codes, (*lead, channels), dtype)
+    _check("its scale", scales, (*lead, groups), scale_dtype)
+    _check("the weight", weight_codes, (columns, width // 2), torch.uint8)
+    _check("its scale", weight_scales, (columns, width // FORMATS[format]), torch.uint8)
+    if bias is not None:
+        _check("the bias", bias, (columns,), out_dtype)
+    if residual is not None:
+        _check("the residual", residual, (*lead, columns), out_dtype)
     # The reference's factor, rounded as there.
     factors = [g for g in (global_scale, weight_global_scale) if g is not None]
     factor = _number(1.0 / (factors[0] if len(factors) == 1 else factors[0] * factors[1]) if factors else None)
