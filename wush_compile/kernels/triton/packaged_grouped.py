@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from .common.memory import Workspace
-from .grouped.choose import GEMM, Gemm, grouped_format
+from .grouped.choose import gemm_tile, grouped_format
 from .grouped.find import most_tiles
 from .grouped.gemm import grouped_gemm_kernel
 from .launches import bands, dense, in_band, launch, tiles
@@ -16,12 +16,6 @@ from .linear.upcast import upcast_bf16_kernel, upcast_fp8_kernel
 
 # Most rows of each band, as a multiple of the number of experts; the last band is open.
 BANDS = (8, 24)
-
-
-def _tile(format: str, average: float, k: int) -> Gemm:
-    table = GEMM["mxfp4" if format == "mxfp4" else "nvfp4"]
-    tile = next(tile for most, tile in table.items() if average <= most)
-    return tile if -(-k // 128) * 128 % tile.block_k == 0 else tile._replace(block_k=128)
 
 
 def _upcast(format: str, kind: str, x: Tensor, scales: Tensor, g: Tensor | None, index: Tensor | None, rows, k: int):
@@ -99,7 +93,9 @@ def fp4_grouped_linear(
     words = torch.nn.functional.pad(ws, (0, -ws.shape[-1] % 4)).view(torch.int32)
     out = codes.new_empty((rows, n), dtype=out_dtype)
     limits = tuple(most * experts for most in BANDS)
-    for first, last, tile in bands(rows, lambda most: _tile(kind, most / experts, k), limits):
+    for first, last, tile in bands(
+        rows, lambda most: gemm_tile("mxfp4" if kind == "mxfp4" else "nvfp4", most / experts, k), limits
+    ):
         grid = in_band(rows, first, last) * most_tiles(rows, experts, tile.block_m) * tiles(n, tile.block_n)
         out = launch(
             grouped_gemm_kernel,
