@@ -190,6 +190,17 @@ def rounded():
     return wc.quantize(moe("qwen3_moe"), DATA, **RTN)
 
 
+def test_the_graph_of_a_layer_before_and_after(rounded):
+    """Products of rows in the order of experts become products of tokens, which are quantized once."""
+    before, after = wc.explain(rounded, view="captured").split("\n\n")[-2:]
+    assert before.count("aten._grouped_mm(") == 2 and "wush." not in before
+    calls = [line.split(" = ")[1].split("(")[0] for line in after.split("\n") if "= wush." in line]
+    experts = ["wush.transform_quantize", "wush.fp4_grouped_linear"] * 2
+    assert calls[-4:] == experts and "_grouped_mm(" not in after and "aten.index(view" not in after
+    [first, second] = [line for line in after.split("\n") if "= wush.fp4_grouped_linear(" in line]
+    assert "floor_divide" in first and "floor_divide" not in second  # the token of each row
+
+
 def test_loops_over_experts_are_traced_as_products():
     model = moe("qwen3_moe")
     model.set_experts_implementation("eager")
