@@ -150,7 +150,9 @@ def main() -> None:
     }
     inner = ends[1:layers]  # the last layer runs once, not twice
     each = (inner[-1] - inner[0]) / (len(inner) - 1) if len(inner) > 1 else total / layers
-    result["projected"] = total + each * (every - layers)
+    # The pass that weighs tokens comes before all stages; that all of it scales is an upper bound.
+    before_stages = seconds.get("token weights", 0.0) / layers
+    result["projected"] = total + (each + before_stages) * (every - layers)
     common.write_json(args.out, result)
     for phase, value in sorted(seconds.items(), key=lambda item: -item[1]):
         print(f"{phase:16}{value:9.2f} s")

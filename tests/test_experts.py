@@ -271,6 +271,8 @@ def test_calibrated_on_a_gpu(kind):
     """From CPU memory, layer by layer, and as a whole; then it runs there, eager and compiled."""
     ids = DATA[0].cuda()
     whole, offloaded = (moe(kind, layers=2) for _ in range(2))
+    with torch.no_grad():
+        original = copy.deepcopy(whole).cuda()(ids, use_cache=False).logits
     wc.quantize(whole.cuda(), [ids], progress=False)
     wc.quantize(offloaded, DATA, progress=False, device="cuda")
     offloaded.cuda()
@@ -279,10 +281,14 @@ def test_calibrated_on_a_gpu(kind):
         assert all(report[name]["relative_loss"] < 0.03 for name in product_names(model))
     with torch.no_grad():
         logits = whole(ids, use_cache=False).logits
+        # A code that another rounding flips, and a token that goes to another expert, move logits of these tiny models:
+        # by less than what quantization itself moves.
+        lost = (logits - original).norm()
+        assert lost < 0.2 * original.norm()
         assert (logits - offloaded(ids, use_cache=False).logits).norm() < 0.2 * logits.norm()
         compiled = torch.compile(whole, backend="wush", fullgraph=True)(ids, use_cache=False).logits
-        assert (logits - compiled).norm() < 0.1 * logits.norm()
+        assert (logits - compiled).norm() < lost
         graphed = torch.compile(whole, backend="wush", mode="reduce-overhead")
         for _ in range(3):
             replayed = graphed(ids, use_cache=False).logits.clone()
-        assert (logits - replayed).norm() < 0.1 * logits.norm()
+        assert (logits - replayed).norm() < lost
