@@ -5,6 +5,7 @@ strings, the first ones names of results. All rounding is done by `shown`.
 """
 
 import json
+import re
 from collections.abc import Callable
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
@@ -154,6 +155,21 @@ def activation_powers(name: str) -> str:
     return table(["weights", "bits of activations", "none", "Hadamard", *(f"s^{power:g}" for power in powers)], lines)
 
 
+RUNGS = (("mxfp4", "same"), ("mxfp4", "fp8"), ("mxfp4", "none"), ("nvfp4", "same"), ("nvfp4", "fp8"), ("nvfp4", "none"))
+RUNGS += (("int8", "fp8"), ("int8", "none"))
+GPUS = {"A100, L40S": ((8, 0), (8, 9)), "H100, H200": ((9, 0),), "B200, RTX 5090": ((10, 0), (12, 0))}
+
+
+def tensor_cores(format: str, activation: str, gpus: str) -> str:
+    """What multiplies on these GPUs, all of them alike: from the words of the providers."""
+    import torch  # noqa: F401  (first: the package registers its kernels when torch is there)
+
+    from wush_compile.kernels.dispatch import arithmetic
+
+    [found] = {re.search(r"(\w+) tensor cores", arithmetic(format, c, activation))[1].lower() for c in GPUS[gpus]}
+    return found
+
+
 @figure
 def token_weights(name: str) -> str:
     """KL by setting, in a column for each format and activation format."""
@@ -183,18 +199,73 @@ def massive_tokens(name: str) -> str:
 
 
 @figure
-def ladder(accuracy: str, trial: str) -> str:
-    """Perplexity and KL of 4-bit weights by the bits of activations, each as by default."""
-    default = result(accuracy)["rows"]
-    rows = {f: {"same": default[f"{f} default"]} for f in ("mxfp4", "nvfp4")}
-    for row in result(trial)["rows"]:
-        if row["power"] == 0.875:
-            rows[row["format"]][row["activations"]] = row
+def ladder(accuracy: str, whole: str = "") -> str:
+    """A row a rung: what multiplies on which GPU, KL, and decoding of one sequence over bf16, with and without an int8
+    head. Cells that were not measured are empty."""
+    kl = {(row["format"], row["activations"], row["head"]): row["kl"] for row in result(accuracy)["rows"]}
+    decode = {row["model"]: row for row in result(whole)["rows"] if row["what"] == "decode"} if whole else {}
     lines = []
-    for activations, title in (("same", "4 (the default)"), ("fp8", '8: `"fp8"`'), ("none", "16: `None`")):
-        both = (rows[format][activations] for format in ("mxfp4", "nvfp4"))
-        lines.append([title, *(cell for row in both for cell in (shown(row["perplexity"], 1), shown(row["kl"], 3)))])
-    return table(["bits of activations", "MXFP4 perplexity", "KL to bf16", "NVFP4 perplexity", "KL to bf16"], lines)
+    for format, activation in RUNGS:
+        model = format if activation == "same" else f"{format}-{activation}"
+        cells = [
+            format if format == "int8" else format.upper(),
+            {"same": "4 bits", "fp8": "fp8", "none": "16 bits"}[activation],
+        ]
+        cells += [tensor_cores(format, activation, gpus) for gpus in GPUS]
+        for head, name in (("16 bits", model), ("int8", f"{model}+head")):
+            row, known = decode.get(name), kl.get((format, activation, head))
+            cells.append("" if known is None else shown(known, 4))
+            cells.append("" if row is None else f"{shown(decode['bf16']['queued ms'] / row['queued ms'], 2)}×")
+            cells.append("" if row is None else shown(row["memory GiB"], 2))
+        lines.append(cells)
+    columns = [f"{what}{head}" for head in ("", ", int8 head") for what in ("KL", "speed", "GiB")]
+    return table(["weights", "activations", *GPUS, *columns], lines)
+
+
+@figure
+def weight_errors(name: str) -> str:
+    """Rounding errors of formats of 8 bits, in shares of the weights' power."""
+    errors = result(name)["errors"]
+    formats = list(next(iter(errors.values())))
+    return table(["", *formats], [[what, *(f"{found[f]:.1e}" for f in formats)] for what, found in errors.items()])
+
+
+def head_kl(name: str) -> dict[tuple[str, str], dict[str, float]]:
+    """(format, activations) -> head -> KL."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in result(name)["rows"]:
+        found.setdefault((row["format"], row["activations"]), {})[row["head"]] = row["kl"]
+    return found
+
+
+@figure
+def ladder_head(name: str) -> str:
+    lines = []
+    for (format, activations), kl in head_kl(name).items():
+        change = percent(kl["int8"] / kl["16 bits"] - 1, 1)
+        lines.append([format, activations, shown(kl["16 bits"], 4), shown(kl["int8"], 4), f"+{change}"])
+    return table(["weights", "activations", "head in 16 bits", "int8 head", "change"], lines)
+
+
+@figure
+def head_cost(name: str) -> str:
+    """The most that an int8 head adds to the KL of a rung with 4-bit weights."""
+    kl = (found for (format, _), found in head_kl(name).items() if format != "int8")
+    return percent(max(found["int8"] / found["16 bits"] - 1 for found in kl), 1)
+
+
+@figure
+def decode_ms(name: str, model: str) -> str:
+    return shown(next(row["queued ms"] for row in result(name)["rows"] if row["model"] == model), 2)
+
+
+@figure
+def head_speed(name: str) -> str:
+    """The head's product, µs: bf16, int8, and their ratio."""
+    lines = [
+        [str(r["M"]), shown(r["bf16 us"]), shown(r["int8 us"]), f"{shown(r['gain'], 2)}×"] for r in result(name)["rows"]
+    ]
+    return table(["rows", "bf16 µs", "int8 µs", "speed-up"], lines)
 
 
 @figure

@@ -23,7 +23,7 @@ TILES = [Int8(n, m, k, w, s) for n, m, k, w, s in itertools.product((64, 128), (
 
 
 def candidates(rows: int, tune: bool) -> list:
-    tiles = GEMV if rows in (1, 2, 4) else [t for t in TILES if t.block_m >= min(rows, 64)] if rows <= 64 else []
+    tiles = GEMV if rows == 1 else [t for t in TILES if t.block_m >= min(rows, 64)] if rows <= 64 else []
     return [None, *(tiles if tune else [])]
 
 

@@ -59,6 +59,16 @@ CANDIDATES = {
 }
 
 
+def fits(candidate: str, width: int) -> bool:
+    """Whether the group of a candidate divides the width."""
+    group = candidate.split()[1]
+    return group == "row" or width % int(group) == 0
+
+
+def errors_of(w: Tensor) -> dict[str, float]:
+    return {name: error(w, rounded) for name, rounded in CANDIDATES.items() if fits(name, w.shape[-1])}
+
+
 def error(w: Tensor, rounded: Callable[[Tensor], Tensor]) -> float:
     """The rounding error's share of the power of w [N, K], some rows at a time."""
     lost = sum((rounded(rows) - rows.float()).square().sum().double() for rows in w.split(4096))
@@ -86,9 +96,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("trial_weights.json"))
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and args.data else "cpu")
-    errors = {
-        what: {name: error(w, rounded) for name, rounded in CANDIDATES.items()} for what, w in random_weights().items()
-    }
+    errors = {what: errors_of(w) for what, w in random_weights().items()}
     result = {**common.environment(device), "errors": errors}
     common.write_json(args.out, result)
     if args.data:
@@ -100,7 +108,7 @@ def main() -> None:
         result["windows"], result["kl"] = args.windows, {}
         for what, names in parts.items():
             last = linears[names[-1]].weight.detach()
-            errors[what if len(names) == 1 else names[-1]] = {name: error(last, f) for name, f in CANDIDATES.items()}
+            errors[what if len(names) == 1 else names[-1]] = errors_of(last)
             for candidate in args.kl:
                 rounded = copy.deepcopy(model)
                 for name in names:

@@ -13,7 +13,7 @@ wait for the rest. The import alone gives torch the ops, and lets transformers l
 import importlib
 from typing import TYPE_CHECKING
 
-from .when_imported import when_imported
+from .when_imported import import_first, when_imported
 
 if TYPE_CHECKING:
     from . import evaluation as evaluate
@@ -82,6 +82,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+import_first("torch", __name__, besides=("__main__", "cli", "errors", "when_imported"))
 # The ops with their GPU kernels, and the quantization method "wush" of `from_pretrained`.
 when_imported("torch", lambda: importlib.import_module(".kernels.register", __name__))
 when_imported("transformers.modeling_utils", lambda: importlib.import_module(".checkpoint.hf", __name__))

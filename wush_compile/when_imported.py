@@ -1,5 +1,6 @@
-"""`when_imported`: work that waits for the import of another library, so that ours need not import it."""
+"""Work that waits for the import of another library, so that ours need not import it, and modules that do need it."""
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -34,3 +35,26 @@ def when_imported(name: str, action: Callable[[], object]) -> None:
         action()
     else:
         sys.meta_path.insert(0, _Finder(name, action))
+
+
+class _First(importlib.abc.MetaPathFinder):
+    """Finds nothing, but imports a library when it is asked for a module of a package."""
+
+    def __init__(self, library: str, package: str, besides: tuple[str, ...]):
+        self.library, self.package, self.besides = library, package, besides
+
+    def find_spec(self, name, path=None, target=None):
+        package, _, rest = name.partition(".")
+        if package == self.package and rest.partition(".")[0] not in self.besides:
+            sys.meta_path.remove(self)
+            importlib.import_module(self.library)
+        return None
+
+
+def import_first(library: str, package: str, besides: tuple[str, ...]) -> None:
+    """Imports `library` before any module of `package`, except those in `besides`, which do without.
+
+    What `when_imported` does at the end of that import may import the package's modules: none may be half imported.
+    """
+    if library not in sys.modules:
+        sys.meta_path.insert(0, _First(library, package, besides))

@@ -65,7 +65,7 @@ class Int4(NamedTuple):
 
 
 class Int8Gemv(NamedTuple):
-    """Tile of 1, 2 or 4 rows times weights of 8 bits: weight rows, channels of a step; warps."""
+    """Tile of one row times weights of 8 bits: weight rows, channels of a step; warps."""
 
     block_n: int
     block_k: int
@@ -333,8 +333,9 @@ INT8_ROWS = 64
 def choose_int8(rows: int, n: int, k: int) -> "Int8Gemv | Int8 | str":
     """The kernel for [rows, k] times a weight of 8 bits [n, k]: a tile, or "bf16".
 
-    Not tuned: a half group a thread, no barrier in `gemv`'s loop, and enough programs to fill a GPU."""
-    if rows in (1, 2, 4):
+    Not tuned: a half group a thread, no barrier in `gemv`'s loop, and enough programs to fill a GPU
+    (benchmarks/head_speed.py)."""
+    if rows == 1:
         return Int8Gemv(32, 256, 4) if n > NARROW_N else Int8Gemv(8, 1024, 4)
     if rows > INT8_ROWS:
         return "bf16"

@@ -1,6 +1,6 @@
 """Weights of 8 bits times activations of 16 bits; runs on any GPU with bf16 tensor cores (sm_80 and later).
 
-gemv     1, 2 or 4 rows: fp32 products of the integers, each group's sum times its scale
+gemv     one row: fp32 products of the integers, each half group's sum times its scale
 gemm     up to 64 rows: code · scale in the dtype of the activations, in front of the tensor core
 upcast   the same in memory, for the library's product of more rows (`library.py`)
 
@@ -83,7 +83,6 @@ def int8_gemv_kernel(
     out,
     N: tl.constexpr,
     K: tl.constexpr,
-    M: tl.constexpr,
     X: tl.constexpr,
     UNIT: tl.constexpr,
     BIAS: tl.constexpr,
@@ -92,14 +91,11 @@ def int8_gemv_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x int64 [M, K/4], four floats of type X each, unit fp32 [M] (UNIT), w int32 [N, K/4], w_scales bf16 [N, K/32]
-    -> out [M, N]; M is 1, 2 or 4. Grid (tiles of N). Weights are read before the kernel waits for its inputs."""
+    """x int64 [1, K/4], four floats of type X each, unit fp32 [1] (UNIT), w int32 [N, K/4], w_scales bf16 [N, K/32]
+    -> out [1, N]. Grid (tiles of N). Weights are read before the kernel waits for its inputs."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
-    acc0 = tl.zeros((BLOCK_N, BLOCK_K // HALF), tl.float32)
-    acc1 = acc0
-    acc2 = acc0
-    acc3 = acc0
+    acc = tl.zeros((BLOCK_N, BLOCK_K // HALF), tl.float32)
     codes, scales = _load_words(w, w_scales, row, 0, K, BLOCK_K)
     wait_inputs(PDL)
     start_next(PDL)
@@ -109,27 +105,11 @@ def int8_gemv_kernel(
         if BLOCK_K < K:  # load the next step while this one computes; the last one reads the first again
             after = tl.where(first + BLOCK_K < K, first + BLOCK_K, 0)
             codes, scales = _load_words(w, w_scales, row, after, K, BLOCK_K)
-        acc0 += _row(weights, x, first, X, K, BLOCK_N, BLOCK_K) * factor
-        if M > 1:
-            acc1 += _row(weights, x + K // 4, first, X, K, BLOCK_N, BLOCK_K) * factor
-        if M > 2:
-            acc2 += _row(weights, x + 2 * K // 4, first, X, K, BLOCK_N, BLOCK_K) * factor
-            acc3 += _row(weights, x + 3 * K // 4, first, X, K, BLOCK_N, BLOCK_K) * factor
-    _finish(acc0, 0, n, N, unit, bias, residual, out, UNIT, BIAS, RESIDUAL)
-    if M > 1:
-        _finish(acc1, 1, n, N, unit, bias, residual, out, UNIT, BIAS, RESIDUAL)
-    if M > 2:
-        _finish(acc2, 2, n, N, unit, bias, residual, out, UNIT, BIAS, RESIDUAL)
-        _finish(acc3, 3, n, N, unit, bias, residual, out, UNIT, BIAS, RESIDUAL)
-
-
-@triton.jit
-def _finish(acc, m, n, N, unit, bias, residual, out, UNIT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):
+        acc += _row(weights, x, first, X, K, BLOCK_N, BLOCK_K) * factor
     y = tl.sum(acc, 1)
     if UNIT:
-        y *= tl.load(unit + m)
-    rows = tl.zeros_like(n) + m
-    finish(y, n, rows, N, None, None, bias, residual, out, False, False, BIAS, RESIDUAL, n < N)
+        y *= tl.load(unit)
+    finish(y, n, tl.zeros_like(n), N, None, None, bias, residual, out, False, False, BIAS, RESIDUAL, n < N)
 
 
 @triton.jit

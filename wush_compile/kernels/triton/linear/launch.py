@@ -209,7 +209,7 @@ def int8_operands(o: Operands) -> tuple[Tensor, Tensor | None]:
 
 
 def run_int8_gemv(o: Operands, tile: Int8Gemv, out: Tensor) -> None:
-    (m, n, k), (x, unit) = o.sizes, int8_operands(o)
+    (_, n, k), (x, unit) = o.sizes, int8_operands(o)
     pdl = (
         overlaps(out.device.index)
         and mark_used_and_was_settled(o.weight_codes)
@@ -225,7 +225,6 @@ def run_int8_gemv(o: Operands, tile: Int8Gemv, out: Tensor) -> None:
         out,
         n,
         k,
-        m,
         tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16,
         unit is not None,
         *o.given[2:],
