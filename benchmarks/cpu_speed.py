@@ -65,7 +65,7 @@ def main() -> None:
                 rows.append(dict(case=case, model=name, ms=1e3 * best[name], of_bf16=best[name] / best["bf16"]))
                 print(f"{case:8} {name:6} {rows[-1]['ms']:8.2f} ms  {rows[-1]['of_bf16']:.2f} of bf16", flush=True)
     settings = dict(layers=args.layers, rounds=args.rounds, threads=torch.get_num_threads(), **SHAPE)
-    write_json(args.out, dict(environment=environment(torch.device("cpu")), settings=settings, rows=rows))
+    write_json(args.out, {**environment(torch.device("cpu")), "settings": settings, "rows": rows})
 
 
 if __name__ == "__main__":
