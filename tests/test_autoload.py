@@ -106,3 +106,10 @@ def test_the_layout_of_the_authors_is_named(checkpoint, tmp_path):
     for load in (wc.load, transformers.AutoModelForCausalLM.from_pretrained):
         with pytest.raises(CheckpointError, match="WUSH authors' code"):
             load(tmp_path)
+
+
+def test_a_module_can_be_the_first_import():
+    """The ops register when torch is imported, which must not be in the middle of one of the package's modules."""
+    code = "from wush_compile import formats; import torch; torch.ops.wush.fp4_linear; formats.get_format('int8')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
