@@ -395,29 +395,15 @@ def libraries(name: str) -> str:
 
 @figure
 def experts(name: str, layer: str) -> str:
-    """A layer of experts, µs: bf16 and ours."""
-    rows = [row for row in result(name)["rows"] if row["layer"] == layer]
+    """A layer of experts, µs: bf16 and ours, also without the sum over each token's experts, which is the same in
+    both."""
     lines = []
-    for row in rows:
+    for row in (row for row in result(name)["rows"] if row["layer"] == layer):
+        bare = {key: row[f"{key} us"] - row["sum us"] for key in ("bf16", "mxfp4", "nvfp4")}
         cells = [f"{shown(row[f'{key} us'])} ({gain(row, key)}×)" for key in ("mxfp4", "nvfp4")]
+        cells += [f"{shown(bare['bf16'] / bare[key], 2)}×" for key in ("mxfp4", "nvfp4")]
         lines.append([str(row["tokens"]), shown(row["bf16 us"]), *cells])
-    return table(["tokens", "bf16", "MXFP4", "NVFP4"], lines)
-
-
-@figure
-def experts_peers(name: str) -> str:
-    """A layer of experts, µs: bf16, ours, and other libraries."""
-    rows = result(name)["rows"]
-    columns = [c for c in ("mxfp4", "humming W4A8", "humming W4A16") if any(f"{c} us" in row for row in rows)]
-    lines = [
-        [
-            str(r["tokens"]),
-            shown(r["bf16 us"]),
-            *(f"{shown(r[f'{c} us'])} ({gain(r, c)}×)" if f"{c} us" in r else "" for c in columns),
-        ]
-        for r in rows
-    ]
-    return table(["tokens", "bf16", *(c.replace("mxfp4", "ours, MXFP4") for c in columns)], lines)
+    return table(["tokens", "bf16", "MXFP4", "NVFP4", "MXFP4 without the sum", "NVFP4 without the sum"], lines)
 
 
 @figure
