@@ -44,10 +44,12 @@ class Row(NamedTuple):
 
 
 RTN, HADAMARD = {"solver": "rtn"}, {"transform": "hadamard"}
-ABSMAX = {"weight_scale_rule": "absmax", "activation_scale_rule": "absmax"}
-MSE_WEIGHTS = {"weight_scale_rule": "mse", "activation_scale_rule": "absmax"}
-PAPER_RULES = {"weight_scale_rule": "paper", "activation_scale_rule": "paper"}
-# In the order of the tables. Rows that name no rule use absmax on both sides.
+EQUAL = {"token_weights": "uniform"}
+ABSMAX = EQUAL | {"weight_scale_rule": "absmax", "activation_scale_rule": "absmax"}
+MSE_WEIGHTS = EQUAL | {"weight_scale_rule": "mse", "activation_scale_rule": "absmax"}
+MSE = EQUAL | {"weight_scale_rule": "mse"}
+PAPER_RULES = EQUAL | {"weight_scale_rule": "paper", "activation_scale_rule": "paper"}
+# In the order of the tables. Rows that name no rule use absmax on both sides; only the default weighs tokens.
 ROWS = {
     "rtn-identity-paper": Row(
         "RTN, no transform, the authors' scale rule", 23, RTN | PAPER_RULES | {"transform": "identity"}
@@ -59,25 +61,27 @@ ROWS = {
     "rtn-wush": Row("RTN, WUSH", 24, RTN | ABSMAX),
     "rtn-wush-conditional": Row("RTN, WUSH, conditional moments", 24, RTN | ABSMAX | {"moments": "conditional"}),
     "rtn-wush-mse-weights": Row("RTN, WUSH, least-squares weight scales", 24, RTN | MSE_WEIGHTS),
-    "rtn-wush-mse": Row("RTN, WUSH, least-squares scales on both sides", 27, RTN),
+    "rtn-wush-mse": Row("RTN, WUSH, least-squares scales on both sides", 27, RTN | MSE),
     "gptq-identity": Row("GPTQ, no transform", 41, ABSMAX | {"transform": "identity"}),
     "gptq-hadamard": Row("GPTQ, Hadamard", 46, ABSMAX | HADAMARD),
-    "gptq-hadamard-mse": Row("GPTQ, Hadamard, least-squares scales on both sides", 55, HADAMARD),
+    "gptq-hadamard-mse": Row("GPTQ, Hadamard, least-squares scales on both sides", 55, HADAMARD | MSE),
     "gptq-wush": Row("GPTQ, WUSH", 46, ABSMAX),
     "gptq-wush-mse-weights": Row("GPTQ, WUSH, least-squares weight scales", 50, MSE_WEIGHTS),
-    "default": Row("GPTQ, WUSH, least-squares scales on both sides (the default)", 62, {}),
-    "default-conditional": Row("… with conditional moments", 62, {"moments": "conditional"}),
-    "default-blocks": Row("… with transform blocks of two groups", 55, {}),
-    "default-not-shared": Row("… with a transform for each linear", 70, {"share_transform": False}),
+    "gptq-wush-mse": Row("GPTQ, WUSH, least-squares scales on both sides", 62, MSE),
+    "gptq-wush-mse-conditional": Row("… with conditional moments", 62, MSE | {"moments": "conditional"}),
+    "gptq-wush-mse-blocks": Row("… with transform blocks of two groups", 55, MSE),
+    "gptq-wush-mse-not-shared": Row("… with a transform for each linear", 70, MSE | {"share_transform": False}),
     "paper": Row("`WushConfig.paper`: the authors' schedule and rules, a transform for each linear", 60, {}),
+    "default": Row("tokens weighed by gradients; NVFP4's scales by GPTQ's loss (the default)", 62, {}),
+    "default-not-shared": Row("… with a transform for each linear", 70, {"share_transform": False}),
 }
 
 
 def configuration(name: str, format: str) -> wc.WushConfig:
     if name == "paper":
         return wc.WushConfig.paper(format)
-    if name == "default-blocks":
-        return wc.WushConfig(format=format, transform_block_size=2 * get_format(format).group_size)
+    if name == "gptq-wush-mse-blocks":
+        return wc.WushConfig(format=format, transform_block_size=2 * get_format(format).group_size, **MSE)
     return wc.WushConfig(format=format, **ROWS[name].settings)
 
 

@@ -1,9 +1,11 @@
-"""Runs `quantize`: stages one after another, in bounded memory, resumable, on one process or several.
+"""Runs `quantize` and `recommend`: stages one after another, in bounded memory, resumable, on one process or several.
 
 run.py            `quantize` and `quantize_checkpoint`: from a model and data to a quantized model
 context.py        `Run`: the devices, processes and directories of one run
 inputs.py         the batches: the user's data, or text that the model samples
 warm_up.py        one-time work, done in threads while the model is traced
+token_weights.py  a pass forward and backward before the loop: what each token counts in second moments
+likelihood.py     a model's own log-likelihood, and its gradient at a sample
 loop.py           the stage loop: observe, solve, commit, propagate
 variants.py       the model's graph, and further ones for batches that it does not hold for
 solve_group.py    solves one group of linears of a stage
@@ -16,4 +18,6 @@ journal.py        finished stages in the output directory, so that a killed run 
 fingerprint.py    sha256 of the data and the model, by which a run recognizes its journal
 ranks.py          several processes: shares the windows and the solves over torch.distributed
 progress.py       the bar and the log
+survey.py         the stage loop without rewriting: what each rung of precision costs each group
+recommend.py      `recommend`: the cheapest rung of each group for a target
 """
