@@ -34,11 +34,11 @@ def tasks(model, batches, config, device=CPU, **settings):
 @pytest.mark.parametrize(
     "config",
     [
-        wc.WushConfig(),
-        wc.WushConfig(format="nvfp4", moments="conditional"),
-        wc.WushConfig(format="int4", solver="rtn", activation_scale_rule="absmax"),
+        wc.WushConfig(token_weights="uniform"),
+        wc.WushConfig(format="nvfp4", moments="conditional", token_weights="uniform"),
+        wc.WushConfig(format="int4", solver="rtn", activation_scale_rule="absmax", token_weights="uniform"),
         wc.WushConfig(solver="rtn", transform="hadamard"),
-        wc.WushConfig(transform="identity"),
+        wc.WushConfig(transform="identity", token_weights="uniform"),
     ],
     ids=["mxfp4-wush", "nvfp4-conditional", "int4-rtn", "hadamard", "identity"],
 )

@@ -198,8 +198,6 @@ def _norms(
     """Runs the pass with micro-batches of `size` sequences. Returns the norms by group number."""
     found = {i: _Norms({}) for i in wanted}
     batches = variants.route(regroup(windows, size))
-    run.progress.begin(len(batches), run.device, "batch")
-    run.progress.at("token weights")
     seed = min(groups[i].recipe.seed for i in wanted)
     loader = Loader(run.tensors, run.device)
     try:
@@ -212,8 +210,6 @@ def _norms(
                 inputs = [dict(zip(work.inputs, next(values), strict=True)) for _ in chunk]
                 for group, index, collected in work.run_chunk(chunk, inputs):
                     found[group].add(chunk[index], *collected)
-                for batch in chunk:
-                    run.progress.advance(batch.tokens())
     finally:
         loader.close()
     return found

@@ -104,7 +104,9 @@ def wush_transform(root: Tensor, gram: Tensor, damping: float, hadamard: bool = 
     rows = torch.where(rows.gather(-1, first) < 0, -rows, rows)
     stretch = s.sqrt()
     if power != 0.5:
-        stretch = s.pow(power) * (s.log().mean(-1, keepdim=True) * (0.5 - power)).exp()
+        # A rank-deficient moment has s of 0 without damping: the mean must stay finite.
+        logs = s.clamp(min=1e-12 * s[..., :1]).clamp(min=1e-300).log()
+        stretch = s.pow(power) * (logs.mean(-1, keepdim=True) * (0.5 - power)).exp()
     t = had @ (stretch[..., None] * rows)
     dead = gram.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
     return torch.where(dead[:, None, None], had, t)
