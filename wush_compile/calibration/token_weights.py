@@ -197,7 +197,7 @@ def _norms(
 ) -> dict[int, _Norms]:
     """Runs the pass with micro-batches of `size` sequences. Returns the norms by group number."""
     found = {i: _Norms({}) for i in wanted}
-    batches = variants.route(regroup(windows, size))
+    variants.route(regroup(windows, size))
     seed = min(groups[i].recipe.seed for i in wanted)
     loader = Loader(run.tensors, run.device)
     try:
