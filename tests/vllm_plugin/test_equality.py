@@ -26,8 +26,8 @@ CASES = {
         overrides={
             "*.k_proj": {"format": "nvfp4"},
             "*.up_proj": {"activation_format": "fp8"},
-            "*.o_proj": {"format": "int4"},
-        }
+            "*.o_proj": {"format": "int8", "activation_format": None},
+        },
     ),
     "llama": dict(kind="llama"),
     "tied": dict(kind="tied"),
