@@ -24,7 +24,6 @@ from wush_compile.formats import FORMATS
 from wush_compile.kernels.triton.grouped.choose import Gemm, Hopper, choose
 from wush_compile.kernels.triton.grouped.fp4_grouped_linear import fp4_grouped_linear
 from wush_compile.kernels.triton.linear.choose import Gemv
-from wush_compile.kernels.triton.linear.upcast import upcast_fp8
 
 
 class Layer(NamedTuple):
@@ -328,19 +327,6 @@ def shapes(layer: Layer) -> dict[str, tuple[int, int]]:
     return {"gate-up": (2 * layer.inner, layer.hidden), "down": (layer.hidden, layer.inner)}
 
 
-def time_upcasts() -> None:
-    """Prints the microseconds of expanding many rows, by warps of a program."""
-    for tokens, rows, k in ((16384, 131072, 2048), (131072, 131072, 768), (4096, 32768, 2048), (65536, 65536, 2880)):
-        codes = torch.randint(0, 256, (tokens, k // 2), dtype=torch.uint8, device=DEVICE)
-        scales = torch.randint(115, 122, (tokens, k // 32), dtype=torch.uint8, device=DEVICE)
-        index = None if tokens == rows else torch.randint(0, tokens, (rows,), device=DEVICE)
-        us = [
-            time_us([lambda w=w: upcast_fp8(codes, scales, None, False, True, index, w)] * 2, least=4)
-            for w in (4, 2, 1)
-        ]
-        print(f"upcast {rows} x {k}: 4, 2, 1 warps", *(f"{t:.1f}" for t in us), flush=True)
-
-
 def tune_grouped(
     compile_all: Callable, tokens: tuple[int, ...] = TUNED_TOKENS, kinds: tuple[str, ...] = ("mxfp4", "nvfp4")
 ) -> list[dict]:
@@ -355,7 +341,6 @@ def tune_grouped(
     ]
     jobs = {(f, LAYERS[name].experts, *shapes(LAYERS[name])[part], tile) for f, name, _, part, tile in every}
     failed = compile_all(sorted(jobs, key=repr), compile_tile)
-    time_upcasts()
     rows, weights = [], {}
     for (format, name, count, part), group in itertools.groupby(every, key=lambda case: case[:4]):
         layer = LAYERS[name]

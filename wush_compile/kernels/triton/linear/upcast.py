@@ -276,7 +276,6 @@ def upcast_fp8(
     e4m3: bool,
     lane_order: bool = False,
     index: Tensor | None = None,
-    warps: int = 4,
 ) -> tuple[Tensor, Tensor]:
     """MXFP4 codes uint8 [rows, K/2] and scales uint8 [rows, K/32] -> (e4m3 or e5m2 [rows, K], unit fp32 [rows]).
 
@@ -304,7 +303,7 @@ def upcast_fp8(
         groups,
         lane_order,
         pdl,
-        num_warps=warps,
+        num_warps=4,
         launch_pdl=pdl,
     )
     return out, unit
