@@ -30,7 +30,7 @@ def measure(model, data, ids, format: str, activations: str, transform: str, pow
     """KL, perplexity and top-1 agreement of one setting."""
     start = time.perf_counter()
     activation = ACTIVATIONS[activations]
-    choose.power_of = lambda recipe: power
+    choose.POWER[activation] = power
     quantized = wc.quantize(
         copy.deepcopy(model), data, format=format, transform=transform, activation_format=activation, progress=False
     )

@@ -23,7 +23,16 @@ from wush_compile.calibration import token_weights
 from wush_compile.data import windows
 from wush_compile.solver import choose
 
-ROWS = ("hadamard", "uniform", "gradient", "gradient^1.5", "gradient^2", "uniform-loss", "gradient-loss^1.5", "default")
+ROWS = (
+    "hadamard",
+    "uniform",
+    "gradient",
+    "gradient^1.5",
+    "gradient^2",
+    "uniform-loss",
+    "gradient-loss^1.5",
+    "gradient^1.5+1/8",
+)
 
 
 def outputs(model: torch.nn.Module, ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +62,7 @@ def main() -> None:
     result = {**common.environment(device), "rows": []}
     for format, activations, name in itertools.product(("mxfp4", "nvfp4"), args.activations, args.rows):
         row, activation = trial.ROWS[name], trial.ACTIVATIONS[activations]
-        choose.power_of = trial.power_of(row)
+        choose.POWER[activation] = trial.POWER[activation] + row.power
         token_weights.POWER = row.exponent
         quantized = wc.quantize(
             copy.deepcopy(model),

@@ -26,16 +26,15 @@ from wush_compile.ops import core as ops
 from wush_compile.solver import choose
 
 ACTIVATIONS = {"same": "same", "fp8": "fp8", "none": None}
-POWER = {"same": 0.5, "fp8": 0.875, None: 0.875}  # what Row.power is added to
-LIBRARY, SCALED = choose.power_of, ops.scaled_rows
+POWER, SCALED = dict(choose.POWER), ops.scaled_rows
 
 
 class Row(NamedTuple):
-    """One setting: `power` is added to `POWER`, None is the library's; `exponent` is that of gradients' norms."""
+    """One setting: `power` is added to the library's power of s, `exponent` is that of gradients' norms."""
 
     weights: str
     rule: str = "mse"
-    power: float | None = 0.0
+    power: float = 0.0
     bound: float | None = None
     exponent: float = 1.0
     changes: dict = {}
@@ -57,7 +56,8 @@ ROWS = {
     "gradient-loss^2": Row("gradient", "loss", exponent=2.0),
     "gradient-loss^1.5+1/8": Row("gradient", "loss", 0.125, exponent=1.5),
     "gradient-loss^2+1/8": Row("gradient", "loss", 0.125, exponent=2.0),
-    "default": Row("gradient", "best", None, exponent=1.5),
+    "gradient^1.5+1/8": Row("gradient", "mse", 0.125, exponent=1.5),
+    "default": Row("gradient", "best", exponent=1.5),
     "gradient-bound-4": Row("gradient", bound=4.0),
     "gradient-bound-100": Row("gradient", bound=100.0),
     "hadamard": Row("uniform", changes={"transform": "hadamard"}),
@@ -75,15 +75,10 @@ def bound(limit: float):
     return scaled
 
 
-def power_of(row: Row):
-    """`choose.power_of` with the power of a row."""
-    return LIBRARY if row.power is None else lambda recipe: POWER[recipe.activation_format] + row.power
-
-
 def measure(model, data, ids, format: str, activations: str, name: str) -> dict:
     """KL, perplexity and top-1 agreement of one setting."""
     row, activation = ROWS[name], ACTIVATIONS[activations]
-    choose.power_of = power_of(row)
+    choose.POWER[activation] = POWER[activation] + row.power
     token_weights.POWER = row.exponent
     ops.scaled_rows = SCALED if row.bound is None else bound(row.bound)
     start = time.perf_counter()
@@ -103,7 +98,7 @@ def measure(model, data, ids, format: str, activations: str, name: str) -> dict:
         "format": format,
         "activations": activations,
         "row": name,
-        "power": choose.power_of(quantized.wush_quantization.config),
+        "power": choose.POWER[activation],
         "perplexity": round(measured.perplexity, 3),
         "kl": round(measured.kl, 4),
         "top1": round(measured.top1, 4),

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -175,10 +175,10 @@ class _Norms:
 
     units: dict[int, Tensor] | None
     kept: int = 0
-    effect: float = 0.0
+    effects: list[Tensor] = field(default_factory=list)
 
-    def add(self, batch: MicroBatch, norm: Tensor, kept: int, effect: float) -> None:
-        self.effect += effect
+    def add(self, batch: MicroBatch, norm: Tensor, kept: int, effect: Tensor) -> None:
+        self.effects.append(effect.cpu())
         if self.units is None or len(norm) % len(batch.units):
             self.units = None
             return
@@ -241,7 +241,8 @@ def measure(
 ) -> dict[str, Tensor]:
     """Returns the weights of the whole run, of all processes: for each group `weights` [rows] and `rows` [units].
 
-    `effect` of a group is the mean over tokens of ‖gradient‖² ‖output‖² / N, summed over its members.
+    `effect` of a group is the mean over tokens of ‖gradient‖² ‖output‖² / N, summed over its members, of which a token
+    has at most `LARGEST_WEIGHT` times the mean: of a massive token the prediction for small errors would be too large.
     """
     units = run.ranks.gather(sum(sequences(batch) or 1 for batch in windows))
     offset, size = sum(units[: run.ranks.rank]), run.ranks.smallest(_pass_size(windows, batch_size) or 0) or None
@@ -267,7 +268,9 @@ def measure(
     weights, without = {"units": torch.tensor(units)}, []
     for i in sorted(wanted):
         own = found[i].units
-        mine = None if own is None else ([own[unit] for unit in sorted(own)], found[i].kept, found[i].effect)
+        mine = (
+            None if own is None else ([own[unit] for unit in sorted(own)], found[i].kept, torch.cat(found[i].effects))
+        )
         shares = run.ranks.gather(mine)
         if None in shares:  # its rows do not belong to sequences
             without.append(groups[i].name)
@@ -277,8 +280,8 @@ def measure(
         mean = weight.sum() / max(kept, 1)
         if 0 < mean < math.inf:
             weights[f"{groups[i].name}.weights"] = (weight / mean).clamp(max=LARGEST_WEIGHT).to(torch.float32)
-            effect = sum(value for *_, value in shares) / kept
-            weights[f"{groups[i].name}.effect"] = torch.tensor(effect, dtype=torch.float64)
+            effect = torch.cat([rows for *_, rows in shares]).to(torch.float64)
+            weights[f"{groups[i].name}.effect"] = effect.clamp(max=LARGEST_WEIGHT * effect.sum() / kept).sum() / kept
             weights[f"{groups[i].name}.rows"] = torch.tensor([len(part) for part in parts])
         else:
             without.append(groups[i].name)

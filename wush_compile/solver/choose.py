@@ -18,22 +18,14 @@ from .transforms import (
 CLOSED_FORM = ("wus", "wush")
 # The power of s in T, by the activations' format (docs/spec.md §2). 1/2 is eq. 7, where both sides get the same second
 # moment; 1 would give weights the moment I. On SmolLM2 (docs/notebook/accuracy.md) 7/8 has 7 % less KL than 1/2 for fp8
-# and 16 bits with MXFP4 weights, and 3 % less with NVFP4 weights. For 4 bits 5/8 has 2 to 3 % less with MXFP4; with
-# NVFP4 1 % less, and on an encoder (benchmarks/trial_encoder.py) more.
-POWER = {"same": 0.625, "fp8": 0.875, None: 0.875}
+# and 16 bits with MXFP4 weights, and 3 % less with NVFP4 weights. For 4 bits 5/8 has 1 to 3 % less there, and on an
+# encoder (benchmarks/trial_encoder.py) 20 % more error.
+POWER = {"same": 0.5, "fp8": 0.875, None: 0.875}
 
 
 def uses_conditional_moments(recipe: Recipe) -> bool:
     """Whether transforms follow from the Cholesky factor of the whole second moment. Only closed forms can."""
     return recipe.moments == "conditional" and recipe.transform in CLOSED_FORM
-
-
-def power_of(recipe: Recipe) -> float:
-    """The power of s in T. Where 5/8 does not pay on all models measured, that of eq. 7 stays."""
-    same = recipe.activation_format == "same"
-    if same and (recipe.format != "mxfp4" or recipe.solver == "rtn" or uses_conditional_moments(recipe)):
-        return 0.5
-    return POWER[recipe.activation_format]
 
 
 def block_gram(w: Tensor, block: int) -> Tensor:
@@ -89,6 +81,6 @@ class Transforms:
     def _closed_form(self, roots: Tensor, gram: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
         """roots [b, B, B] of the moments; gram [b, B, B]; dead [b]: blocks whose inputs are all zero."""
         gram = torch.where(dead[:, None, None], 0.0, gram)
-        hadamard, power = self.recipe.transform == "wush", power_of(self.recipe)
+        hadamard, power = self.recipe.transform == "wush", POWER[self.recipe.activation_format]
         t = wush_transform(roots, gram, self.recipe.damping, hadamard, power)
         return round_transform(t, self.dtype, self.name)

@@ -25,7 +25,7 @@ class Tap(nn.Module):
         """x [.., N], the output of one member; mask: 0 where a row does not count, or None."""
         if self._square is None:
             self._square = torch.zeros(x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
-            self._effect = torch.zeros((), dtype=torch.float64, device=x.device)
+            self._effect = torch.zeros_like(self._square)
         if mask is not None:
             self._kept = mask.reshape(-1) != 0
         return _Passed.apply(x, self.anchor, self)
@@ -34,18 +34,18 @@ class Tap(nn.Module):
         """Adds a member's gradient [.., N]; size [..]: the norm of each row of its output."""
         square = _row_norms(gradient).flatten().square()
         self._square += square
-        self._effect += (square.double() * size.flatten().double().square()).sum() / gradient.shape[-1]
+        self._effect += square * size.flatten().square() / gradient.shape[-1]
 
-    def take(self) -> tuple[Tensor, int, float]:
+    def take(self) -> tuple[Tensor, int, Tensor]:
         """Returns what was collected, and resets.
 
-        (each row's norm over all members [rows], 0 in masked rows; the number of the other rows; the sum over rows and
-        members of ‖gradient‖² ‖output‖² / N, see `recommend.py`)
+        (each row's norm over all members [rows], 0 in masked rows; the number of the other rows; each row's sum over
+        members of ‖gradient‖² ‖output‖² / N, see `survey.py`)
         """
         norm, rows = self._square.sqrt(), len(self._square)
         if self._kept is not None:
             norm, rows = torch.where(self._kept, norm, 0.0), int(self._kept.sum())
-        effect = float(self._effect)
+        effect = self._effect
         self._square = self._kept = self._effect = None
         return norm, rows, effect
 
