@@ -183,6 +183,26 @@ def token_weights(name: str) -> str:
 
 
 @figure
+def encoder(name: str) -> str:
+    """Errors of an encoder's embeddings and hidden states by setting."""
+    rows = result(name)["rows"]
+    cells = [
+        [f"{r['format'].upper()}, {r['row']}", shown(r["embedding_error"], 4), shown(r["state_error"], 4)] for r in rows
+    ]
+    return table(["setting", "squared error of embeddings", "relative error of hidden states"], cells)
+
+
+@figure
+def recommended(name: str) -> str:
+    """The assignments of `trial_recommend.py`: predicted and measured KL, by rising measured KL."""
+    rows = sorted(result(name)["rows"].items(), key=lambda item: item[1]["kl"])
+    return table(
+        ["assignment", "cost / 16 bits", "predicted KL", "measured KL"],
+        [[key, shown(r["share"], 3), shown(r["predicted"], 4), shown(r["kl"], 4)] for key, r in rows],
+    )
+
+
+@figure
 def massive_tokens(name: str) -> str:
     """Relative losses on ordinary tokens / on massive ones, by transform and rule, a column for each multiple."""
     rows = result(name)["rows"]
