@@ -229,6 +229,7 @@ EXCEPTIONS: dict[str, dict] = {
     **{name: dict(head_dim=HEAD) for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral")},
     "hunyuan_vl": dict(text_config=dict(head_dim=HEAD)),
     "dots1": dict(n_routed_experts=4, n_shared_experts=1, moe_intermediate_size=WIDTH),
+    "patchtsmixer": dict(d_model=WIDTH, patch_length=32, patch_stride=32, context_length=2048),
     "splinter": dict(question_token_id=QUESTION),
     "xmod": dict(default_language="en_XX"),
     "vits": dict(vocab_size=VOCABULARY),

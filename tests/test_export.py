@@ -217,3 +217,26 @@ def test_passes_keep_the_levels_of_vmap():
         program = torch.export.export(model, (x,), strict=False)
         assert any("vmap" in node.name for node in program.graph.nodes)
         assert torch.equal(wc.fuse(program).module()(x), model(x))
+
+
+class Overlapping(nn.Module):
+    """Reads one of two siblings by places in memory, as Longformer's chunks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        left, right = self.left(x), self.right(x).transpose(0, 1)
+        return left.as_strided((3, 8, 64), (256, 64, 1)), right.as_strided((3, 8, 64), (64, 192, 1))
+
+
+def test_what_as_strided_reads_lies_where_it_did():
+    x = torch.randn(8, 3, 64)
+    model = quantize(Overlapping(), x, transform="hadamard")
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        expected = model(x)
+        fused = wc.fuse(program)
+        assert count_ops(fused.graph)["fp4_linear"] == 1
+        assert all(map(torch.equal, fused.module()(x), expected))

@@ -168,19 +168,19 @@ def fakes(args: object) -> object:
     return torch.fx.map_arg(args, value)
 
 
-def insert(graph: Graph, where: Node, target, args: tuple, val: object = None) -> Node:
+def insert(graph: Graph, where: Node, target, args: tuple, val: object = None, kwargs: dict | None = None) -> Node:
     """A new call before `where`, with `where`'s place in the module tree.
 
     val: what is recorded of the new node, if it is known. Otherwise its fake kernel runs, which takes longer.
     """
     with graph.inserting_before(where):
-        node = graph.call_function(target, args)
+        node = graph.call_function(target, args, kwargs or {})
     node.meta = {k: where.meta[k] for k in ("stack_trace", "nn_module_stack", "source_fn_stack") if k in where.meta}
     if val is not None:
         node.meta["val"] = val
     else:
         with torch.no_grad():
-            node.meta["val"] = target(*fakes(args))
+            node.meta["val"] = target(*fakes(args), **(kwargs or {}))
     return node
 
 
@@ -215,10 +215,22 @@ def layout(node: Node) -> object:
 
 
 def refresh(graph: Graph, changed: set[Node]) -> None:
-    """Updates `meta["val"]` behind nodes whose strides changed; a view that is no longer possible becomes a reshape."""
+    """Updates `meta["val"]` behind nodes whose strides changed; a view that is no longer possible becomes a reshape.
+
+    What `as_strided` reads, by places in memory, is copied to the dense layout that it had.
+    """
     aten, unchanged = torch.ops.aten, set()
-    for node in graph.nodes:
+    before = {n: value(n).stride() for n in graph.nodes if isinstance(value(n), torch.Tensor)}
+    for node in list(graph.nodes):
         if changed.isdisjoint(node.all_input_nodes) or not (op_name(node) or is_wush(node)):
+            continue
+        if op_name(node) == "as_strided":
+            source = node.args[0]
+            order = sorted(range(value(source).dim()), key=lambda d: before[source][d], reverse=True)
+            dense = insert(graph, node, aten.permute.default, (source, order))
+            dense = insert(graph, node, aten.clone.default, (dense,), kwargs={"memory_format": torch.contiguous_format})
+            back = insert(graph, node, aten.permute.default, (dense, [order.index(d) for d in range(len(order))]))
+            node.replace_input_with(source, back)
             continue
         # A fake kernel is slow, and decoder layers are alike: run it once for each signature.
         signature = node.target, freeze((node.args, node.kwargs), layout), layout(node)
