@@ -230,6 +230,7 @@ EXCEPTIONS: dict[str, dict] = {
     "hunyuan_vl": dict(text_config=dict(head_dim=HEAD)),
     "dots1": dict(n_routed_experts=4, n_shared_experts=1, moe_intermediate_size=WIDTH),
     "patchtsmixer": dict(d_model=WIDTH, patch_length=32, patch_stride=32, context_length=2048),
+    "dia": dict(decoder_config=dict(vocab_size=VOCABULARY + 64)),  # not the text's vocabulary
     "splinter": dict(question_token_id=QUESTION),
     "xmod": dict(default_language="en_XX"),
     "vits": dict(vocab_size=VOCABULARY),

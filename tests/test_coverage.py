@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import coverage
 import tiny_models
 
-SAMPLE = ("bert", "t5", "swin", "qwen3_vl_vision", "nn.TransformerEncoder")
+SAMPLE = ("bert", "dia", "swin", "qwen3_vl_vision", "nn.TransformerEncoder")
 # torch's encoder attends by a kernel of its own in eager mode, which no trace has.
 DIFFERS = {"nn.TransformerEncoder": NOISE}
 

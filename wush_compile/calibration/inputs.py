@@ -67,12 +67,20 @@ def _with_shifted_text(model: nn.Module, batch: Batch) -> Batch:
     accepted = inspect.signature(model.forward).parameters
     if "decoder_input_ids" not in accepted or "input_ids" not in batch or any(n.startswith("decoder_") for n in batch):
         return batch
+    if not _shares_vocabulary(model.config):
+        return batch
     ids, start = batch["input_ids"], getattr(model.config, "decoder_start_token_id", None)
     first = torch.full_like(ids[:, :1], 0 if start is None else start)
     shifted = torch.cat([first, ids[:, :-1]], 1)
     mask = batch.get("attention_mask")
     # A token follows those before it: the decoder's rows are masked where the encoder's are.
     return {**batch, "decoder_input_ids": shifted} | ({} if mask is None else {"decoder_attention_mask": mask})
+
+
+def _shares_vocabulary(config: object) -> bool:
+    """Whether the decoder reads the encoder's tokens. That of a text-to-speech model reads codes of sound."""
+    sides = [getattr(config, f"{side}_config", None) or getattr(config, side, None) for side in ("encoder", "decoder")]
+    return len({size for side in sides if (size := getattr(side, "vocab_size", None)) is not None}) < 2
 
 
 def moved(batches: list[Batch], device: torch.device) -> list[Batch]:
