@@ -58,8 +58,10 @@ def test_tasks_make_the_calls_of_a_run(config):
     groups, _ = find_groups(captured.graph_module, model, config)
     with Calls(torch.bfloat16) as real:
         calibrate(captured, groups, windows, Run(ModelTensors(model), CPU, batch_size=6))
-    for op in ("aten::mm", "wush::transform_quantize", "wush::fp4_linear"):
-        assert set(warm.seen[op]) == set(real.seen[op]), op
+    # What observes a stage does not multiply by its last linear. The pass that weighs tokens does.
+    last = ((96, 128), torch.bfloat16), ((128, 64), torch.bfloat16)
+    for op, more in (("aten::mm", {last}), ("wush::transform_quantize", set()), ("wush::fp4_linear", set())):
+        assert set(warm.seen[op]) == set(real.seen[op]) | more, op
         assert len(warm.seen[op]) == 4, op  # one for each kind of linear
     assert len(warm.seen["wush::observe"]) == 1 and set(warm.seen["wush::observe"]) < set(real.seen["wush::observe"])
 
@@ -83,16 +85,17 @@ class Calls(TorchDispatchMode):
         return (math.prod(argument.shape[:-1]), *argument.shape[-1:]), argument.dtype
 
 
-@pytest.mark.parametrize(("settings", "more"), [({}, 1), ({"activations_dir": "values"}, 0)], ids=str)
-def test_memory_is_pinned_for_values_that_wait_in_it(settings, more):
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_memory_is_pinned_for_values_that_wait_in_it(in_memory, tmp_path):
     """Half of six windows for each of two processes, two at a time: two values, and two in flight."""
     batches = [{"input_ids": window} for window in tokens(6, 16).split(2)]
     cuda = torch.device("cuda", 0)
     ranks = SingleProcess()
     ranks.size = 2
+    settings = {} if in_memory else {"activations_dir": tmp_path}
     work = tasks(plain("llama"), batches, wc.WushConfig(), cuda, ranks=ranks, batch_size=2, **settings)
     pins = [task.args for task in work if task.func is warm_up._pin]
-    assert pins == [(2 + 2, 2 * 16 * 64 * 2)] * more
+    assert pins == [(2 + 2, 2 * 16 * 64 * 2)] * in_memory
 
 
 def test_other_inputs_have_no_tasks():
