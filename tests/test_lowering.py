@@ -204,7 +204,8 @@ def compile_norm(k, plan, cc, keep=False):
     spec = triton_spec.make_spec(rows, t, None, "mxfp4", "absmax", tile, sm, prologue="rms_rounded", pdl=cc >= 90)
     steps = triton_statistics.steps(k, plan.rows, tile.warps)
     constants = dict(
-        dict.fromkeys(("bias", "mean", "scale", "kept", "counters", "global_scale")),
+        dict.fromkeys(("up", "bias", "mean", "scale", "kept", "counters", "global_scale")),
+        up_pitch=0,
         SPEC=spec._replace(words=triton_tiles.words(tile, spec.fp32_dot, 32, k)),
         SUMS=triton_statistics.Sums(k, plan.rows, steps, centered=False, eps_tensor=False, sm=sm),
     )
