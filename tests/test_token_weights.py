@@ -161,6 +161,24 @@ def test_results_without_logits_are_means_of_normal_distributions(found):
         torch.testing.assert_close(found[0][name].double(), _weights(norm), rtol=1e-4, atol=1e-5)
 
 
+def test_results_that_are_added_to_in_place(found):
+    """As Falcon's residual is."""
+
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            y = self.first(x)
+            y += x
+            return self.last(y)
+
+    torch.manual_seed(0)
+    quantize(InPlace().eval(), [torch.randn(4, 16, 64)])
+    assert set(found[-1]) == {"first", "last"}
+
+
 def test_without_gradients_tokens_count_alike(caplog):
     model, x = bare(rounds=True)
     other = copy.deepcopy(model)

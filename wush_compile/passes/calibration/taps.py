@@ -58,7 +58,7 @@ class _Passed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, anchor: Tensor, tap: Tap) -> Tensor:
         ctx.tap, ctx.size = tap, _row_norms(x)
-        return x.view_as(x)
+        return x.clone()  # not a view: a model may add to it in place (Falcon)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
