@@ -31,6 +31,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -58,7 +59,8 @@ LAYOUT, ROUNDING = "by another order of additions it differs by ", 1e-6
 def reason(error: BaseException) -> str:
     """Class and message of an error; of one that torch.compile passes on, the error itself."""
     error = getattr(error, "inner_exception", error)
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    text = re.sub(rf"{re.escape(tempfile.gettempdir())}/[^\s:'\")]+", "DIR", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:400]}"
 
 
 def tensors(result: object) -> list[Tensor]:
