@@ -4,9 +4,11 @@ import pytest
 import torch
 from helpers import quantize
 from torch import nn
+from torch.func import functional_call
 
 from wush_compile.calibration import variants
 from wush_compile.capture.export import capture
+from wush_compile.capture.meta import meta_copy
 from wush_compile.checkpoint.record import quantization_of
 from wush_compile.errors import DataError
 from wush_compile.modules import WushLinear
@@ -67,3 +69,28 @@ def test_a_question_about_the_data_is_an_assertion():
     assert quantization_of(model).run["verified"] == "equal"
     with pytest.raises(DataError, match="batch 1.* makes Asks run other code than the traced batch: .*alike"):
         quantize(Asks(), above, below, solver="gptq", transform="hadamard")
+
+
+class Numbers(nn.Module):
+    """Makes tensors from numbers beside its input, as models do for masks and scales."""
+
+    def forward(self, x):
+        scale = torch.tensor([[1.0, -2.5], [0.5, 4.0]], device=x.device)
+        x = x @ scale.to(x.dtype) + x.new_tensor([0.25, 3])
+        kept = torch.as_tensor([True, False], device=x.device)
+        return torch.where(kept, x, torch.tensor(7.0, device=x.device, dtype=x.dtype))
+
+
+def test_numbers_on_meta_keep_their_values():
+    """A streamed model is traced on the meta device, where a constant of the graph would have no values."""
+    model = nn.Sequential(Numbers(), nn.Linear(2, 2))
+    captured = capture(meta_copy(model), [(torch.empty(3, 2, device="meta"),)])
+    graph = captured.graph_module.graph
+    assert {node.target for node in graph.nodes if node.op == "get_attr"} == {"1.weight", "1.bias"}
+    for node in graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
+    captured.graph_module.recompile()
+    x = torch.randn(3, 2)
+    with torch.no_grad():
+        assert torch.equal(functional_call(captured.graph_module, dict(model.named_parameters()), (x,)), model(x))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch._functorch.config
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
@@ -20,6 +21,7 @@ from ..errors import CaptureError, DataError
 from ..experts import is_experts
 from . import repeats
 from .known import KnownValues
+from .numbers import NumbersOnMeta
 
 PLAIN_TYPES = (type(None), bool, int, float, str)
 
@@ -161,6 +163,7 @@ def traceable(model: nn.Module, example: Batch, known: dict[str, Tensor] | None 
     known   inputs by name whose values the forward takes in place of those that it is called with
     """
     before, forward = vars(model).get("forward"), model.forward
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
     # A default of `use_cache=True` in the signature would win over the configuration.
     off = {"use_cache": False} if "use_cache" in inspect.signature(forward).parameters else {}
 
@@ -169,7 +172,9 @@ def traceable(model: nn.Module, example: Batch, known: dict[str, Tensor] | None 
             with KnownValues():
                 result = forward(*args, **(kwargs | known), **off)
             return pytree.tree_map(_tensors_in, result)
-        return pytree.tree_map(_tensors_in, forward(*args, **kwargs, **(off if kwargs else {})))
+        with NumbersOnMeta() if on_meta else contextlib.nullcontext():
+            result = forward(*args, **kwargs, **(off if kwargs else {}))
+        return pytree.tree_map(_tensors_in, result)
 
     if isinstance(example, dict):
         named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in example]
