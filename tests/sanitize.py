@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from wush_compile.formats import FORMATS, get_format, quantize
+from wush_compile.formats import ACTIVATION_FORMATS, FORMATS, get_format, quantize
 from wush_compile.kernels import cuda
 from wush_compile.kernels.triton.calibration import gptq as triton_gptq
 from wush_compile.kernels.triton.calibration import moments as triton_gram
@@ -30,6 +30,7 @@ from wush_compile.kernels.triton.linear import fp4_linear as triton_linear
 from wush_compile.kernels.triton.linear import launch as triton_launch
 from wush_compile.kernels.triton.linear.choose import Fused, Gemv, Hopper
 from wush_compile.kernels.triton.quantize import fused as triton_fused
+from wush_compile.kernels.triton.quantize import norm as triton_norm
 from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
 from wush_compile.kernels.triton.quantize.tiles import Tile
 from wush_compile.kernels.triton.quantize.tokens import quantize_tokens
@@ -165,6 +166,27 @@ def prologue_cases() -> Iterator[Case]:
             return triton_fused.gelu_mul_transform_quantize(both[:, :k], both[:, k:], detail, *tail)
 
         yield f"{kind} {detail} {format} {transform} {m}x{k}", call
+    for format, way, m in itertools.product(FLOATS, ("apart", "add"), (3, 129, 333)):
+
+        def norm(format=format, way=way, m=m):
+            """With the statistics in a kernel of their own, and of a sum."""
+            x, tail = rows(m, 576), (matrices("distinct", 576, format), None, format, "absmax")
+            if way == "add":
+                return triton_fused.add_rms_norm_transform_quantize(
+                    x, rows(m, 576), normal(576), 1e-5, None, "wide", *tail
+                )
+            plan = triton_norm.choose_plan(m, 576, FORMATS[format].group_size)._replace(way="apart", rows=1)
+            return triton_norm.norm_quantize(x, normal(576), None, 1e-5, "rms_rounded", *tail, plan)
+
+        yield f"rms_norm {way} {format} {m}x576", norm
+    for format, kind, (m, k) in itertools.product(
+        ACTIVATION_FORMATS, ("none", "distinct"), ((1, 576), (17, 1536), (333, 576))
+    ):
+
+        def token(format=format, kind=kind, m=m, k=k):
+            return quantize_tokens(rows(m, k), matrices(kind, k, "mxfp4"), format)
+
+        yield f"quantize {format} {kind} {m}x{k}", token
 
 
 # (formats, kernel, precise, (rows, N, K) ...); None: what is chosen for the size.
@@ -219,6 +241,29 @@ def product_cases() -> Iterator[Case]:
                 return run[1]
 
             yield f"linear {format} {kernel} precise={precise} {m}x{n}x{k} full={full}", call
+
+
+def wide_cases() -> Iterator[Case]:
+    """4-bit weights with activations of 8 and 16 bits."""
+    sizes = ((1, 33, 576), (3, 72, 512), (17, 264, 1024), (70, 200, 1536), (300, 272, 1024))
+    for format, activation, (m, n, k) in itertools.product(FLOATS, ACTIVATION_FORMATS, sizes):
+
+        def call(format=format, activation=activation, m=m, n=n, k=k):
+            x = quantize_tokens(normal(m, k), None, activation)
+            with mock.patch.object(triton_launch, "multiprocessors", lambda device: 4):
+                return triton_linear.fp4_linear(
+                    *x,
+                    None,
+                    *packed(n, k, format),
+                    None,
+                    None,
+                    None,
+                    format,
+                    torch.bfloat16,
+                    activation_format=activation,
+                )
+
+        yield f"linear {format} {activation} {m}x{n}x{k}", call
 
 
 # Weights of 8 bits: a tile that is chosen for every number of rows, and sizes that fill none.
@@ -383,6 +428,7 @@ GROUPS = {
     "tiles": tile_cases,
     "prologues": prologue_cases,
     "products": product_cases,
+    "wide": wide_cases,
     "eight bits": eight_bit_cases,
     "experts": expert_cases,
     "others": other_cases,

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from ..errors import ConfigError
-from .app import Device, app, console, device_named, one_line_errors
+from .app import Device, app, console, device_named, one_line_errors, say
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,10 @@ def doctor(
         bool, typer.Option("--deep", help="Also compare and time every provider, minutes; needs a GPU.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Where --deep writes its report.")] = Path("wush-doctor.json"),
+    fuzz: Annotated[
+        float | None, typer.Option(metavar="MINUTES", help="Instead, random calls of every op for so many minutes.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of --fuzz.")] = 0,
 ) -> None:
     """What runs where: versions, providers, native and emulated arithmetic, and a short self-test of every op."""
     from ..diagnostics.doctor import examine
@@ -30,6 +34,12 @@ def doctor(
         where = device_named(device)
         if deep and where.type != "cuda":
             raise ConfigError(f"--deep compares the kernels of a GPU; the device is {where.type}: leave --deep out")
+        if fuzz is not None:
+            if fuzz <= 0:
+                raise ConfigError(f"--fuzz {fuzz}: give a number of minutes above 0")
+            if not _fuzz(where, fuzz, seed):
+                raise typer.Exit(1)
+            return
         report = examine(where)
         capability = report["capability"]
         title = report["device"] + (
@@ -82,3 +92,21 @@ def _deep(device: torch.device, report: dict, out: Path) -> bool:
     console.print(speed)
     console.print(f"report: {out}", markup=False)
     return all(result.ok for result in results)
+
+
+def _fuzz(device: torch.device, minutes: float, seed: int) -> bool:
+    """Random calls for so many minutes, as a table; whether all conform."""
+    from ..diagnostics import fuzz
+
+    counts, failures, families = fuzz.run(device, minutes, seed)
+    table = Table("provider", "op", "format", "checked", "refused", "failed")
+    for provider, op, format in sorted({key[:3] for key in counts}):
+        failed = sum((f.provider, f.op, f.format) == (provider, op, format) for f in failures)
+        numbers = (counts[provider, op, format, kind] for kind in ("checked", "refused"))
+        table.add_row(provider, op, format, *map(str, numbers), str(failed))
+    console.print(table)
+    for f in failures[:50]:
+        say(f"family {f.index}: {f.provider} {f.op} {f.format} {f.words}: {f.error}")
+    checked = sum(count for (*_, kind), count in counts.items() if kind == "checked")
+    say(f"{checked} calls of {families} families of seed {seed}, {len(failures)} outside the contract")
+    return not failures and checked > 0
