@@ -4,8 +4,8 @@
     python benchmarks/long_decode.py --steps 1000000 --batches 1 4 64
 
 Kernels leave counters at zero for the next launch, and start before the launch in front has ended. A fault there would
-show after some of many launches. The model has the widths of Llama-3.1-8B, few layers and a small head. Each step writes
-the same place of the cache, and compares its logits with the first step's on the device.
+show after some of many launches. The model has the widths of Llama-3.1-8B, few layers and a small head. Each step
+writes the same place of the cache, and compares its logits with the first step's on the device.
 """
 
 import argparse
