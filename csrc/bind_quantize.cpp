@@ -118,13 +118,9 @@ std::tuple<Tensor, Tensor> transform_quantize(Tensor x, std::optional<Tensor> tr
   return run(q, x, transform, global_scale, format, scale_rule, swizzled);
 }
 
-std::tuple<Tensor, Tensor> rms_norm_transform_quantize(Tensor x, std::optional<Tensor> weight, double eps,
-                                                       std::optional<Tensor> eps_tensor, std::string gain,
-                                                       std::optional<Tensor> transform,
-                                                       std::optional<Tensor> global_scale, std::string format,
-                                                       std::string scale_rule, bool swizzled) {
-  QuantizeArguments q{};
-  const Rows rows = rows_of(x);
+// Fills in what both norms have in common; returns the memory that their kernels share.
+Tensor set_norm(QuantizeArguments& q, const Tensor& x, const std::optional<Tensor>& weight, double eps,
+                const std::optional<Tensor>& eps_tensor, const std::string& gain) {
   const int64_t width = x.size(-1);
   STD_TORCH_CHECK((gain == "none") != weight.has_value(), "gain ", gain, " does not fit the weight");
   STD_TORCH_CHECK(gain == "none" || gain == "rounded" || gain == "wide" || gain == "wide_plus_one", "gain ", gain,
@@ -137,32 +133,64 @@ std::tuple<Tensor, Tensor> rms_norm_transform_quantize(Tensor x, std::optional<T
     STD_TORCH_CHECK(eps_tensor->is_cuda() && eps_tensor->scalar_type() == ScalarType::Float && eps_tensor->numel() == 1,
                     "eps_tensor must be one fp32 number on the device of x");
   const Tensor scratch = torch::stable::new_empty(x, {width == 0 ? 0 : x.numel() / width}, ScalarType::Float);
-  q.x = rows.tensor.const_data_ptr();
-  q.stride = rows.stride;
-  q.prologue = Prologue::rms_norm;
   q.gain = pointer(weight);
   q.gain_rounded = gain == "rounded";
   q.gain_plus_one = gain == "wide_plus_one";
   q.eps = static_cast<float>(eps);
   q.eps_pointer = static_cast<const float*>(pointer(eps_tensor));
   q.inverse_rms = static_cast<float*>(scratch.mutable_data_ptr());
+  return scratch;
+}
+
+// The rows of two tensors, which must be alike.
+std::tuple<Rows, Rows> set_two(QuantizeArguments& q, const Tensor& x, const Tensor& up, const char* names) {
+  STD_TORCH_CHECK(x.dim() == up.dim() && x.scalar_type() == up.scalar_type() && up.is_cuda() &&
+                      x.get_device_index() == up.get_device_index(),
+                  names, " differ in rank, dtype or device");
+  for (int64_t d = 0; d < x.dim(); d++) STD_TORCH_CHECK(x.size(d) == up.size(d), names, " differ in shape");
+  const Rows rows = rows_of(x), up_rows = rows_of(up);
+  q.x = rows.tensor.const_data_ptr();
+  q.stride = rows.stride;
+  q.up = up_rows.tensor.const_data_ptr();
+  q.up_stride = up_rows.stride;
+  return {rows, up_rows};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_transform_quantize(Tensor x, std::optional<Tensor> weight, double eps,
+                                                       std::optional<Tensor> eps_tensor, std::string gain,
+                                                       std::optional<Tensor> transform,
+                                                       std::optional<Tensor> global_scale, std::string format,
+                                                       std::string scale_rule, bool swizzled) {
+  QuantizeArguments q{};
+  const Rows rows = rows_of(x);
+  const Tensor scratch = set_norm(q, x, weight, eps, eps_tensor, gain);
+  q.x = rows.tensor.const_data_ptr();
+  q.stride = rows.stride;
+  q.prologue = Prologue::rms_norm;
   return run(q, x, transform, global_scale, format, scale_rule, swizzled);
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_transform_quantize(
+    Tensor x, Tensor residual, std::optional<Tensor> weight, double eps, std::optional<Tensor> eps_tensor,
+    std::string gain, std::optional<Tensor> transform, std::optional<Tensor> global_scale, std::string format,
+    std::string scale_rule, bool swizzled) {
+  QuantizeArguments q{};
+  const auto rows = set_two(q, x, residual, "x and its residual");
+  const Tensor scratch = set_norm(q, x, weight, eps, eps_tensor, gain);
+  const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  Tensor total = torch::stable::new_empty(x, shape, x.scalar_type());
+  q.prologue = Prologue::add_rms_norm;
+  q.total = total.mutable_data_ptr();
+  auto [codes, scales] = run(q, x, transform, global_scale, format, scale_rule, swizzled);
+  return {codes, scales, total};
 }
 
 std::tuple<Tensor, Tensor> silu_mul_transform_quantize(Tensor gate, Tensor up, std::optional<Tensor> transform,
                                                        std::optional<Tensor> global_scale, std::string format,
                                                        std::string scale_rule, bool swizzled) {
   QuantizeArguments q{};
-  STD_TORCH_CHECK(gate.dim() == up.dim() && gate.scalar_type() == up.scalar_type() && up.is_cuda() &&
-                      gate.get_device_index() == up.get_device_index(),
-                  "gate and up differ in rank, dtype or device");
-  for (int64_t d = 0; d < gate.dim(); d++) STD_TORCH_CHECK(gate.size(d) == up.size(d), "gate and up differ in shape");
-  const Rows rows = rows_of(gate), up_rows = rows_of(up);
-  q.x = rows.tensor.const_data_ptr();
-  q.stride = rows.stride;
+  const auto rows = set_two(q, gate, up, "gate and up");
   q.prologue = Prologue::silu_mul;
-  q.up = up_rows.tensor.const_data_ptr();
-  q.up_stride = up_rows.stride;
   return run(q, gate, transform, global_scale, format, scale_rule, swizzled);
 }
 
@@ -176,11 +204,15 @@ WUSH_LIBRARY(WUSH_NAMESPACE, m) {
   m.def("transform_quantize(Tensor x, " WUSH_QUANTIZER);
   m.def("rms_norm_transform_quantize(Tensor x, Tensor? weight, float eps, Tensor? eps_tensor, str gain, "
         WUSH_QUANTIZER);
+  m.def("add_rms_norm_transform_quantize(Tensor x, Tensor residual, Tensor? weight, float eps, Tensor? eps_tensor, "
+        "str gain, Tensor? transform, Tensor? global_scale, str format, str scale_rule, bool swizzled) -> (Tensor codes, "
+        "Tensor scales, Tensor total)");
   m.def("silu_mul_transform_quantize(Tensor gate, Tensor up, " WUSH_QUANTIZER);
 }
 
 WUSH_LIBRARY_IMPL(WUSH_NAMESPACE, m) {
   m.impl("transform_quantize", TORCH_BOX(&wush::transform_quantize));
   m.impl("rms_norm_transform_quantize", TORCH_BOX(&wush::rms_norm_transform_quantize));
+  m.impl("add_rms_norm_transform_quantize", TORCH_BOX(&wush::add_rms_norm_transform_quantize));
   m.impl("silu_mul_transform_quantize", TORCH_BOX(&wush::silu_mul_transform_quantize));
 }

@@ -40,7 +40,7 @@ __device__ __forceinline__ bool walk(const KernelArguments& args, void* ring, St
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) {
     gain[i] = {0, 0, 0, 0};
-    if (P == Prologue::rms_norm && q.gain != nullptr && inside[i])
+    if (IS_NORM<P> && q.gain != nullptr && inside[i])
       gain[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(q.gain) + column + i * BLOCK));
   }
   reader.load_norms(0, left);
@@ -164,8 +164,11 @@ template <class T, bool NV> const char* launch(const KernelArguments& args, int6
   switch (args.q.prologue) {
     case Prologue::silu_mul: return launch_transform<T, NV, Prologue::silu_mul>(args, grid, stream);
     case Prologue::rms_norm:
-      inverse_rms_kernel<T><<<args.q.rows, 256, 0, stream>>>(args.q);
+      inverse_rms_kernel<T, false><<<args.q.rows, 256, 0, stream>>>(args.q);
       return launch_transform<T, NV, Prologue::rms_norm>(args, grid, stream);
+    case Prologue::add_rms_norm:
+      inverse_rms_kernel<T, true><<<args.q.rows, 256, 0, stream>>>(args.q);
+      return launch_transform<T, NV, Prologue::add_rms_norm>(args, grid, stream);
     default: return launch_transform<T, NV, Prologue::none>(args, grid, stream);
   }
 }

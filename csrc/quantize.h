@@ -8,7 +8,7 @@ namespace wush {
 
 enum class Format { mxfp4, nvfp4 };
 enum class Rule { absmax, ocp, paper, mse };
-enum class Prologue { none, rms_norm, silu_mul };
+enum class Prologue { none, rms_norm, silu_mul, add_rms_norm };
 
 // x [rows, width] bf16 or fp16, 16-byte aligned, rows `stride` elements apart; width is a multiple of the group size.
 struct QuantizeArguments {
@@ -16,15 +16,16 @@ struct QuantizeArguments {
   int64_t stride;
   int64_t rows;
   int width;
-  bool half;                     // fp16, else bf16: x, up, gain and transform
-  const void* up;                // silu_mul: [rows, width]
+  bool half;                     // fp16, else bf16: x, up, gain, total and transform
+  const void* up;                // silu_mul, add_rms_norm: [rows, width]
   int64_t up_stride;
-  const void* gain;              // rms_norm: [width] or nullptr for ones
-  bool gain_rounded;             // rms_norm: gain * round(value), else round(gain * value)
-  bool gain_plus_one;            // rms_norm: 1 + gain
-  float eps;                     // rms_norm
-  const float* eps_pointer;      // rms_norm: read instead of eps if not nullptr
-  float* inverse_rms;            // rms_norm: scratch, [rows]
+  const void* gain;              // both norms: [width] or nullptr for ones
+  bool gain_rounded;             // both norms: gain * round(value), else round(gain * value)
+  bool gain_plus_one;            // both norms: 1 + gain
+  float eps;                     // both norms
+  const float* eps_pointer;      // both norms: read instead of eps if not nullptr
+  float* inverse_rms;            // both norms: scratch, [rows]
+  void* total;                   // add_rms_norm: x + up, [rows, width] dense, 16-byte aligned
   const void* transform;         // [blocks, G, G] with G the group size, or nullptr
   bool shared;                   // one matrix for all blocks of columns
   const float* global_scale;     // nullptr for 1

@@ -162,19 +162,29 @@ __device__ __forceinline__ uint32_t choose_scale(const float (&y)[8], float amax
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
-// Two values of the prologue, rounded to the model dtype where the unfused graph rounds.
+template <Prologue P> constexpr bool IS_NORM = P == Prologue::rms_norm || P == Prologue::add_rms_norm;
+template <Prologue P> constexpr bool READS_TWO = P == Prologue::silu_mul || P == Prologue::add_rms_norm;
+
+// Two sums in fp32.
+template <class T> __device__ __forceinline__ float2 add(uint32_t x, uint32_t other) {
+  const float2 v = Pair<T>::wide(x), w = Pair<T>::wide(other);
+  return {v.x + w.x, v.y + w.y};
+}
+
+// Two values of the prologue, rounded to the model dtype where the unfused graph rounds. other: of q.up; gain: of
+// q.gain.
 template <class T, Prologue P>
-__device__ __forceinline__ uint32_t prologue(uint32_t x, uint32_t other, float inverse_rms,
+__device__ __forceinline__ uint32_t prologue(uint32_t x, uint32_t other, uint32_t gain, float inverse_rms,
                                              const QuantizeArguments& q) {
   if constexpr (P == Prologue::silu_mul) {
     const float2 v = Pair<T>::wide(x), up = Pair<T>::wide(other);
     const float2 s = Pair<T>::wide(Pair<T>::narrow({silu(v.x), silu(v.y)}));
     return Pair<T>::narrow({s.x * up.x, s.y * up.y});
-  } else if constexpr (P == Prologue::rms_norm) {
-    float2 v = Pair<T>::wide(x), w = {1.0f, 1.0f};
+  } else if constexpr (IS_NORM<P>) {
+    float2 v = P == Prologue::add_rms_norm ? add<T>(x, other) : Pair<T>::wide(x), w = {1.0f, 1.0f};
     v = {v.x * inverse_rms, v.y * inverse_rms};
     if (q.gain_rounded) v = Pair<T>::wide(Pair<T>::narrow(v));
-    if (q.gain != nullptr) w = Pair<T>::wide(other);
+    if (q.gain != nullptr) w = Pair<T>::wide(gain);
     if (q.gain_plus_one) w = {1.0f + w.x, 1.0f + w.y};                    // not w + 0: -0 keeps its sign
     return Pair<T>::narrow({v.x * w.x, v.y * w.y});
   } else {

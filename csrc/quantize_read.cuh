@@ -6,17 +6,24 @@
 
 namespace wush {
 
-// 1 / sqrt(mean(x^2) + eps) of every row, one CTA for each row.
-template <class T> __global__ void __launch_bounds__(256) inverse_rms_kernel(const QuantizeArguments q) {
-  const uint4* row = reinterpret_cast<const uint4*>(static_cast<const T*>(q.x) + (int64_t)blockIdx.x * q.stride);
+// 1 / sqrt(mean(x^2) + eps) of every row, one CTA for each row; of x + up, in fp32, with ADD, and that sum in q.total.
+template <class T, bool ADD> __global__ void __launch_bounds__(256) inverse_rms_kernel(const QuantizeArguments q) {
+  const int64_t r = blockIdx.x;
+  const uint4* row = reinterpret_cast<const uint4*>(static_cast<const T*>(q.x) + r * q.stride);
+  const uint4* up = ADD ? reinterpret_cast<const uint4*>(static_cast<const T*>(q.up) + r * q.up_stride) : nullptr;
+  uint4* total = ADD ? reinterpret_cast<uint4*>(static_cast<T*>(q.total) + r * q.width) : nullptr;
   float sum = 0.0f;
   for (int i = threadIdx.x; i < q.width / 8; i += 256) {
-    const uint4 v = row[i];
+    const uint4 v = row[i], w = ADD ? up[i] : uint4{0, 0, 0, 0};
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w}, others[4] = {w.x, w.y, w.z, w.w};
+    uint32_t sums[4];
 #pragma unroll
-    for (uint32_t word : {v.x, v.y, v.z, v.w}) {
-      const float2 pair = Pair<T>::wide(word);
+    for (int j = 0; j < 4; j++) {
+      const float2 pair = ADD ? add<T>(words[j], others[j]) : Pair<T>::wide(words[j]);
       sum = __fmaf_rn(pair.x, pair.x, __fmaf_rn(pair.y, pair.y, sum));
+      sums[j] = Pair<T>::narrow(pair);
     }
+    if constexpr (ADD) total[i] = {sums[0], sums[1], sums[2], sums[3]};
   }
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
@@ -44,7 +51,7 @@ template <class T, Prologue P> struct Reader {
 #else
   static constexpr int DEPTH = 4;
 #endif
-  static constexpr int SOURCES = P == Prologue::silu_mul ? 2 : 1, STAGES = DEPTH / SOURCES > 2 ? DEPTH / SOURCES : 2;
+  static constexpr int SOURCES = READS_TWO<P> ? 2 : 1, STAGES = DEPTH / SOURCES > 2 ? DEPTH / SOURCES : 2;
   static constexpr int CHUNK = 32 * 16, STAGE = SOURCES * BLOCKS * 2 * CHUNK, BYTES = WARPS * STAGES * STAGE;
   const QuantizeArguments& q;
   uint32_t ring;                                     // this lane's bytes of the warp's ring
@@ -97,16 +104,16 @@ template <class T, Prologue P> struct Reader {
 
   // The lane's 8 channels of a block in row g + 8h of tile i, after the prologue.
   __device__ __forceinline__ uint4 get(int i, int block, int h, const uint4& gain) const {
-    const uint4 v = word(i, 0, block, h), other = P == Prologue::silu_mul ? word(i, SOURCES - 1, block, h) : gain;
-    return {prologue<T, P>(v.x, other.x, rms[h], q), prologue<T, P>(v.y, other.y, rms[h], q),
-            prologue<T, P>(v.z, other.z, rms[h], q), prologue<T, P>(v.w, other.w, rms[h], q)};
+    const uint4 v = word(i, 0, block, h), other = READS_TWO<P> ? word(i, SOURCES - 1, block, h) : v;
+    return {prologue<T, P>(v.x, other.x, gain.x, rms[h], q), prologue<T, P>(v.y, other.y, gain.y, rms[h], q),
+            prologue<T, P>(v.z, other.z, gain.z, rms[h], q), prologue<T, P>(v.w, other.w, gain.w, rms[h], q)};
   }
 
   // Loads the norms of the rows of tile i; `rows`: number of rows from the lane's first on.
   __device__ __forceinline__ void load_norms(int i, int rows) {
 #pragma unroll
     for (int h = 0; h < 2; h++)
-      if (P == Prologue::rms_norm && 8 * h < rows) rms[h] = inverse_rms[i * TILE + 8 * h];
+      if (IS_NORM<P> && 8 * h < rows) rms[h] = inverse_rms[i * TILE + 8 * h];
   }
 };
 

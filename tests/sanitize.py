@@ -144,7 +144,8 @@ def tile_cases() -> Iterator[Case]:
 def prologue_cases() -> Iterator[Case]:
     kinds = [("rms_norm", gain) for gain in fused_ops.GAINS]
     kinds += [("layer_norm", ""), ("silu_mul", ""), ("gelu_mul", "none"), ("gelu_mul", "tanh")]
-    kinds += [("rms_norm_keep", "rounded"), ("layer_norm_keep", ""), ("activation", "relu2"), ("activation", "gelu")]
+    kinds += [("add_rms_norm", "rounded"), ("rms_norm_keep", "rounded"), ("layer_norm_keep", "")]
+    kinds += [("activation", "relu2"), ("activation", "gelu")]
     for index, (format, (kind, detail), transform) in enumerate(itertools.product(FLOATS, kinds, ("none", "distinct"))):
         m, k = size(index)
 
@@ -153,10 +154,11 @@ def prologue_cases() -> Iterator[Case]:
             tail = (matrices(transform, k, format), None, format, "absmax")
             if kind == "activation":
                 return triton_fused.activation_transform_quantize(x, detail, *tail)
-            if kind.startswith("rms_norm"):
+            if "rms_norm" in kind:
                 weight = None if detail == "none" else weight
                 norm = getattr(triton_fused, f"{kind}_transform_quantize")
-                return norm(x, weight, 1e-5, None, detail, *tail)
+                inputs = (x, rows(m, k)) if kind == "add_rms_norm" else (x,)
+                return norm(*inputs, weight, 1e-5, None, detail, *tail)
             if kind.startswith("layer_norm"):
                 norm = getattr(triton_fused, f"{kind}_transform_quantize")
                 return norm(x, weight, normal(k), 1e-5, None, *tail)
@@ -378,19 +380,11 @@ def csrc_cases() -> Iterator[Case]:
         yield f"csrc quantize {format} {rule} {kind} {m}x{k} swizzled={swizzled}", call
     for format, kind, (m, k) in itertools.product(FLOATS, ("none", "distinct"), ((1, 576), (17, 1536), (129, 576))):
 
-        def norm(format=format, kind=kind, m=m, k=k):
-            return cuda.rms_norm_transform_quantize(
-                rows(m, k),
-                normal(k),
-                1e-5,
-                None,
-                "rounded",
-                matrices(kind, k, format),
-                None,
-                format,
-                "absmax",
-                LAYOUTS[m > 1],
-            )
+        def norms(format=format, kind=kind, m=m, k=k):
+            tail = (matrices(kind, k, format), None, format, "absmax", LAYOUTS[m > 1])
+            norm = (normal(k), 1e-5, None, "rounded")
+            plain = cuda.rms_norm_transform_quantize(rows(m, k), *norm, *tail)
+            return *plain, *cuda.add_rms_norm_transform_quantize(rows(m, k), rows(m, k), *norm, *tail)
 
         def gated(format=format, kind=kind, m=m, k=k):
             both = normal(m, 2 * k)
@@ -398,7 +392,7 @@ def csrc_cases() -> Iterator[Case]:
                 both[:, :k], both[:, k:], matrices(kind, k, format), None, format, "mse", LAYOUTS[m > 1]
             )
 
-        yield f"csrc rms_norm {format} {kind} {m}x{k}", norm
+        yield f"csrc rms_norm, add_rms_norm {format} {kind} {m}x{k}", norms
         yield f"csrc silu_mul {format} {kind} {m}x{k}", gated
     for format, (m, n, k) in itertools.product(FLOATS, ((1, 33, 576), (17, 72, 96), (130, 200, 512))):
 

@@ -126,9 +126,10 @@ def test_refusals_are_recorded():
 
 def test_fused_references_are_not_the_provider_under_test():
     """The reference of a fused op runs on the CPU, where no provider is used."""
-    for op in ("silu_mul_transform_quantize", "rms_norm_transform_quantize"):
+    for op in ("silu_mul_transform_quantize", "rms_norm_transform_quantize", "add_rms_norm_transform_quantize"):
         for _, _, args, reference in itertools.islice(conformance.CASES[op](CPU), 3):
-            codes, scales = reference()
+            codes, scales, *sums = reference()
+            assert all(s.shape == args[0].shape for s in sums)
             assert codes.shape[-1] * 2 == args[0].shape[-1] and scales.device == CPU
 
 

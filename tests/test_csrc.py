@@ -97,7 +97,7 @@ def test_the_quantizer_builds(nvcc, target):
     """One quantizer for every target: nothing spills, and three CTAs of 128 threads find room on a multiprocessor."""
     path = build.compile_object(build.HERE / "quantize_mxfp4.cu", target)
     kernels_of = {name: used for name, used in resources(path).items() if "quantize_kernel" in name}
-    assert len(kernels_of) == 24  # 2 dtypes, with and without transform, mse or not, 3 prologues
+    assert len(kernels_of) == 32  # 2 dtypes, with and without transform, mse or not, 4 prologues
     for name, used in kernels_of.items():
         assert used["spills"] == used["stack"] == 0, name
         assert used["registers"] <= 168 and used["shared"] <= 40 * 1024, (name, used)
@@ -430,6 +430,36 @@ def test_rms_norm_is_the_reference(library, format, gain, m, k):
 
 
 @gpu
+@both
+@pytest.mark.parametrize("gain", fused_ops.GAINS)
+@pytest.mark.parametrize("m, k", [(1, 256), (37, 1536), (515, 4096)])
+def test_add_rms_norm_is_the_reference(library, format, gain, m, k):
+    """The norm reads the unrounded sum. Halves of integers have exact sums of squares, and sums that bf16 rounds."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-4, 5, (m, k), generator=generator).to(DEVICE, torch.bfloat16)
+    residual = torch.randint(-4, 5, (m, k), generator=generator).to(DEVICE, torch.bfloat16)
+    x[:, ::3], residual[:, ::3] = 256, 1  # 257 has no bf16
+    weight = None if gain == "none" else torch.randn(k, device=DEVICE).bfloat16()
+    if weight is not None:
+        weight[::5], weight[1::7] = 0.0, -0.0
+    t = torch.eye(FORMATS[format].group_size, dtype=x.dtype, device=DEVICE).unsqueeze(0)
+    for eps, pointer in ((1e-5, None), (0.0, torch.tensor(1e-5, device=DEVICE))):
+        for transform in (None, t):  # with the unit matrix nothing is summed but zeros
+            args = (weight, eps, pointer, gain, transform, None, format, "absmax")
+            got = cuda.add_rms_norm_transform_quantize(x, residual, *args)
+            want = fused_ops._add_rms_norm_transform_quantize(x, residual, *args)
+            assert_same(got[:2], want[:2])
+            assert torch.equal(got[2], want[2]) and got[2].is_contiguous()
+    args = (weight, 1e-5, None, gain, None, None, format, "absmax")
+    wide = torch.randn(2, m, 2 * k, device=DEVICE).bfloat16()
+    got = cuda.add_rms_norm_transform_quantize(wide[0, :, :k], wide[1, :, k:], *args)
+    want = fused_ops._add_rms_norm_transform_quantize(wide[0, :, :k], wide[1, :, k:], *args)
+    share = (got[0] != want[0]).float().mean().item()
+    print(f"{format} {gain} {m}x{k}: {share:.1e} of the code bytes differ")
+    assert share < 1e-3 and torch.equal(got[2], want[2])
+
+
+@gpu
 def test_wrong_arguments_are_errors(library):
     x = spread(4, 64, torch.bfloat16)
     for t in (torch.zeros(3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.float16), torch.zeros(2, 16, 16)):
@@ -437,6 +467,8 @@ def test_wrong_arguments_are_errors(library):
             cuda.transform_quantize(x, t.to(DEVICE), None, "mxfp4", "absmax")
     with pytest.raises(RuntimeError, match="another device|CUDA"):
         cuda.transform_quantize(x, torch.zeros(2, 32, 32, dtype=torch.bfloat16), None, "mxfp4", "absmax")
+    with pytest.raises(RuntimeError, match="residual differ in shape"):
+        cuda.add_rms_norm_transform_quantize(x, x[:3], None, 1e-5, None, "none", None, None, "mxfp4", "absmax")
     with pytest.raises(RuntimeError, match="one fp32 number"):
         cuda.transform_quantize(x, None, torch.ones(2, device=DEVICE), "mxfp4", "absmax")
 

@@ -58,6 +58,7 @@ def launches(monkeypatch):
                 for n in (
                     "transform_quantize",
                     "rms_norm_transform_quantize",
+                    "add_rms_norm_transform_quantize",
                     "silu_mul_transform_quantize",
                     "fp4_linear",
                     "swizzle_scales",

@@ -160,7 +160,20 @@ def rms_norm_cases(device: torch.device) -> Iterator[Case]:
                 yield format, f"{rows}x{k} {gain}", args, functools.partial(_reference_of_fused, reference, args)
 
 
-def _reference_of_fused(reference: Callable, args: tuple) -> tuple[Tensor, Tensor]:
+def add_rms_norm_cases(device: torch.device) -> Iterator[Case]:
+    """Real numbers: a norm that reads the rounded sum gives more other codes than the order of its sum does."""
+    reference = fused_ops.FUSED_REFERENCE["add_rms_norm_transform_quantize"]
+    generator = torch.Generator().manual_seed(0)
+    for format in FORMATS:
+        for rows, k in SHAPES:
+            for gain in fused_ops.GAINS:
+                x, residual = torch.randn(2, rows, k, generator=generator).to(device, torch.bfloat16)
+                weight = None if gain == "none" else spread(1, k, torch.bfloat16, device)[0]
+                args = (x, residual, weight, 1e-5, None, gain, None, None, format, "absmax")
+                yield format, f"{rows}x{k} {gain}", args, functools.partial(_reference_of_fused, reference, args)
+
+
+def _reference_of_fused(reference: Callable, args: tuple) -> tuple[Tensor, ...]:
     """Runs a fused reference on the CPU: on a GPU its inner quantizer would be a provider's."""
     cpu = [a.cpu() if isinstance(a, Tensor) else a for a in args]
     return tuple(t.to(args[0].device) for t in reference(*cpu))
@@ -199,10 +212,11 @@ CASES = {
     "transform_quantize": quantizer_cases,
     "silu_mul_transform_quantize": silu_mul_cases,
     "rms_norm_transform_quantize": rms_norm_cases,
+    "add_rms_norm_transform_quantize": add_rms_norm_cases,
     "fp4_linear": product_cases,
 }
 # An implementation may divide or take the root in another way: a norm's last bit then differs, and with it few codes.
-TOLERATED = {"rms_norm_transform_quantize": 1e-3}
+TOLERATED = {"rms_norm_transform_quantize": 1e-3, "add_rms_norm_transform_quantize": 1e-3}
 
 
 # -- run -------------------------------------------------------------------------------------------------------------
@@ -220,7 +234,7 @@ def _compare(op: str, implementation: Implementation, args: tuple, want, device:
         roundings = 1 if call["residual"] is None else 2  # of a residual's sum too
         limit = roundings * ops.PRODUCT_ERROR[dtype]
     else:
-        outputs = [want, (want[0], layouts.lay_out(want[1], "swizzled"))]
+        outputs = [want, (want[0], layouts.lay_out(want[1], "swizzled"), *want[2:])]
         compare, limit = share_different, TOLERATED.get(op, 0.0)
     error = 0.0
     for named, expected in zip((call, swizzled), outputs):

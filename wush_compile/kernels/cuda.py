@@ -106,6 +106,25 @@ def rms_norm_transform_quantize(
     )
 
 
+def refuses_add_rms_norm(
+    x, residual, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> str | None:
+    if residual.dtype != x.dtype:
+        return f"input is {x.dtype}, its residual {residual.dtype}"
+    return refuses_rms_norm(x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule)
+
+
+def add_rms_norm_transform_quantize(
+    x, residual, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout: str = "rows"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`wush::add_rms_norm_transform_quantize`; it sums squares in another order than the reference."""
+    ops = load(_target(x))
+    transform = None if transform is None else transform.contiguous()
+    eps_tensor = None if eps_tensor is None else eps_tensor.to(torch.float32)
+    tail = (transform, global_scale, format, scale_rule, scale_layout == "swizzled")
+    return ops.add_rms_norm_transform_quantize(x, residual, weight, eps, eps_tensor, gain, *tail)
+
+
 def refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
     return "gate and up differ in dtype" if gate.dtype != up.dtype else _refuses(gate, transform, format)
 
@@ -189,6 +208,9 @@ IMPLEMENTATIONS = {
     "fp4_linear": Implementation(fp4_linear, refuses_fp4_linear),
     "transform_quantize": Implementation(transform_quantize, refuses_transform_quantize, prefer_others),
     "rms_norm_transform_quantize": Implementation(rms_norm_transform_quantize, refuses_rms_norm, prefer_others),
+    "add_rms_norm_transform_quantize": Implementation(
+        add_rms_norm_transform_quantize, refuses_add_rms_norm, prefer_others
+    ),
     "silu_mul_transform_quantize": Implementation(
         silu_mul_transform_quantize, refuses_silu_mul, prefer_others_silu_mul
     ),
