@@ -145,7 +145,7 @@ def prologue_cases() -> Iterator[Case]:
     kinds = [("rms_norm", gain) for gain in fused_ops.GAINS]
     kinds += [("layer_norm", ""), ("silu_mul", ""), ("gelu_mul", "none"), ("gelu_mul", "tanh")]
     kinds += [("add_rms_norm", "rounded"), ("rms_norm_keep", "rounded"), ("layer_norm_keep", "")]
-    kinds += [("activation", "relu2"), ("activation", "gelu")]
+    kinds += [("activation", "relu2"), ("activation", "gelu"), ("swiglu_oai", "")]
     for index, (format, (kind, detail), transform) in enumerate(itertools.product(FLOATS, kinds, ("none", "distinct"))):
         m, k = size(index)
 
@@ -163,6 +163,8 @@ def prologue_cases() -> Iterator[Case]:
                 norm = getattr(triton_fused, f"{kind}_transform_quantize")
                 return norm(x, weight, normal(k), 1e-5, None, *tail)
             both = normal(m, 2 * k)
+            if kind == "swiglu_oai":
+                return triton_fused.swiglu_oai_transform_quantize(both, 7.0, *tail)
             if kind == "silu_mul":
                 return triton_fused.silu_mul_transform_quantize(both[:, :k], both[:, k:], *tail)
             return triton_fused.gelu_mul_transform_quantize(both[:, :k], both[:, k:], detail, *tail)

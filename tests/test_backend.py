@@ -217,6 +217,7 @@ FUSED = {
         lambda x, w: (x, x.flip(-1), "tanh"),
         lambda x, w: (x[..., ::2], x[..., 1::2], "none"),
     ],
+    "swiglu_oai_transform_quantize": [lambda x, w: (torch.cat((4 * x, x), -1), 7.0)],
 }
 
 

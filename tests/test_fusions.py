@@ -1,5 +1,7 @@
 """What encoders and older decoders need: activations without a gate, norms that others read, dropout, residuals."""
 
+import functools
+
 import pytest
 import torch
 from expecttest import TestCase as ExpectTest
@@ -53,6 +55,30 @@ def test_what_only_looks_like_an_activation_stays(near):
     assert seen.counts_after == {"transform_quantize": 1}
 
 
+def clamped_gate(x, first=0, limit=7.0, least=-7.0, alpha=1.702, one=1):
+    """gpt-oss' gate, as transformers writes it, or something near."""
+    gate, up = x[..., first::2].clamp(min=None, max=limit), x[..., 1 - first :: 2].clamp(min=least, max=limit)
+    return (up + one) * (gate * torch.sigmoid(gate * alpha))
+
+
+@pytest.mark.parametrize("limit", [7.0, 2.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_clamped_gate_of_gpt_oss_fuses(dtype, limit):
+    x = 3 * x_like(2, 5, 128, dtype=dtype)
+    gate = functools.partial(clamped_gate, limit=limit, least=-limit)
+    seen = run(Quantizer(gate, dtype), x, steps=[passes.fuse_activation])
+    assert seen.counts_after == {"swiglu_oai_transform_quantize": 1}
+    with torch.no_grad():
+        program = torch.export.export(Quantizer(gate, dtype), (x,))
+    assert passes.fuse_activation(program.graph) == 1 and "slice" not in str(program.graph)
+
+
+@pytest.mark.parametrize("near", [dict(first=1), dict(least=-6.0), dict(alpha=1.7), dict(one=2)], ids=str)
+def test_what_only_looks_like_a_clamped_gate_stays(near):
+    seen = run(Quantizer(functools.partial(clamped_gate, **near)), x_like(5, 128), steps=[passes.fuse_activation])
+    assert seen.counts_after == {"transform_quantize": 1}
+
+
 def test_an_activation_that_is_read_elsewhere_stays():
     def forward(x):
         h = F.gelu(x)
@@ -80,6 +106,17 @@ class Graphs(ExpectTest):
 layer_norm_keep_transform_quantize = wush.layer_norm_keep_transform_quantize(x, norm.weight, norm.bias, 1e-05, None, None, None, 'mxfp4', 'absmax')  # (u8[2, 5, 32], u8[2, 5, 2], bf16[2, 5, 64])
 mul = aten.mul(layer_norm_keep_transform_quantize[2], 2)  # bf16[2, 5, 64]
 return (layer_norm_keep_transform_quantize[0], layer_norm_keep_transform_quantize[1], mul)""",  # noqa: E501
+        )
+
+    def test_a_clamped_gate(self):
+        def forward(x):
+            return wush.transform_quantize(clamped_gate(x), None, None, "mxfp4", "absmax")
+
+        self.assertExpectedInline(
+            run(forward, x_like(5, 128), steps=[passes.fuse_activation]).after,
+            """\
+swiglu_oai_transform_quantize = wush.swiglu_oai_transform_quantize(x, 7.0, None, None, 'mxfp4', 'absmax')  # (u8[5, 32], u8[5, 2])
+return (swiglu_oai_transform_quantize[0], swiglu_oai_transform_quantize[1])""",  # noqa: E501
         )
 
     def test_dropout_and_a_residual(self):

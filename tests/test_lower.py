@@ -43,10 +43,17 @@ class Gate(nn.Module):
         return nn.functional.silu(gate) * up
 
 
+class ClampedGate(nn.Module):
+    def forward(self, x):
+        gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(min=-7.0, max=7.0)
+        return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+
 FUSED = {
     "rms_norm_transform_quantize": (Norm("rounded", torch.bfloat16), (x_like(5, 64),)),
     "silu_mul_transform_quantize": (Gate(), (x_like(5, 64), x_like(5, 64, seed=1))),
     "activation_transform_quantize": (nn.ReLU(), (x_like(5, 64),)),
+    "swiglu_oai_transform_quantize": (ClampedGate(), (x_like(5, 128),)),
     "rms_norm_keep_transform_quantize": (Norm("rounded", torch.bfloat16), (x_like(5, 64),)),
 }
 

@@ -177,12 +177,13 @@ def compile_linear(format, n, k, kernel, cc, promote=0, activation="same"):
 
 def compile_quantize(format, cc, block, tile, rule="absmax", words=None, pdl=None, flat=None, prologue=None):
     """The quantizer for x bf16 [M, 4096]; words and pdl as a launch has them where they are None; flat: the kernel that
-    takes the fields of the spec one by one; prologue: an activation without a gate."""
+    takes the fields of the spec one by one; prologue: an activation without a second operand."""
     pointers = dict(x="*bf16", codes="*u8", scales="*u8", M="i32", pitch="i32") | ({"t": "*bf16"} if block else {})
-    rows = torch.empty(1, 4096, dtype=torch.bfloat16, device="meta")
+    limit = 7.0 if prologue == "swiglu_oai" else 0.0
+    rows = torch.empty(1, 8192 if limit else 4096, dtype=torch.bfloat16, device="meta")
     t = rows.new_empty(4096 // block, block, block) if block else None
     sm = triton_tiles.instructions(divmod(cc, 10))
-    spec = triton_spec.make_spec(rows, t, None, format, rule, tile, sm, prologue=prologue)
+    spec = triton_spec.make_spec(rows, t, None, format, rule, tile, sm, prologue=prologue, limit=limit)
     spec = spec._replace(
         words=triton_tiles.words(tile, spec.fp32_dot, block, 4096) if words is None else words,
         pdl=cc >= 90 if pdl is None else pdl,
@@ -479,6 +480,14 @@ def test_activations_spill_next_to_nothing(kind, cc):
     tile = triton_tiles.choose_tile(4096, 4096, 32)
     compiled = compile_quantize("mxfp4", cc, 32, tile, prologue=kind)
     assert len(re.findall(r"\b(?:STL|LDL)\b", sass(compiled))) <= (8 if cc == 120 else 0)
+
+
+@pytest.mark.parametrize("cc", [90, 100])
+def test_a_clamped_gate_spills_nothing(cc):
+    """It reads gate and up, which alternate, 16 bytes at once."""
+    code = sass(compile_quantize("mxfp4", cc, 32, triton_tiles.choose_tile(4096, 4096, 32), prologue="swiglu_oai"))
+    assert not re.search(r"\b(STL|LDL)\b", code)
+    assert re.search(r"LDGSTS\S*\.128", code) and not re.search(r"LDG\S*\.U16", code)
 
 
 @pytest.mark.parametrize("cc", [80, 86, 89])

@@ -128,6 +128,7 @@ def test_strided_rows_and_leading_dimensions():
 
 
 INTERPRETED = """
+from types import SimpleNamespace
 import torch, triton
 import triton.language as tl
 from wush_compile import formats
@@ -136,6 +137,7 @@ from wush_compile.kernels.triton.linear import lane_order
 from wush_compile.kernels.triton.quantize import fused, prologue, tokens
 from wush_compile.kernels.triton.quantize.tiles import Tile
 from wush_compile.ops import core as ops
+from wush_compile.ops.fused import swiglu_oai
 generator = torch.Generator().manual_seed(0)
 
 @triton.jit
@@ -143,6 +145,7 @@ def silu(x):
     return tl.div_rn(x, 1.0 + tl.exp(-x))
 
 prologue.silu = silu
+prologue.libdevice = SimpleNamespace(exp=lambda x: tl.exp(x))
 def same(got, want, what):
     for a, b in zip(got, want, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype, what
@@ -178,6 +181,9 @@ activated = torch.nn.functional.silu(gate) * up
 for transform in (None, t):
     got = fused.silu_mul_transform_quantize(gate, up, transform, None, "fp8", "token")
     same(got, ops._transform_quantize(activated, transform, None, "fp8", "token"), "gate")
+both = 3 * torch.randn(35, 192, generator=generator).half()
+got = fused.swiglu_oai_transform_quantize(both, 7.0, t, None, "fp8", "token")
+same(got, ops._transform_quantize(swiglu_oai(both, 7.0), t, None, "fp8", "token"), "clamped gate")
 got = fused.silu_mul_transform_quantize(gate, up, None, None, "none", "none")
 torch.testing.assert_close(got[0], activated, rtol=2e-3, atol=0)
 assert not workspace(torch.device("cpu"))._ring.any()

@@ -101,9 +101,11 @@ def test_activations(format, rule, block, dtype, m, k):
         (lambda *a: gelu_mul(gate, up, "none", *a), "gelu", up),
         (lambda *a: gelu_mul(gate, up, "tanh", *a), "gelu_tanh", up),
         *((lambda *a, kind=kind: plain(gate, kind, *a), kind, None) for kind in fused_ops.ACTIVATIONS),
+        (lambda *a: triton_fused.swiglu_oai_transform_quantize(2 * both, 7.0, *a), "swiglu_oai", None),
     ):
         got = run(t, None, format, rule)
-        x = fused_ops.ACTIVATIONS[activation](gate)
+        clamped = activation == "swiglu_oai"
+        x = fused_ops.swiglu_oai(2 * both, 7.0) if clamped else fused_ops.ACTIVATIONS[activation](gate)
         if other is not None:
             x = x * other
         want = ops._transform_quantize(x, t, None, format, rule)

@@ -240,7 +240,7 @@ from wush_compile.ops import layouts
 from wush_compile.kernels.triton.quantize import fused, prologue, transform_quantize as tq
 from wush_compile.kernels.triton.quantize.tiles import Tile
 from wush_compile.ops import core as ops
-from wush_compile.ops.fused import ACTIVATIONS
+from wush_compile.ops.fused import ACTIVATIONS, swiglu_oai
 generator = torch.Generator().manual_seed(0)
 cases = [("mxfp4", r, 3.0 if r == "paper" else None) for r in ("absmax", "mse", "ocp", "paper")]
 cases += [("nvfp4", "absmax", 0.37), ("nvfp4", "mse", None)]
@@ -280,6 +280,13 @@ for m, k in ((1, 96), (3, 64), (35, 1120)):
             want = ops._transform_quantize(activation(gate), transform, None, "mxfp4", "absmax")
             wrong = [(p != q).float().mean().item() for p, q in zip(got, want)]
             assert max(wrong) <= (0 if transform is None else 2e-3), (kind, m, k, wrong)
+    both = 3 * torch.randn(m, 2 * k + 8, generator=generator).half()[:, 4:-4]  # gate and up alternate
+    both[0, :4] = torch.tensor([9.0, -9.0, -9.0, 9.0])
+    for transform, limit in ((None, 7.0), (t, 7.0), (None, 2.3)):
+        got = fused.swiglu_oai_transform_quantize(both, limit, transform, None, "mxfp4", "absmax")
+        want = ops._transform_quantize(swiglu_oai(both, limit), transform, None, "mxfp4", "absmax")
+        wrong = [(p != q).float().mean().item() for p, q in zip(got, want)]
+        assert max(wrong) <= (0 if transform is None else 2e-3), (m, k, wrong)
 
 # Every value of fp16. On a GPU, as here, the cube in gelu_new rounds twice; a CPU's `pow` rounds it once in fp16. The
 # interpreter's exponential has another last bit here and there.

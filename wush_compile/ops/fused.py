@@ -6,6 +6,7 @@
     wush::rms_norm_keep_transform_quantize, wush::layer_norm_keep_transform_quantize      the same, and the norm itself
     wush::silu_mul_transform_quantize     SiLU(gate) · up       then transform_quantize
     wush::gelu_mul_transform_quantize     GELU(gate) · up       then transform_quantize
+    wush::swiglu_oai_transform_quantize   gpt-oss' clamped gate  then transform_quantize
     wush::activation_transform_quantize   activation(x)         then transform_quantize
 
 Only passes emit these ops. The reference below defines each of them. It rounds to the model dtype exactly where the
@@ -27,6 +28,9 @@ in bf16 and the quantizer 2.5; together they move 4.5.
 
 `kind` names an activation without a gate, by `ACTIVATIONS`. transformers spells `gelu_new` and `quick_gelu` out in
 single ops, so each step rounds to the model dtype.
+
+`swiglu_oai` takes gate and up as one tensor in whose columns they alternate, as gpt-oss' product leaves them. Each step
+rounds to the model dtype.
 
 `eps` is a number. With `dynamic=True` Dynamo turns Python floats into graph inputs: then `eps_tensor` is a scalar
 tensor, and `eps` is ignored.
@@ -178,6 +182,28 @@ def _gelu_mul_transform_quantize(
     return torch.ops.wush.transform_quantize(activated, transform, global_scale, format, scale_rule, scale_layout)
 
 
+def swiglu_oai(x: Tensor, limit: float) -> Tensor:
+    """gpt-oss' gate: x [.., 2K], gate and up in alternating columns -> (up + 1) · gate · sigmoid(1.702 gate) [.., K],
+    of gate up to `limit`, and of up between −limit and limit."""
+    gate, up = x.unflatten(-1, (-1, 2)).unbind(-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+
+def _swiglu_oai_transform_quantize(
+    x: Tensor,
+    limit: float,
+    transform: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    scale_rule: str,
+    scale_layout: str = "rows",
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.wush.transform_quantize(
+        swiglu_oai(x, limit), transform, global_scale, format, scale_rule, scale_layout
+    )
+
+
 def _gelu_new(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
 
@@ -266,6 +292,12 @@ def _gelu_mul_fake(gate, up, approximate, transform, global_scale, format, scale
     return _mul_fake(gate, up, transform, global_scale, format, scale_rule, scale_layout)
 
 
+def _swiglu_oai_fake(x, limit, transform, global_scale, format, scale_rule, scale_layout="rows"):
+    torch._check(x.shape[-1] % 2 == 0, lambda: f"gate and up alternate in {x.shape[-1]} columns, an odd number")
+    torch._check(limit > 0, lambda: f"a limit of {limit} leaves no gate")
+    return FAKE["transform_quantize"](x.unflatten(-1, (-1, 2)).select(-1, 0), transform, global_scale, format, scale_rule, scale_layout)
+
+
 def _activation_fake(x, kind, transform, global_scale, format, scale_rule, scale_layout="rows"):
     torch._check(kind in ACTIVATIONS, lambda: f"activation {kind!r} is not one of {', '.join(ACTIVATIONS)}")
     return FAKE["transform_quantize"](x, transform, global_scale, format, scale_rule, scale_layout)
@@ -279,6 +311,7 @@ FUSED_REFERENCE = {
     "layer_norm_keep_transform_quantize": _layer_norm_keep_transform_quantize,
     "silu_mul_transform_quantize": _silu_mul_transform_quantize,
     "gelu_mul_transform_quantize": _gelu_mul_transform_quantize,
+    "swiglu_oai_transform_quantize": _swiglu_oai_transform_quantize,
     "activation_transform_quantize": _activation_transform_quantize,
 }
 FUSED_FAKE = {
@@ -289,6 +322,7 @@ FUSED_FAKE = {
     "layer_norm_keep_transform_quantize": _layer_norm_keep_fake,
     "silu_mul_transform_quantize": _mul_fake,
     "gelu_mul_transform_quantize": _gelu_mul_fake,
+    "swiglu_oai_transform_quantize": _swiglu_oai_fake,
     "activation_transform_quantize": _activation_fake,
 }
 for name, reference in FUSED_REFERENCE.items():

@@ -113,6 +113,12 @@ def refuses_gelu_mul(
     return refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule)
 
 
+def refuses_swiglu_oai(x, limit, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
+    if x.shape[-1] % 2:
+        return "gate and up do not alternate in an odd number of columns"
+    return _refuses_prologue(x.unflatten(-1, (-1, 2)).select(-1, 0), transform, global_scale, format, scale_rule, ())
+
+
 def refuses_activation(x, kind, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
     if kind not in ACTIVATIONS:
         return f"activation {kind}"
@@ -271,6 +277,9 @@ IMPLEMENTATIONS = {
     ),
     "silu_mul_transform_quantize": Implementation(_there(triton_fused.silu_mul_transform_quantize), refuses_silu_mul),
     "gelu_mul_transform_quantize": Implementation(_there(triton_fused.gelu_mul_transform_quantize), refuses_gelu_mul),
+    "swiglu_oai_transform_quantize": Implementation(
+        _there(triton_fused.swiglu_oai_transform_quantize), refuses_swiglu_oai
+    ),
     "activation_transform_quantize": Implementation(
         _there(triton_fused.activation_transform_quantize), refuses_activation
     ),

@@ -17,10 +17,13 @@ from .paste import replace_by
 def _quantizer(op: str, args: tuple) -> tuple:
     """The arguments of `transform_quantize` after a fused op is taken apart.
 
-    The result of the norm or activation has the shape, dtype and strides of the fused op's first argument.
+    The result of the norm or activation has the shape, dtype and strides of the fused op's first argument, or half its
+    columns.
     """
-    call = bind(op, args)
-    return args[0], *(call[p.name] for p in schema("transform_quantize").arguments[1:])
+    call, x = bind(op, args), args[0]
+    if op == "swiglu_oai_transform_quantize":
+        x = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    return x, *(call[p.name] for p in schema("transform_quantize").arguments[1:])
 
 
 def _without_kernel(node: Node) -> bool:

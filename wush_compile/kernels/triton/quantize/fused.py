@@ -84,6 +84,13 @@ def gelu_mul_transform_quantize(
     return _gated(prologue, gate, transform, global_scale, format, scale_rule, scale_layout)
 
 
+def swiglu_oai_transform_quantize(
+    x, limit, transform, global_scale, format, scale_rule, scale_layout="rows"
+) -> tuple[Tensor, Tensor]:
+    """`wush::swiglu_oai_transform_quantize`."""
+    return _gated(Prologue("swiglu_oai", limit=limit), x, transform, global_scale, format, scale_rule, scale_layout)
+
+
 def activation_transform_quantize(
     x, kind, transform, global_scale, format, scale_rule, scale_layout="rows"
 ) -> tuple[Tensor, Tensor]:

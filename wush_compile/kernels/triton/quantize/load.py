@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .prologue import activated, gated, normed
+from .prologue import activated, gated, normed, swiglu_oai
 
 
 @triton.jit
@@ -36,11 +36,13 @@ def inside_mask(rows, left, columns, K: tl.constexpr, MASKED: tl.constexpr, EVEN
 def load_rows(
     x, row, left, stride, first, SPEC: tl.constexpr, MASKED: tl.constexpr, EVEN: tl.constexpr, OTHER: tl.constexpr = 0.0
 ):
-    """[R, W]: rows from `row` and columns from `first` on, of what x points to; OTHER for elements that do not exist.
+    """[R, W]: rows from `row` and channels from `first` on, of what x points to; OTHER for elements that do not exist.
+    [R, 2W] if x has two values a channel.
     Gates take 1 for OTHER, because the division in SiLU has a slow path for zeros."""
+    EACH: tl.constexpr = 2 if SPEC.limit > 0 else 1
     rows = row + tl.arange(0, SPEC.rows)[:, None]
-    columns = tl.arange(0, SPEC.columns)[None, :]
-    inside = inside_mask(rows, left, first + columns, SPEC.width, MASKED, EVEN)
+    columns = tl.arange(0, EACH * SPEC.columns)[None, :]
+    inside = inside_mask(rows, left, EACH * first + columns, EACH * SPEC.width, MASKED, EVEN)
     pointers = x + (rows * stride + columns)
     return tl.load(pointers, mask=inside, other=None if inside is None else OTHER)
 
@@ -51,7 +53,9 @@ def apply_prologue(tile, source, row, left, first, SPEC: tl.constexpr, MASKED: t
     x, up, weight, bias, mean, scale, kept, stride, up_stride = source
     PROLOGUE: tl.constexpr = SPEC.prologue
     if PROLOGUE is not None:
-        if up is not None and scale is None:
+        if PROLOGUE == "swiglu_oai":
+            tile = swiglu_oai(tile, SPEC.limit, SPEC.rows, SPEC.columns)
+        elif up is not None and scale is None:
             tile = gated(tile, load_rows(up, row, left, up_stride, first, SPEC, MASKED, EVEN), PROLOGUE)
         elif scale is None:
             tile = activated(tile, PROLOGUE)

@@ -82,6 +82,18 @@ def gated(gate, up, KIND: tl.constexpr):
 
 
 @triton.jit
+def swiglu_oai(x, LIMIT: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+    """gpt-oss' clamped gate, `ops.fused.swiglu_oai`: a tile [R, 2W] of a 16-bit dtype -> [R, W]. NaN stays."""
+    DTYPE: tl.constexpr = x.dtype
+    most = rounded(tl.full((R, W), LIMIT, tl.float32), DTYPE)
+    gate, up = tl.split(tl.reshape(x, (R, W, 2)))
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
+    gate = tl.where(gate > most, most, gate)
+    up = tl.where(up > most, most, tl.where(up < -most, -most, up))
+    return (rounded(up + 1.0, DTYPE) * rounded(quick_gelu(gate, DTYPE), DTYPE)).to(DTYPE)
+
+
+@triton.jit
 def normed(wide, mean, scale, weight, bias, KIND: tl.constexpr, DTYPE: tl.constexpr):
     """A norm of a tile fp32 [R, W], rounded to DTYPE: mean and scale (1/deviation) fp32 [R, 1]; weight and bias [1, W]
     or None.
@@ -107,7 +119,7 @@ def normed(wide, mean, scale, weight, bias, KIND: tl.constexpr, DTYPE: tl.conste
 class Prologue(NamedTuple):
     """The operation on x before the quantizer: its name, a KIND of `activated` or `normed`, and its other operands.
 
-    An activation with `up` is a gated one. A norm with `up` is that of x + up in fp32."""
+    An activation with `up` is a gated one. `swiglu_oai` has a limit. A norm with `up` is that of x + up in fp32."""
 
     name: str | None = None
     up: Tensor | None = None
@@ -115,4 +127,5 @@ class Prologue(NamedTuple):
     bias: Tensor | None = None
     mean: Tensor | None = None
     scale: Tensor | None = None
+    limit: float = 0.0
     kept: Tensor | None = None  # where the result of a norm, or the sum that it is of, is written, dense

@@ -124,7 +124,7 @@ def quantize_rows(
     start = program // COLUMNS * (R * TILES)
     left = M - start
     row = start.to(tl.int64)
-    x += row * stride + first
+    x += row * stride + (2 if SPEC.limit > 0 else 1) * first
     if up is not None:
         up += row * up_pitch + first
     if mean is not None:

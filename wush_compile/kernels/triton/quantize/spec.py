@@ -27,6 +27,7 @@ class Spec(NamedTuple):
     scaled: bool  # there is a global scale
     swizzled: bool  # scales are written as `layouts.swizzle_scales` orders them
     prologue: str | None  # what is done to x first, by its name in `prologue.py`
+    limit: float  # of `swiglu_oai`, for which x has two values a channel, gate and up; else 0
     sm: int  # newest instruction set in use, as `tiles.instructions`: 80, 86 or 100; 0: no assembly
     fp32_dot: bool  # the transform multiplies in fp32
     rows: int  # of a tile (R)
@@ -47,16 +48,17 @@ def make_spec(
     sm: int,
     *,
     prologue: str | None = None,
+    limit: float = 0.0,
     swizzled: bool = False,
     pdl: bool = False,
 ) -> Spec:
-    """The `Spec` for rows [M, K], transform [K/B or 1, B, B] or None; `words` is 0."""
-    width = rows.shape[1]
+    """The `Spec` for rows [M, K], or [M, 2K] with a limit, transform [K/B or 1, B, B] or None; `words` is 0."""
+    width = rows.shape[1] // (2 if limit else 1)
     block = 0 if transform is None else transform.shape[-1]
     other_dtype = transform is not None and transform.dtype != rows.dtype
     return Spec(
         width=width,
-        stride=width if rows.stride(0) == width else 0,
+        stride=rows.shape[1] if rows.stride(0) == rows.shape[1] else 0,
         group=(ACTIVATION_FORMATS.get(format) or FORMATS[format]).group_size,
         block=block,
         shared=block > 0 and transform.shape[0] == 1 and width > block,
@@ -65,6 +67,7 @@ def make_spec(
         scaled=global_scale is not None,
         swizzled=swizzled,
         prologue=prologue,
+        limit=limit,
         sm=sm,
         # In the interpreter too, whose bf16 dot is wrong.
         fp32_dot=sm == 0 or rows.dtype == torch.float32 or other_dtype,

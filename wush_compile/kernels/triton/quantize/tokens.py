@@ -35,7 +35,8 @@ STEP = tl.constexpr(1.0 / E4M3_MAX)
 def _transformed(x, up, t, left, first, stride, up_stride, SPEC: tl.constexpr):
     """fp32 [R, W]: the transformed columns from `first` on, of the rows that x and `up` point to."""
     EVEN: tl.constexpr = SPEC.width % SPEC.columns == 0
-    source = (x + first, None if up is None else up + first, None, None, None, None, None, stride, up_stride)
+    x += (2 if SPEC.limit > 0 else 1) * first
+    source = (x, None if up is None else up + first, None, None, None, None, None, stride, up_stride)
     tile = load_tile(source, 0, left, first, SPEC, True, EVEN)
     if SPEC.block > 0:
         return dot(tile, load_operand(t, first, SPEC, EVEN), SPEC)
@@ -140,9 +141,9 @@ def quantize_tokens(
     """`wush::transform_quantize` for fp8 and none (`formats.ACTIVATION_FORMATS`).
 
     x [.., K] bf16, fp16 or fp32 -> codes uint8 [.., K], scales fp32 [.., 1]; or x's dtype [.., K], fp32 [.., 0].
-    prologue: a gated activation, or nothing."""
+    prologue: an activation, gated or not, or nothing."""
     rows = dense_rows(x)
-    count, width = rows.shape
+    count, width = rows.shape[0], rows.shape[1] // (2 if prologue.limit else 1)
     columns, dtype, groups, scale_dtype = operand_layout(format, width, x.dtype)
     codes = torch.empty((*x.shape[:-1], columns), dtype=dtype, device=x.device)
     scales = torch.empty((*x.shape[:-1], groups), dtype=scale_dtype, device=x.device)
@@ -152,7 +153,7 @@ def quantize_tokens(
     parts, programs = triton.cdiv(triton.cdiv(width, tile.columns), tiles), 2 if format == "fp8" else 1
     sm = device_instructions(x.device.index) if x.is_cuda else 0
     pdl = x.is_cuda and overlaps(x.device.index)
-    spec = make_spec(rows, transform, None, format, "", tile, sm, prologue=prologue.name, pdl=pdl)
+    spec = make_spec(rows, transform, None, format, "", tile, sm, prologue=prologue.name, limit=prologue.limit, pdl=pdl)
     up = None if prologue.up is None else dense_rows(prologue.up)
     t = None if transform is None else transform.contiguous()
     flat_codes, flat_scales = codes.view(count, columns), scales.view(count, groups)

@@ -78,6 +78,7 @@ def flat_transform_quantize_kernel(
     scaled: tl.constexpr,
     swizzled: tl.constexpr,
     prologue: tl.constexpr,
+    limit: tl.constexpr,
     sm: tl.constexpr,
     fp32_dot: tl.constexpr,
     rows: tl.constexpr,
@@ -100,6 +101,7 @@ def flat_transform_quantize_kernel(
         scaled,
         swizzled,
         prologue,
+        limit,
         sm,
         fp32_dot,
         rows,
@@ -130,19 +132,19 @@ def prepare(
     tile: Tile,
     prologue: str | None,
     swizzled: bool = False,
+    limit: float = 0.0,
 ) -> tuple[Tensor, Tensor, dict]:
     """(codes, scales) to be written for x, and the arguments, by name, that every kernel with `quantize_rows` takes;
-    rows = dense_rows(x)."""
-    count, width = rows.shape
+    rows = dense_rows(x), of 2K columns with a limit."""
+    count, width = rows.shape[0], rows.shape[1] // (2 if limit else 1)
     groups = width // FORMATS[format].group_size
     codes = torch.empty((*x.shape[:-1], width // 2), dtype=torch.uint8, device=x.device)
     shape = swizzled_shape(count, groups) if swizzled else (*x.shape[:-1], groups)
     scales = torch.empty(shape, dtype=torch.uint8, device=x.device)
     sm = device_instructions(x.device.index) if x.is_cuda else 0
     pdl = x.is_cuda and overlaps(x.device.index)
-    spec = make_spec(
-        rows, transform, global_scale, format, scale_rule, tile, sm, prologue=prologue, swizzled=swizzled, pdl=pdl
-    )
+    given = dict(prologue=prologue, limit=limit, swizzled=swizzled, pdl=pdl)
+    spec = make_spec(rows, transform, global_scale, format, scale_rule, tile, sm, **given)
     if sm > 0:
         spec = spec._replace(words=words(tile, spec.fp32_dot, spec.block, width))
     return (
@@ -177,12 +179,13 @@ def transform_quantize(
     """`wush::transform_quantize` for mxfp4 and nvfp4 (docs/spec.md §6).
 
     x [.., K] bf16, fp16 or fp32; transform [K/B or 1, B, B] or None -> codes uint8 [.., K/2], scales uint8 [.., K/G].
-    swizzled: the scales of all rows are in the order of `layouts.swizzle_scales`, padding written."""
+    swizzled: the scales of all rows are in the order of `layouts.swizzle_scales`, padding written. With
+    `prologue.limit` x is [.., 2K]."""
     rows = dense_rows(x)
-    count, width = rows.shape
+    count, width = rows.shape[0], rows.shape[1] // (2 if prologue.limit else 1)
     tile = tile or choose_tile(count, width, 0 if transform is None else transform.shape[-1])
     codes, scales, arguments = prepare(
-        x, rows, transform, global_scale, format, scale_rule, tile, prologue.name, swizzled
+        x, rows, transform, global_scale, format, scale_rule, tile, prologue.name, swizzled, prologue.limit
     )
     if scales.numel() == 0:
         return codes, scales
