@@ -295,7 +295,8 @@ def _gelu_mul_fake(gate, up, approximate, transform, global_scale, format, scale
 def _swiglu_oai_fake(x, limit, transform, global_scale, format, scale_rule, scale_layout="rows"):
     torch._check(x.shape[-1] % 2 == 0, lambda: f"gate and up alternate in {x.shape[-1]} columns, an odd number")
     torch._check(limit > 0, lambda: f"a limit of {limit} leaves no gate")
-    return FAKE["transform_quantize"](x.unflatten(-1, (-1, 2)).select(-1, 0), transform, global_scale, format, scale_rule, scale_layout)
+    gate = x.unflatten(-1, (-1, 2)).select(-1, 0)
+    return FAKE["transform_quantize"](gate, transform, global_scale, format, scale_rule, scale_layout)
 
 
 def _activation_fake(x, kind, transform, global_scale, format, scale_rule, scale_layout="rows"):

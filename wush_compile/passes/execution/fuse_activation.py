@@ -2,7 +2,8 @@
 
     transform_quantize(silu(gate) * up, T, ..)  ->  silu_mul_transform_quantize(gate, up, T, ..)
     transform_quantize(relu(x), T, ..)          ->  activation_transform_quantize(x, "relu", T, ..)
-    transform_quantize((up + 1) * (gate * sigmoid(1.702 * gate)), T, ..)  ->  swiglu_oai_transform_quantize(x, 7.0, T, ..)
+    transform_quantize((up + 1) * (gate * sigmoid(1.702 * gate)), T, ..)
+                                                ->  swiglu_oai_transform_quantize(x, 7.0, T, ..)
 
 GELU, exact and tanh, is fused with a gate too. An activation is one ATen op (export) or decomposed (Inductor). Both
 compute it in fp32 and round it to the model dtype once. transformers spells `gelu_new` and `quick_gelu` out in single
