@@ -1,12 +1,14 @@
-"""Decoding and prefill of a model in Llama-3.1-8B's shape with random weights: ours against Inductor's bf16, same run.
+"""Decoding and prefill of a model with random weights: ours against Inductor's bf16, same run.
 
     python benchmarks/end_to_end.py --out results                       32 layers
     python benchmarks/end_to_end.py --out results --layers 8 16         smaller models, and the time of a layer
     python benchmarks/end_to_end.py --out results --attention grouped
+    python benchmarks/end_to_end.py --out results --shape qwen3-30b-a3b --layers 4 12 --context 512 --prefill 0
     python benchmarks/end_to_end.py --out results --models mxfp4 mxfp4+head mxfp4-fp8 mxfp4-none mxfp4-none+head
     python benchmarks/end_to_end.py --out results --table               only the table of the rows in --out
 
-A model is bf16, or a format of weights, with `-fp8` or `-none` the format of activations (4 bits without), with
+The shape is Llama-3.1-8B's, or a mixture's with `--shape` (moe_model.py), whose bf16 is transformers' grouped_mm. A
+model is bf16, or a format of weights, with `-fp8` or `-none` the format of activations (4 bits without), with
 `+head` an int8 head: rungs of the ladder, such as mxfp4-fp8+head.
 
 Each model and case runs in a process of its own: `torch.compile(model, mode="reduce-overhead")`, static cache, greedy
@@ -32,6 +34,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import common
@@ -48,6 +51,8 @@ SHAPE = dict(
     rms_norm_eps=1e-5,
     tie_word_embeddings=False,
 )
+MIXTURE = "qwen3-30b-a3b"
+ALL_LAYERS = {"llama-3.1-8b": 32, MIXTURE: 48}
 DEVICE = "cuda"
 STEPS = 24  # decoding steps that are timed
 WARM_UP = 4  # calls that compile, warm up and record the CUDA graph
@@ -160,6 +165,15 @@ def build(kind: str, layers: int, attention: str) -> torch.nn.Module:
     return model
 
 
+def builder(shape: str) -> Callable[[str, int, str], torch.nn.Module]:
+    """`build` of a shape."""
+    if shape == MIXTURE:
+        import moe_model  # which needs this module
+
+        return moe_model.build
+    return build
+
+
 def filled_cache(config, batch: int, context: int):
     """A static cache as after a prompt of `context` tokens, with random contents."""
     from transformers import StaticCache
@@ -168,7 +182,7 @@ def filled_cache(config, batch: int, context: int):
     cache.early_initialization(
         batch,
         config.num_key_value_heads,
-        config.hidden_size // config.num_attention_heads,
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         torch.bfloat16,
         torch.device(DEVICE),
     )
@@ -243,11 +257,14 @@ class Job(NamedTuple):
     what: str
     batch: int
     context: int
+    shape: str = "llama-3.1-8b"
 
     @property
     def gib(self) -> float:
         """About the most memory that the job takes on the device, in GiB."""
         weights = self.layers * 218e6 * (2 if self.model == "bf16" else 0.6) + 2.1e9
+        if self.shape == MIXTURE:
+            weights = self.layers * 623e6 * (2 if self.model == "bf16" else 0.55) + 1.3e9
         cache = self.layers * 4096 * self.batch * (self.context + ROOM) if self.what == "decode" else 0
         return (weights + cache) / GIB + (2 if self.what == "decode" else 3)
 
@@ -266,7 +283,7 @@ def measure(job: Job, out: pathlib.Path) -> dict:
 
     with alone(out, exclusive=False):
         started = time.perf_counter()
-        model = build(job.model, job.layers, job.attention)
+        model = builder(job.shape)(job.model, job.layers, job.attention)
         memory = torch.cuda.memory_allocated() / GIB
         backend = "inductor" if job.model == "bf16" else wush  # the same as backend="wush" of an installed package
         run = torch.compile(model, backend=backend, mode="reduce-overhead", fullgraph=True, dynamic=False)
@@ -299,12 +316,12 @@ def rows_of(out: pathlib.Path) -> list[dict]:
     """The last row of each job."""
     path = out / "end_to_end.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return list({tuple(row[key] for key in Job._fields): row for row in rows}.values())
+    return list({tuple(row.get(key) for key in Job._fields): row for row in rows}.values())
 
 
 def table(rows: list[dict]) -> str:
     def case(row: dict) -> tuple:
-        return row["attention"], row["layers"], row["what"], row["batch"], row["context"]
+        return row.get("shape"), row["attention"], row["layers"], row["what"], row["batch"], row["context"]
 
     base = {case(row): row for row in rows if row["model"] == "bf16"}
     keys = ("model", *Job._fields[1:], "memory GiB", "ms", "queued ms", "tokens/s", "over bf16", "queued over bf16")
@@ -319,10 +336,10 @@ def table(rows: list[dict]) -> str:
 
 
 def slopes(rows: list[dict]) -> list[str]:
-    """The time of a layer, and of 32 by extrapolation, for cases that were timed with several numbers of layers."""
+    """The time of a layer, and of all layers by extrapolation, for cases timed with several numbers of layers."""
 
     def case(row: dict) -> tuple:
-        return row["model"], row["attention"], row["what"], row["batch"], row["context"]
+        return row.get("shape"), row["model"], row["attention"], row["what"], row["batch"], row["context"]
 
     lines = []
     for key, members in itertools.groupby(sorted(rows, key=case), key=case):
@@ -330,8 +347,14 @@ def slopes(rows: list[dict]) -> list[str]:
         few, many = members[0], members[-1]
         if few["layers"] < many["layers"]:
             layer = (many["queued ms"] - few["queued ms"]) / (many["layers"] - few["layers"])
-            whole = few["queued ms"] + layer * (32 - few["layers"])
-            lines.append(f"{' '.join(map(str, key))}: {layer:.4f} queued ms a layer, {whole:.2f} extrapolated to 32")
+            every = ALL_LAYERS.get(key[0], 32)
+            whole = few["queued ms"] + layer * (every - few["layers"])
+            gib = (many["memory GiB"] - few["memory GiB"]) / (many["layers"] - few["layers"])
+            held = few["memory GiB"] + gib * (every - few["layers"])
+            name = " ".join(map(str, key))
+            lines.append(
+                f"{name}: {layer:.4f} queued ms a layer; all {every} by extrapolation {whole:.2f}, {held:.2f} GiB"
+            )
     return lines
 
 
@@ -378,19 +401,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["bf16", "mxfp4"], choices=MODELS)
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "grouped"])
-    parser.add_argument("--layers", type=int, nargs="+", default=[32])
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=ALL_LAYERS)
+    parser.add_argument("--layers", type=int, nargs="+")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--prefill", type=int, default=2048, help="tokens; 0: no prefill")
     parser.add_argument("--seconds", type=float, default=1e6, help="jobs that are not done by then are killed")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     parser.add_argument("--table", action="store_true", help="only print the table of --out's rows")
-    parser.add_argument("--job", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--job", nargs=7, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.job:
-        model, attention, layers, what, batch, context = args.job
-        row = measure(Job(model, attention, int(layers), what, int(batch), int(context)), args.out)
+        model, attention, layers, what, batch, context, shape = args.job
+        row = measure(Job(model, attention, int(layers), what, int(batch), int(context), shape), args.out)
         row |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
         with (args.out / "end_to_end.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -400,8 +424,8 @@ def main() -> None:
         if args.prefill:
             cases.insert(len(args.batch), ("prefill", 1, args.prefill))  # after the first context
         jobs = [
-            Job(model, args.attention, layers, *case)
-            for layers in args.layers
+            Job(model, args.attention, layers, *case, args.shape)
+            for layers in args.layers or [ALL_LAYERS[args.shape]]
             for case in cases
             for model in args.models
         ]
