@@ -1,30 +1,15 @@
 // levels
 //
-// wush::fp4_linear. A few rows: codes are decoded in registers and multiplied in fp32, each once. More rows: a tile of
-// the weight is decoded into the cache, as bf16 where the CPU has bf16 dot products, and multiplied by all rows. Every
-// operand is exact in bf16 but fp32 and fp16 activations, which are multiplied in fp32.
+// wush::fp4_linear: the operand as the products read it, and the product of a few rows, for which codes are decoded in
+// registers and multiplied in fp32, each once. panels.cpp has the product of more rows.
 
 #include <algorithm>
 #include <vector>
 
-#include "convert.h"
-#include "kernels.h"
-#include "simd.h"
+#include "operand.h"
 
 namespace wush::cpu::WUSH_LEVEL {
 namespace {
-
-constexpr int64_t kTileBytes = 1 << 18;                  // of a decoded tile, a part of the second cache
-
-int64_t padded(int64_t width) { return (width + kAlign - 1) / kAlign * kAlign; }
-
-bool few(const Linear& a) { return a.rows <= kFewRows; }
-
-#ifdef __AVX512BF16__
-bool in_bf16(const Linear& a) { return !few(a) && (a.values == nullptr || a.value_type == Type::bf16); }
-#else
-bool in_bf16(const Linear& a) { return false; }
-#endif
 
 // Codes of ROWS rows, decoded chunk by chunk: `take(chunk, low, high)` gets the values of the even and of the odd codes.
 template <int GROUP, int ROWS, class Take>
@@ -53,18 +38,28 @@ inline void decode(const uint8_t* codes, const uint8_t* scale, int64_t code_stri
   take(whole, low, high);
 }
 
-// fp32 operands hold, chunk by chunk, the even channels and then the odd ones: as codes are decoded.
+// For a few rows operands hold, chunk by chunk, the even channels and then the odd ones: as codes are decoded.
 template <int GROUP>
-void decode_fp32(const uint8_t* codes, const uint8_t* scale, int64_t width, const float* table, float* out) {
+void decode_chunks(const uint8_t* codes, const uint8_t* scale, int64_t width, const float* table, float* out) {
   decode<GROUP, 1>(codes, scale, 0, 0, width, table, [&](int64_t c, const Floats (&low)[1], const Floats (&high)[1]) {
     store(out + c * kChunk, low[0]);
     store(out + c * kChunk + kLanes, high[0]);
   });
 }
-int64_t fp32_place(int64_t k) { return k / kChunk * kChunk + k % 2 * kLanes + k % kChunk / 2; }
+int64_t chunk_place(int64_t k) { return k / kChunk * kChunk + k % 2 * kLanes + k % kChunk / 2; }
+
+// Else they are in the order of channels.
+template <int GROUP>
+void decode_fp32(const uint8_t* codes, const uint8_t* scale, int64_t width, const float* table, float* out) {
+  decode_chunks<GROUP>(codes, scale, width, table, out);
+  float chunk[kChunk];
+  for (int64_t c = 0; c < padded(width); c += kChunk) {
+    std::copy(out + c, out + c + kChunk, chunk);
+    for (int i = 0; i < kChunk; i++) out[c + i] = chunk[i % 2 * kLanes + i / 2];
+  }
+}
 
 #ifdef __AVX512BF16__
-// bf16 operands are in the order of channels.
 template <int GROUP>
 void decode_bf16(const uint8_t* codes, const uint8_t* scale, int64_t width, const float* table, uint16_t* out) {
   const Integers upper = _mm512_set1_epi32(0xffff0000);
@@ -76,7 +71,7 @@ void decode_bf16(const uint8_t* codes, const uint8_t* scale, int64_t width, cons
 }
 #endif
 
-// A row of the operand or of the weight, from codes.
+// A row of the operand, from codes.
 void decode_row(const Linear& a, const uint8_t* codes, const uint8_t* scale, void* out) {
   const float* table = factors(a.format);
 #ifdef __AVX512BF16__
@@ -87,16 +82,10 @@ void decode_row(const Linear& a, const uint8_t* codes, const uint8_t* scale, voi
   }
 #endif
   auto to = static_cast<float*>(out);
-  a.group() == 32 ? decode_fp32<32>(codes, scale, a.width, table, to) : decode_fp32<16>(codes, scale, a.width, table, to);
-}
-
-// -- outputs ----------------------------------------------------------------------------------------------------------
-
-inline void finish(const Linear& a, int64_t m, int64_t n, float sum) {
-  float y = sum * (a.row_scales ? a.row_scales[m] : 1.f) * a.factor;
-  if (a.bias) y += read(a.bias, a.type, n);
-  if (a.residual) y = rounded(y, a.type) + read(a.residual, a.type, m * a.columns + n);
-  write(a.out, a.type, m * a.columns + n, y);
+  if (few(a))
+    a.group() == 32 ? decode_chunks<32>(codes, scale, a.width, table, to) : decode_chunks<16>(codes, scale, a.width, table, to);
+  else
+    a.group() == 32 ? decode_fp32<32>(codes, scale, a.width, table, to) : decode_fp32<16>(codes, scale, a.width, table, to);
 }
 
 // -- a few rows -------------------------------------------------------------------------------------------------------
@@ -135,86 +124,6 @@ void few_rows_of(const Linear& a, int64_t begin, int64_t end) {
   }
 }
 
-// -- more rows: sums of MR rows by kColumns columns --------------------------------------------------------------------
-
-constexpr int kColumns = 4;
-#ifdef __AVX512BF16__
-constexpr int kRows = 6;
-#else
-constexpr int kRows = 3;
-#endif
-
-template <int MR>
-void block_fp32(const float* x, const float* w, int64_t stride, Floats sums[MR][kColumns]) {
-  for (int64_t k = 0; k < stride; k += kLanes) {
-    Floats b[kColumns];
-    for (int n = 0; n < kColumns; n++) b[n] = load(w + n * stride + k);
-    for (int m = 0; m < MR; m++) {
-      const Floats v = load(x + m * stride + k);
-      for (int n = 0; n < kColumns; n++) sums[m][n] = fma(v, b[n], sums[m][n]);
-    }
-  }
-}
-
-#ifdef __AVX512BF16__
-template <int MR>
-void block_bf16(const uint16_t* x, const uint16_t* w, int64_t stride, Floats sums[MR][kColumns]) {
-  for (int64_t k = 0; k < stride; k += 2 * kLanes) {
-    __m512bh b[kColumns];
-    for (int n = 0; n < kColumns; n++) b[n] = (__m512bh)_mm512_loadu_si512(w + n * stride + k);
-    for (int m = 0; m < MR; m++) {
-      const auto v = (__m512bh)_mm512_loadu_si512(x + m * stride + k);
-      for (int n = 0; n < kColumns; n++) sums[m][n] = _mm512_dpbf16_ps(sums[m][n], v, b[n]);
-    }
-  }
-}
-#endif
-
-template <int MR>
-void block(const Linear& a, int64_t m, const uint8_t* tile, int64_t n, int64_t count) {
-  const int64_t stride = padded(a.width);
-  Floats sums[MR][kColumns];
-  for (auto& row : sums)
-    for (auto& s : row) s = zero();
-#ifdef __AVX512BF16__
-  if (in_bf16(a))
-    block_bf16<MR>(static_cast<const uint16_t*>(a.operand) + m * stride, reinterpret_cast<const uint16_t*>(tile), stride, sums);
-  else
-#endif
-    block_fp32<MR>(static_cast<const float*>(a.operand) + m * stride, reinterpret_cast<const float*>(tile), stride, sums);
-  for (int i = 0; i < MR; i++) {
-    alignas(16) float totals[kColumns];
-    sum_four(sums[i], totals);
-    for (int j = 0; j < count; j++) finish(a, m + i, n + j, totals[j]);
-  }
-}
-
-template <int MR = kRows - 1>
-void rest(const Linear& a, int64_t m, const uint8_t* tile, int64_t n, int64_t count) {
-  if constexpr (MR > 0) {
-    if (a.rows - m == MR) return block<MR>(a, m, tile, n, count);
-    rest<MR - 1>(a, m, tile, n, count);
-  }
-}
-
-void many_rows(const Linear& a, int64_t begin, int64_t end) {
-  const int64_t row_bytes = padded(a.width) * (in_bf16(a) ? 2 : 4), groups = a.width / a.group();
-  const int64_t columns = end - begin, whole = (columns + kColumns - 1) / kColumns * kColumns;
-  std::vector<uint8_t> tile(whole * row_bytes + 64);      // zeros where a row is padded
-  auto aligned = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(tile.data()) + 63) & ~uintptr_t(63));
-  for (int64_t n = 0; n < columns; n++)
-    decode_row(a, a.weight_codes + (begin + n) * (a.width / 2), a.weight_scales + (begin + n) * groups, aligned + n * row_bytes);
-  for (int64_t m = 0; m < a.rows; m += kRows) {
-    for (int64_t n = 0; n < columns; n += kColumns) {
-      const int64_t count = std::min<int64_t>(kColumns, columns - n);
-      if (m + kRows <= a.rows)
-        block<kRows>(a, m, aligned + n * row_bytes, begin + n, count);
-      else
-        rest(a, m, aligned + n * row_bytes, begin + n, count);
-    }
-  }
-}
-
 }  // namespace
 
 int64_t operand_bytes(const Linear& a) { return a.rows * padded(a.width) * (in_bf16(a) ? 2 : 4); }
@@ -233,24 +142,24 @@ void prepare(const Linear& a, int64_t begin, int64_t end) {
       decode_row(a, a.codes + m * (a.width / 2), a.scales + m * groups, out);
       continue;
     }
+    if (in_bf16(a) && a.values) {
+      std::memcpy(out, static_cast<const uint16_t*>(a.values) + m * a.width, 2 * a.width);
+      continue;
+    }
     for (int64_t k = 0; k < a.width; k++) {
       const float v = a.fp8 ? e4m3[a.fp8[m * a.width + k]] : read(a.values, a.value_type, m * a.width + k);
       if (in_bf16(a))
         reinterpret_cast<uint16_t*>(out)[k] = to_bits(v) >> 16;
       else
-        reinterpret_cast<float*>(out)[fp32_place(k)] = v;
+        reinterpret_cast<float*>(out)[few(a) ? chunk_place(k) : k] = v;
     }
   }
 }
 
-int64_t tile(const Linear& a) {
-  if (few(a)) return 32;
-  const int64_t rows = kTileBytes / (padded(a.width) * (in_bf16(a) ? 2 : 4));
-  return std::clamp<int64_t>(rows / kColumns * kColumns, kColumns, 64);
-}
+int64_t tile(const Linear& a) { return few(a) ? 32 : panel_tile(a); }
 
 void linear(const Linear& a, int64_t begin, int64_t end) {
-  if (!few(a)) return many_rows(a, begin, end);
+  if (!few(a)) return panels(a, begin, end);
   a.group() == 32 ? few_rows_of<32>(a, begin, end) : few_rows_of<16>(a, begin, end);
 }
 

@@ -37,6 +37,40 @@ inline Floats scales(const uint8_t* bytes, const float* table) {
   return _mm512_mask_blend_ps(0xff00, all(table[bytes[0]]), all(table[bytes[1]]));
 }
 
+// Pairs of bf16 numbers in 32 bits: of values that bf16 has, even ones and odd ones.
+inline Floats bf16_pair(Floats even, Floats odd) {
+  const Integers low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+  return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_castps_si512(odd)));
+}
+// a·b + c: of fp32 numbers, or of pairs.
+template <bool BF16>
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+  if constexpr (BF16) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+  return fma(a, b, c);
+}
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats from_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline void to_half(uint16_t* p, Floats v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Floats from_bf16(const uint16_t* p) {
+  const Integers wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+// The bits of bf16 in the upper halves, rounded to nearest even; NaN is 0x7fc0.
+inline Floats round_bf16(Floats v) {
+  const Integers bits = _mm512_castps_si512(v), one = _mm512_set1_epi32(1);
+  const Integers odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  const Integers sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const Integers rounded = _mm512_and_si512(sum, _mm512_set1_epi32(0xffff0000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)));
+}
+inline void store_upper(uint16_t* p, Floats v) {
+  const Integers upper = _mm512_srli_epi32(_mm512_castps_si512(v), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(upper));
+}
+
 #else
 
 constexpr int kLanes = 8;
@@ -64,6 +98,34 @@ inline Floats high_codes(Integers bytes) { return low_codes(_mm256_srli_epi32(by
 template <int GROUP>
 inline Floats scales(const uint8_t* bytes, const float* table) {
   return all(table[bytes[0]]);
+}
+
+Floats bf16_pair(Floats even, Floats odd);               // of the other level
+template <bool BF16>
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+  return fma(a, b, c);
+}
+inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Floats from_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline void to_half(uint16_t* p, Floats v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Floats from_bf16(const uint16_t* p) {
+  const Integers wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline Floats round_bf16(Floats v) {
+  const Integers bits = _mm256_castps_si256(v), one = _mm256_set1_epi32(1);
+  const Integers odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+  const Integers sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const Integers rounded = _mm256_and_si256(sum, _mm256_set1_epi32(0xffff0000));
+  const Floats nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  return _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), nan);
+}
+inline void store_upper(uint16_t* p, Floats v) {
+  const Integers upper = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
+  const __m128i low = _mm256_castsi256_si128(upper), high = _mm256_extracti128_si256(upper, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
 }
 
 #endif
