@@ -12,7 +12,7 @@ VLLM ?= .venv-vllm
 # Which tests of the plug-in run: all, or those that arguments of pytest select.
 VLLM_TESTS ?=
 
-.PHONY: demo lint test test-vllm docs figures test-report cuda cuda-check bench clean
+.PHONY: demo lint test test-vllm docs figures test-report test-eval cuda cuda-check bench clean
 
 demo: $(VENV)/ready $(CPU_KERNELS)
 	$(BIN)/wush-compile demo
@@ -36,6 +36,11 @@ test-report: $(VENV)/ready
 	command -v chromium || apt-get install --yes --no-install-recommends chromium
 	$(BIN)/python -m pip install --quiet "playwright>=1.50"
 	$(BIN)/python -m pytest tests/test_report_browser.py
+
+# Tasks of lm-eval on tiny models. The harness brings some 600 MB of packages, so `make test` does without it.
+test-eval: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --editable ".[eval]"
+	$(BIN)/python -m pytest tests/test_tasks.py
 
 # Builds the site in build/site. A broken link or a missing reference is an error. With --quiet mkdocs would not count it.
 docs: $(VENV)/docs-ready
