@@ -66,7 +66,7 @@ def test_swizzled_weight_scales_follow_the_weight():
     assert scaled_mm.swizzled_weight_scales(scales, "mxfp4") is first
     scales[3, 4] = 7
     again = scaled_mm.swizzled_weight_scales(scales, "mxfp4")
-    assert again is not first
+    assert again.data_ptr() == first.data_ptr()  # a captured CUDA graph may read it
     assert torch.equal(again.view(torch.uint8), layouts.swizzle_scales(scales).flatten())
 
 

@@ -13,6 +13,7 @@ from wush_compile import formats
 from wush_compile.formats import FORMATS
 
 pytest.importorskip("triton")
+from wush_compile.kernels import facts
 from wush_compile.kernels.triton.common import memory as triton_memory
 from wush_compile.kernels.triton.linear import choose as triton_choose
 from wush_compile.kernels.triton.linear import fp4_linear as triton_linear
@@ -327,16 +328,16 @@ def test_linear_in_a_cuda_graph(format, m):
 def test_a_weight_is_settled_from_its_second_use_until_it_is_written():
     w = torch.zeros(8, 64, dtype=torch.uint8)
     assert (
-        not triton_memory.mark_used_and_was_settled(w)
-        and triton_memory.mark_used_and_was_settled(w)
-        and triton_memory.mark_used_and_was_settled(w.view(8, 64))
+        not facts.mark_used_and_was_settled(w)
+        and facts.mark_used_and_was_settled(w)
+        and facts.mark_used_and_was_settled(w.view(8, 64))
     )
-    assert not triton_memory.mark_used_and_was_settled(w[4:]) and triton_memory.mark_used_and_was_settled(w[4:])
+    assert not facts.mark_used_and_was_settled(w[4:]) and facts.mark_used_and_was_settled(w[4:])
     w[0] = 3
     assert (
-        not triton_memory.mark_used_and_was_settled(w[4:])
-        and not triton_memory.mark_used_and_was_settled(w)
-        and triton_memory.mark_used_and_was_settled(w)
+        not facts.mark_used_and_was_settled(w[4:])
+        and not facts.mark_used_and_was_settled(w)
+        and facts.mark_used_and_was_settled(w)
     )
 
 
@@ -373,7 +374,7 @@ def test_weights_are_read_early_only_if_they_were_there_before(format, monkeypat
     w_codes[0] = 3
     assert [early(), early()] == [0, 1]
     w_scales[0] = 4
-    monkeypatch.setattr(triton_memory, "_capturing", lambda t: True)
+    monkeypatch.setattr(facts, "capturing", lambda t: True)
     assert [early(), early()] == ([0, 0] if mx else [0, 1])
 
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import WushError
 from .formats import channels, dequantize, get_format
+from .kernels import facts
 from .ops import core as ops  # noqa: F401  (registers torch.ops.wush)
 from .ops.straight_through import StraightThrough
 from .recipe import Recipe
@@ -90,6 +91,10 @@ class WushGroup(nn.Module):
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor)
         self._shared = None
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        facts.refresh(self.buffers(recurse=False))  # captured CUDA graphs replay without Python
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [.., K] -> (codes, scales) of the recipe's activation format; 4 bits: [.., K/2], [.., K/G]."""

@@ -6,6 +6,7 @@ register.py    puts `dispatch` behind the ops
 triton/        the Triton provider: Ampere and newer
 cpu.py         the CPU provider (`csrc/cpu`): x86-64
 cuda.py        the CUDA C++ provider (`csrc/`): Blackwell
+facts.py       what kernels remember of a weight
 libraries.py   the compiled libraries of csrc, found and loaded
 scaled_mm.py   cuBLASLt's FP4 product through torch: Blackwell
 """

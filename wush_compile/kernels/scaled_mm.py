@@ -20,6 +20,7 @@ from .. import formats
 from ..ops.core import PRODUCT_ERROR
 from ..ops.layouts import swizzle_scales
 from . import cuda
+from .facts import remembered
 from .provider import Implementation
 
 logger = logging.getLogger("wush_compile")
@@ -54,13 +55,9 @@ def _swizzled(scales: Tensor, format: str) -> Tensor:
 
 
 def swizzled_weight_scales(scales: Tensor, format: str) -> Tensor:
-    """Swizzled scales of a weight [N, K/G], kept with the memory of the scales until that is written."""
-    storage, place = scales.untyped_storage(), (scales.storage_offset(), scales.shape)
-    version = -1 if scales.is_inference() else scales._version
-    known = storage.__dict__.setdefault("_wush_swizzled", {})
-    if known.get(place, (None, None))[0] != version:
-        known[place] = version, _swizzled(scales, format)
-    return known[place][1]
+    """Swizzled scales of a weight [N, K/G], remembered."""
+    make = functools.partial(_swizzled, format=format)
+    return remembered(scales, "swizzled", make, make)
 
 
 def product(

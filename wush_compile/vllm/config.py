@@ -22,7 +22,6 @@ class WushVllmConfig(QuantizationConfig):
     found     those of `heads` that vLLM's model has
     holders   index of a group -> the layer that loads the group's transform. It is the layer of the first member;
               other layers take the transform from there.
-    captures        whether vLLM captures CUDA graphs
     reads_tensors   whether the weights come from the checkpoint, tensor by tensor
     """
 
@@ -33,7 +32,6 @@ class WushVllmConfig(QuantizationConfig):
         self.heads = {name: i for i, group in enumerate(record.groups) for name in group.get("embeddings", ())}
         self.found: set[str] = set()
         self.reads_tensors = True
-        self.captures = False
         self.holders: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
     # It is pickled to the workers, before there are layers. A dictionary of weak references cannot be.
@@ -116,7 +114,6 @@ class WushVllmConfig(QuantizationConfig):
             current = get_current_vllm_config_or_none()
             if current is not None:
                 self.reads_tensors = current.load_config.load_format in ("auto", "hf", "safetensors")
-                self.captures = current.device_config.device_type == "cuda" and not current.model_config.enforce_eager
             enable()
             return WushLinearMethod(self, prefix, names, groups)
         if left := [name for name, group in zip(names, groups) if group is None and any(g is not None for g in groups)]:

@@ -14,8 +14,9 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from ..errors import CheckpointError
 from ..experts import ExpertGroup
+from ..kernels import facts
 from ..modules import Member, buffer_layout
-from .parameters import check_cut
+from .parameters import check_cut, replace
 
 PRODUCTS = ("gate_up_proj", "down_proj")
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
@@ -26,11 +27,13 @@ class WushExpertsMethod(FusedMoEMethodBase):
     """The experts of a layer. Tensor-parallel ranks cut the intermediate channels, expert-parallel ones the experts.
 
     groups   of `PRODUCTS`, in the record
+    kept     a product -> its buffers, once they are loaded; CUDA graphs may be captured with them
     """
 
     def __init__(self, config, prefix: str, groups: list[int], moe):
         super().__init__(moe)
         self.config, self.prefix, self.groups = config, prefix, groups
+        self.kept: dict[str, dict[str, Tensor]] = {}
 
     def maybe_roundup_sizes(self, hidden_size, intermediate_size_per_partition, *others) -> tuple[int, int]:
         return hidden_size, intermediate_size_per_partition
@@ -68,15 +71,19 @@ class WushExpertsMethod(FusedMoEMethodBase):
             layout = buffer_layout(recipe, rows, width, block, params_dtype, False, num_experts)
             buffers = {key: None if of is None else torch.zeros(of[0], dtype=of[1]) for key, of in layout.items()}
             layer.wush_missing |= {f"{name}.{key}" for key, buffer in buffers.items() if buffer is not None}
+            for buffer in buffers.values():
+                if buffer is not None:
+                    buffer.weight_loader_numel = 0  # vLLM must not wait for a loader of it when it loads again
             setattr(layer, name, ExpertGroup([Member(name, 0, rows, False)], recipe, block, buffers))
         layer.load_weights = functools.partial(self._load, layer)
 
     def _load(self, layer: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
-        """Loads tensors by their names on disk, behind the layer's; yields the names."""
+        """Loads tensors by their names on disk, behind the layer's; yields the names. Those that are loaded again are
+        copied to the memory of the first ones: vLLM has put other tensors in their place, and puts them back."""
         for name, tensor in weights:
             product, _, key = name.partition(".")
             group = getattr(layer, product, None) if product in PRODUCTS else None
-            target = getattr(group, key, None)
+            target = self.kept[product].get(key) if product in self.kept else getattr(group, key, None)
             if target is None:
                 raise CheckpointError(
                     f"{self.prefix} has no {name}: load the checkpoint into the model it was made from"
@@ -85,7 +92,11 @@ class WushExpertsMethod(FusedMoEMethodBase):
                 here = (layer.expert_map >= 0).nonzero().flatten()
                 tensor = tensor[here[layer.expert_map[here].argsort()].to(tensor.device)]
             tensor = self._cut(tensor, target, product, key)
-            setattr(group, key, tensor.to(target.device, copy=True))  # its dtype is that on disk
+            if self.kept:
+                replace(f"{self.prefix}.{name}", target, tensor)
+                facts.refresh([target])
+            else:
+                setattr(group, key, tensor.to(target.device, copy=True))  # its dtype is that on disk
             layer.wush_missing.discard(name)
             yield name
 
@@ -105,6 +116,7 @@ class WushExpertsMethod(FusedMoEMethodBase):
         if layer.wush_missing and self.config.reads_tensors:
             missing = ", ".join(sorted(layer.wush_missing))
             raise CheckpointError(f"the checkpoint lacks {missing} of {self.prefix}: copy or save it again")
+        self.kept = {name: dict(getattr(layer, name).named_buffers()) for name in PRODUCTS}
 
     def apply(
         self,

@@ -3,6 +3,7 @@
 And an embedding that looks up the rows of a quantized head.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,10 @@ from vllm.model_executor.parameter import BasevLLMParameter
 
 from ..errors import CheckpointError
 from ..formats import dequantize
+from ..kernels import facts
 from ..modules import buffer_layout
 from ..recipe import Recipe
-from .parameters import GlobalScales, Rows, check_cut, forwarded, load_whole
+from .parameters import GlobalScales, Rows, check_cut, forwarded, load_whole, replace
 
 BY_ROWS = ("weight_packed", "weight_scale")
 OF_INPUT = ("input_transform", "input_global_scale")
@@ -45,10 +47,15 @@ class WushLinearMethod(LinearMethodBase):
     config   the checkpoint's; it knows where the transforms are
     names    the linears on disk, in the order of their rows
     groups   the group of each
+    loaders  of the parameters that were created
+    kept     the parameters that the layer runs with, from the first load on. CUDA graphs may be captured with them, so
+             weights that are loaded again are copied to them.
     """
 
     def __init__(self, config, prefix: str, names: list[str], groups: list[int]):
         self.config, self.prefix, self.names = config, prefix, names
+        self.loaders: dict[str, Callable[..., None]] = {}
+        self.kept: dict[str, Parameter] = {}
         distinct, record = list(dict.fromkeys(groups)), config.record
         self.parts = [
             Part(
@@ -82,7 +89,7 @@ class WushLinearMethod(LinearMethodBase):
             )
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         layer.wush_rows = [(start, start + size) for start, size in zip(starts, sizes)]
-        layer.wush_missing = {}
+        self.expected: dict[str, int] = {}
         loader, names = extra_weight_attrs["weight_loader"], []
         for part in self.parts:
             step = max(part.block, part.recipe.group_size)
@@ -90,7 +97,15 @@ class WushLinearMethod(LinearMethodBase):
             names += self._create_part(layer, part, sizes, input_size_per_partition, params_dtype, loader)
         if len(self.parts) > 1:
             for name in dict.fromkeys(names):
-                layer.register_parameter(name, forwarded(lambda member, name=name: self._target(layer, name, member)))
+                param = forwarded(lambda member, name=name: self._target(layer, name, member))
+                # vLLM counts the elements that it loads again by the parameter that has the loader.
+                inner = [getattr(layer, name + part.suffix, None) for part in self.parts]
+                param.weight_loader_numel = sum(p.numel() for p in inner if p is not None)
+                for p in inner:
+                    if p is not None:
+                        p.weight_loader_numel = 0
+                layer.register_parameter(name, param)
+        self.missing = dict(self.expected)
 
     def _create_part(self, layer, part: Part, sizes: list[int], width: int, dtype: torch.dtype, loader) -> list[str]:
         """Registers the parameters of a part; returns the names of its tensors on disk."""
@@ -107,27 +122,28 @@ class WushLinearMethod(LinearMethodBase):
         for name in BUFFERS:
             if layout[name] is None:
                 continue
-            (shape, kind), load = layout[name], self._counting(layer, name + part.suffix, loaders.get(name, loader))
+            (shape, kind), load = layout[name], self._counting(name + part.suffix, loaders.get(name, loader))
+            self.loaders[name + part.suffix] = load
             if name in BY_ROWS:
                 data = torch.zeros(shape, dtype=kind)
                 param = Rows(data=data, input_dim=1, output_dim=0, weight_loader=load, starts=starts)
-                layer.wush_missing[name + part.suffix] = len(rows)
+                self.expected[name + part.suffix] = len(rows)
             elif name == "weight_global_scale":
                 data = torch.ones(len(rows), dtype=kind)
                 param = GlobalScales(data=data, weight_loader=load, members=part.members)
-                layer.wush_missing[name + part.suffix] = len(rows)
+                self.expected[name + part.suffix] = len(rows)
             else:
                 param = BasevLLMParameter(data=torch.zeros(shape, dtype=kind), weight_loader=load)
-                layer.wush_missing[name + part.suffix] = 1
+                self.expected[name + part.suffix] = 1
             layer.register_parameter(name + part.suffix, param)
         return [name for name in BUFFERS if layout[name] is not None]
 
-    def _counting(self, layer: nn.Module, name: str, load):
+    def _counting(self, name: str, load: Callable[..., None]) -> Callable[..., None]:
         """`load`, which also counts the tensors that are still to come for this parameter."""
 
         def run(param, loaded_weight: Tensor, *shard_id) -> None:
             load(param, loaded_weight, *shard_id)
-            layer.wush_missing[name] -= 1
+            self.missing[name] -= not param.is_meta  # where vLLM only counts
 
         return run
 
@@ -140,16 +156,9 @@ class WushLinearMethod(LinearMethodBase):
                 f"{self.names[member]}.{name} is in the checkpoint, and its recipe has no such tensor: "
                 "config.json was edited; quantize the model again"
             )
-        return param, param.weight_loader
+        return param, self.loaders[name + part.suffix]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        if getattr(layer, "wush_ready", False) and self.config.captures:
-            # Kernels remember facts of a weight, and captured graphs hold these.
-            raise CheckpointError(
-                f"{self.prefix}: weights cannot be loaded again into captured CUDA graphs: start vLLM anew, or with "
-                "enforce_eager=True"
-            )
-        layer.wush_ready = True
         self._finish(layer)
         for name, group in self.config.heads.items():
             if name not in self.config.found and any(part.group == group for part in self.parts):
@@ -167,25 +176,37 @@ class WushLinearMethod(LinearMethodBase):
 
         Both get the same parameters, so that a compiled graph sees that both quantize alike.
         """
-        self._finish(layer)
+        if not self.kept:  # else its weights may be still to come, when they are loaded again
+            self._finish(layer)
         own = next(part for part in self.parts if part.group == group)
         for name in names:
-            setattr(borrower, name + suffix, getattr(layer, name + own.suffix, None))
+            setattr(borrower, name + suffix, self.kept.get(name + own.suffix))
         return own
 
     def _finish(self, layer: nn.Module) -> None:
-        """Makes plain parameters of those that were loaded. Does nothing the second time."""
-        missing = [name for name, count in layer.wush_missing.items() if count > 0]
-        if missing and self.config.reads_tensors:
-            raise CheckpointError(f"the checkpoint lacks {', '.join(missing)} of {self.prefix}: copy or save it again")
-        for name, param in list(layer.named_parameters(recurse=False)):
-            if not isinstance(param, BasevLLMParameter) or not name.startswith(BUFFERS):
+        """Makes plain parameters of those that were loaded, or copies them to those of the first load. Does nothing
+        where nothing was loaded."""
+        params = {n: p for n, p in layer.named_parameters(recurse=False) if isinstance(p, BasevLLMParameter)}
+        params = {name: param for name, param in params.items() if name.startswith(BUFFERS)}
+        if not params:
+            return
+        missing, self.missing = self.missing, dict(self.expected)
+        if self.config.reads_tensors and any(count > 0 for count in missing.values()):
+            names = ", ".join(name for name, count in missing.items() if count > 0)
+            raise CheckpointError(f"the checkpoint lacks {names} of {self.prefix}: copy or save it again")
+        again = bool(self.kept)
+        for name, param in params.items():
+            delattr(layer, name)
+            if param.numel() == 0:  # it handed its tensors on
                 continue
-            if param.numel() == 0:
-                delattr(layer, name)  # it handed its tensors on
+            data = param.data[:1] if isinstance(param, GlobalScales) else param.data  # members have copies
+            if again:
+                replace(f"{self.prefix}.{name}", self.kept[name].data, data)
             else:
-                data = param.data[:1] if isinstance(param, GlobalScales) else param.data  # members have copies
-                setattr(layer, name, Parameter(data, requires_grad=False))
+                self.kept[name] = Parameter(data, requires_grad=False)
+            layer.register_parameter(name, self.kept[name])
+        if again:
+            facts.refresh(self.kept.values())
 
     # -- running -----------------------------------------------------------------------------------------------------
 

@@ -81,6 +81,16 @@ def load_whole(rank: int) -> Callable[..., None]:
     return load
 
 
+def replace(name: str, old: Tensor, new: Tensor) -> None:
+    """Copies a tensor that was loaded again to the memory of the first one, which captured CUDA graphs read."""
+    if old.shape != new.shape or old.dtype != new.dtype:
+        raise CheckpointError(
+            f"{name} is {new.dtype} {list(new.shape)}, and vLLM runs with {old.dtype} {list(old.shape)}: weights can "
+            "be loaded again from a checkpoint with the same settings; start vLLM anew for another"
+        )
+    old.copy_(new)
+
+
 def forwarded(target: Callable[[int], tuple[BasevLLMParameter, Callable[..., None]]]) -> BasevLLMParameter:
     """An empty parameter that hands each tensor on. `target(member)` gives the parameter and its loader."""
 

@@ -1,16 +1,14 @@
-"""What Triton's kernels remember: facts of a weight, until the weight is written, and the workspace of a device."""
+"""Facts of a weight that Triton's kernels remember (`kernels/facts.py`), and the workspace of a device."""
 
 import functools
-import logging
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-logger = logging.getLogger("wush_compile")
+from ...facts import lasting, remembered
+
 # e4m3 holds scales exactly down to so many octaves below the largest of their row.
 E4M3_WINDOW = 14
 
@@ -20,47 +18,6 @@ class RowFacts(NamedTuple):
 
     top: Tensor
     fits_e4m3: bool
-
-
-def _memory(t: Tensor) -> dict:
-    """The facts remembered of a tensor. They are kept with the tensor's storage, and are dropped once it has been
-    written."""
-    storage = t.untyped_storage()
-    if not hasattr(storage, "_wush_memory"):
-        storage._wush_memory = {}
-    place, version = (t.storage_offset(), t.shape), -1 if t.is_inference() else t._version
-    known, facts = storage._wush_memory.get(place, (None, None))
-    if known != version:
-        facts = {}
-        storage._wush_memory[place] = version, facts
-    return facts
-
-
-def _capturing(t: Tensor) -> bool:
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-@functools.cache
-def _warn_capturing() -> None:
-    logger.warning(
-        "a weight is used for the first time while a CUDA graph is captured: it runs on a slower kernel in "
-        "that graph; run the model once before capturing"
-    )
-
-
-def _lasting(make: Callable, device: torch.device):
-    """`make()`, with tensors that may be kept. While Inductor warms up a CUDA graph, memory allocated on this thread
-    joins the graph's pool and is reclaimed with it. So another thread allocates."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return make()
-    stream = torch.cuda.current_stream(device)
-
-    def elsewhere():
-        with torch.cuda.stream(stream), torch.no_grad():
-            return make()
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(elsewhere).result()
 
 
 def _row_facts(scales: Tensor) -> RowFacts:
@@ -75,13 +32,11 @@ def row_facts(scales: Tensor) -> RowFacts:
 
     The first call reads one number back from the device. During the capture of a CUDA graph this is impossible: then
     `fits_e4m3` is False, and nothing is remembered."""
-    memory = _memory(scales)
-    if "rows" not in memory:
-        if _capturing(scales):
-            _warn_capturing()
-            return RowFacts(scales.amax(-1), False)
-        memory["rows"] = _lasting(functools.partial(_row_facts, scales), scales.device)
-    return memory["rows"]
+    return remembered(scales, "rows", _row_facts, lambda t: RowFacts(t.amax(-1), False))
+
+
+def _scale_words(scales: Tensor) -> Tensor:
+    return torch.nn.functional.pad(scales, (0, -scales.shape[-1] % 4)).view(torch.int32)
 
 
 def scale_words(scales: Tensor) -> Tensor:
@@ -89,39 +44,17 @@ def scale_words(scales: Tensor) -> Tensor:
     copy that is remembered."""
     if scales.shape[-1] % 4 == 0:
         return scales.view(torch.int32)
-    memory = _memory(scales)
-    if "words" in memory:
-        return memory["words"]
+    return remembered(scales, "words", _scale_words, _scale_words)
 
-    def make():
-        return torch.nn.functional.pad(scales, (0, -scales.shape[-1] % 4)).view(torch.int32)
 
-    if _capturing(scales):
-        _warn_capturing()
-        return make()
-    memory["words"] = _lasting(make, scales.device)
-    return memory["words"]
+def _is_power_of_two(g: Tensor) -> bool:
+    return math.frexp(g.item())[0] == 0.5
 
 
 def is_power_of_two(g: Tensor | None) -> bool:
     """Whether dividing by a global scale only changes exponents; remembered. False if a capture forbids reading the
     scale."""
-    if g is None:
-        return True
-    memory = _memory(g)
-    if "power" not in memory:
-        if _capturing(g):
-            return False
-        memory["power"] = math.frexp(g.item())[0] == 0.5
-    return memory["power"]
-
-
-def mark_used_and_was_settled(t: Tensor) -> bool:
-    """Returns False on the first use of a weight, and records the use; True afterwards, until the weight is written.
-
-    Only after True may a kernel read the weight before the kernel in front ends: that one might write it."""
-    memory = _memory(t)
-    return "used" in memory or memory.setdefault("used") is not None
+    return g is None or remembered(g, "power", _is_power_of_two, lambda t: False)
 
 
 class Workspace:
@@ -155,7 +88,7 @@ _workspaces: dict[int, Workspace] = {}
 def workspace(device: torch.device) -> Workspace:
     found = _workspaces.get(device.index)
     if found is None:
-        found = _lasting(functools.partial(Workspace, device), device)
+        found = lasting(functools.partial(Workspace, device), device)
         # Memory of a CUDA graph must not outlive the graph here.
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             _workspaces[device.index] = found

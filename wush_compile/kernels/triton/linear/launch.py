@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.memory import Workspace, mark_used_and_was_settled, row_facts, workspace
+from ...facts import mark_used_and_was_settled
+from ..common.memory import Workspace, row_facts, workspace
 from ..common.overlap import overlaps
 from .choose import GROUP_M, Fused, Gemv, Hopper, Int4, Int8, Int8Gemv, Scaled, split_tail
 from .gemm import fused_gemm_kernel
