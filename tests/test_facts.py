@@ -185,6 +185,7 @@ def outside_the_pools() -> int:
 def captured(of: WushGroup, x: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     call(of, x)  # the profile run
     torch.cuda.synchronize()
+    gc.collect()
     graph, before = torch.cuda.CUDAGraph(), outside_the_pools()
     with torch.cuda.graph(graph):
         out = call(of, x)
@@ -193,9 +194,10 @@ def captured(of: WushGroup, x: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torc
 
 
 def replayed(graph: torch.cuda.CUDAGraph, out: torch.Tensor) -> torch.Tensor:
-    out.data.fill_(float("nan"))
-    graph.replay()
-    return out.clone()
+    with torch.inference_mode():
+        out.fill_(float("nan"))
+        graph.replay()
+        return out.clone()
 
 
 FORMATS = pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int4"])
