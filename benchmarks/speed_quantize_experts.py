@@ -8,13 +8,15 @@ result. A checkpoint that is there is used again. With `--layers` the time of al
 left out take what a layer in the middle takes.
 
 The time covers everything from the files to the files, GPTQ on windows of random tokens. Memory of the GPU is what
-PyTorch reserves at most, and of the CPU the most that the process holds, with the values between layers.
+PyTorch reserves at most, and of the CPU the most that the process holds, with the values between layers: all of it, and
+in each phase of the run what is not mapped from files, sampled every 20 ms.
 """
 
 import argparse
 import json
 import resource
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -90,6 +92,25 @@ def write_checkpoint(folder: Path, shape: dict, device: torch.device) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
 
 
+class Memory(threading.Thread):
+    """Samples the memory of the process: `most` has the most bytes in each phase, without pages that are mapped from
+    files."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.most: dict[str, int] = {}
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.02):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            kib = {
+                line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))
+            }
+            name = phases.current() or "other"
+            self.most[name] = max(self.most.get(name, 0), sum(kib.values()) * 1024)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint and the result go")
@@ -116,6 +137,8 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
     log = args.folder / "log.jsonl"
     log.unlink(missing_ok=True)
+    memory = Memory()
+    memory.start()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     start = time.perf_counter()
     with phases.timing() as seconds:
@@ -128,6 +151,7 @@ def main() -> None:
             progress=wc.Progress(bar=False, log=log),
         )
     total = time.perf_counter() - start
+    memory.ended.set()
     ends = [event["time"] for line in log.read_text().splitlines() if (event := json.loads(line))["event"] == "stage"]
     result = {
         **common.environment(where),
@@ -141,6 +165,7 @@ def main() -> None:
         "peak_gpu": torch.cuda.max_memory_reserved() if where.type == "cuda" else None,
         "cpu_before": before,
         "peak_cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_cpu_by_phase": dict(sorted(memory.most.items(), key=lambda item: -item[1])),
         "relative_loss": [
             report["relative_loss"]
             for name, report in model.wush_quantization.report.items()
@@ -159,6 +184,7 @@ def main() -> None:
     print(f"all: {total:.1f} s for {layers} layers, {result['projected']:.0f} s for {every} at this rate")
     gpu = f"GPU {result['peak_gpu'] / 1e9:.1f} GB reserved, " if result["peak_gpu"] else ""
     print(f"peak memory: {gpu}CPU {result['peak_cpu'] / 1e9:.1f} GB ({before / 1e9:.1f} GB before the run)")
+    print("not mapped:", ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in result["peak_cpu_by_phase"].items()))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ from transformers import AutoModelForCausalLM
 import wush_compile as wc
 from wush_compile.calibration import loop as stages
 from wush_compile.calibration import verify
+from wush_compile.calibration.streaming import open_checkpoint
+from wush_compile.checkpoint import conversion
+from wush_compile.checkpoint.files import Shards
 from wush_compile.errors import CheckpointError, ConfigError, NonFiniteError
 from wush_compile.experts import ExpertGroup, WushExperts
 from wush_compile.formats import dequantize
@@ -97,6 +100,22 @@ def test_streamed_and_resumed_files_are_those_of_the_model_in_memory(kind, setti
     assert same_tensors(wc.load(tmp_path / "streamed"), model)
     wc.save(model, tmp_path / "saved")
     assert same_tensors(wc.load(tmp_path / "saved"), model)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "nemotron_h"])
+def test_experts_are_joined_as_transformers_joins_them(kind, tmp_path, monkeypatch):
+    """Matrix by matrix into their places, without a second copy of all of them."""
+    moe(kind).save_pretrained(tmp_path)
+    model, tensors = open_checkpoint(tmp_path)
+    names = [n for n, p in model.named_parameters() if p.dim() == 3 and n in tensors._conversion.sources]
+    assert len(names) == 2
+    here = torch.device("cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(Shards, "tensors", None)
+        joined = tensors.load(names, here)
+    monkeypatch.setattr(conversion, "_joins_experts", lambda converter: False)
+    for name, tensor in tensors.load(names, here).items():
+        assert tensor.dtype == joined[name].dtype and torch.equal(tensor, joined[name]) and tensor.any()
 
 
 # -- settings and bad input ------------------------------------------------------------------------------------------

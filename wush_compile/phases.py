@@ -59,3 +59,8 @@ def timing(synchronize: bool = False) -> Iterator[dict[str, float]]:
         yield clock.seconds
     finally:
         _clocks.remove(clock)
+
+
+def current() -> str | None:
+    """The innermost open phase of a run that is timed, from any thread; None outside of phases."""
+    return next((clock.open[-1] for clock in reversed(_clocks) if clock.open[-1:]), None)

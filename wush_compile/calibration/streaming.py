@@ -30,7 +30,7 @@ class CheckpointTensors:
         }
         self._weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._sources = _sources(model, shards)
-        self._conversion = Conversion(model, shards.specs)
+        self._conversion = Conversion(model, shards)
         made = self._conversion.sources
         missing = [name for name in self._weights if name not in self._sources and name not in made]
         if missing:
@@ -54,7 +54,9 @@ class CheckpointTensors:
     def load(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         """Returns the named tensors on a device, in the model's dtype. NaN or Inf in a weight is a `NonFiniteError`."""
         names = list(names)
-        found = self._shards.tensors({self._sources[name] for name in names if name in self._sources})
+        read = self._shards.each({self._sources[name] for name in names if name in self._sources})
+        # To a CPU by a copy, else a tensor would keep its file mapped.
+        found = {name: tensor.to(device, copy=True) for name, tensor in read}
         loaded = {}
         for name in names:
             like = self._tensors[name]
@@ -62,7 +64,7 @@ class CheckpointTensors:
             if name in self._sources:
                 tensor = found[self._sources[name]].to(like.dtype)
             elif name in self._conversion.sources:
-                tensor = self._conversion.make(name, self._shards.tensors).to(like.dtype)
+                tensor = self._conversion.make(name, like, device)
             if tensor.shape != like.shape:
                 raise CheckpointError(f"{name} is {list(tensor.shape)} in the file, {list(like.shape)} by config.json")
             loaded[name] = tensor = tensor.to(device)

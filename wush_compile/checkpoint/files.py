@@ -161,17 +161,19 @@ class Shards:
         size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self.specs.values())
         return {"metadata": {"total_size": size}, "weight_map": {name: path.name for name, path in self._paths.items()}}
 
-    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of the tensors of these names, on the CPU. Each file is opened once."""
+    def each(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of these names, file by file, mapped: one is to be copied before the next is asked for."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self._paths[name], []).append(name)
-        copies = {}
         for path, own in by_file.items():
             with _reading(path), safetensors.safe_open(path, framework="pt") as file:
                 for name in own:
-                    copies[name] = file.get_tensor(name).clone(memory_format=torch.contiguous_format)
-        return copies
+                    yield name, file.get_tensor(name)
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of the tensors of these names, on the CPU. Each file is opened once."""
+        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self.each(names)}
 
     def tensor(self, name: str) -> Tensor:
         """A copy of one tensor, on the CPU."""
