@@ -26,6 +26,7 @@ import common
 import torch
 
 import wush_compile as wc
+from wush_compile.baselines.methods import METHODS, prepare
 from wush_compile.data import windows
 from wush_compile.demo import smollm2
 from wush_compile.evaluation.language import compare, perplexity
@@ -41,6 +42,7 @@ class Row(NamedTuple):
     title: str
     seconds: int  # quantizing and evaluating on one H200, about
     settings: dict
+    method: str | None = None  # of `baselines.methods`, which then has the settings
 
 
 RTN, HADAMARD = {"solver": "rtn"}, {"transform": "hadamard"}
@@ -77,6 +79,19 @@ ROWS = {
 }
 
 
+for _name, _seconds in (
+    ("smoothquant", 25),
+    ("smoothquant-gptq", 45),
+    ("quarot-rtn", 25),
+    ("quarot", 45),
+    ("gptq", 42),
+    ("gptq-hadamard", 55),
+    ("rtn-wush", 30),
+    ("four-over-six", 25),
+):
+    ROWS[f"baseline-{_name}"] = Row(METHODS[_name].title, _seconds, METHODS[_name].settings, _name)
+
+
 def configuration(name: str, format: str) -> wc.WushConfig:
     if name == "paper":
         return wc.WushConfig.paper(format)
@@ -85,10 +100,14 @@ def configuration(name: str, format: str) -> wc.WushConfig:
     return wc.WushConfig(format=format, **ROWS[name].settings)
 
 
-def measure(reference: torch.nn.Module, calibration: list, test: torch.Tensor, config: wc.WushConfig) -> dict:
+def measure(
+    reference: torch.nn.Module, calibration: list, test: torch.Tensor, config: wc.WushConfig, method: str | None = None
+) -> dict:
     """Quantizes a copy of the reference and compares it to the reference."""
     model = copy.deepcopy(reference)
     start = time.perf_counter()
+    if method is not None:
+        prepare(model, calibration, METHODS[method], config.seed)
     wc.quantize(model, calibration, config, progress=sys.stderr.isatty())
     middle = time.perf_counter()
     result = compare(reference, model, test, TEST_WINDOW, progress=False)
@@ -134,7 +153,12 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--list", action="store_true", help="print the rows with their seconds on an H200, and stop")
     args = parser.parse_args()
-    jobs = [(name, format) for format in args.formats for name in ROWS if name in args.rows]
+    jobs = [
+        (name, format)
+        for format in args.formats
+        for name in ROWS
+        if name in args.rows and (ROWS[name].method is None or format in METHODS[ROWS[name].method].formats)
+    ]
     if args.list:
         for name in args.rows:
             print(f"{name:24}{ROWS[name].seconds:4} s   {ROWS[name].title}")
@@ -166,7 +190,7 @@ def main() -> None:
         key, config = f"{format} {name}", configuration(name, format)
         if result["rows"].get(key, {}).get("config") != config.to_dict():
             try:
-                row = measure(reference, list(calibration.split(CALIBRATION_BATCH)), test, config)
+                row = measure(reference, list(calibration.split(CALIBRATION_BATCH)), test, config, ROWS[name].method)
             except Exception as error:  # the other rows are worth having
                 traceback.print_exc()
                 row = {"error": f"{type(error).__name__}: {error}"}

@@ -1,0 +1,14 @@
+"""Other methods of quantization in the same harness, to compare with (docs/guide/compare.md).
+
+methods.py    the methods with their settings; `quantize_by`
+smooth.py     SmoothQuant
+rotate.py     QuaRot's rotations of the residual stream
+hadamard.py   Hadamard matrices of any size
+stream.py     finds norms and the residual stream in a graph
+"""
+
+from .methods import METHODS, Method, quantize_by
+from .rotate import rotate
+from .smooth import smooth
+
+__all__ = ["METHODS", "Method", "quantize_by", "rotate", "smooth"]
