@@ -105,12 +105,15 @@ def test_unknown_formats_are_refused():
         wc.WushConfig(activation_format="fp9")
 
 
-def test_a_row_that_is_not_finite_stays_alone():
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int4", "int8"])
+@pytest.mark.parametrize("activation", ["fp8", "none"])
+def test_a_row_that_is_not_finite_stays_alone(format, activation):
     x = torch.randn(4, 64)
     x[1, 5] = float("nan")
-    codes, scales = wush.transform_quantize(x, None, None, "fp8", "token")
-    w_codes, w_scales = weights("mxfp4")
-    y = wush.fp4_linear(codes, scales, None, w_codes, w_scales, None, None, None, "mxfp4", torch.float32, "rows", "fp8")
+    codes, scales = wush.transform_quantize(x, None, None, activation, "token" if activation == "fp8" else "none")
+    y = wush.fp4_linear(
+        codes, scales, None, *weights(format), None, None, None, format, torch.float32, "rows", activation
+    )
     assert y[1].isnan().all() and y[[0, 2, 3]].isfinite().all()
 
 
@@ -135,6 +138,8 @@ def test_saved_loaded_compiled_exported(activation, tmp_path):
     wc.save(model, tmp_path / "a")
     loaded = wc.load(tmp_path / "a")
     assert torch.equal(loaded(ids, use_cache=False).logits, expected)
+    assert torch.equal(loaded.generate(ids, max_new_tokens=3), model.generate(ids, max_new_tokens=3))
+    assert f"activation_format={activation}" in wc.explain(loaded, all=True).replace("'", "")
     wc.save(loaded, tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
     owner = loaded.model.layers[0].mlp.down_proj.owner

@@ -75,6 +75,7 @@ def stream(source, out, data=DATA, **settings):
         ("gemma3", dict(format="nvfp4", solver="rtn")),
         ("qwen3", dict(moments="conditional", format="int4")),
         ("gpt2", dict(solver="rtn", batch_size=4)),
+        ("tied", dict(activation_format="fp8", head="int8", overrides={"*.down_proj": {"activation_format": None}})),
     ],
 )
 def test_streamed_files_are_those_of_the_model_in_memory(kind, settings, tmp_path):

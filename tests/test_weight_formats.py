@@ -21,6 +21,7 @@ from wush_compile.reporting.contents import read_contents
 
 wush = torch.ops.wush
 HEAD = {"lm_head": {"format": "int8", "activation_format": None}}
+E8M0 = torch.zeros(1, 128, dtype=torch.uint8), torch.full((1, 8), 127, dtype=torch.uint8)  # one row of MXFP4 zeros
 INT8 = {"format": "int8", "activation_format": None}
 
 
@@ -145,11 +146,30 @@ def test_what_a_gpu_lacks_is_said():
     assert "no faster" in arithmetic("nvfp4", (9, 0), "fp8") and "no faster" not in arithmetic("int8", (9, 0), "none")
 
 
-def test_a_product_that_a_gpu_lacks_is_said_once(caplog):
+def test_a_product_that_a_gpu_lacks_is_said_once(caplog, monkeypatch):
+    """On Ampere and Ada both operands are decoded to bf16; Hopper has the product, and says nothing."""
     triton_linear = pytest.importorskip("wush_compile.kernels.triton.linear.fp4_linear")
+    taken = []
+    monkeypatch.setattr(triton_linear, "_product", lambda o, dtype, kernel: taken.append(o.decoded) or torch.zeros(1))
+    triton_linear._say_slow.cache_clear()
+    codes, weight, scales = torch.zeros(1, 256).to(torch.float8_e4m3fn).view(torch.uint8), *E8M0
     with caplog.at_level("WARNING", "wush_compile"):
-        for _ in range(2):
-            triton_linear._say_slow("mxfp4", (8, 0))
+        for of_device in ((9, 0), (8, 0), (8, 0)):
+            monkeypatch.setattr(triton_linear, "capability", lambda device, found=of_device: found)
+            triton_linear.fp4_linear(
+                codes,
+                torch.ones(1, 1),
+                None,
+                weight,
+                scales,
+                None,
+                None,
+                None,
+                "mxfp4",
+                torch.bfloat16,
+                activation_format="fp8",
+            )
+    assert taken == ["mxfp4", "mxfp4_bf16", "mxfp4_bf16"]
     assert [r.getMessage() for r in caplog.records] == [
         "mxfp4 weights with fp8 activations have no fp8 product at compute capability 8.0: both are decoded to bf16, "
         "which is no faster than activations of 16 bits"
