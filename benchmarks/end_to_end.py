@@ -4,7 +4,7 @@
     python benchmarks/end_to_end.py --out results --layers 8 16         smaller models, and the time of a layer
     python benchmarks/end_to_end.py --out results --attention grouped
     python benchmarks/end_to_end.py --out results --shape qwen3-30b-a3b --layers 4 12 --context 512 --prefill 0
-    python benchmarks/end_to_end.py --out results --models mxfp4 mxfp4+head mxfp4-fp8 mxfp4-none mxfp4-none+head
+    python benchmarks/end_to_end.py --out results --models ladder --batch 1 --context 512 --prefill 0    all rungs
     python benchmarks/end_to_end.py --out results --table               only the table of the rows in --out
 
 The shape is Llama-3.1-8B's, or a mixture's with `--shape` (moe_model.py), whose bf16 is transformers' grouped_mm. A
@@ -79,6 +79,7 @@ GROUPS = (
 MODELS = [
     "bf16",
     *("".join(m) for m in itertools.product(["mxfp4", "nvfp4"], ["", "-fp8", "-none"], ["", "+head"])),
+    *("".join(m) for m in itertools.product(["int8-fp8", "int8-none"], ["", "+head"])),
 ]
 
 
@@ -262,9 +263,9 @@ class Job(NamedTuple):
     @property
     def gib(self) -> float:
         """About the most memory that the job takes on the device, in GiB."""
-        weights = self.layers * 218e6 * (2 if self.model == "bf16" else 0.6) + 2.1e9
-        if self.shape == MIXTURE:
-            weights = self.layers * 623e6 * (2 if self.model == "bf16" else 0.55) + 1.3e9
+        four, each = (0.6, 218e6) if self.shape != MIXTURE else (0.55, 623e6)
+        weights = self.layers * each * {"bf16": 2, "int8": 1.1}.get(self.model.partition("-")[0], four)
+        weights += 2.1e9 if self.shape != MIXTURE else 1.3e9
         cache = self.layers * 4096 * self.batch * (self.context + ROOM) if self.what == "decode" else 0
         return (weights + cache) / GIB + (2 if self.what == "decode" else 3)
 
@@ -399,7 +400,7 @@ def run_wave(jobs: list[Job], out: pathlib.Path, deadline: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["bf16", "mxfp4"], choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=["bf16", "mxfp4"], choices=[*MODELS, "ladder"])
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "grouped"])
     parser.add_argument("--shape", default="llama-3.1-8b", choices=ALL_LAYERS)
     parser.add_argument("--layers", type=int, nargs="+")
@@ -411,6 +412,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the table of --out's rows")
     parser.add_argument("--job", nargs=7, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if "ladder" in args.models:
+        args.models = MODELS
     args.out.mkdir(parents=True, exist_ok=True)
     if args.job:
         model, attention, layers, what, batch, context, shape = args.job
