@@ -1,14 +1,15 @@
 """Trial: is what `recommend` predicts true, and is what it chooses good? SmolLM2-135M-Instruct, WikiText-2.
 
-    python benchmarks/trial_recommend.py --data FOLDER --out survey.json                     # the survey alone
-    python benchmarks/trial_recommend.py --data FOLDER --survey survey.json --part 0 8 --out part0.json
-    python benchmarks/trial_recommend.py --join part*.json --out trial.json                  # the verdict
+    python benchmarks/trial_recommend.py --data FOLDER --out survey.json                     # what it predicts
+    python benchmarks/trial_recommend.py --data FOLDER --part 0 15 --out part0.json          # at the same time
+    python benchmarks/trial_recommend.py --data FOLDER --survey survey.json --out chosen.json
+    python benchmarks/trial_recommend.py --survey survey.json --join part*.json chosen.json --out trial.json
 
-A part quantizes the model by every 8th assignment of rungs to groups and measures its KL. 20 of them are random: each
+A part quantizes the model by every 15th assignment of rungs to groups and measures its KL. 20 of them are random: each
 draws how likely each rung is, then a rung for each group. At three costs between those of the uniform rungs there are
-the recommended assignment, and three that mix the next two uniform rungs at random at the same predicted cost. The
-verdict is the rank correlation of predicted and measured KL over the random ones, and how much less KL the recommended
-ones have than the mean of the mixed ones. Cost is bytes; `--gpu` and `--rows` make it time.
+three that mix the next two uniform rungs at random, and, with `--survey`, the recommended one. Only that one depends
+on the survey. The verdict is the rank correlation of predicted and measured KL over the random ones, and how much less
+KL the recommended ones have than the mean of the mixed ones. Cost is bytes; `--gpu` and `--rows` make it time.
 """
 
 import argparse
@@ -22,30 +23,47 @@ import common
 import torch
 
 import wush_compile as wc
-from wush_compile.calibration.recommend import GPUS, KEPT, Cost, Recommendation, choose, survey
+from wush_compile.calibration.costs import GPUS, KEPT, Cost, machine, rungs
+from wush_compile.calibration.recommend import Recommendation, choose, survey
 from wush_compile.calibration.survey import Surveyed
 from wush_compile.data import windows
 from wush_compile.evaluation.language import compare
 
 RANDOM, MIXES = 20, 3
+NAMES = (*rungs("mxfp4"), KEPT)  # by falling KL
 SHARES = (0.25, 0.5, 0.75)  # of the way from the cheapest uniform rung to 16 bits
 
 
+def linears(model) -> list[Surveyed]:
+    """The groups of a Llama in the order of `survey`, without predictions."""
+    found = []
+    for number, layer in enumerate(model.model.layers):
+        for part, names in (("self_attn", "qkv"), ("self_attn", "o"), ("mlp", ("gate", "up")), ("mlp", ("down",))):
+            some = [getattr(getattr(layer, part), f"{name}_proj") for name in names]
+            members = tuple(f"model.layers.{number}.{part}.{name}_proj" for name in names)
+            found.append(Surveyed(members, sum(m.out_features for m in some), some[0].in_features, {}))
+    return found
+
+
+def budgets(groups: list[Surveyed], cost: Cost) -> tuple[list[str], dict[str, float], dict[float, float]]:
+    """The uniform rungs worth having by rising cost, where one of more bits loses less; the cost of each; the costs at
+    which choices are compared."""
+    total = {rung: sum(cost(g, rung) for g in groups) for rung in NAMES}
+    uniform = sorted(NAMES, key=lambda r: (total[r], -NAMES.index(r)))
+    uniform = [r for i, r in enumerate(uniform) if all(NAMES.index(r) > NAMES.index(b) for b in uniform[:i])]
+    least = total[uniform[0]]
+    return uniform, total, {share: least + share * (total[KEPT] - least) for share in SHARES}
+
+
 def assignments(groups: list[Surveyed], cost: Cost) -> dict[str, list[str]]:
-    """Name -> the rung of each group."""
-    names, found = [*groups[0].kl, KEPT], {}
+    """Name -> the rung of each group, for the random and the mixed ones."""
+    found = {}
     for seed in range(RANDOM):
         chance = random.Random(seed)
-        odds = [chance.expovariate(1.0) ** 2 for _ in names]
-        found[f"random {seed}"] = chance.choices(names, odds, k=len(groups))
-    total = {rung: sum(cost(g, rung) for g in groups) for rung in names}
-    loss = {rung: sum(g.kl.get(rung, 0.0) for g in groups) for rung in names}
-    # The uniform rungs worth having, by rising cost.
-    uniform = sorted(names, key=lambda r: (total[r], loss[r]))
-    uniform = [r for i, r in enumerate(uniform) if all(loss[r] < loss[before] for before in uniform[:i])]
-    for share in SHARES:
-        budget = total[uniform[0]] + share * (total[KEPT] - total[uniform[0]])
-        found[f"recommended {share}"] = choose(groups, cost, None, budget / total[KEPT])
+        odds = [chance.expovariate(1.0) ** 2 for _ in NAMES]
+        found[f"random {seed}"] = chance.choices(NAMES, odds, k=len(groups))
+    uniform, total, at = budgets(groups, cost)
+    for share, budget in at.items():
         low = max((r for r in uniform if total[r] <= budget), key=total.get)
         high = min((r for r in uniform if total[r] > budget), key=total.get)
         for seed in range(MIXES):
@@ -57,6 +75,12 @@ def assignments(groups: list[Surveyed], cost: Cost) -> dict[str, list[str]]:
                     chosen[i], spent = high, spent + more
             found[f"mixed {share} {seed}"] = chosen
     return found
+
+
+def recommended(groups: list[Surveyed], cost: Cost) -> dict[str, list[str]]:
+    """Name -> the rungs that `recommend` chooses at the same costs."""
+    _, total, at = budgets(groups, cost)
+    return {f"recommended {share}": choose(groups, cost, None, budget / total[KEPT]) for share, budget in at.items()}
 
 
 def ranks(values: list[float]) -> torch.Tensor:
@@ -81,7 +105,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="the SmolLM2 GGUF file or a model directory; fetched when left out")
     parser.add_argument("--out", type=Path, default=Path("trial_recommend.json"))
     parser.add_argument("--survey", type=Path, help="what a first call has written")
-    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
+    parser.add_argument("--part", type=int, nargs=2, metavar=("I", "N"))
     parser.add_argument("--join", type=Path, nargs="+", help="the files of all parts")
     parser.add_argument("--format", default="mxfp4", choices=["mxfp4", "nvfp4"])
     parser.add_argument("--gpu", "--device", choices=GPUS)
@@ -89,34 +113,41 @@ def main() -> None:
     parser.add_argument("--calibration-windows", type=int, default=32)
     parser.add_argument("--test-windows", type=int, default=16)
     args = parser.parse_args()
+    cost, config = Cost(args.format, args.gpu and machine(args.gpu), args.rows), wc.WushConfig(format=args.format)
+    if args.survey is not None:
+        known = json.loads(args.survey.read_text())["groups"]
+        groups = [Surveyed(**{**g, "members": tuple(g["members"])}) for g in known]
     if args.join:
         parts = [json.loads(path.read_text()) for path in args.join]
         rows = {name: row for part in parts for name, row in part["rows"].items()}
-        result = {**parts[0], "rows": rows, **verdict(rows)}
+        for row in rows.values():
+            settings = Recommendation(groups, row["rungs"], cost, config)
+            row |= {"predicted": settings.kl, "share": settings.share}
+        command = common.environment(torch.device("cpu"))["command"]
+        result = {**parts[0], "command": command, "cost": str(cost), "rows": rows, **verdict(rows)}
         common.write_json(args.out, result)
         print({key: result[key] for key in ("rank_correlation", "less_kl")})
         return
     where = common.device("auto")
     model, tokenizer = common.load_smollm2(args.model, where)
     calibration = torch.cat(windows(common.wikitext(args.data, "valid"), tokenizer, 512, args.calibration_windows))
-    data, config = list(calibration.to(where).split(8)), wc.WushConfig(format=args.format)
-    if args.survey is None:
+    data = list(calibration.to(where).split(8))
+    if args.survey is None and args.part is None:
         groups = survey(model, data, config, progress=False)
         common.write_json(args.out, {**common.environment(where), "groups": [asdict(group) for group in groups]})
         return
-    groups = [Surveyed(**{**g, "members": tuple(g["members"])}) for g in json.loads(args.survey.read_text())["groups"]]
-    cost = Cost(args.format, GPUS.get(args.gpu), args.rows)
     test = torch.cat(windows(common.wikitext(args.data, "test"), tokenizer, 2048, args.test_windows), dim=1)
+    todo = list((recommended(groups, cost) if args.survey else assignments(linears(model), cost)).items())
+    first, step = args.part or (0, 1)
     result = {**common.environment(where), "rows": {}}
-    for number, (name, chosen) in enumerate(assignments(groups, cost).items()):
-        if number % args.part[1] != args.part[0]:
-            continue
-        settings = Recommendation(groups, chosen, cost, config)
+    for name, chosen in todo[first::step]:
+        settings = Recommendation(groups if args.survey else linears(model), chosen, cost, config)
         quantized = wc.quantize(copy.deepcopy(model), data, config, progress=False, **settings)
-        kl = compare(model, quantized, test, 2048, progress=False).kl
-        row = {"predicted": settings.kl, "share": settings.share, "kl": kl, "rungs": chosen}
-        result["rows"][name] = row
-        print(name, {key: row[key] for key in ("predicted", "share", "kl")}, flush=True)
+        # Few windows at once: parts share a GPU.
+        each = [compare(model, quantized, some, 2048, progress=False).kl for some in test.split(2 * 2048, dim=1)]
+        kl = sum(each) / len(each)
+        result["rows"][name] = {"kl": kl, "rungs": chosen}
+        print(name, kl, flush=True)
         common.write_json(args.out, result)
 
 

@@ -1,7 +1,12 @@
 """`recommend`: predictions against measured KL, the choice against all choices, targets, and what is refused."""
 
 import dataclasses
+import functools
+import importlib
 import itertools
+import json
+import pathlib
+import sys
 
 import pytest
 import torch
@@ -9,7 +14,9 @@ from models import plain, tokens
 from torch import nn
 
 import wush_compile as wc
-from wush_compile.calibration.recommend import GPUS, KEPT, Cost, Recommendation, choose
+from wush_compile.calibration import survey
+from wush_compile.calibration.costs import GPUS, KEPT, Cost, machine
+from wush_compile.calibration.recommend import Recommendation, choose
 from wush_compile.calibration.survey import Surveyed
 from wush_compile.errors import ConfigError, WushError
 
@@ -80,7 +87,7 @@ def test_what_is_recommended_can_be_done():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert "model.layers.0.mlp.down_proj" not in found.rungs and len(found.rungs) == 7
     assert len(set(found.rungs.values())) > 1 and found.share <= 0.8
-    assert str(found).count("\n") == 9 and f"predicted KL {found.kl:.3g}" in str(found)
+    assert str(found).count("\n") == 12 and f"predicted KL {found.kl:.3g}" in str(found)
     wc.quantize(model, DATA, config, progress=False, **found)
     record = {g["members"][0]: g for g in model.wush_quantization.to_dict()["groups"]}
     assert record["model.layers.0.mlp.down_proj"]["recipe"] == {"transform": "hadamard"}
@@ -114,3 +121,85 @@ def test_what_cannot_be_recommended():
             wc.recommend(Rounded(), data, progress=False, **settings)
     with pytest.raises(WushError, match="no gradient"):
         wc.recommend(Rounded(), data, max_kl=0.1, progress=False)
+
+
+def table(tmp_path, **changes) -> str:
+    known = {
+        rung: {1: (5, 0.5, 0.1), 16: (8, 0.5, 1.0)} for rung in (KEPT, "W8A16", *(f"mxfp4 {r}" for r in NAMES[:3]))
+    }
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"device": "GPU", "date": "2026-01-01", "us": known, **changes}))
+    return str(path)
+
+
+def test_times_of_a_table(tmp_path):
+    """A constant, a part for each weight and one for each channel; between two numbers of rows a straight line."""
+    at = functools.partial(machine(table(tmp_path)).microseconds, "W4A8", "mxfp4", n=2000, k=1000)
+    assert at(1) == pytest.approx(5 + 1 + 0.1) and at(16) == pytest.approx(8 + 1 + 1)
+    assert at(6) == pytest.approx(6.1 + (10 - 6.1) / 3) and at(48) == pytest.approx(3 * 10)
+    cost = Cost("mxfp4", machine(table(tmp_path)), 16)
+    assert str(cost) == "time of 16 rows by the kernels' times, measured on GPU (2026-01-01)"
+    assert cost(groups(1)[0], "W4A4") == machine(table(tmp_path)).microseconds(
+        "W4A4", "mxfp4", 16, groups(1)[0].rows, 256
+    )
+    with pytest.raises(ConfigError, match="has no nvfp4 W4A4"):
+        wc.recommend(plain("llama"), DATA, wc.WushConfig(format="nvfp4"), max_kl=1, gpu=table(tmp_path), progress=False)
+    for changes in ({"us": {}}, {"us": {KEPT: {"1": [1, 2]}}}, {"us": 3}):
+        machine.cache_clear()
+        with pytest.raises(ConfigError, match="no table of costs"):
+            machine(table(tmp_path, **changes))
+    with pytest.raises(ConfigError, match=r"none\.json is no table of costs"):
+        machine(str(tmp_path / "none.json"))
+
+
+@pytest.fixture
+def rung_costs(monkeypatch):
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+    before = set(sys.modules)
+    yield importlib.import_module("rung_costs")
+    for name in {"rung_costs", "common"} - before:
+        sys.modules.pop(name, None)
+
+
+def test_the_shipped_times_are_those_of_the_results(rung_costs):
+    """Within 20 % of every measured time, and one command away from the results."""
+    results, shipped = pathlib.Path(__file__).parents[1] / "benchmarks" / "results", machine("h200")
+    linear, head = (json.loads((results / f"{n}_h200.json").read_text()) for n in ("linear_activations", "head_speed"))
+    for rung, rows in rung_costs.table(linear, head)["us"].items():
+        assert shipped.us[rung] == {m: tuple(numbers) for m, numbers in rows.items()}
+    for row in linear["rows"]:
+        for name, column in rung_costs.COLUMNS.items():
+            if row["group"] != "layer":
+                format, _, rung = name.rpartition(" ")
+                us = shipped.microseconds(rung, format or "mxfp4", row["M"], row["N"], row["K"])
+                assert abs(us / row[column] - 1) < 0.2, (name, row["M"], row["group"])
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_costs_of_every_gpu(name):
+    """More bits on a side never take less time than half of it, and every rung of both formats has a time."""
+    for format, rows in itertools.product(("mxfp4", "nvfp4"), (1, 7, 64, 1000, 10000)):
+        times = [machine(name).microseconds(r, format, rows, 4096, 4096) for r in (*NAMES, KEPT)]
+        assert all(0 < t < 1e5 for t in times)
+    assert machine(name).microseconds("W4A4", "mxfp4", 1, 4096, 4096) < machine(name).microseconds(
+        KEPT, "mxfp4", 1, 4096, 4096
+    )
+
+
+def test_masked_tokens_have_no_part(monkeypatch):
+    """Another id under the mask changes no prediction, and the mean is over the other rows."""
+    mask, counts, collected = torch.ones(4, 48, dtype=torch.int64), [], survey.collected
+    mask[0, 5:30] = 0  # inside the row, so that it is not cut off
+
+    def counted(*arguments):
+        for group, batch, taken in collected(*arguments):
+            counts.append(taken[1])
+            yield group, batch, taken
+
+    monkeypatch.setattr(survey, "collected", counted)
+    found = []
+    for value in (3, 7):
+        data = [{"input_ids": DATA[0].masked_fill(mask == 0, value), "attention_mask": mask}]
+        found.append(wc.recommend(plain("llama", torch.float32), data, max_share=1.0, progress=False).groups)
+    assert [g.kl for g in found[0]] == [g.kl for g in found[1]]
+    assert len(counts) == 2 * 8 and set(counts) == {int(mask.sum())}

@@ -19,5 +19,6 @@ fingerprint.py    sha256 of the data and the model, by which a run recognizes it
 ranks.py          several processes: shares the windows and the solves over torch.distributed
 progress.py       the bar and the log
 survey.py         the stage loop without rewriting: what each rung of precision costs each group
+costs.py          what a rung costs: measured times of a GPU (gpu_times/), a model of it, or bytes
 recommend.py      `recommend`: the cheapest rung of each group for a target
 """

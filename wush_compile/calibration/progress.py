@@ -57,13 +57,15 @@ def _is_terminal() -> bool:
 class Progress:
     """The bar and the log of one run.
 
+    title   what the bar says is done
     bar     whether to show the bar; where the output is no terminal, lines
     log     a file that gets one JSON object per line: `event` (run, stage, group, batch_size, resumed, finished,
             failed), `time` in seconds since the start, and the fields that docs/guide/large_models.md lists
     """
 
-    def __init__(self, bar: bool = True, log: str | os.PathLike | None = None):
-        self.shown, self._log = bar, None if log is None else open(log, "a", encoding="utf-8")  # noqa: SIM115
+    def __init__(self, bar: bool = True, log: str | os.PathLike | None = None, title: str = "quantizing"):
+        self.title, self.shown = title, bar
+        self._log = None if log is None else open(log, "a", encoding="utf-8")  # noqa: SIM115
         self._start, self._tokens, self._since = time.perf_counter(), 0, None
         self._bar: tqdm | _Lines | None = None
         self._device, self._at = torch.device("cpu"), ""
@@ -72,10 +74,10 @@ class Progress:
         """Starts the bar, or restarts it with another length."""
         self._device = device
         if self._bar is None and self.shown and not _is_terminal():
-            self._bar, self._since = _Lines(steps, "quantizing"), time.perf_counter()
+            self._bar, self._since = _Lines(steps, self.title), time.perf_counter()
         elif self._bar is None:
             # With smoothing=0, the estimate of the time left also counts the solver's pauses.
-            self._bar = tqdm(total=steps, desc="quantizing", unit=unit, disable=not self.shown, smoothing=0)
+            self._bar = tqdm(total=steps, desc=self.title, unit=unit, disable=not self.shown, smoothing=0)
             self._since = time.perf_counter()
         else:
             self._bar.reset(steps)

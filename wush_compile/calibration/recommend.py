@@ -1,15 +1,13 @@
 """`recommend`: a rung of precision for each group of linears, the cheapest that a target allows.
 
-What a rung costs in accuracy is predicted from one pass with gradients and from the group's own error (`survey.py`).
-What it costs in time or memory comes from a model of the GPU: bytes over bandwidth, or operations over peak rate,
-whichever is larger. It is no measurement. Both add up over the groups, so the choice is a path: begin with the cheapest
-rung everywhere, and take the step with the most accuracy for its cost until the target is met.
+What a rung costs in accuracy is predicted from gradients and the group's own error (`survey.py`), and what it costs in
+time or memory comes from a table (`costs.py`). Both add up over the groups, so the choice is a path: begin with the
+cheapest rung everywhere, and take the step with the most accuracy for its cost until the target is met.
 """
 
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from rich import box
@@ -21,69 +19,15 @@ from ..capture.export import capture
 from ..capture.wrappers import unwrapped
 from ..config import WushConfig
 from ..errors import ConfigError, WushError, one_of
-from ..formats import FORMATS, get_format
+from ..formats import FORMATS
 from ..passes.calibration.group import find_groups
 from .context import Run
+from .costs import KEPT, Cost, machine, rungs
 from .inputs import prepare_batches
 from .progress import Progress
 from .ranks import launched
 from .survey import Survey, Surveyed
 from .tensors import tensors_of
-
-KEPT = "W16A16"
-
-
-def rungs(format: str) -> dict[str, dict]:
-    """The rungs beside 16 bits on both sides: name -> settings of a recipe."""
-    return {
-        "W4A4": {"format": format, "activation_format": "same"},
-        "W4A8": {"format": format, "activation_format": "fp8"},
-        "W4A16": {"format": format, "activation_format": None},
-        "W8A16": {"format": "int8", "activation_format": None},
-    }
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Memory bandwidth, bytes/s, and dense tensor-core rates, operations/s; from the vendor's data sheets."""
-
-    bandwidth: float
-    bf16: float
-    fp8: float
-    fp4: float | None = None
-
-    def rate(self, rung: str, format: str) -> float:
-        """The rate of a rung's product. Without fp4 MXFP4 multiplies in fp8, NVFP4 in bf16 (docs/spec.md §8)."""
-        if rung == "W4A4" and self.fp4 is not None:
-            return self.fp4
-        return self.fp8 if rung == "W4A8" or (rung == "W4A4" and format == "mxfp4") else self.bf16
-
-
-GPUS = {
-    "h100": Gpu(3.35e12, 989e12, 1979e12),
-    "h200": Gpu(4.8e12, 989e12, 1979e12),
-    "b200": Gpu(8e12, 2250e12, 4500e12, 9000e12),
-    "rtx5090": Gpu(1.79e12, 210e12, 419e12, 1676e12),
-    "rtx4090": Gpu(1.01e12, 165e12, 330e12),
-}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of a group's products on a GPU for a number of rows; without a GPU, bytes of its weights."""
-
-    format: str
-    gpu: Gpu | None
-    batch_rows: int
-
-    def __call__(self, group: Surveyed, rung: str) -> float:
-        n, k, m = group.rows, group.width, self.batch_rows
-        fmt = get_format(self.format)
-        bits = {KEPT: 16.0, "W8A16": 8 + 16 / 32}.get(rung, 4 + 8 / fmt.group_size)
-        held = n * k * bits / 8 + (2 * k * fmt.group_size if rung.startswith("W4") else 0)  # and the transform
-        if self.gpu is None:
-            return held
-        return max((held + 2 * m * (k + n)) / self.gpu.bandwidth, 2 * m * n * k / self.gpu.rate(rung, self.format))
 
 
 def _hull(points: Iterable[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
@@ -141,15 +85,16 @@ class Recommendation(Mapping):
     kl       the predicted KL to the unquantized model, in nats a token
     share    the cost of the groups' linears, as a share of that at 16 bits
     groups   what was measured of each group
+    cost     what cost is; as text, in words
     """
 
-    def __init__(self, groups: list[Surveyed], chosen: list[str], cost: Cost, config: WushConfig):
-        self.groups, self.config = groups, config
+    def __init__(self, groups: list[Surveyed], chosen: list[str], cost: Cost, config: WushConfig, target: str = ""):
+        self.groups, self.config, self.cost, self.target = groups, config, cost, target
         self.rungs = {group.members[0]: rung for group, rung in zip(groups, chosen, strict=True)}
-        self.kl = sum(group.kl.get(rung, 0.0) for group, rung in zip(groups, chosen, strict=True))
         pairs = list(zip(groups, chosen, strict=True))
-        self.share = sum(cost(g, rung) for g, rung in pairs) / sum(cost(g, KEPT) for g in groups)
-        self._costs = [cost(g, rung) / cost(g, KEPT) for g, rung in pairs]
+        self.kl = sum(group.kl.get(rung, 0.0) for group, rung in pairs)
+        self._whole = sum(cost(g, KEPT) for g in groups)
+        self.share = sum(cost(g, rung) for g, rung in pairs) / self._whole
         settings = rungs(config.format)
         own = {name: settings[rung] for g, rung in pairs if rung != KEPT for name in g.members}
         self._settings = {
@@ -167,24 +112,44 @@ class Recommendation(Mapping):
         return len(self._settings)
 
     def __str__(self) -> str:
-        """A table of the groups, with the predicted KL of every rung, and a line with the sums."""
+        """A table: the groups with the predicted KL of every rung, then the sums; and lines that say what decided."""
         names = [*rungs(self.config.format)]
         table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("group", no_wrap=True)
         for heading in ("rows x width", "rung", *(f"KL {name}" for name in names), "cost / 16 bits"):
             table.add_column(heading, justify="right", no_wrap=True)
-        for group, share in zip(self.groups, self._costs, strict=True):
+        for group in self.groups:
             first, *others = group.members
-            name = first + "".join(f"+{other.rpartition('.')[2]}" for other in others)
-            losses = (f"{group.kl[rung]:.1e}" for rung in names)
-            table.add_row(name, f"{group.rows} x {group.width}", self.rungs[first], *losses, f"{share:.2f}")
+            name, rung = first + "".join(f"+{other.rpartition('.')[2]}" for other in others), self.rungs[first]
+            losses = (f"{group.kl[each]:.1e}" for each in names)
+            cost = f"{self.cost(group, rung) / self.cost(group, KEPT):.2f}"
+            table.add_row(name, f"{group.rows} x {group.width}", rung, *losses, cost)
+        counts = {rung: list(self.rungs.values()).count(rung) for rung in (*names, KEPT)}
+        chosen = ", ".join(f"{count} {rung}" for rung, count in counts.items() if count)
+        kl = {rung: sum(group.kl[rung] for group in self.groups) for rung in names}
+        cost = {rung: sum(self.cost(group, rung) for group in self.groups) / self._whole for rung in names}
+        table.add_row("all alike: KL", "", "", *(f"{kl[rung]:.3g}" for rung in names), "")
+        table.add_row("all alike: cost / 16 bits", "", "", *(f"{cost[rung]:.3f}" for rung in names), "")
         console = Console(file=io.StringIO(), width=200, no_color=True)
         console.print(table)
         lines = [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
-        counts = {rung: list(self.rungs.values()).count(rung) for rung in (*names, KEPT)}
-        chosen = ", ".join(f"{count} {rung}" for rung, count in counts.items() if count)
-        total = f"{chosen}; predicted KL {self.kl:.3g}, cost {self.share:.3f} of 16 bits"
-        return "\n".join([*lines, total])
+        lines.append(f"{chosen}; predicted KL {self.kl:.3g}, cost {self.share:.3f} of 16 bits{self.target}")
+        lines.append(f"cost: {self.cost}{self._next()}")
+        return "\n".join(lines)
+
+    def _next(self) -> str:
+        """In words: what the best step that was not taken would save, and what it costs."""
+        steps = []
+        for group in self.groups:
+            rung = self.rungs[group.members[0]]
+            now = (self.cost(group, rung), group.kl.get(rung, 0.0))
+            others = [(self.cost(group, r), group.kl.get(r, 0.0), r) for r in (*group.kl, KEPT)]
+            steps += [(_gain(now, other), now, other, rung) for other in others if other[0] > now[0]]
+        gain, now, then, rung = max(steps, default=(0.0, None, None, ""))
+        if gain <= 0:
+            return ""
+        more = (then[0] - now[0]) / self._whole
+        return f"; the next step, {rung} to {then[2]}, would save KL {now[1] - then[1]:.1e} for {100 * more:.2g} % more"
 
 
 def recommend(
@@ -212,7 +177,9 @@ def recommend(
         Or: the cost that may not be exceeded, as a share of that of 16 bits, at the least KL.
     gpu, rows
         What cost is: the time of the products on a `h100`, `h200`, `b200`, `rtx5090` or `rtx4090` for this number of
-        rows (tokens at once), by its bandwidth and peak rates. Without a GPU, cost is the bytes of the weights.
+        rows (tokens at once). Where the kernels were measured on that GPU (h200), it is by their times, else by the
+        GPU's bandwidth and peak rates; `print` says which. `gpu` may also be the file of a table that
+        benchmarks/rung_costs.py wrote on a GPU of your own. Without a GPU, cost is the bytes of the weights.
 
     Returns settings: `quantize(model, data, **recommend(model, data, max_kl=0.1))`. `print` shows them as a table.
     Raises `ConfigError` for a target that cannot be met, and `WushError` if no gradient reaches a linear.
@@ -225,12 +192,16 @@ def recommend(
     if config.solver != "gptq":
         raise ConfigError(f"a recommendation is for solver gptq, not {config.solver}")
     one_of("format", config.format, FORMATS)
-    machine = None if gpu is None else GPUS[one_of("gpu", gpu, GPUS)]
+    if rows < 1:
+        raise ConfigError(f"rows is a number of tokens at once, at least 1, not {rows}")
+    cost = Cost(config.format, None if gpu is None else machine(str(gpu)), rows)
+    for rung in (*rungs(config.format), KEPT):  # a table lacks some formats: better said before the survey
+        cost(Surveyed((), 1, 1, {}), rung)
     if launched():
         raise WushError("recommend runs on one process: call it before the processes start, and give all its result")
     groups = survey(model, data, config, tokenizer, progress, device, batch_size, activations_dir)
-    cost = Cost(config.format, machine, rows)
-    return Recommendation(groups, choose(groups, cost, max_kl, max_share), cost, config)
+    target = f" (target: KL {max_kl:g})" if max_share is None else f" (target: {max_share:g} of 16 bits)"
+    return Recommendation(groups, choose(groups, cost, max_kl, max_share), cost, config, target)
 
 
 def survey(
@@ -245,7 +216,7 @@ def survey(
 ) -> list[Surveyed]:
     """What each group of a model would lose by each rung."""
     tensors = tensors_of(model)
-    shown = progress if isinstance(progress, Progress) else Progress(progress)
+    shown = progress if isinstance(progress, Progress) else Progress(progress, title="surveying")
     where = tensors.home if device is None else torch.empty(0, device=device).device
     run = Run(tensors, where, shown, batch_size=batch_size, activations_dir=activations_dir)
     try:

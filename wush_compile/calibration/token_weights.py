@@ -13,7 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from ..data import Batch
 from ..errors import WushError
 from ..passes.calibration.group import LinearGroup
-from ..passes.calibration.taps import tapped
+from ..passes.calibration.taps import Tap, tapped
 from ..solver.solution import uses_moment
 from .activations import Activations
 from .context import Run
@@ -70,12 +70,21 @@ def wanted_groups(groups: list[LinearGroup]) -> set[int]:
 class _Pass:
     """The pass of one graph's micro-batches."""
 
-    def __init__(self, variant: Variant, wanted: set[int], run: Run, loader: Loader, offset: int, seed: int):
-        """offset: the number of this process's first unit among all processes' units."""
+    def __init__(
+        self,
+        variant: Variant,
+        wanted: set[int],
+        run: Run,
+        loader: Loader,
+        offset: int,
+        seed: int,
+        make: Callable[[int], Tap],
+    ):
+        """offset: the number of this process's first unit among all processes' units. make: the tap of a group."""
         self.variant, self.run, self.loader, self.offset, self.seed = variant, run, loader, offset, seed
         self.predictions = predictions(variant.captured)
         self.stages = variant.stages
-        self.made = [tapped(stage, variant.groups, wanted) for stage in self.stages]
+        self.made = [tapped(stage, variant.groups, wanted, make) for stage in self.stages]
         self.first = min((k for k, (_, taps) in enumerate(self.made) if taps), default=len(self.stages))
         self.inputs = [p.name for p in variant.captured.placeholders()]
         # Gradients flow into values that a stage makes from the first one with a group on.
@@ -140,7 +149,7 @@ class _Pass:
         }
         anchor = torch.zeros((), device=self.run.device, requires_grad=True)
         for tap in taps.values():
-            tap.anchor = anchor
+            tap.anchor, tap.tensors = anchor, loaded
         with torch.enable_grad():
             arguments = [leaves.get(name, value) for name, value in zip(stage.inputs, inputs, strict=True)]
             outputs = dict(zip(stage.outputs, functional_call(module, loaded, tuple(arguments)), strict=True))
@@ -169,24 +178,7 @@ class _Pass:
         return None if mask is None else mask.to(self.run.device)
 
 
-@dataclass
-class _Norms:
-    """The norms of a group's rows, by unit, and how many rows are not masked. `rows` is None if they have no units."""
-
-    units: dict[int, Tensor] | None
-    kept: int = 0
-    effects: list[Tensor] = field(default_factory=list)
-
-    def add(self, batch: MicroBatch, norm: Tensor, kept: int, effect: Tensor) -> None:
-        self.effects.append(effect.cpu())
-        if self.units is None or len(norm) % len(batch.units):
-            self.units = None
-            return
-        self.kept += kept
-        self.units |= dict(zip(batch.units, norm.cpu().view(len(batch.units), -1), strict=True))
-
-
-def _norms(
+def collected(
     variants: Variants,
     groups: list[LinearGroup],
     wanted: set[int],
@@ -194,9 +186,9 @@ def _norms(
     size: int | None,
     offset: int,
     run: Run,
-) -> dict[int, _Norms]:
-    """Runs the pass with micro-batches of `size` sequences. Returns the norms by group number."""
-    found = {i: _Norms({}) for i in wanted}
+    make: Callable[[int], Tap],
+) -> Iterator[tuple[int, MicroBatch, tuple[Tensor, int]]]:
+    """Runs the pass with micro-batches of `size` sequences. Yields (group number, micro-batch, what its tap took)."""
     variants.route(regroup(windows, size))
     seed = min(groups[i].recipe.seed for i in wanted)
     loader = Loader(run.tensors, run.device)
@@ -204,15 +196,29 @@ def _norms(
         for variant in variants:
             if not variant.batches:
                 continue
-            work = _Pass(variant, wanted, run, loader, offset, seed)
+            work = _Pass(variant, wanted, run, loader, offset, seed, make)
             values = variant.activations.read(work.inputs)
             for chunk in _chunks(variant.batches, work.together):
                 inputs = [dict(zip(work.inputs, next(values), strict=True)) for _ in chunk]
-                for group, index, collected in work.run_chunk(chunk, inputs):
-                    found[group].add(chunk[index], *collected)
+                for group, index, taken in work.run_chunk(chunk, inputs):
+                    yield group, chunk[index], taken
     finally:
         loader.close()
-    return found
+
+
+@dataclass
+class _Norms:
+    """The norms of a group's rows, by unit, and how many rows are not masked. `units` is None if rows have no unit."""
+
+    units: dict[int, Tensor] | None
+    kept: int = 0
+
+    def add(self, batch: MicroBatch, squares: Tensor, kept: int) -> None:
+        if self.units is None or len(squares) % len(batch.units):
+            self.units = None
+            return
+        self.kept += kept
+        self.units |= dict(zip(batch.units, squares.sqrt().cpu().view(len(batch.units), -1), strict=True))
 
 
 def _chunks(batches: list[MicroBatch], together: Callable[[MicroBatch], int]) -> Iterator[list[MicroBatch]]:
@@ -222,7 +228,7 @@ def _chunks(batches: list[MicroBatch], together: Callable[[MicroBatch], int]) ->
         batches = batches[count:]
 
 
-def _pass_size(windows: list[Batch], batch_size: int | None) -> int | None:
+def pass_size(windows: list[Batch], batch_size: int | None) -> int | None:
     """Returns the sequences in a micro-batch of the pass; None for batches as they are."""
     counts = [sequences(batch) for batch in windows]
     if None in counts:
@@ -239,17 +245,17 @@ def measure(
     batch_size: int | None,
     run: Run,
 ) -> dict[str, Tensor]:
-    """Returns the weights of the whole run, of all processes: for each group `weights` [rows] and `rows` [units].
-
-    `effect` of a group is the mean over tokens of ‖gradient‖² ‖output‖² / N, summed over its members, of which a token
-    has at most `LARGEST_WEIGHT` times the mean: of a massive token the prediction for small errors would be too large.
-    """
+    """Returns the weights of the whole run, of all processes: for each group `weights` [rows] and `rows` [units]."""
     units = run.ranks.gather(sum(sequences(batch) or 1 for batch in windows))
-    offset, size = sum(units[: run.ranks.rank]), run.ranks.smallest(_pass_size(windows, batch_size) or 0) or None
+    offset, size = sum(units[: run.ranks.rank]), run.ranks.smallest(pass_size(windows, batch_size) or 0) or None
     while True:
-        found, reason, smaller = {}, None, size
+        reason, smaller = None, size
         try:
-            found = _norms(variants, groups, wanted, windows, size, offset, run)
+            found = {i: _Norms({}) for i in wanted}
+            for i, batch, (squares, kept) in collected(
+                variants, groups, wanted, windows, size, offset, run, lambda i: Tap()
+            ):
+                found[i].add(batch, squares, kept)
         except torch.OutOfMemoryError:
             smaller = (size or 1) // 2
             reason = None if smaller else "one sequence does not fit the memory for a backward pass"
@@ -268,20 +274,15 @@ def measure(
     weights, without = {"units": torch.tensor(units)}, []
     for i in sorted(wanted):
         own = found[i].units
-        mine = (
-            None if own is None else ([own[unit] for unit in sorted(own)], found[i].kept, torch.cat(found[i].effects))
-        )
-        shares = run.ranks.gather(mine)
+        shares = run.ranks.gather(None if own is None else ([own[unit] for unit in sorted(own)], found[i].kept))
         if None in shares:  # its rows do not belong to sequences
             without.append(groups[i].name)
             continue
-        parts = [part for share, *_ in shares for part in share]
-        weight, kept = torch.cat(parts).to(torch.float64) ** POWER, sum(count for _, count, _ in shares)
+        parts = [part for share, _ in shares for part in share]
+        weight, kept = torch.cat(parts).to(torch.float64) ** POWER, sum(count for _, count in shares)
         mean = weight.sum() / max(kept, 1)
         if 0 < mean < math.inf:
             weights[f"{groups[i].name}.weights"] = (weight / mean).clamp(max=LARGEST_WEIGHT).to(torch.float32)
-            effect = torch.cat([rows for *_, rows in shares]).to(torch.float64)
-            weights[f"{groups[i].name}.effect"] = effect.clamp(max=LARGEST_WEIGHT * effect.sum() / kept).sum() / kept
             weights[f"{groups[i].name}.rows"] = torch.tensor([len(part) for part in parts])
         else:
             without.append(groups[i].name)

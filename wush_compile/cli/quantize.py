@@ -75,7 +75,9 @@ def quantize(
     cost: Annotated[
         str | None,
         typer.Option(
-            metavar="GPU:ROWS", show_default="bytes", help="What that cost is: time on h100:16, rtx5090:1, ..."
+            metavar="GPU:ROWS",
+            show_default="bytes",
+            help="What that cost is: time on h200:16, rtx5090:1, mine.json:1 (benchmarks/rung_costs.py), ...",
         ),
     ] = None,
     recommend: Annotated[
@@ -145,7 +147,8 @@ def quantize(
                     "a choice of bits needs all of the model and a text: give --calibration, not --stream"
                 )
             target = {"max_kl": max_kl, "max_share": max_share} if max_kl or max_share else {"max_kl": 0.1}
-            found = recommended(net, data, config, **target, **_cost(cost), device=where, batch_size=batch_size)
+            more = dict(device=where, batch_size=batch_size, activations_dir=activations_dir, progress=not quiet)
+            found = recommended(net, data, config, **target, **_cost(cost), **more)
             config = replace(config, **found)
             if recommend or not quiet:
                 say(str(found))
@@ -173,10 +176,10 @@ def quantize(
 
 
 def _cost(text: str | None) -> dict:
-    """`h100:16` -> the GPU and the rows of `recommend`."""
+    """`h200:16` -> the GPU and the rows of `recommend`."""
     gpu, _, rows = (text or "").partition(":")
     if rows and not rows.isdigit():
-        raise ConfigError(f"--cost is GPU:ROWS, as in h100:16, not {text!r}")
+        raise ConfigError(f"--cost is GPU:ROWS, as in h200:16, not {text!r}")
     return {"gpu": gpu or None, "rows": int(rows or 1)}
 
 

@@ -33,25 +33,33 @@ def loss_sums(x: Tensor, weight: Tensor, solution: "GroupSolution", recipe: Reci
 
 def loss_rows(x: Tensor, weight: Tensor, solution: "GroupSolution", recipe: Recipe) -> tuple[Tensor, Tensor]:
     """The two sums of squares of `layer_loss` for each row of x: float64 [n]."""
-    x = x.to(weight.device, torch.float32)
-    t = None if solution.transform is None else solution.transform.to(torch.float32)
-    values = apply_blockwise(x.T, t).T.contiguous()  # X Tᵀ [n, K]
-    g = solution.input_global_scale
-    if recipe.operand == "fp8":
-        x_quantized = formats.dequantize_fp8(*formats.quantize_fp8(values))  # [n, K]
-    elif recipe.operand == "none":
-        x_quantized = values.to(weight.dtype).to(torch.float32)
-    else:
-        packed, scale = formats.quantize(values, recipe.format, recipe.activation_scale_rule, g)
-        x_quantized = formats.dequantize(packed, scale, recipe.format, g)
+    x, x_quantized = operands(x, weight, solution, recipe)
     error = power = torch.zeros(x.shape[0], dtype=torch.float64, device=weight.device)
     step = max(1, DECODED_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
-        w_quantized = formats.dequantize(
-            solution.weight_packed[rows], solution.weight_scale[rows], recipe.format, solution.weight_global_scale
-        )  # [N', K]
         reference = x @ weight[rows].to(torch.float32).T  # [n, N']
-        error = error + (reference - x_quantized @ w_quantized.T).to(torch.float64).square().sum(-1)
+        found = x_quantized @ decoded(solution, recipe, rows).T
+        error = error + (reference - found).to(torch.float64).square().sum(-1)
         power = power + reference.to(torch.float64).square().sum(-1)
     return error, power
+
+
+def operands(x: Tensor, weight: Tensor, solution: "GroupSolution", recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """x [n, K] and Q(X Tᵀ) [n, K], both fp32 on the weight's device."""
+    x = x.to(weight.device, torch.float32)
+    t = None if solution.transform is None else solution.transform.to(torch.float32)
+    values = apply_blockwise(x.T, t).T.contiguous()  # X Tᵀ [n, K]
+    if recipe.operand == "fp8":
+        return x, formats.dequantize_fp8(*formats.quantize_fp8(values))
+    if recipe.operand == "none":
+        return x, values.to(weight.dtype).to(torch.float32)
+    g = solution.input_global_scale
+    packed, scale = formats.quantize(values, recipe.format, recipe.activation_scale_rule, g)
+    return x, formats.dequantize(packed, scale, recipe.format, g)
+
+
+def decoded(solution: "GroupSolution", recipe: Recipe, rows: slice) -> Tensor:
+    """Rows of Q(W T⁻¹): fp32 [N', K]."""
+    weight, scale = solution.weight_packed[rows], solution.weight_scale[rows]
+    return formats.dequantize(weight, scale, recipe.format, solution.weight_global_scale)
