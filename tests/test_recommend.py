@@ -59,6 +59,28 @@ def test_no_other_choice_has_less_kl_for_less(gpu, rows):
         choose(some, cost, None, 0.001)
 
 
+class Siblings(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(64, 32), nn.Linear(64, 96)
+
+    def forward(self, x):
+        return torch.cat([self.a(x), self.b(x)], -1)
+
+
+def test_the_prediction_for_a_linear_is_half_its_squared_error():
+    """Between two normal distributions of unit variance the KL is ‖difference of means‖² / 2."""
+    data, config = [torch.randn(2048, 64, generator=torch.Generator().manual_seed(1))], wc.WushConfig()
+    [group] = wc.recommend(Siblings(), data, config, max_share=1.0, progress=False).groups
+    assert (group.members, group.rows, group.width) == (("a", "b"), 128, 64)
+    for rung in NAMES:
+        settings = Recommendation([group], [rung], Cost("mxfp4", None, 1), config)
+        with torch.no_grad():
+            error = wc.quantize(Siblings(), data, config, progress=False, **settings)(data[0]) - Siblings()(data[0])
+        assert group.kl[rung] == pytest.approx(float(error.square().sum(-1).mean() / 2), rel=0.1), rung
+
+
 def test_predictions_are_near_what_is_measured():
     model, config = plain("llama", torch.float32), wc.WushConfig()
     found = wc.recommend(model, DATA, config, max_share=1.0, progress=False)
@@ -76,6 +98,21 @@ def test_predictions_are_near_what_is_measured():
         assert 0.5 < predicted[rung] / measured[rung] < 2, (rung, predicted, measured)
     for kl in (measured, predicted):  # W4A8 and W4A16 are too close to tell apart here
         assert kl["W4A4"] > kl["W4A8"] > kl["W8A16"]
+
+
+@pytest.mark.parametrize("count, kept, held", [(15, 15, 15), (16, 14, 2), (25, 22, 3)])
+def test_errors_are_measured_on_sequences_set_aside(count, kept, held, monkeypatch):
+    seen = []
+
+    def predicted(self, solved, windows):
+        seen.extend({tuple(row.tolist()) for w in part for row in w["input_ids"]} for part in (self.windows, windows))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(survey.Survey, "_predicted", predicted)
+    with pytest.raises(KeyboardInterrupt):
+        wc.recommend(plain("llama"), list(tokens(count, 24).split(5)), max_kl=1, progress=False)
+    assert [len(part) for part in seen] == [kept, held]
+    assert seen[0] == seen[1] if kept == held else not seen[0] & seen[1]
 
 
 def test_what_is_recommended_can_be_done():
