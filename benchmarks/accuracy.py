@@ -84,6 +84,7 @@ for _name, _seconds in (
     ("smoothquant-gptq", 45),
     ("quarot-rtn", 25),
     ("quarot", 45),
+    ("spinquant", 75),
     ("gptq", 42),
     ("gptq-hadamard", 55),
     ("rtn-wush", 30),
@@ -107,7 +108,7 @@ def measure(
     model = copy.deepcopy(reference)
     start = time.perf_counter()
     if method is not None:
-        prepare(model, calibration, METHODS[method], config.seed)
+        prepare(model, calibration, METHODS[method], config.format, config.seed, progress=sys.stderr.isatty())
     wc.quantize(model, calibration, config, progress=sys.stderr.isatty())
     middle = time.perf_counter()
     result = compare(reference, model, test, TEST_WINDOW, progress=False)

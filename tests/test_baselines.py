@@ -10,7 +10,7 @@ from torch import nn
 
 import wush_compile as wc
 from wush_compile import formats
-from wush_compile.baselines import METHODS, hadamard, quantize_by, rotate, smooth, stream
+from wush_compile.baselines import METHODS, hadamard, learn, quantize_by, rotate, smooth, stream
 from wush_compile.capture.export import capture
 from wush_compile.errors import CaptureError, ConfigError, DataError
 
@@ -180,6 +180,40 @@ def test_layer_norms_are_found_and_smoothed():
     [norm] = stream.find_norms(capture(model, [(x,)]).graph_module.graph)
     assert norm.kind == "layer" and norm.readers == ("1",)
     assert smooth(model, [x]) == 1 and torch.allclose(model(x), reference, atol=1e-5)
+
+
+# -- SpinQuant -----------------------------------------------------------------------------------------------------
+
+
+def test_a_cayley_step_is_that_of_the_published_iteration():
+    """Cayley SGD of Li et al. (2020), Algorithm 1: Y = X + α/2 W (X + Y), iterated to its fixed point."""
+    generator = torch.Generator().manual_seed(0)
+    r = torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64, generator=generator))[0]
+    gradient = torch.randn(24, 24, dtype=torch.float64, generator=generator)
+    x, g = r.T, gradient.T
+    w_hat = -g @ x.T + 0.5 * x @ (x.T @ g @ x.T)
+    w = w_hat - w_hat.T
+    rate = min(1.5, 1 / float(w.abs().sum(0).max()))
+    y = x
+    for _ in range(200):
+        y = x + rate / 2 * w @ (x + y)
+    step = learn.cayley_step(r, gradient, 1.5)
+    assert torch.allclose(step, y.T, atol=1e-7)
+    assert torch.allclose(step @ step.T, torch.eye(24, dtype=torch.float64), atol=1e-12)
+    # It goes downhill: the change against the gradient is negative.
+    assert float((gradient * (learn.cayley_step(r, gradient, 1e-4) - r)).sum()) < 0
+
+
+def test_a_learned_rotation_lowers_the_loss_and_stays_orthogonal():
+    model, ids = model_of("llama", tied=True), tokens(4, 32)
+    reference, before, losses = logits(model, ids), copy.deepcopy(model.state_dict()), []
+    r = learn.learn_rotation(model, [(ids,)], "mxfp4", steps=12, progress=False, losses=losses)
+    assert torch.allclose(r @ r.T, torch.eye(64, dtype=torch.float64), atol=1e-9)
+    assert sum(losses[-3:]) < sum(losses[:3]) and len(losses) == 12
+    assert not torch.allclose(r, hadamard.random_hadamard(64, 0), atol=1e-3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    rotate(model, [(ids,)], r)
+    assert torch.allclose(logits(model, ids), reference, atol=5e-6)
 
 
 # -- Four Over Six -------------------------------------------------------------------------------------------------

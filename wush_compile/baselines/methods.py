@@ -14,10 +14,11 @@ from ..calibration.run import quantize
 from ..config import WushConfig
 from ..data import normalize
 from ..errors import one_of
+from .learn import learn_rotation
 from .rotate import rotate
 from .smooth import smooth
 
-PREPARATIONS = (None, "smooth", "rotate")
+PREPARATIONS = (None, "smooth", "rotate", "learn")
 # How much of the range SmoothQuant moves: its authors' default.
 SMOOTH_ALPHA = 0.5
 
@@ -28,7 +29,7 @@ class Method:
 
     source   the publication
     formats  the formats that it is defined for
-    prepare  the rewrite that comes first: `smooth` (SmoothQuant), `rotate` (QuaRot), or None
+    prepare  the rewrite that comes first: `smooth` (SmoothQuant), `rotate` (QuaRot), `learn` (SpinQuant), or None
     """
 
     title: str
@@ -60,6 +61,7 @@ METHODS = {
     "smoothquant-gptq": Method("SmoothQuant, GPTQ", "arXiv 2211.10438", {**_GPTQ, **_MSE, **_IDENTITY}, "smooth"),
     "quarot-rtn": Method("QuaRot, RTN", "arXiv 2404.00456", {**_RTN, **_MSE, **_IDENTITY}, "rotate"),
     "quarot": Method("QuaRot, GPTQ", "arXiv 2404.00456", {**_GPTQ, **_MSE, **_IDENTITY}, "rotate"),
+    "spinquant": Method("SpinQuant, GPTQ", "arXiv 2405.16406", {**_GPTQ, **_MSE, **_IDENTITY}, "learn"),
     "gptq": Method("GPTQ", "arXiv 2210.17323", {**_GPTQ, **_MSE, **_IDENTITY}),
     "gptq-hadamard": Method("MR-GPTQ: GPTQ, Hadamard blocks", "arXiv 2509.23202", {**_GPTQ, **_MSE, **_HADAMARD}),
     "rtn-wush": Method("WUSH, RTN, as published", "arXiv 2512.00956", {**_RTN, **_PAPER_WUSH}),
@@ -68,12 +70,24 @@ METHODS = {
 }
 
 
-def prepare(model: nn.Module, data: Iterable | None, method: Method, seed: int = 0, tokenizer=None) -> nn.Module:
+def prepare(
+    model: nn.Module,
+    data: Iterable | None,
+    method: Method,
+    format: str,
+    seed: int = 0,
+    tokenizer=None,
+    progress: bool = True,
+) -> nn.Module:
     """Rewrites a model in place as a method asks for; it computes the same up to rounding."""
     if one_of("preparation", method.prepare, PREPARATIONS) == "smooth":
         smooth(model, data, method.alpha, tokenizer=tokenizer)
     elif method.prepare == "rotate":
         rotate(model, normalize(data, tokenizer, model)[:1], seed=seed)
+    elif method.prepare == "learn":
+        batches = normalize(data, tokenizer, model)
+        learned = learn_rotation(model, batches, format, seed=seed, progress=progress)
+        rotate(model, batches[:1], learned)
     return model
 
 
@@ -90,5 +104,5 @@ def quantize_by(
     """Quantizes a model in place by one of `METHODS`. Arguments are those of `quantize`; `seed` is the random one's."""
     method = METHODS[one_of("method", name, METHODS)]
     one_of(f"format of {name}", format, method.formats)
-    prepare(model, data, method, seed, tokenizer)
+    prepare(model, data, method, format, seed, tokenizer, progress)
     return quantize(model, data, method.configuration(format, seed), tokenizer=tokenizer, progress=progress)
