@@ -3,6 +3,7 @@
 import ast
 import copy
 import importlib.metadata
+import os
 import pickle
 import subprocess
 import sys
@@ -123,15 +124,31 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
         greedy(directory)
 
 
-def test_the_import_brings_nothing_for_people():
-    code = """
-import sys, vllm
+IMPORTED = """
+import sys, time
+start = time.process_time()
+import torch
+of_torch = time.process_time() - start
+import vllm
 from vllm.model_executor.layers.quantization import register_quantization_config
-before = set(sys.modules)
+before, start = set(sys.modules), time.process_time()
 from wush_compile.vllm import register
 register()
-print(sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+ours = time.process_time() - start
+print(repr((of_torch, ours, sorted({name.split(".")[0] for name in set(sys.modules) - before}))))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    new = set(ast.literal_eval(done.stdout.strip().splitlines()[-1]))
-    assert new <= {"wush_compile", "safetensors"}, new
+
+
+def test_what_the_import_costs(tmp_path):
+    """Nothing for people is imported, and it takes under 50 ms: of CPU time, beside that of torch in this process, which
+    takes 1 to 2 s on machines of today."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    env["PYTHONPYCACHEPREFIX"] = str(tmp_path)  # an installed package has bytecode: from the second run on
+    best = (1.0, 1.0)
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, timeout=300, env=env)
+        of_torch, ours, new = ast.literal_eval(done.stdout.strip().splitlines()[-1])
+        assert set(new) <= {"wush_compile", "safetensors"}, new
+        best = min(best, (ours / of_torch, ours))
+    print(f"{1e3 * best[1]:.0f} ms of CPU time, {best[0]:.1%} of torch")
+    assert best[0] < 0.03 and best[1] < 0.05, best

@@ -17,6 +17,9 @@ import torch
 from ..errors import GradientError, SignatureError
 
 lib = torch.library.Library("wush", "DEF")
+# `register_fake` asks `inspect` for the module of this file, and that would look through all that are loaded: in a
+# worker of vLLM it takes as long as the rest of our import.
+inspect.modulesbyfile.setdefault(__file__, __name__)
 
 
 def schema(op: str) -> torch._C.FunctionSchema:
