@@ -140,7 +140,7 @@ print(repr((of_torch, ours, sorted({name.split(".")[0] for name in set(sys.modul
 
 
 def test_what_the_import_costs(tmp_path):
-    """Nothing for people is imported, and it takes under 50 ms: of CPU time, beside that of torch in this process, which
+    """Nothing for people is imported, and it takes under 50 ms: of CPU time, beside that of torch here, which
     takes 1 to 2 s on machines of today."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     env["PYTHONPYCACHEPREFIX"] = str(tmp_path)  # an installed package has bytecode: from the second run on
