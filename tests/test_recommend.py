@@ -156,6 +156,9 @@ def test_what_cannot_be_recommended():
     ):
         with pytest.raises(ConfigError, match=error):
             wc.recommend(Rounded(), data, progress=False, **settings)
+    with pytest.raises(WushError, match="settings of its own"):
+        own = wc.WushConfig(overrides={"linear": {"transform": "hadamard"}})
+        wc.recommend(Rounded(), data, own, max_kl=0.1, progress=False)
     with pytest.raises(WushError, match="no gradient"):
         wc.recommend(Rounded(), data, max_kl=0.1, progress=False)
 
@@ -239,4 +242,4 @@ def test_masked_tokens_have_no_part(monkeypatch):
         data = [{"input_ids": DATA[0].masked_fill(mask == 0, value), "attention_mask": mask}]
         found.append(wc.recommend(plain("llama", torch.float32), data, max_share=1.0, progress=False).groups)
     assert [g.kl for g in found[0]] == [g.kl for g in found[1]]
-    assert len(counts) == 2 * 8 and set(counts) == {int(mask.sum())}
+    assert len(counts) == 2 * 8 * survey.SAMPLES and set(counts) == {int(mask.sum())}

@@ -27,8 +27,11 @@ from .loop import Calibration
 from .microbatch import regroup, sequences
 from .token_weights import assigned, collected, measure, pass_size, wanted_groups
 
-# One sequence of so many is set aside for the errors, and of those about so many tokens.
-HELD, TOKENS = 8, 2**14
+# One sequence of so many is set aside for the errors.
+HELD = 8
+# Tokens whose errors meet gradients: a part of those set aside, or all of them with several samples of predicted
+# tokens, of which there are at most so many. Half of the variance of a prediction is that of the sample.
+TOKENS, SAMPLES = 2**14, 8
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Survey(Calibration):
     def survey(self, rungs: Mapping[str, Mapping], recipe: Recipe) -> list[Surveyed]:
         """Returns what each group with this recipe would lose by each rung: name -> settings."""
         chosen = {i for i, group in enumerate(self.groups) if group.experts is None and group.recipe == recipe}
+        if not chosen:
+            raise WushError("nothing to recommend: overrides give every linear settings of its own")
         held = self._hold_out()
         observing = [[_copy(stage.graph_module) for stage in variant.stages] for variant in self.variants]
         self.progress.at("token weights")
@@ -134,17 +139,19 @@ class Survey(Calibration):
 
     def _predicted(self, solved: dict[int, list], windows: list[Batch]) -> dict[int, Tensor]:
         """Returns the predicted KL of each rung [R], in nats a token, by group number."""
-        size = pass_size(self.windows, self.batch_size)
+        size, seed = pass_size(self.windows, self.batch_size), min(self.groups[i].recipe.seed for i in solved)
+        samples = min(SAMPLES, max(1, TOKENS // sum(batch.tokens() for batch in regroup(windows, None))))
         taps = {i: ErrorTap(self.groups[i], own) for i, own in solved.items()}
-        arguments = self.variants, self.groups, set(solved), windows
+        work = self.variants, set(solved), windows
         while True:
             sums, kept = dict.fromkeys(solved, 0.0), dict.fromkeys(solved, 0)
-            self.progress.begin(len(solved) * len(regroup(windows, size)), self.device, "step")
+            self.progress.begin(samples * len(solved) * len(regroup(windows, size)), self.device, "step")
             self.progress.at("errors")
             try:
-                for i, _, (dots, rows) in collected(*arguments, size, 0, self.run, taps.__getitem__):
-                    sums[i], kept[i] = sums[i] + dots.to(torch.float64).square().sum(-1).cpu(), kept[i] + rows
-                    self.progress.advance()
+                for sample in range(samples):
+                    for i, _, (dots, rows) in collected(*work, size, 0, seed + 1 + sample, self.run, taps.__getitem__):
+                        sums[i], kept[i] = sums[i] + dots.to(torch.float64).square().sum(-1).cpu(), kept[i] + rows
+                        self.progress.advance()
                 return {i: 0.5 * sums[i] / kept[i] for i in solved}
             except torch.OutOfMemoryError:
                 if (size or 1) == 1:

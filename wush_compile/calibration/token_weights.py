@@ -180,17 +180,16 @@ class _Pass:
 
 def collected(
     variants: Variants,
-    groups: list[LinearGroup],
     wanted: set[int],
     windows: list,
     size: int | None,
     offset: int,
+    seed: int,
     run: Run,
     make: Callable[[int], Tap],
 ) -> Iterator[tuple[int, MicroBatch, tuple[Tensor, int]]]:
     """Runs the pass with micro-batches of `size` sequences. Yields (group number, micro-batch, what its tap took)."""
     variants.route(regroup(windows, size))
-    seed = min(groups[i].recipe.seed for i in wanted)
     loader = Loader(run.tensors, run.device)
     try:
         for variant in variants:
@@ -252,8 +251,9 @@ def measure(
         reason, smaller = None, size
         try:
             found = {i: _Norms({}) for i in wanted}
+            seed = min(groups[i].recipe.seed for i in wanted)
             for i, batch, (squares, kept) in collected(
-                variants, groups, wanted, windows, size, offset, run, lambda i: Tap()
+                variants, wanted, windows, size, offset, seed, run, lambda i: Tap()
             ):
                 found[i].add(batch, squares, kept)
         except torch.OutOfMemoryError:
