@@ -4,6 +4,7 @@ A renderer is a small function decorated with `@figure`; documents call it by na
 strings, the first ones names of results. All rounding is done by `shown`.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -218,28 +219,44 @@ def massive_tokens(name: str) -> str:
     return table(["loss, %", "transform", "weights", *heads], lines)
 
 
+def llama_gib(format: str, head: str) -> float:
+    """GiB of the weights of Llama-3.1-8B's shape: 32 layers, an embedding, a head, norms."""
+    from wush_compile.calibration.costs import KEPT, held
+
+    rung = "W8A16" if format == "int8" else "W4A4"
+    layer = sum(held(rung, format, *shape) for shape in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)))
+    outside = 128256, 4096
+    both = held(KEPT, "mxfp4", *outside) + held(KEPT if head == "16 bits" else "W8A16", "mxfp4", *outside)
+    return (32 * layer + both + 2 * 65 * 4096) / 2**30
+
+
 @figure
-def ladder(accuracy: str, whole: str = "") -> str:
-    """A row a rung: what multiplies on which GPU, KL, and decoding of one sequence over bf16, with and without an int8
-    head. Cells that were not measured are empty."""
+def ladder(accuracy: str, layers: str, whole: str, rows: str) -> str:
+    """A row a rung: what multiplies on which GPU, KL, the linears of a layer over bf16 by rows, decoding of one
+    sequence over bf16, and memory. The head has 8 bits where decoding was measured so. Cells that were not measured are
+    empty."""
     kl = {(row["format"], row["activations"], row["head"]): row["kl"] for row in result(accuracy)["rows"]}
-    decode = {row["model"]: row for row in result(whole)["rows"] if row["what"] == "decode"} if whole else {}
-    lines = []
-    for format, activation in RUNGS:
+    decode = {row["model"]: row for row in result(whole)["rows"] if row["what"] == "decode"}
+    counts, timed, lines = rows.split(","), layers_of(layers), []
+    for (format, activation), head in itertools.product(RUNGS, ("16 bits", "int8")):
         model = format if activation == "same" else f"{format}-{activation}"
+        row = decode.get(model + ("+head" if head == "int8" else ""))
+        if head == "int8" and row is None:
+            continue
+        column = model.replace("-", " ")
         cells = [
-            format if format == "int8" else format.upper(),
+            (format if format == "int8" else format.upper()) + (", int8 head" if head == "int8" else ""),
             {"same": "4 bits", "fp8": "fp8", "none": "16 bits"}[activation],
+            *(tensor_cores(format, activation, gpus) for gpus in GPUS),
         ]
-        cells += [tensor_cores(format, activation, gpus) for gpus in GPUS]
-        for head, name in (("16 bits", model), ("int8", f"{model}+head")):
-            row, known = decode.get(name), kl.get((format, activation, head))
-            cells.append("" if known is None else shown(known, 4))
-            cells.append("" if row is None else f"{shown(decode['bf16']['queued ms'] / row['queued ms'], 2)}×")
-            cells.append("" if row is None else shown(row["memory GiB"], 2))
-        lines.append(cells)
-    columns = [f"{what}{head}" for head in ("", ", int8 head") for what in ("KL", "speed", "GiB")]
-    return table(["weights", "activations", *GPUS, *columns], lines)
+        known = kl.get((format, activation, head))
+        cells.append("" if known is None else shown(known, 4))
+        measured = head == "16 bits" and f"{column} us" in timed[int(counts[0])]
+        cells += [f"{gain(timed[int(count)], column)}×" if measured else "" for count in counts]
+        cells.append("" if row is None else f"{shown(decode['bf16']['queued ms'] / row['queued ms'], 2)}×")
+        lines.append([*cells, shown(llama_gib(format, head), 2)])
+    columns = [*(f"{count} row{'s' * (count != '1')}" for count in counts), "one sequence", "GiB"]
+    return table(["weights", "activations", *GPUS, "KL", *columns], lines)
 
 
 @figure
