@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -54,11 +56,19 @@ def emulates_rounding() -> bool:
     return "emulate_precision_casts" in inspect.getsource(cpp)
 
 
+def skip_where_triton_interprets_no_loops() -> None:
+    """Skips where Triton's interpreter fails in a loop to a computed bound: it reads the bound as numpy once allowed."""
+    triton = pytest.importorskip("triton")
+    versions = ([int(part) for part in module.__version__.split(".")[:2]] for module in (triton, numpy))
+    if next(versions) < [3, 7] and next(versions) >= [2, 4]:
+        pytest.skip("needs Triton 3.7 or numpy 2.3")
+
+
 @contextlib.contextmanager
 def watch_cpu(watch: Callable[[Codes], Codes]) -> Iterator[None]:
     """Every quantizer on the CPU, also inside a fused op, returns what `watch` makes of its codes and scales."""
     library, reference = torch.library.Library("wush", "IMPL"), ops.REFERENCE["transform_quantize"]
-    library.impl("transform_quantize", lambda *args: watch(reference(*args)), "CPU")
+    library.impl("transform_quantize", lambda *args: watch(reference(*args)), "CPU", allow_override=True)
     try:
         yield
     finally:
@@ -87,6 +97,8 @@ def with_equal_codes(
             for index, (codes, scales) in enumerate(recorded)
             if codes.shape == own[0].shape and scales.shape == own[1].shape and scales.dtype == own[1].dtype
         }
+        if not shares:  # a quantizer to 16 bits without a transform: the graph drops it
+            return own
         best = min(shares, key=shares.get)
         used.add(best)
         flipped.append(shares[best])

@@ -510,7 +510,8 @@ def test_a_provider_that_fails_falls_back_with_one_warning_that_names_it(monkeyp
     model, x = mlp(), rows(2, 5)
     expected = model(x)
     library = torch.library.Library("wush", "IMPL")
-    library.impl("fp4_linear", functools.partial(kernels.dispatch, "fp4_linear", ops.REFERENCE["fp4_linear"]), "CPU")
+    dispatched = functools.partial(kernels.dispatch, "fp4_linear", ops.REFERENCE["fp4_linear"])
+    library.impl("fp4_linear", dispatched, "CPU", allow_override=True)
     try:
         run = compiled(model)
         with caplog.at_level("WARNING", "wush_compile"):

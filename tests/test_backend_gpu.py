@@ -122,10 +122,10 @@ def test_gpu_provider_that_fails_falls_back_with_one_warning(monkeypatch, caplog
     def broken(*args):
         raise RuntimeError("no such instruction")
 
+    model, x = pair().cuda(), pair_rows(2, 5).cuda()  # quantized on the CPU, by what resolve says of it
     entry = ("triton", kernels.Implementation(broken, lambda *args: None))
     table = {op: [*entries] for op, entries in kernels.resolve(0).items()} | {"fp4_linear": [entry]}
     monkeypatch.setattr(kernels, "resolve", lambda device: table)
-    model, x = pair().cuda(), pair_rows(2, 5).cuda()
     run = torch.compile(model, backend="wush", fullgraph=True)
     with caplog.at_level("WARNING", "wush_compile"):
         first, second = run(x), run(x)

@@ -62,6 +62,7 @@ class Asks(nn.Module):
         return y if (x[:, 0, 0] > 0).any() else -y
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch.export keeps no assertion for such a question")
 def test_a_question_about_the_data_is_an_assertion():
     above, below = torch.full((2, 8, 64), 0.5), torch.full((2, 8, 64), -0.5)
     model = quantize(Asks(), above, above * 2)

@@ -24,8 +24,8 @@ def bytes_alphabet() -> list[str]:
 
 
 def write_gguf(path: Path, pre: str = "smollm", arch: str = "llama") -> Path:
-    """A one-block model, Q8_0 but for its norms; its only merge makes one token of "12"."""
-    tokens = [*SPECIAL, *bytes_alphabet(), "12"]
+    """A one-block model, Q8_0 but for its norms; its merges make one token each of "12" and "34"."""
+    tokens = [*SPECIAL, *bytes_alphabet(), "12", "34"]
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(64)
@@ -42,7 +42,7 @@ def write_gguf(path: Path, pre: str = "smollm", arch: str = "llama") -> Path:
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3))
-    writer.add_token_merges(["1 2"])
+    writer.add_token_merges(["1 2", "3 4"])  # transformers 5.17 misreads a list of one
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from helpers import skip_where_triton_interprets_no_loops
 
 from wush_compile import formats
 from wush_compile.ops import core as ops
@@ -208,6 +209,7 @@ print("same")
 def test_quantizers_and_orders_interpreted(tmp_path):
     """Triton's interpreter runs the same kernels without a GPU, in a process of its own: it reads TRITON_INTERPRET at
     import."""
+    skip_where_triton_interprets_no_loops()
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     script = tmp_path / "interpreted.py"  # Triton reads a kernel's source from its file
     script.write_text(INTERPRETED)

@@ -11,6 +11,7 @@ from math import inf
 
 import pytest
 import torch
+from helpers import skip_where_triton_interprets_no_loops
 from test_lowering import compile_kernel, main_loops, nothing_runs_on, overwritten_too_early, sass
 
 from wush_compile import formats
@@ -280,6 +281,7 @@ print("same")
 
 def test_interpreted(tmp_path):
     """The kernels' own code but for what is written in assembly: experts, tails of K and N, rows of none, an index."""
+    skip_where_triton_interprets_no_loops()
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     script = tmp_path / "grouped.py"  # Triton reads a kernel's source from its file
     script.write_text(INTERPRETED)

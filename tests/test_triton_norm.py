@@ -4,16 +4,15 @@ import os
 import subprocess
 import sys
 
-import numpy
 import pytest
 import torch
+from helpers import skip_where_triton_interprets_no_loops
 
 from wush_compile.ops import core as ops
 from wush_compile.ops import fused as fused_ops
 
 triton = pytest.importorskip("triton")
 from wush_compile.kernels.triton.common.memory import workspace
-from wush_compile.kernels.triton.linear.choose import triton_version
 from wush_compile.kernels.triton.quantize.norm import FEW_ROWS, NormPlan, choose_plan, norm_quantize
 from wush_compile.kernels.triton.quantize.tiles import Tile
 
@@ -85,8 +84,7 @@ print("same")
 
 
 def test_norms_interpreted():
-    if triton_version() < (3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 5):
-        pytest.skip("needs Triton 3.7 or numpy 2.4: Triton 3.6 cannot interpret a loop to a computed bound")
+    skip_where_triton_interprets_no_loops()
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=env, timeout=240)
     assert run.stdout.strip().endswith("same"), run.stderr[-2000:]

@@ -11,7 +11,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from .modules import WushGroup
+from .modules import WushGroup, needs_gradient
 from .ops import grouped as grouped_ops  # noqa: F401  (registers wush::fp4_grouped_linear)
 from .ops.straight_through import ExpertsStraightThrough
 
@@ -47,7 +47,7 @@ class ExpertGroup(WushGroup):
 
         offs   int32 [E], the ends of the experts' rows
         """
-        trains = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_exporting()
+        trains = needs_gradient(x)
         with torch.no_grad() if trains else contextlib.nullcontext():
             codes, scales = self.quantize_input(x)
         if trains:

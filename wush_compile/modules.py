@@ -65,10 +65,11 @@ def buffer_layout(
     }
 
 
-def _needs_gradient(x: Tensor, bias: Tensor | None) -> bool:
+def needs_gradient(x: Tensor, bias: Tensor | None = None) -> bool:
     """Whether autograd records a linear of x. An exported program holds the ops alone, which refuse gradients."""
     wanted = x.requires_grad or (bias is not None and bias.requires_grad)
-    return torch.is_grad_enabled() and wanted and not torch.compiler.is_exporting()
+    # The flag behind `torch.compiler.is_exporting()`. torch 2.11 answers True to the function in all that Dynamo traces.
+    return torch.is_grad_enabled() and wanted and not torch.compiler._is_exporting_flag
 
 
 class WushGroup(nn.Module):
@@ -130,7 +131,7 @@ class WushGroup(nn.Module):
         if len(self.members) > 1:
             weight, weight_scale = weight[start:stop], weight_scale[start:stop]
             bias = None if bias is None else bias[start:stop]
-        if _needs_gradient(x, bias):
+        if needs_gradient(x, bias):
             with torch.no_grad():
                 codes, scales = self._quantize_once(x, start)
             return StraightThrough.apply(
