@@ -13,6 +13,7 @@ from wush_compile import formats
 from wush_compile.graphs.printing import count_ops, print_graph
 from wush_compile.kernels import dispatch as kernels
 from wush_compile.passes import pipeline as passes
+from wush_compile.passes.execution.fold_weights import fold_weights
 from wush_compile.passes.pattern import op_name, value
 
 wush = torch.ops.wush
@@ -293,3 +294,38 @@ def test_what_no_packaged_kernel_takes_says_why(hopper):
     linear = (*wide, None, *wide, None, None, None, "mxfp4", torch.bfloat16)
     assert packaged.refuses("fp4_linear", (9, 0), *linear) is None
     assert "(8, 0)" in packaged.refuses("fp4_linear", (8, 0), *linear)
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_a_package_computes_nothing_of_its_weights_alone(format, hopper):
+    program = exported(nn.Sequential(Product(format, 256), Product(format, 256)), x_like(5, 256))
+    graph = on_gpu(program)
+    passes.run(graph, passes.PACKAGING)
+    found = fold_weights(program)
+    assert found == (2 if format == "mxfp4" else 0)
+    tops = [t for name, t in program.constants.items() if name.startswith("wush_amax")]
+    scales = [t for name, t in program.state_dict.items() if t.dtype == torch.uint8 and t.shape[-1] == 256 // 32]
+    assert len(tops) == found and all(torch.equal(t, s.amax(-1)) for t, s in zip(tops, scales))
+    assert "amax" not in {op_name(n) for n in graph.nodes}
+    placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
+    assert [s.arg.name for s in program.graph_signature.input_specs] == placeholders
+
+
+class Facts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scales", torch.arange(12, dtype=torch.uint8).view(3, 4))
+        self.weight = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        return x + self.scales.amax(-1) + nn.functional.pad(self.scales, (0, 1)).view(-1)[:3] + self.weight.amax(-1)
+
+
+def test_folded_weights_are_saved_with_the_program(tmp_path):
+    x, model = torch.randn(2, 3), Facts()
+    program = exported(model, x)
+    assert fold_weights(program) == 2  # not what is made of the parameter
+    program.graph_module.recompile()
+    torch.export.save(program, tmp_path / "facts.pt2")
+    for p in (program, torch.export.load(tmp_path / "facts.pt2")):
+        assert torch.equal(p.module()(x), model(x))

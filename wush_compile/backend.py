@@ -20,6 +20,7 @@ from .graphs.printing import readable_name
 from .kernels import dispatch as kernels
 from .ops import fused as fused_ops  # noqa: F401  (registers the ops that passes emit)
 from .passes import pipeline as passes
+from .passes.execution.fold_weights import fold_weights
 
 _ROOT = Path(__file__).parent
 _LINEAR_OPS = ("linear", "mm", "addmm", "matmul", "bmm")
@@ -175,7 +176,8 @@ def preview(model: torch.nn.Module, *args, **kwargs) -> GraphTrace:
 
 
 def fuse(program: torch.export.ExportedProgram, *, inline: bool = False) -> torch.export.ExportedProgram:
-    """Runs the execution passes on an exported program, in place, and returns it. Its signature does not change.
+    """Runs the execution passes on an exported program, in place, and returns it. Its signature does not change, but for
+    constants that `inline` adds.
 
     inline: also replace every wush op by launches of Triton kernels, or by the arithmetic that defines it. A package of
     the program (`torch._inductor.aoti_compile_and_package`) then runs without wush_compile and without Python. Make the
@@ -190,5 +192,7 @@ def fuse(program: torch.export.ExportedProgram, *, inline: bool = False) -> torc
     recorder.snapshot("incoming", program.graph, names)
     steps = passes.PACKAGING if inline else passes.EXECUTION
     passes.run(program.graph, steps, functools.partial(recorder.snapshot, names=names))
+    if inline:
+        fold_weights(program)
     program.graph_module.recompile()
     return program
