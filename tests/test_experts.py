@@ -24,6 +24,8 @@ from wush_compile.errors import CheckpointError, ConfigError, NonFiniteError
 from wush_compile.experts import ExpertGroup, WushExperts
 from wush_compile.formats import dequantize
 from wush_compile.modules import named_groups
+from wush_compile.solver import experts as solver_of_experts
+from wush_compile.solver.experts import batches, pooled_moment, solve_share, solve_shared
 
 DATA = [tokens(4, 32, seed=1)]
 
@@ -116,6 +118,11 @@ def test_experts_are_joined_as_transformers_joins_them(kind, tmp_path, monkeypat
     monkeypatch.setattr(conversion, "_joins_experts", lambda converter: False)
     for name, tensor in tensors.load(names, here).items():
         assert tensor.dtype == joined[name].dtype and torch.equal(tensor, joined[name]) and tensor.any()
+
+
+def test_shares_of_experts_are_parted_alike():
+    assert batches(range(3, 13), 4) == [range(3, 4), range(4, 8), range(8, 12), range(12, 13)]
+    assert batches(range(8, 16), 8) == [range(8, 16)] and batches(range(2), 1) == [range(1), range(1, 2)]
 
 
 # -- settings and bad input ------------------------------------------------------------------------------------------
@@ -312,3 +319,23 @@ def test_calibrated_on_a_gpu(kind):
         for _ in range(3):
             replayed = graphed(ids, use_cache=False).logits.clone()
         assert (logits - replayed).norm() < lost
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_experts_are_solved_side_by_side_on_a_gpu(format, monkeypatch):
+    """Alone, in fours, and in shares that part them otherwise: the same, but for sums in another order."""
+    recipe, generator = wc.WushConfig(format=format).recipe_of("x"), torch.Generator("cuda").manual_seed(0)
+    weights = torch.randn(6, 96, 256, device="cuda", generator=generator).bfloat16()
+    x = torch.randn(6, 700, 256, device="cuda", generator=generator)
+    given = dict(moment=x.mT @ x, rows=[700] * 6, name="x")
+    given["pooled"] = pooled_moment(given["moment"], torch.full((6,), 700, device="cuda"), "x")
+    t, _, _ = solve_shared(weights, recipe, pooled=given["pooled"], sample=x[0, :64], name="x")
+    found = []
+    for together, shares in ((1, [range(6)]), (4, [range(6)]), (4, [range(3), range(3, 6)])):
+        monkeypatch.setattr(solver_of_experts, "_together", lambda *args, together=together: together)
+        parts = [solve_share(weights, recipe, t, share, **given) for share in shares]
+        found.append([torch.cat([getattr(p, name) for p in parts]) for name in ("weight_packed", "weight_scale")])
+    for other in found[1:]:
+        for got, want in zip(other, found[0], strict=True):
+            assert (got != want).float().mean() < 1e-3

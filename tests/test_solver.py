@@ -16,6 +16,7 @@ from wush_compile.recipe import MOMENTS, SOLVERS, TRANSFORMS
 from wush_compile.solver.facts import moment_curves
 from wush_compile.solver.gptq import (
     _results,
+    _round_each,
     _rounder,
     gptq,
     gptq_conditional,
@@ -342,6 +343,42 @@ def test_both_formulations_agree():
         torch.testing.assert_close(apply_blockwise(here[2], t.mT), there[2], rtol=1e-9, atol=1e-12)
 
 
+def weights_side_by_side(device, rule, format):
+    """GPTQ of three weights at once against one after the other."""
+    generator = torch.Generator().manual_seed(5)
+    n, k, size = 64, 128, formats.FORMATS[format].group_size
+    g = torch.tensor([4.0, 9.0, 2.5], device=device) if format == "nvfp4" else None
+    alone, rotated, columns = [], [], []
+    for e in range(3):
+        x = torch.randn(300, k, dtype=torch.float64, generator=generator)
+        w = torch.randn(k, n, dtype=torch.float64, generator=generator).to(device)
+        t = torch.linalg.qr(torch.randn(k // size, size, size, dtype=torch.float64, generator=generator))[0].to(device)
+        factor = torch.linalg.cholesky(x.T @ x / 300 + 0.1 * torch.eye(k)).to(device)
+        rotated.append(rotate_(factor, t, size))
+        columns.append(w)
+        alone.append(gptq(w, *rotated[-1], format, rule, None if g is None else g[e : e + 1], 64))
+    unit, diagonal = map(torch.stack, zip(*rotated, strict=True))
+    codes, scales, error = gptq(torch.cat(columns, 1), unit, diagonal, format, rule, g, 64)
+    for e, (own_codes, own_scales, own_error) in enumerate(alone):
+        here = slice(e * n, (e + 1) * n)
+        assert torch.equal(codes[here], own_codes) and torch.equal(scales[here], own_scales)
+        torch.testing.assert_close(error[:, here], own_error, rtol=1e-9, atol=1e-12)
+
+
+SIDE_BY_SIDE = [("mse", "mxfp4"), ("loss", "mxfp4"), ("mse", "nvfp4"), ("loss", "nvfp4"), ("gaussian", "int4")]
+
+
+@pytest.mark.parametrize("rule, format", SIDE_BY_SIDE)
+def test_weights_side_by_side(rule, format):
+    weights_side_by_side("cpu", rule, format)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule, format", SIDE_BY_SIDE)
+def test_weights_side_by_side_on_a_gpu(rule, format):
+    weights_side_by_side("cuda", rule, format)
+
+
 @pytest.mark.gpu
 def test_spans_agree_on_a_gpu():
     codes, scales, error = spans_agree("cuda")
@@ -411,6 +448,17 @@ def group_kernel_agrees(device):
             torch.testing.assert_close(
                 there, here, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{format} {rule}: {m}"
             )
+    # Two weights of 35 rows, each with a U and a g of its own, twice.
+    w = torch.randn(16, 140, dtype=torch.float64, generator=generator)
+    unit = 0.2 * torch.randn(2, 16, 16, dtype=torch.float64, generator=generator).tril(-1) + torch.eye(16)
+    results = []
+    for where, function in (("cpu", _round_each), (device, triton_gptq.round_group)):
+        codes, scales, error = (t.to(where) for t in _results(w, "nvfp4"))
+        given = unit.to(where), "nvfp4", "mse", torch.tensor([4.0, 0.5], device=where), codes, scales[0], error
+        function(w.to(where), w.to(where, copy=True), *given, 35)
+        results.append([r.cpu() for r in (codes, scales, error)])
+    for here, there in zip(*results, strict=True):
+        torch.testing.assert_close(there, here, rtol=0, atol=0)
     print("same")
 
 

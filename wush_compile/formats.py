@@ -282,13 +282,14 @@ def _candidates(format: str, device: torch.device) -> Tensor:
 def scale_candidates(x: Tensor, format: str, g: Tensor | None = None) -> Tensor:
     """Scales among which to choose: fp32 groups [.., G] -> [C, ..] in the format's scale dtype, `absmax` first.
 
-    A group with NaN or Inf gets the NaN mark in all.
+    A group with NaN or Inf gets the NaN mark in all. nvfp4 takes a g of each group too [..].
     """
     each = _candidates(format, x.device).view(-1, *[1] * (x.dim() - 1))  # [C, 1..]
     if format == "nvfp4":
         amax = x.to(torch.float32).abs().amax(-1)
         bad = ~torch.isfinite(amax)
-        byte = e4m3_encode((torch.where(bad, 0.0, amax) * (_global(g, x) / each)).clamp(max=E4M3_MAX))
+        g = g if g is not None and g.numel() > 1 else _global(g, x)
+        byte = e4m3_encode((torch.where(bad, 0.0, amax) * (g / each)).clamp(max=E4M3_MAX))
         return torch.where(bad, NV_NAN, byte.clamp(0x01, 0x7E))
     first = compute_scales(x, format, "absmax", g)
     if format == "int4":

@@ -7,20 +7,25 @@ An expert without rows has H̄.
 """
 
 import copy
+import math
 
 import torch
 from torch import Tensor
 
 from ..errors import DataError, NonFiniteError
+from ..formats import WEIGHT_FORMATS
 from ..phases import phase
 from ..recipe import Recipe
 from .choose import CLOSED_FORM, Transforms, block_gram, uses_conditional_moments
 from .facts import moment_curves
 from .loss import loss_sums
+from .side_by_side import solve_side_by_side
 from .solution import GroupSolution, block_size
 from .solve import input_global_scale, solve
 from .transforms import PANEL, damped_cholesky, diagonal_blocks
 
+# What experts that are solved side by side may take of a GPU's memory.
+BATCH_BYTES = 2e9
 # τ: the mean over all rows weighs as much as so many of an expert's own rows. Of 0, 32, 128, 512, 2048 and inf, 512 has
 # the least loss or nearly so, from few tokens to many (benchmarks/trial_experts.py).
 SHRINKAGE_ROWS = 512
@@ -71,6 +76,26 @@ def solve_shared(
     return t, g_x, report
 
 
+def expert_bytes(n: int, k: int) -> int:
+    """About what GPTQ holds of an expert [N, K]: W̃ and its error, twice for a moment, and L and U, all float64."""
+    return 8 * (4 * n * k + 3 * k * k)
+
+
+def _together(weights: Tensor, recipe: Recipe) -> int:
+    """How many experts to solve side by side: a power of two. On a CPU one after the other, as fast and smaller."""
+    _, n, k = weights.shape
+    if not weights.is_cuda or recipe.solver != "gptq":
+        return 1
+    return 2 ** max(0, min(4, int(math.log2(max(1, BATCH_BYTES / expert_bytes(n, k))))))
+
+
+def batches(share: range, together: int) -> list[range]:
+    """A share in parts of at most so many experts. They begin at multiples of it, so that other shares of the same
+    experts have the same parts, as far as they can."""
+    ends = [e for e in range(share.start + 1, share.stop) if e % together == 0]
+    return [range(start, end) for start, end in zip([share.start, *ends], [*ends, share.stop], strict=True)]
+
+
 def solve_share(
     weights: Tensor,
     recipe: Recipe,
@@ -85,12 +110,18 @@ def solve_share(
     """Solves the experts of a share, with the T of all. weights, moment and rows (their counts) are those of all."""
     inverse = None if transform is None else torch.linalg.inv_ex(transform.to(torch.float64)).inverse
     solutions = []
-    for e in share:
-        own, n = None, 0.0
+    for some in batches(share, _together(weights, recipe)):
+        moments, counts = [None] * len(some), [0.0] * len(some)
         if moment is not None:
-            own, n = torch.add(moment[e], pooled, alpha=SHRINKAGE_ROWS), rows[e] + SHRINKAGE_ROWS
-        given = {"moment": own, "count": n, "sample": None, "name": f"{name}[{e}]", "shared": (transform, inverse)}
-        solutions.append(solve(weights[e], recipe, **given))
+            moments = [torch.add(moment[e], pooled, alpha=SHRINKAGE_ROWS) for e in some]
+            counts = [rows[e] + SHRINKAGE_ROWS for e in some]
+        given = dict(moments=moments, counts=counts, names=[f"{name}[{e}]" for e in some])
+        own = [weights[e] for e in some]
+        if recipe.format in WEIGHT_FORMATS:
+            given = zip(own, moments, counts, given["names"], strict=True)
+            solutions += [solve(w, recipe, moment=m, count=n, sample=None, name=each) for w, m, n, each in given]
+            continue
+        solutions += solve_side_by_side(own, recipe, transform=transform, inverse=inverse, **given)
     report = {
         "damping_tries": max(s.report["damping_tries"] for s in solutions),
         "weight_error": [s.report["weight_error"] for s in solutions],

@@ -14,6 +14,9 @@ A conditional transform is known only when its block is reached. Then the channe
 rotated coordinates, and errors pass between blocks in the original ones. All arithmetic is float64. Matrices are
 transposed to [channels, rows].
 
+Weights of one shape, each with a factor of its own, are rounded side by side (experts): their rows stand one behind the
+other, W̃ᵀ [K, E·N], and U has one matrix for each, [E, K, K].
+
 On a GPU one kernel rounds all channels of a quantization group (`kernels/triton/calibration/gptq.py`). Errors pass from
 group to group inside a span. They reach earlier spans in one matrix product a span.
 """
@@ -68,9 +71,23 @@ def rotate_(factor: Tensor, transform: Tensor | None, block: int) -> tuple[Tenso
     return factor, diagonal.flatten()
 
 
+def _by_weight(x: Tensor, unit: Tensor) -> Tensor:
+    """A view of [C, E·N] as [E, C, N]; [C, N] as it is for a U of one weight."""
+    return x if unit.dim() == 2 else x.unflatten(1, (len(unit), -1)).transpose(0, 1)
+
+
+def _add_product_(z: Tensor, a: Tensor, b: Tensor) -> None:
+    """z [C, E·N] += a b, by weight: a [E, C, D] (or [C, D]), b [D, E·N]."""
+    if a.dim() == 2:
+        z.addmm_(a, b)
+    else:
+        _by_weight(z, a).baddbmm_(a, _by_weight(b, a))
+
+
 def _updated(w: Tensor, z: Tensor, unit: Tensor) -> Tensor:
-    """The optimal weights [G, N] of a group, given the channels already quantized: w + A_g L̃_gg⁻¹."""
-    return w + torch.linalg.solve_triangular(unit.mT, z - w, upper=True, unitriangular=True)
+    """The optimal weights [G, E·N] of a group, given the channels already quantized: w + A_g L̃_gg⁻¹."""
+    shift = torch.linalg.solve_triangular(unit.mT, _by_weight(z - w, unit), upper=True, unitriangular=True)
+    return w + (shift if unit.dim() == 2 else shift.transpose(0, 1).flatten(1))
 
 
 def round_group(
@@ -100,6 +117,31 @@ def round_group(
         if j:
             z[:j].addr_(unit[j, :j], error[j])
     codes.copy_(formats.encode(z.T.to(torch.float32), scales, format, g).T)
+
+
+def _round_each(
+    w: Tensor,
+    z: Tensor,
+    unit: Tensor,
+    format: str,
+    rule: str,
+    g: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    error: Tensor,
+    each: int | None = None,
+) -> None:
+    """`round_group` for the weights of a U [E, G, G] one after the other. w [G, C·E·N], each: N."""
+    if unit.dim() == 2:
+        round_group(w, z, unit, format, rule, g, codes, scales, error)
+        return
+    split = (-1, len(unit), each)
+    for e, own in enumerate(unit):
+        parts = [t.unflatten(-1, split)[..., e, :] for t in (w, z, codes, scales, error)]
+        own_w, own_z, *own_results = (t.flatten(-2).clone(memory_format=torch.contiguous_format) for t in parts)
+        round_group(own_w, own_z, own, format, rule, None if g is None else g[e : e + 1], *own_results)
+        for part, result in zip(parts[2:], own_results, strict=True):
+            part.copy_(result.view(part.shape))
 
 
 def round_e2m1(v: Tensor) -> Tensor:
@@ -133,15 +175,15 @@ def _rounder(scales: Tensor, format: str, g: Tensor | None) -> Callable[[Tensor]
 
 
 def _group_rounder(device: torch.device) -> Callable[..., None]:
-    """`round_group`, or on a GPU the kernel that does the same."""
+    """`_round_each`, or on a GPU the kernel that does the same."""
     if device.type == "cuda":
         try:
             from ..kernels.triton.calibration import gptq as triton_gptq
         except ImportError:  # without Triton: the same, one launch for each op
-            return round_group
+            return _round_each
         if triton_gptq.available(device):
             return triton_gptq.round_group
-    return round_group
+    return _round_each
 
 
 def round_best(
@@ -154,20 +196,30 @@ def round_best(
     codes: Tensor,
     scales: Tensor,
     error: Tensor,
-    round_one: Callable[..., None] = round_group,
+    round_one: Callable[..., None] = _round_each,
 ) -> None:
     """`round_group` with the scale, of `formats.scale_candidates`, for which the group's part of the loss is least.
 
     The group is rounded with each candidate. Its columns of D L are d_j (z_j − q_j), where z_j is the value that
-    channel j is rounded to q_j from; their squares are the loss. diagonal [G]: d. The first candidate wins ties.
+    channel j is rounded to q_j from; their squares are the loss. diagonal [G] or [E, G]: d. The first candidate wins
+    ties.
     """
-    found = formats.scale_candidates(_updated(w, z, unit).T.to(torch.float32).contiguous(), format, g)  # [C, N]
+    weights = 1 if unit.dim() == 2 else len(unit)
+    each = w.shape[1] // weights
+    by_row = g if g is None or weights == 1 else g.repeat_interleave(each)
+    found = formats.scale_candidates(_updated(w, z, unit).T.to(torch.float32).contiguous(), format, by_row)  # [C, E·N]
     count, rows = found.shape
     wide = w.repeat(1, count)  # [G, C·N]
     shift, found = (z - w).repeat(1, count), found.flatten()
     tried = torch.empty(wide.shape, dtype=torch.uint8, device=w.device), found, torch.empty_like(wide)
-    round_one(wide, wide + shift, unit, format, "given", g, *tried)
-    loss = (shift.addmm_(unit.mT, tried[2]) * diagonal[:, None]).square_().sum(0).view(count, rows)
+    round_one(wide, wide + shift, unit, format, "given", g, *tried, each)
+    if weights == 1:
+        shift = shift.addmm_(unit.mT, tried[2]) * diagonal[:, None]
+    else:
+        by_weight = tried[2].unflatten(1, (count, weights, each)).permute(1, 2, 0, 3)  # [C, E, G, N]
+        product = (unit.mT @ by_weight).permute(2, 0, 1, 3).flatten(1)  # [G, C·E·N]
+        shift = shift.add_(product).mul_(diagonal.T.repeat_interleave(each, 1).repeat(1, count))
+    loss = shift.square_().sum(0).view(count, rows)
     best = loss.argmin(0)  # [N]
     at = (best * rows + torch.arange(rows, device=w.device)).expand(w.shape)  # [G, N]
     codes.copy_(tried[0].gather(1, at))
@@ -187,17 +239,19 @@ def _round_channels(
     scales: Tensor,
     error: Tensor,
 ) -> None:
-    """`round_group` or `round_best` for several groups, from the last to the first; scales [channels/G, N]."""
+    """`round_group` or `round_best` for several groups, from the last to the first; scales [channels/G, E·N]."""
+    each = w.shape[1] if unit.dim() == 2 else w.shape[1] // len(unit)
     group, round_one = formats.FORMATS[format].group_size, _group_rounder(w.device)
     for start in range(w.shape[0] - group, -1, -group):
         here = slice(start, start + group)
         results = codes[here], scales[start // group], error[here]
         if rule == "loss":
-            round_best(w[here], z[here], unit[here, here], diagonal[here], format, g, *results, round_one)
+            own = unit[..., here, here], diagonal[..., here]
+            round_best(w[here], z[here], *own, format, g, *results, round_one)
         else:
-            round_one(w[here], z[here], unit[here, here], format, rule, g, *results)
+            round_one(w[here], z[here], unit[..., here, here], format, rule, g, *results, each)
         if start:
-            z[:start].addmm_(unit[here, :start].T, error[here])
+            _add_product_(z[:start], unit[..., here, :start].mT, error[here])
 
 
 def _results(w: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,20 +267,22 @@ def gptq(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rounds all channels, from the last to the first.
 
-    w float64 [K, N]: W̃ᵀ; unit [K, K] and diagonal [K]: U and d. Returns codes uint8 [N, K], one code a byte; scales
-    [N, K/G]; the error W̃ᵀ − Q(W̃)ᵀ [K, N].
+    w float64 [K, N]: W̃ᵀ; unit [K, K] and diagonal [K]: U and d; g fp32 [1] or None. Of E weights side by side: w
+    [K, E·N], unit [E, K, K], diagonal [E, K], g [E]. Returns codes uint8 [E·N, K], one code a byte; scales [E·N, K/G];
+    the error W̃ᵀ − Q(W̃)ᵀ [K, E·N].
     """
     codes, scales, error = _results(w, format)
     group = formats.FORMATS[format].group_size
     for stop in range(w.shape[0], 0, -span):
         start = max(0, stop - span)
         here = slice(start, stop)
-        z = torch.addmm(w[here], unit[stop:, here].T, error[stop:])  # includes the errors of all later spans
+        z = w[here].clone()
+        _add_product_(z, unit[..., stop:, here].mT, error[stop:])  # includes the errors of all later spans
         _round_channels(
             w[here],
             z,
-            unit[here, here],
-            diagonal[here],
+            unit[..., here, here],
+            diagonal[..., here],
             format,
             rule,
             g,

@@ -26,22 +26,19 @@ def solve(
     count: float,
     sample: Tensor | None,
     name: str,
-    shared: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> GroupSolution:
     """Solves one group on the device of `weight`, in float64.
 
     weight [N, K]: the stacked members, in the model dtype. moment: the sum XᵀX over `count` rows, fp32 [K, K] or
     [K/B, B, B] (see `moment_shape`); None if nothing depends on data. sample [R, K]: rows of X, in which zero rows are
-    empty slots; None without data. `name` names the group in errors and seeds its random transforms. shared: a given
-    (T, T⁻¹), as `Transforms.all` returns them; then nothing about the input is computed.
+    empty slots; None without data. `name` names the group in errors and seeds its random transforms.
     Raises NonFiniteError for NaN or Inf in weight, moment or sample, DataError if data is needed and missing, and
     ConfigError if the model dtype cannot hold the transform.
     """
     block = block_size(recipe, weight.shape[1])
-    if not torch.isfinite(weight).all():
-        raise NonFiniteError(f"{name}: the weight holds NaN or Inf; repair the model or put the layer in ignore")
+    check_weight(weight, name)
     if recipe.format in formats.WEIGHT_FORMATS:
-        return _round(weight, recipe, block, _mean_moment(moment, count, weight.device, name))
+        return _round(weight, recipe, block, moment_over_rows(moment, count, weight.device, name))
     if moment is None and (recipe.solver == "gptq" or recipe.transform in CLOSED_FORM):
         raise DataError(f"{name}: {recipe.solver} with transform {recipe.transform} needs calibration data: pass data")
     w = weight.T.contiguous().to(torch.float64)  # Wᵀ [K, N]
@@ -49,7 +46,7 @@ def solve(
     rule, conditional = weight_rule(recipe), uses_conditional_moments(recipe)
 
     def mean_moment() -> Tensor | None:  # H: [K, K], [K/B, B, B] or None
-        return _mean_moment(moment, count, weight.device, name)
+        return moment_over_rows(moment, count, weight.device, name)
 
     h, factor = mean_moment(), None  # H = L Lᵀ, damped once
     if recipe.solver == "gptq" or conditional:
@@ -59,11 +56,11 @@ def solve(
                 whole, recipe.damping, name, again=mean_moment, panel=max(PANEL, block)
             )
         del whole
-    transforms = Transforms(recipe, h, block, weight.dtype, name) if shared is None else None
+    transforms = Transforms(recipe, h, block, weight.dtype, name)
     # GPTQ finds conditional transforms as it goes. The global scale of the weights is fixed before, from marginal ones.
-    on_the_way = recipe.solver == "gptq" and conditional and shared is None
-    t, inverse = shared or (None, None)
-    if shared is None and (not on_the_way or calibrates_global_scale(recipe.format, rule)):
+    on_the_way = recipe.solver == "gptq" and conditional
+    t = inverse = None
+    if not on_the_way or calibrates_global_scale(recipe.format, rule):
         with phase("transforms"):
             t, inverse = transforms.all(w, factor if conditional and not on_the_way else None)
     power = w.square().sum()
@@ -71,7 +68,7 @@ def solve(
     if not on_the_way or calibrates_global_scale(recipe.format, rule):
         w_tilde = apply_blockwise(w, None if inverse is None else inverse.mT)  # W̃ᵀ [K, N]
     if calibrates_global_scale(recipe.format, rule):
-        group_max, rms = _group_max(w_tilde, recipe), w_tilde.square().mean().sqrt()
+        group_max, rms = largest_of_groups(w_tilde, recipe), w_tilde.square().mean().sqrt()
     g = global_scale(recipe.format, rule, group_max, rms, w.device)
 
     if on_the_way:
@@ -92,24 +89,27 @@ def solve(
         wide = None if t is None else t.to(torch.float64)
         if recipe.solver == "rtn":
             with phase("packing"):
-                packed, scale, error = _round_to_nearest(w_tilde, recipe.format, rule, g)
+                packed, scale, error = round_to_nearest(w_tilde, recipe.format, rule, g)
         else:
             with phase("GPTQ"):
                 codes, scale, error = gptq(w_tilde, *rotate_(factor, wide, block), recipe.format, rule, g)
             packed = formats.pack(codes)
         error = apply_blockwise(error, None if wide is None else wide.mT)
-    if transforms is not None:
-        report["damping_tries"] = max(report["damping_tries"], transforms.damping_tries)
+    report["damping_tries"] = max(report["damping_tries"], transforms.damping_tries)
     report["weight_error"] = float(error.square().sum() / power.clamp(min=1e-300))
     if recipe.format == "nvfp4":
         report["weight_scales_saturated"] = int((scale == 0x7E).sum())
         report["weight_scales_subnormal"] = int((scale < 0x08).sum())
-    g_x = None
-    if shared is None:
-        if h is not None:
-            report["input_power"] = moment_curves(h, t, block)
-        g_x = input_global_scale(recipe, h, sample, t, block, weight.device, name, report)
+    if h is not None:
+        report["input_power"] = moment_curves(h, t, block)
+    g_x = input_global_scale(recipe, h, sample, t, block, weight.device, name, report)
     return GroupSolution(t, block, packed, scale, g, g_x, report)
+
+
+def check_weight(weight: Tensor, name: str) -> None:
+    """Raises a `NonFiniteError` if a weight has NaN or Inf."""
+    if not torch.isfinite(weight).all():
+        raise NonFiniteError(f"{name}: the weight holds NaN or Inf; repair the model or put the layer in ignore")
 
 
 def _round(weight: Tensor, recipe: Recipe, block: int, h: Tensor | None) -> GroupSolution:
@@ -129,7 +129,8 @@ def _round(weight: Tensor, recipe: Recipe, block: int, h: Tensor | None) -> Grou
     return GroupSolution(None, block, torch.cat(packed), torch.cat(scales), None, None, report)
 
 
-def _mean_moment(moment: Tensor | None, count: float, device: torch.device, name: str) -> Tensor | None:
+def moment_over_rows(moment: Tensor | None, count: float, device: torch.device, name: str) -> Tensor | None:
+    """The mean moment over `count` rows, float64, a copy; None without a moment."""
     if moment is None:
         return None
     if count <= 0:
@@ -142,7 +143,7 @@ def _mean_moment(moment: Tensor | None, count: float, device: torch.device, name
     return moment.to(device, torch.float64, copy=True).div_(count)
 
 
-def _round_to_nearest(w_tilde: Tensor, format: str, rule: str, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def round_to_nearest(w_tilde: Tensor, format: str, rule: str, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """W̃ᵀ float64 [K, N], overwritten -> packed [N, K/2], scales [N, K/G], and the error W̃ᵀ − Q(W̃)ᵀ [K, N]."""
     packed, scales = [], []
 
@@ -159,7 +160,7 @@ def _round_to_nearest(w_tilde: Tensor, format: str, rule: str, g: Tensor | None)
     return torch.cat(packed), torch.cat(scales), w_tilde
 
 
-def _group_max(x: Tensor, recipe: Recipe) -> Tensor:
+def largest_of_groups(x: Tensor, recipe: Recipe) -> Tensor:
     """[K, n], a row for each channel -> the largest magnitude of each group, [K/G, n]."""
     return x.unflatten(0, (-1, recipe.group_size)).abs().amax(1)
 
@@ -183,7 +184,7 @@ def input_global_scale(
             rows = sample.to(device, torch.float32)
             rows = rows[(rows != 0).any(-1)]  # zero rows are empty slots
             t = None if transform is None else transform.to(torch.float32)
-            group_max = _group_max(apply_blockwise(rows.T, t), recipe)  # [K/G, R]
+            group_max = largest_of_groups(apply_blockwise(rows.T, t), recipe)  # [K/G, R]
             if not torch.isfinite(group_max).all():
                 raise NonFiniteError(f"{name}: its calibration inputs hold NaN or Inf; repair the data or the model")
         elif h is not None:

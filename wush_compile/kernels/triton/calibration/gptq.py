@@ -67,7 +67,7 @@ def _int4_scale(x, amax, RULE: tl.constexpr, R: tl.constexpr):
     return gaussian
 
 
-@triton.jit(do_not_specialize=["N", "row_stride", "column_stride"])
+@triton.jit(do_not_specialize=["N", "row_stride", "column_stride", "weight_stride", "each", "weights"])
 def round_group_kernel(
     w,
     z,
@@ -79,31 +79,41 @@ def round_group_kernel(
     N,
     row_stride,
     column_stride,
+    weight_stride,
+    each,
+    weights,
     FORMAT: tl.constexpr,
     RULE: tl.constexpr,
     SCALED: tl.constexpr,
     G: tl.constexpr,
     R: tl.constexpr,
 ):
-    """w, z, error float64 [G, N] and codes uint8 [G, N], dense; scales [N]; unit float64 [G, G] by its strides."""
-    rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
-    inside = rows < N
+    """w, z, error float64 [G, N] and codes uint8 [G, N], dense; scales [N]; unit float64 [weights, G, G] by strides.
+
+    `each` rows belong to one weight, then come those of the next, and behind the last one those of the first again.
+    Grid (tiles of R of these rows, N/each)."""
+    first = tl.program_id(0) * R
+    weight = tl.program_id(1) % weights
+    own = first + tl.arange(0, R)
+    rows = own.to(tl.int64) + tl.program_id(1).to(tl.int64) * each
+    unit += weight.to(tl.int64) * weight_stride
+    inside = (own < each) & (rows < N)
     columns = tl.arange(0, G)
     at = columns.to(tl.int64)[None, :] * N + rows[:, None]
-    weight = tl.load(w + at, mask=inside[:, None], other=0.0)  # [R, G]
+    values = tl.load(w + at, mask=inside[:, None], other=0.0)  # [R, G]
     residual = tl.load(z + at, mask=inside[:, None], other=0.0)
     g = 1.0
     if SCALED:
-        g = tl.load(global_scale)
+        g = tl.load(global_scale + weight)
 
     # The best weights of the group, given the channels that are already quantized: w + (z - w) U⁻¹.
-    shift = residual - weight
+    shift = residual - values
     if RULE != "given":
         for i in range(G - 1):
             j = G - 1 - i
             u = tl.load(unit + j.to(tl.int64) * row_stride + columns * column_stride, mask=columns < j, other=0.0)
             shift -= _column(shift, columns, j)[:, None] * u[None, :]
-    updated = (weight + shift).to(tl.float32)
+    updated = (values + shift).to(tl.float32)
 
     bits = group_amax(updated, R, G, G)  # [R, 1]
     bad = bits >= INF_BITS
@@ -176,17 +186,22 @@ def round_group(
     codes: Tensor,
     scales: Tensor,
     error: Tensor,
+    each: int | None = None,
 ) -> None:
     """One quantization group of all rows, from its last channel to its first; fills codes, scales and error.
 
     w float64 [G, N]: the weights, transposed. z float64 [G, N]: the value that each channel is rounded from if no later
     channel of the group has an error. unit float64 [G, G]: the group's diagonal block of the unit lower factor.
-    g: fp32 [1] or None. codes uint8 [G, N], one a byte; scales [N] in the format's dtype.
+    Of E weights side by side unit is [E, G, G], g [E], and each the number of rows of one; their rows [.., E·N] may
+    come several times. g: fp32 [1] or None. codes uint8 [G, N], one a byte; scales [N] in the format's dtype.
     error float64 [G, N]: w - Q(w). With the rule `given` the scales are an input.
     """
     assert all(t.is_contiguous() for t in (w, z, codes, scales, error))
-    rows = w.shape[1]
-    round_group_kernel[(triton.cdiv(rows, PROGRAM_ROWS),)](
+    rows, each = w.shape[1], each or w.shape[1]
+    weights, strides = (
+        (1, (*unit.stride(), 0)) if unit.dim() == 2 else (len(unit), (*unit.stride()[1:], unit.stride(0)))
+    )
+    round_group_kernel[(triton.cdiv(each, PROGRAM_ROWS), rows // each)](
         w,
         z,
         unit,
@@ -195,7 +210,9 @@ def round_group(
         scales,
         error,
         rows,
-        *unit.stride(),
+        *strides,
+        each,
+        weights,
         format,
         rule,
         g is not None,
