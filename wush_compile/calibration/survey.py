@@ -3,8 +3,8 @@
 The stages run as in calibration, but nothing is rewritten: each group is solved once for each rung. Then a pass with
 gradients of the log-likelihood of tokens that the model itself predicts (`token_weights.py`) meets the errors of these
 solutions. With g the gradient at a row of a group's output and e the row's error, the mean of (g · e)² / 2 is half the
-curvature of the KL in the direction of the errors, as far as those of different rows do not add up: on SmolLM2 sums
-over rows before the square differ by 5 % at most. Sequences that the solutions have not seen measure the errors.
+curvature of the KL in the direction of the errors, as far as those of different rows do not add up (on SmolLM2 they
+hardly do). Sequences that the solutions have not seen measure the errors.
 """
 
 import dataclasses
