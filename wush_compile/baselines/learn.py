@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import formats
-from ..capture.export import capture
 from ..config import DEFAULT_IGNORE, ignored_by
 from ..data import Batch
 from ..errors import DataError
 from ..ops import core as ops  # noqa: F401  (registers wush::transform_quantize)
 from .hadamard import random_hadamard
 from .rotate import fold_norms, rotate_input
-from .stream import Stream, find_stream
+from .stream import Stream, find_stream, traced
 
 STEPS, RATE = 100, 1.5
 
@@ -59,7 +58,7 @@ def learn_rotation(
     losses    a list that gets the loss of each step
     """
     net = copy.deepcopy(model).requires_grad_(False).eval()
-    stream = find_stream(capture(net, batches[:1]).graph_module.graph)
+    stream = find_stream(traced(net, batches[:1]))
     fold_norms(net, stream)
     for name in stream.writers:
         rotate_input(net, name)

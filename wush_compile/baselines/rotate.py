@@ -8,11 +8,10 @@ al., 2025) has learned rotations of the stream in the place of the random one.
 import torch
 from torch import Tensor, nn
 
-from ..capture.export import capture
 from ..data import Batch
 from ..errors import DataError
 from .hadamard import Rotation, random_hadamard
-from .stream import Stream, find_stream
+from .stream import Stream, find_stream, traced
 
 
 class RotatesInput:
@@ -37,7 +36,7 @@ def rotate(
     A head that is tied to the embedding gets a weight of its own. Raises `CaptureError` for a model whose stream cannot
     be rotated.
     """
-    stream = find_stream(capture(model, batches).graph_module.graph)
+    stream = find_stream(traced(model, batches))
     fold_norms(model, stream)
     width = model.get_submodule(stream.embeddings[0]).weight.shape[1]
     r = random_hadamard(width, seed) if rotation is None else rotation.to(torch.float64)

@@ -10,11 +10,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..capture.export import capture
 from ..config import DEFAULT_IGNORE, ignored_by
 from ..data import normalize
 from ..evaluation.language import inference_mode
-from .stream import find_norms
+from .stream import find_norms, traced
 
 LEAST = 1e-5
 
@@ -28,8 +27,11 @@ def smooth(
     quantized (patterns of `WushConfig.ignore`); a norm in front of one stays.
     """
     batches = normalize(data, tokenizer, model)
-    graph = capture(model, batches).graph_module.graph
-    norms = [n for n in find_norms(graph) if n.weight is not None and not any(ignored_by(r, ignore) for r in n.readers)]
+    norms = [
+        n
+        for n in find_norms(traced(model, batches))
+        if n.weight is not None and not any(ignored_by(r, ignore) for r in n.readers)
+    ]
     largest = _largest_inputs(model, batches, [n.readers[0] for n in norms])
     for norm in norms:
         linears = [model.get_submodule(name) for name in norm.readers]

@@ -7,8 +7,11 @@ free: it goes into the weights that write to the stream and those that read from
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from ..calibration.inputs import moved
+from ..capture.export import capture, largest_batch
+from ..data import Batch
 from ..errors import CaptureError
 from ..passes.calibration.skipped import called_by
 
@@ -54,6 +57,11 @@ class Stream:
     writers: tuple[str, ...]
     readers: tuple[str, ...]
     norms: tuple[Norm, ...]
+
+
+def traced(model: nn.Module, batches: list[Batch]) -> fx.Graph:
+    """The graph of a model on the largest of some batches, which may be on another device."""
+    return capture(model, moved([largest_batch(batches)], next(model.parameters()).device)).graph_module.graph
 
 
 def _target(node: object) -> object:
