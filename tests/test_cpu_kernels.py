@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wush_compile import formats
+from wush_compile import errors, formats
 from wush_compile.formats import FORMATS
 from wush_compile.kernels import cpu, dispatch, libraries
 from wush_compile.ops import core
@@ -71,7 +71,7 @@ def product(rows: int, columns: int, width: int, format: str, activations: str, 
     x, w, bias = (torch.randn(*s, generator=generator) for s in ((rows, width), (columns, width), (columns,)))
     g = torch.tensor([11.0]) if format == "nvfp4" and activations == "same" else None
     weight_g = torch.tensor([20.0]) if format == "nvfp4" else None
-    weight = formats.quantize(w, format, "mse", weight_g)
+    weight = formats.quantize(w, format, "absmax" if format == "int8" else "mse", weight_g)
     operand, rule = {"same": (format, "mse"), "fp8": ("fp8", "token"), "none": ("none", "none")}[activations]
     codes, scales = core.REFERENCE["transform_quantize"](x.to(dtype), None, g, operand, rule)
     if activations == "same":
@@ -82,12 +82,14 @@ def product(rows: int, columns: int, width: int, format: str, activations: str, 
     return (codes, scales, g, *weight, weight_g, bias.to(dtype)), exact
 
 
-@pytest.mark.parametrize("activations", ["same", "fp8", "none"])
-@pytest.mark.parametrize("format", WIDTHS)
+CASES = [(f, a) for f in WIDTHS for a in ("same", "fp8", "none")] + [("int8", "fp8"), ("int8", "none")]
+
+
+@pytest.mark.parametrize("format, activations", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products(format, activations, dtype):
     """Rows for every kernel, columns that fill no tile, and a last half chunk of codes."""
-    for width, columns in ((FORMATS[format].group_size * 3, 5), (576, 70)):
+    for width, columns in ((formats.get_format(format).group_size * 3, 5), (576, 70)):
         for rows in (0, 1, 2, 3, 4, 5, 17, 129):
             args, exact = product(rows, columns, width, format, activations, dtype)
             y = cpu.fp4_linear(*args, None, format, dtype, "rows", activations)
@@ -110,6 +112,37 @@ def test_nan_stays_in_its_row_and_column():
         assert torch.equal(y.isnan(), wanted[rows])
 
 
+@pytest.mark.parametrize("format, activation", CASES[:-2])
+@pytest.mark.parametrize("by_index", [False, True])
+def test_experts_are_products_of_their_rows(format, activation, by_index):
+    """Counts for both kernels, an expert without rows, rows of no expert."""
+    counts, n, k = (1, 0, 20, 4), 24, 96
+    tokens, rows = (11, 27) if by_index else (27, 27)
+    torch.manual_seed(0)
+    weights = [formats.quantize(torch.randn(n, k), format, "absmax") for _ in counts]
+    codes, scales = (torch.stack(t) for t in zip(*weights))
+    gw = torch.tensor([1.0, 2.0, 3.0, 4.0]) if format == "nvfp4" else None
+    operand = activation if activation != "same" else format
+    x = torch.randn(tokens, k).bfloat16()
+    rule = "absmax" if activation == "same" else formats.ACTIVATION_FORMATS[activation].scale_rules[0]
+    q = core.REFERENCE["transform_quantize"](x, None, None, operand, rule)
+    index = torch.randint(tokens, (rows,)) if by_index else None
+    bias, offs = torch.randn(4, n).bfloat16(), torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    args = (*q, None, codes, scales, gw, offs, bias, format, torch.bfloat16, "rows", activation, index)
+    assert cpu.refuses_fp4_grouped_linear(*args) is None
+    y, start = cpu.fp4_grouped_linear(*args), 0
+    for e, count in enumerate(counts):
+        mine = slice(start, start + count)
+        some = [t[mine] if index is None else t[index[mine]] for t in q]
+        g = None if gw is None else gw[e : e + 1]
+        one = (*some, None, codes[e], scales[e], g, bias[e], None, format, torch.bfloat16, "rows", activation)
+        assert torch.equal(y[mine], cpu.fp4_linear(*one))
+        start += count
+    assert not y[start:].any()
+    with pytest.raises(errors.OffsetsError):
+        torch.ops.wush.fp4_grouped_linear(*args[:6], offs.flip(0), *args[7:])
+
+
 def test_the_residual_is_added_after_the_rounding():
     args, _ = product(7, 12, 96, "mxfp4", "same", torch.bfloat16)
     residual = torch.randn(7, 12, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
@@ -120,7 +153,7 @@ def test_the_residual_is_added_after_the_rounding():
 def test_the_ops_use_them(monkeypatch):
     monkeypatch.delenv("WUSH_PROVIDER", raising=False)
     table = dispatch.resolve.__wrapped__(None)
-    assert [name for name, _ in table["fp4_linear"]] == ["cpu"]
+    assert [name for name, _ in table["fp4_linear"]] == [name for name, _ in table["fp4_grouped_linear"]] == ["cpu"]
     monkeypatch.setenv("WUSH_PROVIDER", "reference")
     assert dispatch.resolve.__wrapped__(None) == {}
 

@@ -176,8 +176,8 @@ def preview(model: torch.nn.Module, *args, **kwargs) -> GraphTrace:
 
 
 def fuse(program: torch.export.ExportedProgram, *, inline: bool = False) -> torch.export.ExportedProgram:
-    """Runs the execution passes on an exported program, in place, and returns it. Its signature does not change, but for
-    constants that `inline` adds.
+    """Runs the execution passes on an exported program, in place, and returns it. Its signature does not change, but
+    for constants that `inline` adds.
 
     inline: also replace every wush op by launches of Triton kernels, or by the arithmetic that defines it. A package of
     the program (`torch._inductor.aoti_compile_and_package`) then runs without wush_compile and without Python. Make the

@@ -77,10 +77,10 @@ void transform_quantize(const Tensor& x, const std::optional<Tensor>& transform,
 
 void fp4_linear(const Tensor& codes, const std::optional<Tensor>& scales, const Tensor& weight_codes,
                 const Tensor& weight_scales, double factor, const std::optional<Tensor>& bias,
-                const std::optional<Tensor>& residual, bool nvfp4, const std::string& activation, const Tensor& out) {
+                const std::optional<Tensor>& residual, int64_t format, const std::string& activation, const Tensor& out) {
   Linear a{};
-  a.format = nvfp4 ? Format::nvfp4 : Format::mxfp4;
-  a.rows = out.size(0), a.columns = out.size(1), a.width = 2 * weight_codes.size(1);
+  a.format = Format(format);
+  a.rows = out.size(0), a.columns = out.size(1), a.width = weight_codes.size(1) * (a.format == Format::int8 ? 1 : 2);
   a.type = type_of(out.scalar_type());
   if (activation == "same") {
     a.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
@@ -119,7 +119,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(wush_cpu, m) {
       "Tensor(b!) scales) -> ()");
   m.def(
       "fp4_linear(Tensor codes, Tensor? scales, Tensor weight_codes, Tensor weight_scales, float factor, Tensor? bias, "
-      "Tensor? residual, bool nvfp4, str activation, Tensor(a!) out) -> ()");
+      "Tensor? residual, int format, str activation, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(wush_cpu, CPU, m) {

@@ -5,7 +5,7 @@
 
 namespace wush::cpu {
 
-enum class Format { mxfp4, nvfp4 };
+enum class Format { mxfp4, nvfp4, int8 };               // int8: of weights alone
 enum class Rule { absmax, mse, ocp, paper };
 enum class Type { f32, f16, bf16 };
 
@@ -40,8 +40,8 @@ struct Linear {
 
   Format format;
   int64_t rows, width, columns;
-  const uint8_t* weight_codes;                           // [columns, width/2]
-  const uint8_t* weight_scales;                          // [columns, width/group]
+  const uint8_t* weight_codes;                           // [columns, width/2], int8: [columns, width]
+  const uint8_t* weight_scales;                          // [columns, width/group], int8: two bytes each, of bf16
   float factor;                                          // 1 / the product of the global scales
   const void* bias;                                      // [columns] or nullptr, each in the type of the output
   const void* residual;                                  // [rows, columns] or nullptr
@@ -50,7 +50,7 @@ struct Linear {
 
   void* operand;                                         // scratch: `operand_bytes`, filled by `prepare`
 
-  int64_t group() const { return format == Format::mxfp4 ? 32 : 16; }
+  int64_t group() const { return format == Format::nvfp4 ? 16 : 32; }
 };
 
 // One level of instructions.

@@ -38,6 +38,21 @@ inline void decode(const uint8_t* codes, const uint8_t* scale, int64_t code_stri
   take(whole, low, high);
 }
 
+// The same of weights of 8 bits, whose chunks are in the order of channels.
+template <int ROWS, class Take>
+inline void decode_int8(const uint8_t* codes, const uint8_t* scale, int64_t code_stride, int64_t scale_stride, int64_t width,
+                        Take take) {
+  Floats first[ROWS], second[ROWS];
+  for (int64_t c = 0; c < width / kChunk; c++) {
+    for (int r = 0; r < ROWS; r++) {
+      const uint8_t* p = codes + r * code_stride + c * kChunk;
+      const Floats s = all(int8_scale(scale + r * scale_stride, c * kChunk / 32));
+      first[r] = mul(load_int8(p), s), second[r] = mul(load_int8(p + kLanes), s);
+    }
+    take(c, first, second);
+  }
+}
+
 // For a few rows operands hold, chunk by chunk, the even channels and then the odd ones: as codes are decoded.
 template <int GROUP>
 void decode_chunks(const uint8_t* codes, const uint8_t* scale, int64_t width, const float* table, float* out) {
@@ -90,25 +105,29 @@ void decode_row(const Linear& a, const uint8_t* codes, const uint8_t* scale, voi
 
 // -- a few rows -------------------------------------------------------------------------------------------------------
 
-// Two columns at a time, so that x is read half as often.
+// Two columns at a time, so that x is read half as often. GROUP: 0 for weights of 8 bits.
 template <int GROUP, int ROWS>
 void few_rows(const Linear& a, int64_t begin, int64_t end) {
-  const int64_t stride = padded(a.width), bytes = a.width / 2, groups = a.width / GROUP;
+  const int64_t stride = padded(a.width), bytes = GROUP ? a.width / 2 : a.width;
+  const int64_t groups = GROUP ? a.width / std::max(GROUP, 1) : a.width / 32 * 2;   // bytes of scales
   const float* x = static_cast<const float*>(a.operand);
-  const float* table = factors(a.format);
   for (int64_t n = begin; n < end; n += 2) {
     const int64_t other = std::min(n + 1, end - 1);
     Floats first[ROWS], second[ROWS];
     for (int m = 0; m < ROWS; m++) first[m] = second[m] = zero();
-    decode<GROUP, 2>(a.weight_codes + n * bytes, a.weight_scales + n * groups, (other - n) * bytes, (other - n) * groups,
-                     a.width, table, [&](int64_t c, const Floats (&low)[2], const Floats (&high)[2]) {
-                       for (int m = 0; m < ROWS; m++) {
-                         const float* p = x + m * stride + c * kChunk;
-                         const Floats even = load(p), odd = load(p + kLanes);
-                         first[m] = fma(high[0], odd, fma(low[0], even, first[m]));
-                         second[m] = fma(high[1], odd, fma(low[1], even, second[m]));
-                       }
-                     });
+    auto take = [&](int64_t c, const Floats (&low)[2], const Floats (&high)[2]) {
+      for (int m = 0; m < ROWS; m++) {
+        const float* p = x + m * stride + c * kChunk;
+        const Floats even = load(p), odd = load(p + kLanes);
+        first[m] = fma(high[0], odd, fma(low[0], even, first[m]));
+        second[m] = fma(high[1], odd, fma(low[1], even, second[m]));
+      }
+    };
+    const uint8_t *codes = a.weight_codes + n * bytes, *scale = a.weight_scales + n * groups;
+    if constexpr (GROUP == 0)
+      decode_int8<2>(codes, scale, (other - n) * bytes, (other - n) * groups, a.width, take);
+    else
+      decode<GROUP, 2>(codes, scale, (other - n) * bytes, (other - n) * groups, a.width, factors(a.format), take);
     for (int m = 0; m < ROWS; m++) {
       finish(a, m, n, sum(first[m]));
       finish(a, m, other, sum(second[m]));
@@ -151,7 +170,7 @@ void prepare(const Linear& a, int64_t begin, int64_t end) {
       if (in_bf16(a))
         reinterpret_cast<uint16_t*>(out)[k] = to_bits(v) >> 16;
       else
-        reinterpret_cast<float*>(out)[few(a) ? chunk_place(k) : k] = v;
+        reinterpret_cast<float*>(out)[few(a) && a.format != Format::int8 ? chunk_place(k) : k] = v;
     }
   }
 }
@@ -160,7 +179,11 @@ int64_t tile(const Linear& a) { return few(a) ? 32 : panel_tile(a); }
 
 void linear(const Linear& a, int64_t begin, int64_t end) {
   if (!few(a)) return panels(a, begin, end);
-  a.group() == 32 ? few_rows_of<32>(a, begin, end) : few_rows_of<16>(a, begin, end);
+  switch (a.format) {
+    case Format::mxfp4: return few_rows_of<32>(a, begin, end);
+    case Format::nvfp4: return few_rows_of<16>(a, begin, end);
+    default: return few_rows_of<0>(a, begin, end);
+  }
 }
 
 void quantize(const Quantize& q, int64_t begin, int64_t end);

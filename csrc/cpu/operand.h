@@ -12,12 +12,21 @@ inline int64_t padded(int64_t width) { return (width + kAlign - 1) / kAlign * kA
 // Whether codes are decoded in registers.
 inline bool few(const Linear& a) { return a.rows <= kFewRows; }
 
-// Whether operands are multiplied as bf16: all are exact there but fp32 and fp16 activations.
+// Whether operands are multiplied as bf16: all are exact there but weights of 8 bits, and fp32 and fp16 activations.
 #ifdef __AVX512BF16__
-inline bool in_bf16(const Linear& a) { return !few(a) && (a.values == nullptr || a.value_type == Type::bf16); }
+inline bool in_bf16(const Linear& a) {
+  return !few(a) && a.format != Format::int8 && (a.values == nullptr || a.value_type == Type::bf16);
+}
 #else
 inline bool in_bf16(const Linear&) { return false; }
 #endif
+
+// The scale of a group of a weight of 8 bits.
+inline float int8_scale(const uint8_t* scales, int64_t group) {
+  uint16_t bits;
+  std::memcpy(&bits, scales + 2 * group, 2);
+  return from_bits(uint32_t(bits) << 16);
+}
 
 // The result of row m and column n, from its sum.
 inline void finish(const Linear& a, int64_t m, int64_t n, float sum) {

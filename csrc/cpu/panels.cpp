@@ -74,6 +74,27 @@ void decode_panel(const Linear& a, int64_t n, int64_t count, float* out) {
   }
 }
 
+// The same of weights of 8 bits: 16 channels at a time.
+void decode_int8_panel(const Linear& a, int64_t n, int64_t count, float* out) {
+  for (int64_t c = 0; c < a.width / 16; c++) {
+    __m128i rows[16];
+    alignas(64) float scale[kColumns] = {};
+    for (int i = 0; i < kColumns; i++) {
+      rows[i] = _mm_setzero_si128();
+      if (i >= count) continue;
+      rows[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a.weight_codes + (n + i) * a.width + 16 * c));
+      scale[i] = int8_scale(a.weight_scales, (n + i) * (a.width / 32) + c / 2);
+    }
+    transpose(rows);
+    for (int j = 0; j < 16; j++) {
+      alignas(16) uint8_t codes[kColumns];
+      _mm_store_si128(reinterpret_cast<__m128i*>(codes), rows[j]);
+      for (int v = 0; v < kColumns; v += kLanes)
+        store(out + (16 * c + j) * kColumns + v, mul(load_int8(codes + v), load(scale + v)));
+    }
+  }
+}
+
 // -- results: kLanes at a time, as `read`, `rounded` and `write` --------------------------------------------------------
 
 Floats read_vector(const void* p, Type type, int64_t i) {
@@ -164,7 +185,11 @@ void panels_of(const Linear& a, int64_t begin, int64_t end) {
   auto panel = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(space.get()) + 63) & ~uintptr_t(63));
   for (int p = 0; p < kPanels; p++) {
     const int64_t first = begin + p * kColumns;
-    decode_panel<GROUP, BF16>(a, first, std::clamp<int64_t>(end - first, 0, kColumns), panel + p * size);
+    const int64_t count = std::clamp<int64_t>(end - first, 0, kColumns);
+    if constexpr (GROUP == 0)
+      decode_int8_panel(a, first, count, panel + p * size);
+    else
+      decode_panel<GROUP, BF16>(a, first, count, panel + p * size);
   }
   int64_t m = 0;
   for (; m + kRows <= a.rows; m += kRows) block<kRows, BF16>(a, m, panel, begin, end);
@@ -179,7 +204,11 @@ void panels(const Linear& a, int64_t begin, int64_t end) {
 #ifdef __AVX512BF16__
   if (in_bf16(a)) return a.group() == 32 ? panels_of<32, true>(a, begin, end) : panels_of<16, true>(a, begin, end);
 #endif
-  a.group() == 32 ? panels_of<32, false>(a, begin, end) : panels_of<16, false>(a, begin, end);
+  switch (a.format) {
+    case Format::mxfp4: return panels_of<32, false>(a, begin, end);
+    case Format::nvfp4: return panels_of<16, false>(a, begin, end);
+    default: return panels_of<0, false>(a, begin, end);          // weights of 8 bits
+  }
 }
 
 }  // namespace wush::cpu::WUSH_LEVEL

@@ -27,6 +27,9 @@ inline Floats first_half(Floats v) { return _mm512_maskz_mov_ps(0xff, v); }
 inline Integers load_bytes(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline Floats load_int8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 // The permutation reads the low four bits of each lane.
 inline Floats low_codes(Integers bytes) { return _mm512_permutexvar_ps(bytes, _mm512_load_ps(kE2M1)); }
 inline Floats high_codes(Integers bytes) { return low_codes(_mm512_srli_epi32(bytes, 4)); }
@@ -87,6 +90,9 @@ inline __m256 half_sum(Floats v) { return v; }
 inline Floats first_half(Floats v) { return v; }         // no half is ever left: groups have 16 channels or 32
 inline Integers load_bytes(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline Floats load_int8(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 // The permutation reads the low three bits of each lane: the magnitude. The fourth is the sign.
 inline Floats low_codes(Integers bytes) {

@@ -102,7 +102,7 @@ def _activation(d: Draw) -> Iterator[Case]:
     format = d.of(*FORMATS_OF_X)
     rule, g = _rule(d, format)
     dtype = d.of(torch.bfloat16, torch.float16)
-    kind = d.of("silu_mul", "silu_mul", "gelu_mul", *fused_ops.ACTIVATIONS)
+    kind = d.of("silu_mul", "silu_mul", "gelu_mul", "swiglu_oai", *fused_ops.ACTIVATIONS)
     unit = FORMATS[format].group_size if format in FORMATS else 16
     k = d.width(unit, 1024 if d.small else 16384)
     approximate = d.of("none", "tanh")
@@ -114,6 +114,10 @@ def _activation(d: Draw) -> Iterator[Case]:
         elif kind == "gelu_mul":
             op, args = "gelu_mul_transform_quantize", (x, up, approximate, *tail)
             y = torch.nn.functional.gelu(x, approximate=approximate) * up
+        elif kind == "swiglu_oai":
+            both, limit = torch.stack([x, up], -1).flatten(-2), d.of(7.0, 2.5)
+            op, args = "swiglu_oai_transform_quantize", (both, limit, *tail)
+            y = fused_ops.swiglu_oai(both, limit)
         else:
             op, args, y = "activation_transform_quantize", (x, kind, *tail), fused_ops.ACTIVATIONS[kind](x)
         want = lambda y=y, tail=tail: ops.REFERENCE["transform_quantize"](y, *tail)  # noqa: E731

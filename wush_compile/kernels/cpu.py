@@ -10,13 +10,16 @@ import math
 import torch
 from torch import Tensor
 
-from ..formats import get_format, operand_layout
+from ..errors import OffsetsError
+from ..formats import channels, get_format, operand_layout
+from ..ops.grouped import check_offsets
 from ..ops.layouts import in_rows, lay_out, scale_shape
 from .libraries import libraries, load
 from .provider import FLOATS, FixableReason, Implementation
 
 RULES = ("absmax", "mse", "ocp", "paper")  # in the order of csrc/cpu/kernels.h
-FORMATS = {"mxfp4": 32, "nvfp4": 16}  # format -> group size
+FORMATS = {"mxfp4": 32, "nvfp4": 16}  # format of activations -> group size
+WEIGHTS = ("mxfp4", "nvfp4", "int8")  # formats of weights, in the order of csrc/cpu/kernels.h
 LANES = 16  # a transform's block is a multiple of the widest vector
 
 
@@ -98,7 +101,7 @@ def refuses_fp4_linear(
     scale_layout="rows",
     activation_format="same",
 ) -> str | None:
-    if format not in FORMATS:
+    if format not in WEIGHTS or (format == "int8" and activation_format == "same"):
         return f"{format} has no CPU kernel"
     if out_dtype not in FLOATS:
         return f"output is {out_dtype}"
@@ -125,16 +128,17 @@ def fp4_linear(
     activation_format: str = "same",
 ) -> Tensor:
     """`wush::fp4_linear`, its operands decoded in registers or a tile at a time; sums in fp32."""
-    lead, columns, width = codes.shape[:-1], weight_codes.shape[0], 2 * weight_codes.shape[-1]
+    lead, columns, width = codes.shape[:-1], weight_codes.shape[0], channels(weight_codes, format)
     if activation_format == "same":
         scales = in_rows(scales, lead, 2 * codes.shape[-1] // FORMATS[format], scale_layout)
-    channels, dtype, groups, scale_dtype = operand_layout(
+    operand_columns, dtype, groups, scale_dtype = operand_layout(
         format if activation_format == "same" else activation_format, width, codes.dtype
     )
-    _check("the activation", codes, (*lead, channels), dtype)
+    _check("the activation", codes, (*lead, operand_columns), dtype)
     _check("its scale", scales, (*lead, groups), scale_dtype)
-    _check("the weight", weight_codes, (columns, width // 2), torch.uint8)
-    _check("its scale", weight_scales, (columns, width // FORMATS[format]), torch.uint8)
+    fmt = get_format(format)
+    _check("the weight", weight_codes, (columns, width // fmt.per_byte), torch.uint8)
+    _check("its scale", weight_scales, (columns, width // fmt.group_size), fmt.scale_dtype)
     if bias is not None:
         _check("the bias", bias, (columns,), out_dtype)
     if residual is not None:
@@ -151,14 +155,77 @@ def fp4_linear(
         factor,
         None if bias is None else bias.contiguous(),
         None if residual is None else residual.contiguous(),
-        format == "nvfp4",
+        WEIGHTS.index(format),
         activation_format,
         out.view(-1, columns),
     )
     return out
 
 
+def refuses_fp4_grouped_linear(
+    codes,
+    scales,
+    global_scale,
+    weight_codes,
+    weight_scales,
+    weight_global_scale,
+    offs,
+    bias,
+    format,
+    out_dtype,
+    scale_layout="rows",
+    activation_format="same",
+    index=None,
+) -> str | None:
+    tail = (bias, None, format, out_dtype, scale_layout, activation_format)
+    return refuses_fp4_linear(codes, scales, None, weight_codes, weight_scales, None, *tail)
+
+
+def fp4_grouped_linear(
+    codes,
+    scales,
+    global_scale,
+    weight_codes,
+    weight_scales,
+    weight_global_scale,
+    offs,
+    bias,
+    format,
+    out_dtype,
+    scale_layout: str = "rows",
+    activation_format: str = "same",
+    index=None,
+) -> Tensor:
+    """`wush::fp4_grouped_linear`: `fp4_linear` of each expert's rows, the reference's definition."""
+    if activation_format == "same":
+        scales = in_rows(scales, codes.shape[:-1], 2 * codes.shape[-1] // FORMATS[format], scale_layout)
+    if index is not None:
+        if index.numel() and not 0 <= index.min() <= index.max() < codes.shape[0]:
+            raise OffsetsError(f"index names rows {index.min()} to {index.max()} of {codes.shape[0]} rows")
+        codes, scales = codes[index], scales[index]
+    ends = check_offsets(offs, codes.shape[0])
+    out = codes.new_zeros((codes.shape[0], weight_codes.shape[1]), dtype=out_dtype)  # rows of no expert stay zeros
+    for expert, (start, end) in enumerate(zip([0, *ends], ends)):
+        if start < end:
+            out[start:end] = fp4_linear(
+                codes[start:end],
+                scales[start:end],
+                global_scale,
+                weight_codes[expert],
+                weight_scales[expert],
+                None if weight_global_scale is None else weight_global_scale[expert : expert + 1],
+                None if bias is None else bias[expert],
+                None,
+                format,
+                out_dtype,
+                "rows",
+                activation_format,
+            )
+    return out
+
+
 IMPLEMENTATIONS = {
     "fp4_linear": Implementation(fp4_linear, refuses_fp4_linear),
+    "fp4_grouped_linear": Implementation(fp4_grouped_linear, refuses_fp4_grouped_linear),
     "transform_quantize": Implementation(transform_quantize, refuses_transform_quantize),
 }

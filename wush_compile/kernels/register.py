@@ -14,10 +14,8 @@ from .dispatch import dispatch
 def register() -> None:
     """Registers `dispatch` as the implementation of every op, once a process."""
     for name, reference in (ops.REFERENCE | FUSED_REFERENCE | GROUPED_REFERENCE).items():
-        lib.impl(name, refuse_gradients(name, functools.partial(dispatch, name, reference)), "CUDA")
-    for name in cpu.IMPLEMENTATIONS:
-        reference = ops.REFERENCE[name]
-        lib.impl(name, refuse_gradients(name, functools.partial(dispatch, name, reference)), "CPU")
+        for device in ("CUDA", "CPU") if name in cpu.IMPLEMENTATIONS else ("CUDA",):
+            lib.impl(name, refuse_gradients(name, functools.partial(dispatch, name, reference)), device)
 
 
 register()
