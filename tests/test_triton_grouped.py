@@ -18,12 +18,14 @@ from wush_compile import formats
 
 triton = pytest.importorskip("triton")
 from wush_compile.kernels.triton.grouped import fp4_grouped_linear as grouped
+from wush_compile.kernels.triton.grouped import upcast
 from wush_compile.kernels.triton.grouped.choose import GEMM, HOPPER, REGISTERS, Gemm, Hopper, Library, choose
 from wush_compile.kernels.triton.grouped.find import most_tiles
 from wush_compile.kernels.triton.grouped.gemm import grouped_gemm_kernel
 from wush_compile.kernels.triton.grouped.gemv import grouped_gemv_kernel
 from wush_compile.kernels.triton.grouped.scaled import grouped_scaled_kernel
 from wush_compile.kernels.triton.linear.choose import Gemv, Scaled
+from wush_compile.kernels.triton.linear.upcast import upcast_fp8
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
@@ -100,6 +102,19 @@ def test_products_of_every_split(kernel, format, n, k):
         assert relative(got, want) < 5e-4, (counts, relative(got, want))
         assert not got[rows - beyond :].any()
     assert torch.equal(call(c[index], s[index], None), got) and torch.equal(call(c, s, index.int()), got)
+
+
+@gpu
+@pytest.mark.parametrize("rows, k, scaled", [(4096, 2048, False), (4099, 416, True), (5001, 2880, False)])
+def test_many_rows_are_expanded_as_few_are(rows, k, scaled):
+    """Rows that fill no program, widths that fill no panel, an index past the tokens; bit for bit."""
+    codes = torch.randint(0, 256, (300, k // 2), dtype=torch.uint8, device=DEVICE)
+    scales = torch.randint(90, 127, (300, k // 32), dtype=torch.uint8, device=DEVICE)
+    g, index = torch.full((1,), 3.0, device=DEVICE) if scaled else None, torch.randint(-5, 310, (rows,), device=DEVICE)
+    for some in (index, index.int(), None):
+        got = upcast.upcast_many(codes, scales, g, some)
+        want = upcast_fp8(codes, scales, g, e4m3=False, lane_order=True, index=some)
+        assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8)) and torch.equal(got[1], want[1])
 
 
 @gpu

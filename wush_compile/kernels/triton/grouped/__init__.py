@@ -3,6 +3,7 @@
     fp4_grouped_linear.py   the op: operands, choice of a kernel, launches
     choose.py               which kernel for which sizes
     find.py                 which expert a row or a tile belongs to, found on the device from the offsets
+    upcast.py               many rows expanded to fp8
     gemv.py                 few rows: one at a time, exact integer products
     gemm.py                 tensor-core products of tiles, weights decoded in registers
     hopper.py               the same on Hopper, copied and decoded while the tensor core works (Gluon)

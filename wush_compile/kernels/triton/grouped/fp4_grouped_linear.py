@@ -15,6 +15,7 @@ from ..linear.lane_order import bf16_order, fp8_order
 from ..linear.launch import multiprocessors
 from ..linear.operands import dense
 from ..linear.upcast import upcast_bf16, upcast_fp8
+from . import upcast
 from .choose import LIBRARY_ROWS, REGISTERS, Gemm, Hopper, Library, choose, grouped_format
 from .find import most_tiles, tile_table_kernel
 from .gemm import grouped_gemm_kernel
@@ -115,6 +116,9 @@ def upcast_rows(o: Operands) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if o.activation == "fp8":
             unit = o.scales.view(-1) if o.index is None else o.scales.view(-1)[o.index]
         return x, unit, o.global_scale
+    if fp8 and o.rows >= upcast.MANY_ROWS:
+        x, unit = upcast.upcast_many(o.codes, o.scales, o.global_scale, o.index)
+        return x, unit, None
     if fp8:
         x, unit = upcast_fp8(o.codes, o.scales, o.global_scale, e4m3=False, lane_order=True, index=o.index)
         return x, unit, None
