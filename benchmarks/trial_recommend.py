@@ -143,8 +143,8 @@ def main() -> None:
     for name, chosen in todo[first::step]:
         settings = Recommendation(groups if args.survey else linears(model), chosen, cost, config)
         quantized = wc.quantize(copy.deepcopy(model), data, config, progress=False, **settings)
-        # Few windows at once: parts share a GPU.
-        each = [compare(model, quantized, some, 2048, progress=False).kl for some in test.split(2 * 2048, dim=1)]
+        # One window at a time: parts share the memory of a GPU.
+        each = [compare(model, quantized, some, 2048, progress=False).kl for some in test.split(2048, dim=1)]
         kl = sum(each) / len(each)
         result["rows"][name] = {"kl": kl, "rungs": chosen}
         print(name, kl, flush=True)
