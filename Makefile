@@ -12,7 +12,7 @@ VLLM ?= .venv-vllm
 # Which tests of the plug-in run: all, or those that arguments of pytest select.
 VLLM_TESTS ?=
 
-.PHONY: demo lint test test-vllm docs figures test-report test-eval cuda cuda-check bench clean
+.PHONY: demo lint test test-vllm docs figures paper test-report test-eval cuda cuda-check bench clean
 
 demo: $(VENV)/ready $(CPU_KERNELS)
 	$(BIN)/wush-compile demo
@@ -60,6 +60,11 @@ cuda: $(VENV)/ready
 cuda-check: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --no-deps nvidia-cutlass==4.2.0
 	$(BIN)/python csrc/build.py --targets sm_100a sm_103a --only linear_sm100_nvfp4_narrow --jobs 1
+
+# The paper's tables and figures from benchmarks/results, in build/paper. Nothing is measured.
+paper: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet "matplotlib>=3.8"
+	$(BIN)/python paper/make.py
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/compile_overhead.py

@@ -1,4 +1,4 @@
-"""Other methods of quantization in the same harness, to compare with (docs/guide/compare.md).
+"""Other methods of quantization in the same harness, to compare with (docs/guide/evaluate.md).
 
 methods.py    the methods with their settings; `quantize_by`
 smooth.py     SmoothQuant
