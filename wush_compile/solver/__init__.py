@@ -7,6 +7,7 @@ choose.py       the transform that each block gets, and the moments it follows f
 scales.py       the global scales of weights and activations
 gptq.py         rounding with error propagation
 experts.py      a product of all experts of a layer: one transform, GPTQ an expert
+side_by_side.py weights with a given transform, several at once
 loss.py         the loss of a solution, on rows of calibration data
 facts.py        curves of the activations' power, for the report
 """
