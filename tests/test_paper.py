@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "paper"), str(ROOT / "benchmarks")]
 
+import local_task
 import published
 import tables
 import task_table
@@ -68,6 +69,16 @@ def test_recovery_is_a_mean_over_seeds_with_their_spread(tmp_path):
     assert rtn["spread"] == pytest.approx(100 / 3 / 2**0.5)
     shown = task_table.shown(json.loads((tmp_path / "r.json").read_text()))
     assert "| MXFP4 | RTN | 37.50 | 37.50 | 50.00 ± 23.57 | 93.74 |" in shown
+
+
+def test_the_local_task_has_the_right_continuation_among_its_choices():
+    paragraphs = [" ".join(f"w{i}x{j}" for j in range(55)) for i in range(9)]
+    found = local_task.items("\n".join(["= Title =", *paragraphs, "too short"]))
+    assert len(found) == 9 and found == local_task.items("\n".join(["= Title =", *paragraphs, "too short"]))
+    for item in found:
+        right = item["choices"][item["answer"]]
+        assert any(f"{item['context']} {right}" in p for p in paragraphs) and len(set(item["choices"])) == 4
+    assert len({item["answer"] for item in found}) > 1
 
 
 @needs_harness
