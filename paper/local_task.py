@@ -1,7 +1,7 @@
 """Makes a local task of lm-eval from a text: which of four continuations is the paragraph's own?
 
     python paper/local_task.py --data FOLDER --out tasks
-    python paper/task_table.py MODEL --tasks continuation --task-dir tasks --calibration FOLDER/valid.txt --out results.json
+    python paper/task_table.py MODEL --tasks continuation --task-dir tasks --calibration TEXT --out results.json
 
 FOLDER holds test.txt of WikiText-2 raw. An item is a paragraph's first 40 words; the choices are its next 12 words and
 those at the same place of three other paragraphs. It needs no hub, and a small model is far above chance.
