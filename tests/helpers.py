@@ -57,7 +57,7 @@ def emulates_rounding() -> bool:
 
 
 def skip_where_triton_interprets_no_loops() -> None:
-    """Skips where Triton's interpreter fails in a loop to a computed bound: it reads the bound as numpy once allowed."""
+    """Skips where Triton's interpreter fails in a loop to a computed bound: it reads it as numpy once allowed."""
     triton = pytest.importorskip("triton")
     versions = ([int(part) for part in module.__version__.split(".")[:2]] for module in (triton, numpy))
     if next(versions) < [3, 7] and next(versions) >= [2, 4]:

@@ -68,7 +68,7 @@ def buffer_layout(
 def needs_gradient(x: Tensor, bias: Tensor | None = None) -> bool:
     """Whether autograd records a linear of x. An exported program holds the ops alone, which refuse gradients."""
     wanted = x.requires_grad or (bias is not None and bias.requires_grad)
-    # The flag behind `torch.compiler.is_exporting()`. torch 2.11 answers True to the function in all that Dynamo traces.
+    # The flag behind `torch.compiler.is_exporting()`. torch 2.11's function is True in all that Dynamo traces.
     return torch.is_grad_enabled() and wanted and not torch.compiler._is_exporting_flag
 
 
