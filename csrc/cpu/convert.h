@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "simd.h"
 
 namespace wush::cpu::WUSH_LEVEL {
 
@@ -47,6 +48,32 @@ inline void write(void* p, Type type, int64_t i, float value) {
     case Type::f32: static_cast<float*>(p)[i] = value; break;
     case Type::f16: static_cast<uint16_t*>(p)[i] = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); break;
     default: static_cast<uint16_t*>(p)[i] = to_bf16(value);
+  }
+}
+
+// The same of kLanes numbers from the i-th on.
+inline Floats read_vector(const void* p, Type type, int64_t i) {
+  switch (type) {
+    case Type::f32: return load(static_cast<const float*>(p) + i);
+    case Type::f16: return from_half(static_cast<const uint16_t*>(p) + i);
+    default: return from_bf16(static_cast<const uint16_t*>(p) + i);
+  }
+}
+
+inline void write_vector(void* p, Type type, int64_t i, Floats v) {
+  switch (type) {
+    case Type::f32: store(static_cast<float*>(p) + i, v); break;
+    case Type::f16: to_half(static_cast<uint16_t*>(p) + i, v); break;
+    default: store_upper(static_cast<uint16_t*>(p) + i, round_bf16(v));
+  }
+}
+
+inline Floats round_vector(Floats v, Type type) {
+  uint16_t half[kLanes];
+  switch (type) {
+    case Type::f32: return v;
+    case Type::f16: to_half(half, v); return from_half(half);
+    default: return round_bf16(v);
   }
 }
 

@@ -95,33 +95,6 @@ void decode_int8_panel(const Linear& a, int64_t n, int64_t count, float* out) {
   }
 }
 
-// -- results: kLanes at a time, as `read`, `rounded` and `write` --------------------------------------------------------
-
-Floats read_vector(const void* p, Type type, int64_t i) {
-  switch (type) {
-    case Type::f32: return load(static_cast<const float*>(p) + i);
-    case Type::f16: return from_half(static_cast<const uint16_t*>(p) + i);
-    default: return from_bf16(static_cast<const uint16_t*>(p) + i);
-  }
-}
-
-void write_vector(void* p, Type type, int64_t i, Floats v) {
-  switch (type) {
-    case Type::f32: store(static_cast<float*>(p) + i, v); break;
-    case Type::f16: to_half(static_cast<uint16_t*>(p) + i, v); break;
-    default: store_upper(static_cast<uint16_t*>(p) + i, round_bf16(v));
-  }
-}
-
-Floats round_vector(Floats v, Type type) {
-  uint16_t half[kLanes];
-  switch (type) {
-    case Type::f32: return v;
-    case Type::f16: to_half(half, v); return from_half(half);
-    default: return round_bf16(v);
-  }
-}
-
 // -- products ---------------------------------------------------------------------------------------------------------
 
 void finish_vector(const Linear& a, int64_t m, int64_t n, int64_t count, Floats sum) {

@@ -16,47 +16,52 @@ namespace {
 
 // -- scales and codes of one group: formats.py's functions of the same names ------------------------------------------
 
-float halves(float m) { return std::nearbyintf(std::min(m, 2.f) * 2.f); }
-float ones(float m) { return std::nearbyintf(std::clamp(m - 2.f, 0.f, 2.f)); }
-float twos(float m) { return std::nearbyintf(std::clamp(m - 4.f, 0.f, 2.f) * .5f); }
-
-// Neighbours first; the order is part of the format.
 template <int G>
-float tree_sum(float* v) {
-  for (int n = G / 2; n >= 1; n /= 2)
-    for (int i = 0; i < n; i++) v[i] = v[2 * i] + v[2 * i + 1];
-  return v[0];
+constexpr int kVectors = G / kLanes;                     // of a group
+
+inline Floats magnitude(Floats v) { return floats(both(bits(v), every(0x7fffffff))); }
+
+// A power of two whose sum with `a`, from 0 to 8, is rounded to e2m1's spacing there.
+inline Floats rounder(Floats a) {
+  return floats(add(both(bits(most(a, all(1.f))), every(0x7f800000)), every(22 << 23)));
+}
+
+// Sums over a group, in the order that is part of the format.
+template <int G, class Term>
+float group_sum(const Floats* x, Term term) {
+  float sums[kVectors<G>];
+  for (int i = 0; i < kVectors<G>; i++) sums[i] = tree_sum(term(x[i]));
+  for (int n = kVectors<G> / 2; n >= 1; n /= 2)
+    for (int i = 0; i < n; i++) sums[i] = sums[2 * i] + sums[2 * i + 1];
+  return sums[0];
 }
 
 template <int G>
-float squared_error(const float* x, float inverse, float unit) {
-  float d[G];
-  for (int i = 0; i < G; i++) {
-    const float v = std::fabs(x[i] * inverse);
-    const float error = (v - (halves(v) * .5f + ones(v) + twos(v) * 2.f)) * unit;
-    d[i] = error * error;
-  }
-  return tree_sum<G>(d);
+float squared_error(const Floats* x, float inverse, float unit) {
+  return group_sum<G>(x, [&](Floats v) {
+    const Floats a = magnitude(mul(v, all(inverse))), held = least(a, all(8.f)), c = rounder(held);
+    const Floats error = mul(sub(a, least(sub(add(held, c), c), all(6.f))), all(unit));
+    return mul(error, error);
+  });
 }
 
 template <int G>
-float halved_scale_gain(const float* x, float inverse) {
-  float d[G];
-  for (int i = 0; i < G; i++) {
-    const float v = std::fabs(x[i]) * inverse;
-    const float gain = std::max(.125f - std::fabs(std::fabs(v - .5f) - .25f), 0.f);
-    d[i] = gain - std::clamp(v - 3.5f, 0.f, 1.f) * 4.f;
-  }
-  return tree_sum<G>(d);
+float halved_scale_gain(const Floats* x, float inverse) {
+  return group_sum<G>(x, [&](Floats v) {
+    const Floats a = mul(magnitude(v), all(inverse));
+    const Floats distance = magnitude(sub(magnitude(sub(a, all(.5f))), all(.25f)));
+    const Floats above = least(most(sub(a, all(3.5f)), zero()), all(1.f));
+    return sub(most(sub(all(.125f), distance), zero()), mul(above, all(4.f)));
+  });
 }
 
 template <int G>
-int mxfp4_scale(const float* x, float amax, Rule rule) {
-  const uint32_t bits = to_bits(amax);
-  const int exponent = bits >> 23;
+int mxfp4_scale(const Floats* x, float amax, Rule rule) {
+  const uint32_t b = to_bits(amax);
+  const int exponent = b >> 23;
   if (rule == Rule::paper) return std::clamp(exponent, 1, 254);
   if (rule == Rule::ocp) return std::clamp(exponent - 2, 1, 254);
-  const int best = std::clamp(exponent - 2 + ((bits & 0x7fffff) > 0x400000), 1, 254);
+  const int best = std::clamp(exponent - 2 + ((b & 0x7fffff) > 0x400000), 1, 254);
   if (rule == Rule::absmax) return best;
   return halved_scale_gain<G>(x, exp2_of(127 - best)) > 0 ? std::max(best - 1, 1) : best;
 }
@@ -67,7 +72,7 @@ int e4m3_byte(float x) {                                 // of 0 to 448
 }
 
 template <int G>
-int nvfp4_scale(const float* x, float amax, Rule rule, float g) {
+int nvfp4_scale(const Floats* x, float amax, Rule rule, float g) {
   auto byte_for = [&](float largest) {
     return std::clamp(e4m3_byte(std::min(amax * (g / largest), 448.f)), 0x01, 0x7e);
   };
@@ -79,18 +84,21 @@ int nvfp4_scale(const float* x, float amax, Rule rule, float g) {
 }
 
 template <int G>
-void quantize_group(const float* x, const Quantize& q, uint8_t* codes, uint8_t* scale) {
-  float largest[G];
-  for (int i = 0; i < G; i++) largest[i] = std::fabs(x[i]);
+void quantize_group(const float* values, const Quantize& q, uint8_t* codes, uint8_t* scale) {
+  Floats x[kVectors<G>];
   // The bits of non-negative floats are ordered as the floats are; those of Inf and NaN are above all others.
-  uint32_t bits = 0;
-  for (int i = 0; i < G; i++) bits = std::max(bits, to_bits(largest[i]));
-  if (bits >= 0x7f800000) {
+  Integers top = every(0);
+  for (int i = 0; i < kVectors<G>; i++) {
+    x[i] = load(values + i * kLanes);
+    top = most(top, bits(magnitude(x[i])));
+  }
+  const int b = largest(top);
+  if (b >= 0x7f800000) {
     *scale = G == 32 ? 0xff : 0x7f;
     std::fill(codes, codes + G / 2, 0);
     return;
   }
-  const float amax = from_bits(bits);
+  const float amax = from_bits(b);
   float inverse;
   if constexpr (G == 32) {
     *scale = mxfp4_scale<G>(x, amax, q.rule);
@@ -99,12 +107,12 @@ void quantize_group(const float* x, const Quantize& q, uint8_t* codes, uint8_t* 
     *scale = nvfp4_scale<G>(x, amax, q.rule, q.global_scale);
     inverse = q.global_scale / e4m3_value(*scale);
   }
-  int32_t code[G];
-  for (int i = 0; i < G; i++) {
-    const float v = x[i] * inverse, m = std::fabs(v);
-    code[i] = int32_t(halves(m) + ones(m) + twos(m)) | ((to_bits(v) >> 28) & 8);
+  for (int i = 0; i < kVectors<G>; i++) {
+    const Floats v = mul(x[i], all(inverse)), a = least(magnitude(v), all(6.f));
+    const Integers sum = bits(add(a, rounder(a)));       // (149 + e) << 23 | the number of steps, for 2^e <= max(a, 1)
+    const Integers code = add(add(both(sum, every(7)), shift_right<22>(sum)), every(-298));
+    store_nibbles(codes + i * kLanes / 2, either(code, both(shift_right<28>(bits(v)), every(8))));
   }
-  for (int i = 0; i < G / 2; i++) codes[i] = code[2 * i] | code[2 * i + 1] << 4;
 }
 
 // -- the transform ----------------------------------------------------------------------------------------------------
@@ -143,7 +151,8 @@ void quantize(const Quantize& q, int64_t begin, int64_t end) {
     const int64_t rows = std::min({int64_t(kRows), q.rows - row, end - index});
     const int64_t channel = range * unit;
     for (int64_t r = 0; r < rows; r++)
-      for (int64_t k = 0; k < unit; k++) x[r * unit + k] = read(q.x, q.type, (row + r) * q.stride + channel + k);
+      for (int64_t k = 0; k < unit; k += kLanes)
+        store(x.data() + r * unit + k, read_vector(q.x, q.type, (row + r) * q.stride + channel + k));
     const float* values = x.data();
     if (q.transform) {
       const int64_t b = q.block, count = unit / b;

@@ -52,6 +52,31 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
   return fma(a, b, c);
 }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+inline Floats least(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats most(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Integers bits(Floats v) { return _mm512_castps_si512(v); }
+inline Floats floats(Integers v) { return _mm512_castsi512_ps(v); }
+inline Integers every(int v) { return _mm512_set1_epi32(v); }
+inline Integers add(Integers a, Integers b) { return _mm512_add_epi32(a, b); }
+inline Integers both(Integers a, Integers b) { return _mm512_and_si512(a, b); }
+inline Integers either(Integers a, Integers b) { return _mm512_or_si512(a, b); }
+template <int N>
+inline Integers shift_right(Integers v) { return _mm512_srli_epi32(v, N); }
+inline Integers most(Integers a, Integers b) { return _mm512_max_epi32(a, b); }
+inline int largest(Integers v) { return _mm512_reduce_max_epi32(v); }
+// Neighbours first, then neighbours of these, until one sum is left.
+inline float tree_sum(Floats v) {
+  v = add(v, _mm512_permute_ps(v, 0xb1));
+  v = add(v, _mm512_permute_ps(v, 0x4e));
+  v = add(v, _mm512_shuffle_f32x4(v, v, 0xb1));
+  return _mm512_cvtss_f32(add(v, _mm512_shuffle_f32x4(v, v, 0x4e)));
+}
+// Numbers below 16, two a byte, the first of each two in the low nibble.
+inline void store_nibbles(uint8_t* p, Integers v) {
+  const Integers pairs = _mm512_or_si512(v, _mm512_srli_epi64(v, 28));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(pairs));
+}
 inline Floats from_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline void to_half(uint16_t* p, Floats v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -112,6 +137,34 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
   return fma(a, b, c);
 }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+inline Floats least(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+inline Floats most(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline Integers bits(Floats v) { return _mm256_castps_si256(v); }
+inline Floats floats(Integers v) { return _mm256_castsi256_ps(v); }
+inline Integers every(int v) { return _mm256_set1_epi32(v); }
+inline Integers add(Integers a, Integers b) { return _mm256_add_epi32(a, b); }
+inline Integers both(Integers a, Integers b) { return _mm256_and_si256(a, b); }
+inline Integers either(Integers a, Integers b) { return _mm256_or_si256(a, b); }
+template <int N>
+inline Integers shift_right(Integers v) { return _mm256_srli_epi32(v, N); }
+inline Integers most(Integers a, Integers b) { return _mm256_max_epi32(a, b); }
+inline int largest(Integers v) {
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
+}
+inline float tree_sum(Floats v) {
+  v = add(v, _mm256_permute_ps(v, 0xb1));
+  v = add(v, _mm256_permute_ps(v, 0x4e));
+  return _mm256_cvtss_f32(add(v, _mm256_permute2f128_ps(v, v, 1)));
+}
+inline void store_nibbles(uint8_t* p, Integers v) {
+  const Integers pairs = _mm256_or_si256(v, _mm256_srli_epi64(v, 28));
+  alignas(32) uint64_t bytes[4];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(bytes), pairs);
+  for (int i = 0; i < 4; i++) p[i] = uint8_t(bytes[i]);
+}
 inline Floats from_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline void to_half(uint16_t* p, Floats v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
