@@ -56,7 +56,7 @@ def environment(where: torch.device) -> dict[str, str]:
     return {
         "device": name,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(shown, sys.argv[1:])]),
+        "command": " ".join(["python", "/".join(Path(sys.argv[0]).absolute().parts[-2:]), *map(shown, sys.argv[1:])]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,

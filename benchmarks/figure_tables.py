@@ -139,6 +139,43 @@ def accuracy_summary(name: str) -> str:
 
 
 @figure
+def baselines(name: str, own: str) -> str:
+    """Rows `baseline-*` of accuracy.py, and the default of another result, in both formats."""
+    rows, lines = result(name)["rows"], []
+    for key in dict.fromkeys(key.partition(" ")[2] for key in rows):
+        found = [rows.get(f"{format} {key}") for format in ("mxfp4", "nvfp4")]
+        found = [None if row is None or "error" in row else row for row in found]
+        if any(found):
+            cells = [
+                c for r in found for c in (["", ""] if r is None else [shown(r["perplexity"], 2), shown(r["kl"], 3)])
+            ]
+            lines.append([next(r for r in found if r)["title"], *cells])
+    best = [result(own)["rows"][f"{format} default"] for format in ("mxfp4", "nvfp4")]
+    cells = ["wush_compile's default", *(c for r in best for c in (shown(r["perplexity"], 2), shown(r["kl"], 3)))]
+    lines.append([f"**{cell}**" for cell in cells])
+    header = ["MXFP4 perplexity", "KL to bf16", "NVFP4 perplexity", "KL to bf16"]
+    return table(["W4A4, all decoder linears", *header], lines)
+
+
+@figure
+def equalization(name: str) -> str:
+    """The largest RMS of a channel over the smallest, of all channels and inside the worst block of 32."""
+    lines = []
+    measured = result(name)["rms"]
+    for kind in next(iter(measured.values())):
+        cells = [kind]
+        for linear in measured:
+            for side in ("activation", "weight"):
+                values = measured[linear][kind][side]
+                blocks = [values[i : i + 32] for i in range(0, len(values), 32)]
+                within = max(max(block) / min(block) for block in blocks)
+                cells.append(f"{shown(max(values) / min(values), 2)}, {shown(within, 2)}")
+        lines.append(cells)
+    header = [f"{linear.rpartition('.')[2]}, {side}" for linear in measured for side in ("input", "weight")]
+    return table(["largest / smallest RMS: all, in a block", *header], lines)
+
+
+@figure
 def activation_powers(name: str) -> str:
     """KL by format and activations: no transform, Hadamard, and WUSH with each power of s."""
     rows = result(name)["rows"]
