@@ -488,6 +488,42 @@ def experts_steps(name: str, layer: str) -> str:
     return table(["tokens", *steps], [[str(r["tokens"]), *(shown(r[f"{s} us"], 1) for s in steps)] for r in rows])
 
 
+@figure
+def experts_upcast(name: str) -> str:
+    """The expansion of rows to fp8, µs, with one row a program and with several."""
+    keys = ("one row a program", "2 rows, 1 warps", "4 rows, 1 warps", "8 rows, 1 warps", "16 rows, 1 warps")
+    lines = [
+        [f"{row['rows']} of {row['K']}", *(shown(row[f"{key} us"], 1) for key in keys)] for row in result(name)["rows"]
+    ]
+    return table(["rows", *(key.replace(", 1 warps", "") for key in keys)], lines)
+
+
+@figure
+def experts_whole(name: str, layers: str) -> str:
+    """Decoding of a mixture with so many layers, ms a step."""
+    found: dict[int, dict[str, dict]] = {}
+    for row in result(name)["rows"]:
+        if row["layers"] == int(layers):
+            found.setdefault(row["batch"], {})[row["model"]] = row
+    lines = []
+    for batch, row in sorted(found.items()):
+        cells = [str(batch)]
+        for key in ("ms", "queued ms"):
+            bf16, ours = (row[model][key] for model in ("bf16", "mxfp4"))
+            cells += [shown(bf16, 2), shown(ours, 2), f"{shown(bf16 / ours, 2)}×"]
+        lines.append(cells)
+    head = ["sequences", "bf16 waited ms", "MXFP4", "speed-up", "bf16 queued ms", "MXFP4", "speed-up"]
+    return table(head, lines)
+
+
+@figure
+def experts_memory(name: str, model: str, layers: str) -> str:
+    """GiB of a model's weights with all its layers, from the difference of the two sizes that were held."""
+    held = {row["layers"]: row["memory GiB"] for row in result(name)["rows"] if row["model"] == model}
+    (few, least), (many, most) = sorted(held.items())
+    return shown(least + (most - least) / (many - few) * (int(layers) - few), 1)
+
+
 def cases(name: str) -> dict[tuple, dict[str, dict]]:
     """(what, attention, batch, context) -> model -> row."""
     found: dict[tuple, dict[str, dict]] = {}

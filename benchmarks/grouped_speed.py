@@ -15,15 +15,18 @@ do not stay in L2.
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from wush_compile.diagnostics.timing import copies, time_us
 from wush_compile.formats import FORMATS
+from wush_compile.kernels.triton.grouped import upcast
 from wush_compile.kernels.triton.grouped.choose import Gemm, Hopper, choose
 from wush_compile.kernels.triton.grouped.fp4_grouped_linear import fp4_grouped_linear
 from wush_compile.kernels.triton.linear.choose import Gemv
+from wush_compile.kernels.triton.linear.upcast import upcast_fp8
 
 
 class Layer(NamedTuple):
@@ -204,6 +207,38 @@ def bench_grouped(compile_all: Callable, tokens: tuple[int, ...] = TOKENS) -> li
             jobs.append((format, layer.experts, n, k, tile))
     compile_all(jobs, compile_tile)
     return [row for name in LAYERS for row in bench_layer(name, tokens)]
+
+
+# -- rows to fp8 -------------------------------------------------------------------------------------------------------
+
+UPCAST_TILES = ((2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (16, 1))  # rows of a program, warps
+# (rows, K, tokens that they are copies of, or None)
+UPCAST_SHAPES = (
+    (131072, 2048, 16384),
+    (131072, 768, None),
+    (32768, 2048, 4096),
+    (32768, 768, None),
+    (65536, 2880, None),
+    (1024, 2048, 128),
+)
+
+
+def bench_upcast() -> list[dict]:
+    """Microseconds of the expansion of rows to fp8: a program a row, and several rows a program."""
+    found = []
+    for rows, k, tokens in UPCAST_SHAPES:
+        codes = torch.randint(0, 256, (tokens or rows, k // 2), dtype=torch.uint8, device=DEVICE)
+        scales = torch.randint(110, 125, (tokens or rows, k // 32), dtype=torch.uint8, device=DEVICE)
+        index = None if tokens is None else torch.randint(0, tokens, (rows,), device=DEVICE)
+        one = time_us([lambda: upcast_fp8(codes, scales, None, False, True, index)])
+        line = {"rows": rows, "K": k, "tokens": tokens, "one row a program us": one}
+        for tile in UPCAST_TILES:
+            with mock.patch.multiple(upcast, ROWS=tile[0], WARPS=tile[1]):
+                line[f"{tile[0]} rows, {tile[1]} warps us"] = time_us(
+                    [lambda: upcast.upcast_many(codes, scales, None, index)]
+                )
+        found.append(line)
+    return found
 
 
 # -- humming ---------------------------------------------------------------------------------------------------------

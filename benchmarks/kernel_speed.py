@@ -7,6 +7,7 @@
     python benchmarks/kernel_speed.py compare --out results        beside torchao and FP-Quant (comparisons.py)
     python benchmarks/kernel_speed.py tune-grouped grouped        layers of experts (grouped_speed.py), tiles as found
     python benchmarks/kernel_speed.py grouped-peers                one of them beside humming-kernels
+    python benchmarks/kernel_speed.py grouped-upcast               the expansion of experts' rows to fp8
 
 Speed-ups are over bf16 `F.linear` on the same shapes. The 4-bit side includes the transform and the quantization of its
 input. The shapes are the linear groups of one Llama-3.1-8B decoder layer.
@@ -421,6 +422,7 @@ BENCHMARKS = {
     "tune-linear": tune_linear,
     "grouped": functools.partial(grouped_speed.bench_grouped, compile_all),
     "grouped-peers": functools.partial(grouped_speed.bench_peers, compile_all),
+    "grouped-upcast": grouped_speed.bench_upcast,
     "tune-grouped": functools.partial(grouped_speed.tune_grouped, compile_all),
 }
 
@@ -440,7 +442,7 @@ def main() -> None:
         read_tuned(args.tuned)
     for name in args.what:
         options = {"rows": args.rows} if args.rows and name in ("linear", "tune-linear") else {}
-        if args.tokens and "grouped" in name:
+        if args.tokens and "grouped" in name and name != "grouped-upcast":
             options["tokens"] = args.tokens
         if args.formats and name == "tune-grouped":
             options["kinds"] = args.formats

@@ -19,7 +19,7 @@ from wush_compile import formats
 triton = pytest.importorskip("triton")
 from wush_compile.kernels.triton.grouped import fp4_grouped_linear as grouped
 from wush_compile.kernels.triton.grouped import upcast
-from wush_compile.kernels.triton.grouped.choose import GEMM, HOPPER, REGISTERS, Gemm, Hopper, Library, choose
+from wush_compile.kernels.triton.grouped.choose import GEMM, HOPPER, REGISTERS, Gemm, Hopper, choose
 from wush_compile.kernels.triton.grouped.find import most_tiles
 from wush_compile.kernels.triton.grouped.gemm import grouped_gemm_kernel
 from wush_compile.kernels.triton.grouped.gemv import grouped_gemv_kernel
@@ -115,25 +115,6 @@ def test_many_rows_are_expanded_as_few_are(rows, k, scaled):
         got = upcast.upcast_many(codes, scales, g, some)
         want = upcast_fp8(codes, scales, g, e4m3=False, lane_order=True, index=some)
         assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8)) and torch.equal(got[1], want[1])
-
-
-@gpu
-def test_the_librarys_product_of_every_split():
-    """Scales that are powers of two, one for each expert; offsets that are wrong too."""
-    for *counts, beyond in SPLITS:
-        rows = sum(counts) + beyond
-        c, s, w, ws = operands("nvfp4", 40, 5, 200, 416, seed=rows)
-        index = torch.randint(0, 40, (rows,), device=DEVICE)
-        g, gw = torch.full((1,), 4.0, device=DEVICE), torch.exp2(torch.arange(5.0)).to(DEVICE)
-        args = (c, s, g, w, ws, gw, offsets(counts, DEVICE), None, "nvfp4", torch.bfloat16, "same")
-        got = grouped.fp4_grouped_linear(*args, index, Library())
-        want = grouped.fp4_grouped_linear(*args, index, Gemm(64, 64, 128, 4, 3))
-        x, wide_w = wide(c, s, "nvfp4")[index] / 4, wide(w, ws, "nvfp4") / gw[:, None, None].double()
-        assert relative(got, exact(x, wide_w, counts)) < 3e-3 and relative(got, want.double()) < 3e-3
-        assert not got[rows - beyond :].any()
-    wrong = torch.tensor([-7, 2**30, 3, 2**31 - 1, 5], dtype=torch.int32, device=DEVICE)
-    grouped.fp4_grouped_linear(c, s, g, w, ws, gw, wrong, None, "nvfp4", torch.bfloat16, "same", index, Library())
-    torch.cuda.synchronize()
 
 
 @gpu

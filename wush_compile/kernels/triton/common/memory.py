@@ -48,7 +48,7 @@ def scale_words(scales: Tensor) -> Tensor:
 
 
 def _is_power_of_two(g: Tensor) -> bool:
-    return all(math.frexp(value)[0] == 0.5 for value in g.flatten().tolist())
+    return math.frexp(g.item())[0] == 0.5
 
 
 def is_power_of_two(g: Tensor | None) -> bool:

@@ -29,12 +29,6 @@ class Hopper(NamedTuple):
     programs: int
 
 
-class Library(NamedTuple):
-    """Both operands decoded to bf16 in memory, then PyTorch's own grouped product."""
-
-    name: str = "torch._grouped_mm"
-
-
 # Programs that share a multiprocessor -> (registers of a thread when launched, of the second multiplying warpgroup).
 # Three groups of 128 threads are launched: 65,536 registers / (programs * 384), a multiple of 8.
 REGISTERS = {1: (168, 240), 2: (80, 112), 3: (56, 72)}
@@ -63,8 +57,6 @@ HOPPER = {
 }
 # Average rows of an expert above which Hopper's product is faster: for widths that are multiples of 256, for others.
 HOPPER_ROWS = {"mxfp4": (8, 0), "nvfp4": (24, 24)}
-# Average rows of an expert above which NVFP4 is decoded to memory for the library's product in bf16.
-LIBRARY_ROWS = inf
 SHORT_K = 1024  # up to this width, steps of 128 channels are faster
 
 
@@ -91,11 +83,9 @@ def choose(
     k: int,
     capability: tuple[int, int] = (9, 0),
     precise: bool = False,
-    library: bool = False,
-) -> Gemv | Gemm | Hopper | Scaled | Library:
+) -> Gemv | Gemm | Hopper | Scaled:
     """The kernel for `rows` rows of `experts` weights [n, k]; format: what the weight is decoded to for a tensor core
-    (`grouped_format`). precise: MXFP4's channels are summed in fp32 at least every 128. library: whether the library's
-    product rounds as often as the kernels."""
+    (`grouped_format`). precise: MXFP4's channels are summed in fp32 at least every 128."""
     if activation == "same":
         if rows <= min(GEMV_ROWS, experts // GEMV_EXPERTS):
             return Gemv(8, 2048, 4) if k % 2048 == 0 else Gemv(16, 1024, 4)
@@ -103,8 +93,6 @@ def choose(
             return Scaled(128, 64 if rows <= 64 * experts else 128, 256 if k % 256 == 0 else 128, 4, 3)
     average, operand = rows / experts, "mxfp4" if format == "mxfp4" else "nvfp4"
     precise = precise and format == "mxfp4"
-    if library and capability == (9, 0) and format == "nvfp4" and average > LIBRARY_ROWS:
-        return Library()
     if capability == (9, 0) and average > HOPPER_ROWS[operand][k % 256 > 0] and not precise and has_gluon():
         return table_tile(HOPPER[operand], average)
     return gemm_tile(operand, average, k, precise)

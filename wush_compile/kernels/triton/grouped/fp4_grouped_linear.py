@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from ....formats import FORMATS, operand_layout
-from ..common.memory import is_power_of_two, row_facts, scale_words, workspace
+from ..common.memory import row_facts, scale_words, workspace
 from ..common.overlap import overlaps
 from ..linear.choose import Gemv, Scaled, give_up_gluon, precise_by_default
 from ..linear.fp4_linear import capability, of_cuda
@@ -16,7 +16,7 @@ from ..linear.launch import multiprocessors
 from ..linear.operands import dense
 from ..linear.upcast import upcast_bf16, upcast_fp8
 from . import upcast
-from .choose import LIBRARY_ROWS, REGISTERS, Gemm, Hopper, Library, choose, grouped_format
+from .choose import REGISTERS, Gemm, Hopper, choose, grouped_format
 from .find import most_tiles, tile_table_kernel
 from .gemm import grouped_gemm_kernel
 from .gemv import grouped_gemv_kernel
@@ -266,25 +266,6 @@ def run_scaled(o: Operands, tile: Scaled, out: Tensor) -> None:
     )
 
 
-def library_rounds_once(o: Operands, out_dtype: torch.dtype) -> bool:
-    """Whether decoding to bf16 is exact, and nothing follows the library's sum, which it rounds to bf16."""
-    exact = is_power_of_two(o.global_scale) and is_power_of_two(o.weight_global_scale)
-    return o.activation == "same" and o.bias is None and out_dtype == torch.bfloat16 and exact
-
-
-def run_library(o: Operands) -> Tensor:
-    experts, n, k = o.sizes
-    x = upcast_bf16(o.codes, o.scales, o.global_scale, o.format, index=o.index)
-    codes, scales = o.weight_codes.flatten(0, 1), o.weight_scales.flatten(0, 1)
-    w = upcast_bf16(codes, scales, o.weight_global_scale, o.format).view(experts, n, k)
-    offs = o.offs.clamp(0, o.rows).cummax(0).values  # the library reads what the offsets say, wherever it is
-    out = torch._grouped_mm(x, w.transpose(1, 2), offs=offs)
-    # A table without slots: rows of no expert become zeros.
-    power = triton.next_power_of_2(experts)
-    tile_table_kernel[(8,)](offs, offs, out, o.rows, 0, n, experts, power, 64, 1, False, num_warps=4)
-    return out
-
-
 RUN = {Gemv: run_gemv, Gemm: run_gemm, Hopper: run_hopper, Scaled: run_scaled}
 
 
@@ -301,7 +282,7 @@ def fp4_grouped_linear(
     out_dtype: torch.dtype,
     activation_format: str = "same",
     index: Tensor | None = None,
-    kernel: Gemv | Gemm | Hopper | Scaled | Library | None = None,
+    kernel: Gemv | Gemm | Hopper | Scaled | None = None,
     precise: bool | None = None,
 ) -> Tensor:
     """`wush::fp4_grouped_linear` (docs/spec.md §6): codes [T, K/2], or their rows index [S], times the weights of their
@@ -325,16 +306,13 @@ def fp4_grouped_linear(
     )
     check(o)
     experts, n, k = o.sizes
-    if o.rows * n == 0:
-        return codes.new_empty((o.rows, n), dtype=out_dtype)
+    out = torch.empty((o.rows, n), dtype=out_dtype, device=codes.device)
+    if out.numel() == 0:
+        return out
     if codes.shape[0] == 0:
         raise ValueError(f"index names {o.rows} rows of a tensor without rows")
     device = capability(codes.device.index)
-    library = o.format == "nvfp4" and o.rows > LIBRARY_ROWS * experts and library_rounds_once(o, out_dtype)
-    chosen = kernel or choose(o.kernel_format, activation_format, o.rows, experts, n, k, device, o.precise, library)
-    if isinstance(chosen, Library):
-        return run_library(o)
-    out = torch.empty((o.rows, n), dtype=out_dtype, device=codes.device)
+    chosen = kernel or choose(o.kernel_format, activation_format, o.rows, experts, n, k, device, o.precise)
     try:
         RUN[type(chosen)](o, chosen, out)
     except Exception as error:

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..common.overlap import overlaps, start_next, wait_inputs
 from ..linear.upcast import _upcast_fp8, source_row
 
+# On an H200 (`kernel_speed.py grouped-upcast`) 4 rows a program take 0.58 of the time of one where K is 2048, and 0.31
+# where it is 768, at 131,072 rows; 1.24 of it at 1024 rows. Where the two are equal was not measured.
 MANY_ROWS = 4096
 ROWS, WARPS = 4, 1  # of a program
 

@@ -221,10 +221,9 @@ def upcast_bf16_kernel(
     BYTES: tl.constexpr,
     LANE_ORDER: tl.constexpr,
     PDL: tl.constexpr,
-    EACH: tl.constexpr = 0,
 ):
-    """codes uint8 [rows, K/2], scales uint8 [rows, K/G] -> out bf16 [rows, K], divided by g if SCALED: with EACH by
-    g[r // EACH]. Exact without g, and with a g that is a power of two.
+    """codes uint8 [rows, K/2], scales uint8 [rows, K/G] -> out bf16 [rows, K], divided by g if SCALED. Exact without g,
+    and with a g that is a power of two.
 
     LANE_ORDER: of every 128 channels the even ones come first, then the odd ones, both in the order of
     `gemm._to_lanes`; rows of `out` are filled up with zeros to a multiple of 128 channels. index, T: as in
@@ -242,7 +241,7 @@ def upcast_bf16_kernel(
     byte = tl.load(scales + row * (K // G) + group[None, :], mask=(group < K // G)[None, :], other=1).to(tl.int32)
     factor = e8m0_factor(byte) if FORMAT == "mxfp4" else e4m3_factor(byte)
     if SCALED:
-        factor = factor * tl.div_rn(1.0, tl.load(g + r // EACH if EACH > 0 else g))
+        factor = factor * tl.div_rn(1.0, tl.load(g))
     factor = tl.reshape(tl.broadcast_to(factor[:, :, None], (ROWS, 2 * BYTES // G, G // 2)), (ROWS, BYTES))
     low, high = decode_bf16(w)
     # The bit pattern is the value times 2^-126. Two factors of 2^63 keep every intermediate result in fp32's range.
@@ -357,7 +356,7 @@ def upcast_bf16(
     index: Tensor | None = None,
 ) -> Tensor:
     """Packed rows -> bf16 [rows, K], divided by g; exact if g is a power of two. `lane_order` as in the kernel, `index`
-    as in `upcast_fp8`. Of several g each divides as many rows as the others."""
+    as in `upcast_fp8`."""
     rows, k = (codes if index is None else index).shape[0], 2 * codes.shape[1]
     out = torch.empty((rows, _padded(k, lane_order)), dtype=torch.bfloat16, device=codes.device)
     block, pdl = 1 if rows <= 64 else 8, overlaps(codes.device.index)
@@ -376,7 +375,6 @@ def upcast_bf16(
         512,
         lane_order,
         pdl,
-        0 if g is None or g.numel() == 1 else rows // g.numel(),
         num_warps=4,
         launch_pdl=pdl,
     )
