@@ -182,14 +182,21 @@ def outside_the_pools() -> int:
     return sum(s["allocated_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == (0, 0))
 
 
-def captured(of: WushGroup, x: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-    call(of, x)  # the profile run
+def capture(run) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, int]:
+    """(graph, what `run` gives in it, bytes that the capture took outside of its pool)."""
     torch.cuda.synchronize()
     gc.collect()
     graph, before = torch.cuda.CUDAGraph(), outside_the_pools()
     with torch.cuda.graph(graph):
-        out = call(of, x)
-    assert outside_the_pools() == before
+        out = run()
+    return graph, out, outside_the_pools() - before
+
+
+def captured(of: WushGroup, x: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    call(of, x)  # the profile run
+    _, _, least = capture(lambda: x.clone())  # PyTorch keeps a generator's state for each graph
+    graph, out, taken = capture(lambda: call(of, x))
+    assert taken == least
     return graph, out
 
 
