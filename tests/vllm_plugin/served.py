@@ -57,16 +57,21 @@ MODELS = {
 }
 
 
-def checkpoint(directory: Path, kind: str = "qwen2", seed: int = 0, **settings) -> Path:
-    """A checkpoint of a random model, rounded to nearest after a WUSH transform."""
+def random_model(kind: str, seed: int = 0) -> nn.Module:
+    """A bf16 model of random weights."""
     config_class, model_class, changes = MODELS[kind]
     torch.manual_seed(seed)
     model = model_class._from_config(config_class(**COMMON | changes), dtype=torch.bfloat16).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def checkpoint(directory: Path, kind: str = "qwen2", seed: int = 0, **settings) -> Path:
+    """A checkpoint of a random model, rounded to nearest after a WUSH transform."""
     data = torch.randint(VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(2))
-    wc.save(quantize(model, data, **settings), directory)
+    wc.save(quantize(random_model(kind, seed), data, **settings), directory)
     return directory
 
 

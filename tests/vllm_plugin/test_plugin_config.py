@@ -45,6 +45,8 @@ def test_a_layer_is_quantized_or_not():
     assert isinstance(fused, WushLinearMethod) and [part.members for part in fused.parts] == [[0, 1, 2]]
     assert isinstance(method(some, RowParallelLinear, f"{LAYER}.mlp.down_proj"), WushLinearMethod)
     assert isinstance(method(some, RowParallelLinear, f"{LAYER}.self_attn.o_proj"), UnquantizedLinearMethod)
+    of_draft = method(some, RowParallelLinear, f"draft_model.{LAYER}.mlp.down_proj")
+    assert isinstance(of_draft, WushLinearMethod) and of_draft.prefix == f"{LAYER}.mlp.down_proj"
     assert method(some, VocabParallelEmbedding, "model.embed_tokens") is None
     assert method(some, ParallelLMHead, "lm_head") is None
 

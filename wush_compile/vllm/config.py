@@ -12,6 +12,8 @@ from ..checkpoint.record import Quantization
 from ..errors import CheckpointError
 from . import refused_release
 
+DRAFT = "draft_model."  # vLLM puts it in front of the names of a model that proposes tokens for another
+
 
 class WushVllmConfig(QuantizationConfig):
     """The `quantization_config` of a checkpoint, as vLLM asks for it.
@@ -99,6 +101,7 @@ class WushVllmConfig(QuantizationConfig):
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+        prefix = prefix.removeprefix(DRAFT)
         names = self.members_of(prefix)
         groups = [self.group_of.get(name) for name in names]
         if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
