@@ -430,8 +430,9 @@ def linear_activations(name: str) -> str:
     columns = {
         f"{f} {b}": f + suffix for f in ("mxfp4", "nvfp4") for b, suffix in ((4, ""), (8, " fp8"), (16, " none"))
     }
-    lines = []
-    for count, row in layers_of(name).items():
+    layers, lines = layers_of(name), []
+    columns = {title: key for title, key in columns.items() if all(f"{key} us" in row for row in layers.values())}
+    for count, row in layers.items():
         ours = [f"{shown(row[f'{key} us'])} ({shown(row[f'{key} speed-up'], 2)}×)" for key in columns.values()]
         lines.append([str(count), shown(row["bf16 us"]), *ours])
     return table(["rows", "bf16", *(f"{title.split()[0].upper()} W4A{title.split()[1]}" for title in columns)], lines)

@@ -15,16 +15,17 @@ import torch
 from kernel_speed import bf16_time, copies, time_us
 
 from wush_compile import formats
-from wush_compile.kernels.triton.linear.choose import Int8, Int8Gemv, choose_int8
+from wush_compile.kernels.triton.linear.choose import HOPPER_INT8, Int8, Int8Gemv, choose_int8
 from wush_compile.kernels.triton.linear.fp4_linear import fp4_linear
 
-GEMV = [Int8Gemv(n, k, w) for n, k, w in itertools.product((8, 16, 32, 64), (256, 512, 1024), (2, 4, 8))]
+GEMV = [Int8Gemv(n, k, w) for n, k, w in itertools.product((4, 8, 16, 32), (256, 1024, 2048, 4096), (2, 4, 8))]
 TILES = [Int8(n, m, k, w, s) for n, m, k, w, s in itertools.product((64, 128), (16, 32, 64), (64, 128), (4, 8), (3, 5))]
 
 
 def candidates(rows: int, tune: bool) -> list:
     tiles = GEMV if rows == 1 else [t for t in TILES if t.block_m >= min(rows, 64)] if rows <= 64 else []
-    return [None, *(tiles if tune else [])]
+    hopper = HOPPER_INT8 if torch.cuda.get_device_capability() == (9, 0) else []
+    return [None, *([*tiles, *hopper] if tune else [])]
 
 
 def measure(packed: list, n: int, k: int, rows: int, tune: bool) -> dict:

@@ -70,10 +70,18 @@ def weight_sets(format: str, n: int, k: int) -> list[tuple]:
     ]
 
 
+def in_lanes(x: torch.Tensor, format: str, activation: str) -> bool:
+    """Whether a compiled graph has the activation in the layout `lanes` (`lay_out_scales`)."""
+    return triton_linear.refuses_lanes(format, activation, x, x.shape[-1]) is None
+
+
 def quantized(x: torch.Tensor, t: torch.Tensor, g: torch.Tensor | None, format: str, activation: str) -> tuple:
-    if activation == "same":
+    lanes = in_lanes(x, format, activation)
+    if activation == "same" and not lanes:
         return triton_quantize.transform_quantize(x, t, g, format, "absmax")
-    return quantize_tokens(x, t, activation)
+    if activation == "same":  # NVFP4
+        return quantize_tokens(x, t, format, lanes=True, global_scale=g, rule="absmax")
+    return quantize_tokens(x, t, activation, lanes=lanes)
 
 
 def linear_time(
@@ -88,9 +96,8 @@ def linear_time(
 
     def call(w, s, t):
         q = quantized(x, t, g, format, activation) if quantize else ready
-        return triton_linear.fp4_linear(
-            *q, g, w, s, gw, None, None, format, torch.bfloat16, kernel, activation_format=activation
-        )
+        options = dict(activation_format=activation, lanes=in_lanes(x, format, activation))
+        return triton_linear.fp4_linear(*q, g, w, s, gw, None, None, format, torch.bfloat16, kernel, **options)
 
     return time_us([lambda a=a: call(*a) for a in sets], least=10 if m <= 1024 else 4)
 
@@ -345,9 +352,8 @@ def _compile(job) -> str | None:
         q = quantized(x, random_transform(k, FORMATS[format].group_size), g, format, activation)
         w = random_weight(n, k, format)
         for _ in range(2):  # from its second use on a weight may be prefetched, which is another compilation
-            triton_linear.fp4_linear(
-                *q, g, *w, gw, None, None, format, torch.bfloat16, kernel, activation_format=activation
-            )
+            options = dict(activation_format=activation, lanes=in_lanes(x, format, activation))
+            triton_linear.fp4_linear(*q, g, *w, gw, None, None, format, torch.bfloat16, kernel, **options)
         torch.cuda.synchronize()
     except Exception as error:  # a candidate that does not compile is a result
         return f"{job}: {type(error).__name__} {str(error)[:200]}"

@@ -248,12 +248,15 @@ def product_cases() -> Iterator[Case]:
 
 
 def wide_cases() -> Iterator[Case]:
-    """4-bit weights with activations of 8 and 16 bits."""
+    """4-bit weights with activations of 8 and 16 bits, in rows and in lane order."""
     sizes = ((1, 33, 576), (3, 72, 512), (17, 264, 1024), (70, 200, 1536), (300, 272, 1024))
-    for format, activation, (m, n, k) in itertools.product(FLOATS, ACTIVATION_FORMATS, sizes):
+    for format, activation, (m, n, k), lanes in itertools.product(FLOATS, ACTIVATION_FORMATS, sizes, (False, True)):
+        bf16 = torch.empty(0, dtype=torch.bfloat16, device=DEVICE)
+        if lanes and triton_linear.refuses_lanes(format, activation, bf16, k):
+            continue
 
-        def call(format=format, activation=activation, m=m, n=n, k=k):
-            x = quantize_tokens(normal(m, k), None, activation)
+        def call(format=format, activation=activation, m=m, n=n, k=k, lanes=lanes):
+            x = quantize_tokens(normal(m, k), None, activation, lanes=lanes)
             with mock.patch.object(triton_launch, "multiprocessors", lambda device: 4):
                 return triton_linear.fp4_linear(
                     *x,
@@ -265,13 +268,31 @@ def wide_cases() -> Iterator[Case]:
                     format,
                     torch.bfloat16,
                     activation_format=activation,
+                    lanes=lanes,
                 )
 
-        yield f"linear {format} {activation} {m}x{n}x{k}", call
+        yield f"linear {format} {activation} {m}x{n}x{k} lanes={lanes}", call
+    for m, n, k in ((33, 72, 384), *sizes[3:]):
+
+        def values(m=m, n=n, k=k):
+            x = quantize_tokens(normal(m, k), matrices("distinct", k, "nvfp4"), "nvfp4", lanes=True, rule="absmax")
+            added = None, None, None, "nvfp4", torch.bfloat16
+            return triton_linear.fp4_linear(*x, None, *packed(n, k, "nvfp4"), *added, lanes=True)
+
+        yield f"linear nvfp4 from values {m}x{n}x{k}", values
 
 
 # Weights of 8 bits: a tile that is chosen for every number of rows, and sizes that fill none.
-EIGHT_BITS = ((1, 33, 96), (2, 40, 576), (4, 8200, 256), (3, 72, 192), (17, 200, 576), (64, 72, 512), (70, 33, 576))
+EIGHT_BITS = (
+    (1, 33, 96),
+    (2, 40, 576),
+    (4, 8200, 256),
+    (3, 72, 192),
+    (17, 200, 576),
+    (64, 72, 512),
+    (70, 33, 576),
+    (150, 264, 384),
+)
 
 
 def eight_bit_cases() -> Iterator[Case]:

@@ -1,4 +1,5 @@
-"""`lay_out_scales`: swizzled scales between a quantizer and its products, on a pretended Blackwell GPU.
+"""`lay_out_scales`: swizzled scales between a quantizer and its products, on a pretended Blackwell GPU; codes in lane
+order, on a pretended Hopper GPU.
 
 The graph is lowered for fake tensors on that GPU, and then run on the CPU, where the reference defines every layout.
 """
@@ -14,7 +15,7 @@ from wush_compile.graphs.printing import count_ops, print_graph
 from wush_compile.kernels import dispatch as kernels
 from wush_compile.kernels import scaled_mm
 from wush_compile.ops import fused as fused_ops
-from wush_compile.ops.layouts import swizzled_shape
+from wush_compile.ops.layouts import from_lanes, swizzled_shape, to_lanes
 from wush_compile.passes import pipeline as passes
 from wush_compile.passes.pattern import arguments, is_wush
 
@@ -23,7 +24,7 @@ QUANTIZERS = ("transform_quantize", *fused_ops.FUSED_REFERENCE)
 
 
 def rows_only(*args):
-    return "rows only" if "swizzled" in args[-2:] else None
+    return "rows only" if {"swizzled", "lanes"} & {a for a in args[-2:] if isinstance(a, str)} else None
 
 
 def table(**refusals):
@@ -46,7 +47,7 @@ def blackwell(monkeypatch):
 class Mlp(nn.Module):
     """Norm, gate and up, SiLU, down: a quantizer with two products, and one with a single product."""
 
-    def __init__(self, format, width=96, hidden=160):
+    def __init__(self, format, width=96, hidden=160, activation="same"):
         super().__init__()
         self.norm = nn.RMSNorm(width, eps=1e-6, dtype=torch.bfloat16)
         generator = torch.Generator().manual_seed(0)
@@ -55,13 +56,18 @@ class Mlp(nn.Module):
             self.register_buffer(f"{name}_codes", codes)
             self.register_buffer(f"{name}_scales", scales)
         self.format = format
+        self.operand = {"same": (format, "absmax"), "fp8": ("fp8", "token"), "none": ("none", "none")}[activation]
+        self.layout = () if activation == "same" else ("rows", activation)
+        self.transform = (
+            None if activation == "same" else nn.Buffer(torch.randn(1, 32, 32, generator=generator).bfloat16())
+        )
 
     def quantize(self, x):
-        return wush.transform_quantize(x, None, None, self.format, "absmax")
+        return wush.transform_quantize(x, self.transform, None, *self.operand)
 
     def linear(self, quantized, name):
         weight = getattr(self, f"{name}_codes"), getattr(self, f"{name}_scales")
-        return wush.fp4_linear(*quantized, None, *weight, None, None, None, self.format, torch.bfloat16)
+        return wush.fp4_linear(*quantized, None, *weight, None, None, None, self.format, torch.bfloat16, *self.layout)
 
     def forward(self, x):
         quantized = self.quantize(self.norm(x))
@@ -81,8 +87,8 @@ def layouts(graph):
     return [(n.target._opname, arguments(n)["scale_layout"]) for n in graph.nodes if is_wush(n)]
 
 
-def sample(*lead):
-    return torch.randn(*lead, 96, generator=torch.Generator().manual_seed(len(lead))).bfloat16()
+def sample(*lead, width=96):
+    return torch.randn(*lead, width, generator=torch.Generator().manual_seed(len(lead))).bfloat16()
 
 
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
@@ -95,6 +101,12 @@ def test_the_swizzled_graph_computes_the_same_bits(blackwell, format, lead):
     assert passes.lay_out_scales(graph) == 2
     assert {layout for _, layout in layouts(graph)} == {"swizzled"} and count_ops(graph)["fp4_linear"] == 3
     assert passes.lay_out_scales(graph) == 0
+    got = on_cpu(program, graph, x)
+    assert torch.equal(got, want) and got.dtype == want.dtype
+
+
+def on_cpu(program, graph, x):
+    """What a changed graph computes."""
     graph.lint()
     program.graph_module.recompile()
     state = dict(program.named_parameters()) | dict(program.named_buffers())
@@ -102,7 +114,36 @@ def test_the_swizzled_graph_computes_the_same_bits(blackwell, format, lead):
     given = [state[name] for name in (*signature.parameters, *signature.buffers)]
     with torch.no_grad():
         (got,) = program.graph_module(*given, x)
-    assert torch.equal(got, want) and got.dtype == want.dtype
+    return got
+
+
+@pytest.mark.parametrize("activation", ["same", "fp8", "none"])
+@pytest.mark.parametrize("rows", [0, 1, 17])
+def test_the_graph_in_lane_order_computes_the_same_bits(blackwell, activation, rows):
+    format = "nvfp4" if activation == "same" else "mxfp4"
+    model, x = Mlp(format, 128, 256, activation), sample(rows, width=128)
+    with torch.no_grad():
+        want = model(x)
+    program, graph = lowered(model, sample(max(rows, 2), width=128))
+    blackwell(fp4_linear=lambda *args: "no swizzled scales" if "swizzled" in args[-2:] else None)
+    assert passes.lay_out_scales(graph) == 2
+    assert {layout for _, layout in layouts(graph)} == {"lanes"} and count_ops(graph)["fp4_linear"] == 3
+    assert passes.lay_out_scales(graph) == 0
+    assert torch.equal(on_cpu(program, graph, x), want)
+    blackwell(fp4_linear=rows_only)
+    assert passes.lay_out_scales(lowered(model, sample(5, width=128))[1]) == 0
+
+
+def test_other_readers_of_codes_keep_them_in_order(blackwell):
+    class Reads(Mlp):
+        def forward(self, x):
+            codes, scales = self.quantize(x)
+            return self.linear((codes, scales), "gate"), codes
+
+    with torch.no_grad():
+        program = torch.export.export(Reads("mxfp4", 128, 256, "fp8"), (sample(4, width=128),))
+    graph = on_gpu(program)
+    assert passes.lay_out_scales(graph) == 0 and {layout for _, layout in layouts(graph)} == {"rows"}
 
 
 def test_recorded_shapes_are_what_the_ops_return(blackwell):
@@ -233,6 +274,37 @@ def test_the_ops_agree_in_both_layouts(format):
     torch.library.opcheck(wush.fp4_linear, (codes, swizzled, *rest, "swizzled"))
     with pytest.raises(ValueError, match="not one of rows, swizzled"):
         wush.transform_quantize(x.to("meta"), None, None, format, rule, "tiled")
+
+
+def test_values_of_nvfp4_have_the_same_product(blackwell, format="nvfp4"):
+    x = sample(3, 5, width=256) * torch.exp2(torch.arange(-4.0, 4.0).repeat_interleave(32)).bfloat16()
+    g = torch.tensor([2.0])
+    rows = wush.transform_quantize(x, None, g, format, "absmax")
+    lanes = wush.transform_quantize(x, None, g, format, "absmax", "lanes")
+    assert lanes[0].shape == x.shape and lanes[0].dtype == torch.bfloat16
+    assert lanes[1].shape == (3, 5, 0) and lanes[1].dtype == torch.float32
+    torch.library.opcheck(wush.transform_quantize, (x, None, g, format, "absmax", "lanes"))
+    rest = g, *formats.quantize(torch.randn(8, 256), format, "absmax"), None, None, None, format, torch.bfloat16
+    assert torch.equal(wush.fp4_linear(*lanes, *rest, "lanes"), wush.fp4_linear(*rows, *rest))
+    torch.library.opcheck(wush.fp4_linear, (*lanes, *rest, "lanes"))
+    with pytest.raises(RuntimeError, match="not lanes"):
+        wush.transform_quantize(x.to("meta"), None, None, "mxfp4", "absmax", "lanes")
+
+
+@pytest.mark.parametrize("activation, rule", [("fp8", "token"), ("none", "none")])
+def test_the_ops_agree_in_lane_order(blackwell, activation, rule):
+    x = sample(3, 5, width=256)
+    codes, scales = wush.transform_quantize(x, None, None, activation, rule)
+    ordered, same = wush.transform_quantize(x, None, None, activation, rule, "lanes")
+    assert torch.equal(to_lanes(codes, activation), ordered) and torch.equal(from_lanes(ordered, activation), codes)
+    assert torch.equal(scales, same) and not torch.equal(codes, ordered)
+    torch.library.opcheck(wush.transform_quantize, (x, None, None, activation, rule, "lanes"))
+    rest = None, *formats.quantize(torch.randn(8, 256), "mxfp4", "absmax"), None, None, None, "mxfp4", torch.bfloat16
+    want = wush.fp4_linear(codes, scales, *rest, "rows", activation)
+    assert torch.equal(wush.fp4_linear(ordered, scales, *rest, "lanes", activation), want)
+    torch.library.opcheck(wush.fp4_linear, (ordered, scales, *rest, "lanes", activation))
+    with pytest.raises(RuntimeError, match="not lanes"):
+        wush.transform_quantize(sample(3).to("meta"), None, None, activation, rule, "lanes")
 
 
 class Text(ExpectTest):

@@ -10,6 +10,7 @@ from helpers import skip_where_triton_interprets_no_loops
 
 from wush_compile import formats
 from wush_compile.ops import core as ops
+from wush_compile.ops import layouts
 
 pytest.importorskip("triton")
 from wush_compile.kernels import dispatch
@@ -19,6 +20,7 @@ from wush_compile.kernels.triton.linear import choose as triton_choose
 from wush_compile.kernels.triton.linear import fp4_linear as triton_linear
 from wush_compile.kernels.triton.linear.choose import Fused, Hopper
 from wush_compile.kernels.triton.quantize import fused as triton_fused
+from wush_compile.kernels.triton.quantize import transform_quantize as triton_quantize
 from wush_compile.kernels.triton.quantize.tokens import quantize_tokens
 
 gpu = pytest.mark.gpu
@@ -120,6 +122,38 @@ def test_gates_in_front(activation):
 
 
 @gpu
+@activations
+@pytest.mark.parametrize("k", [128, 384, 2048])
+def test_the_quantizer_writes_lane_order(activation, k):
+    """The same codes at other places, for every number of tiles of a program."""
+    for m in ROWS:
+        x, t = whole(m, k, k // 32, 32, torch.bfloat16)
+        for transform in (None, t, t[:1]):
+            codes, scales = quantize_tokens(x, transform, activation)
+            got = quantize_tokens(x, transform, activation, lanes=True)
+            assert_same(got, (layouts.to_lanes(codes, activation), scales), (m, k))
+    gate = spread(33, k, torch.bfloat16)
+    args = gate, gate.flip(0).contiguous(), None, None, activation, RULES[activation]
+    codes, scales = triton_fused.silu_mul_transform_quantize(*args)
+    got = triton_fused.silu_mul_transform_quantize(*args, "lanes")
+    assert_same(got, (layouts.to_lanes(codes, activation), scales), "gate")
+
+
+@gpu
+@pytest.mark.parametrize("k", [128, 384, 2048])
+@pytest.mark.parametrize("rule", ["absmax", "mse"])
+def test_the_quantizer_writes_values_of_nvfp4(rule, k):
+    for m in (0, 1, 17, 65, 300):
+        x, t = whole(m, k, k // 16, 16, torch.bfloat16)
+        for g in (None, torch.tensor([40.0], device=DEVICE)):
+            for rows, transform in ((x, None), (x, t), (x, t[:1]), (spread(m, k, torch.bfloat16), None)):
+                packed = triton_quantize.transform_quantize(rows, transform, g, "nvfp4", rule)
+                got = quantize_tokens(rows, transform, "nvfp4", lanes=True, global_scale=g, rule=rule)
+                values = formats.dequantize(*packed, "nvfp4").to(torch.bfloat16)
+                assert_same(got, (layouts.to_lanes(values, "none"), packed[1].new_empty(m, 0).float()), (m, k))
+
+
+@gpu
 def test_strided_rows_and_leading_dimensions():
     wide = spread(40, 2048, torch.bfloat16)
     x = wide[:, 512:1536].view(5, 8, 1024)
@@ -138,6 +172,7 @@ from wush_compile.kernels.triton.linear import lane_order
 from wush_compile.kernels.triton.quantize import fused, prologue, tokens
 from wush_compile.kernels.triton.quantize.tiles import Tile
 from wush_compile.ops import core as ops
+from wush_compile.ops import layouts
 from wush_compile.ops.fused import swiglu_oai
 generator = torch.Generator().manual_seed(0)
 
@@ -189,6 +224,27 @@ got = fused.silu_mul_transform_quantize(gate, up, None, None, "none", "none")
 torch.testing.assert_close(got[0], activated, rtol=2e-3, atol=0)
 assert not workspace(torch.device("cpu"))._ring.any()
 
+for m, k in ((1, 128), (35, 384)):  # the quantizer's own lane order
+    for format, rule in (("fp8", "token"), ("none", "none")):
+        whole = torch.randint(-4, 5, (m, k), generator=generator).bfloat16()
+        t = torch.randint(-1, 2, (k // 32, 32, 32), generator=generator).bfloat16()
+        own = (Tile(16, 64, 1, 1, 4), 1), (Tile(16, 128, 1, 1, 4), 2)
+        for transform, plan in ((None, None), (t, None), (t, own[0]), (t, own[1])):
+            got = tokens.quantize_tokens(whole, transform, format, plan=plan, lanes=True)
+            want = ops._transform_quantize(whole, transform, None, format, rule)
+            same(got, (layouts.to_lanes(want[0], format), want[1]), (m, k, format, plan))
+            assert torch.equal(layouts.from_lanes(got[0], format), want[0])
+    spread = torch.randn(m, k, generator=generator)
+    spread *= torch.exp2(torch.randint(-40, 9, (m, k // 32), generator=generator).float()).repeat_interleave(32, 1)
+    if m > 1:
+        spread[1], spread[2, 5], spread[3, 40], spread[4] = 0, float("nan"), float("inf"), spread[4] * 2.0**-70
+        spread[5, 100] = 3e38
+    for rule, g in (("absmax", torch.tensor([3.0])), ("mse", None)):
+        for x, transform, plan in ((spread, None, None), (whole, t, None), (whole, t, own[0]), (whole, t, own[1])):
+            x = x.bfloat16()
+            got = tokens.quantize_tokens(x, transform, "nvfp4", plan=plan, lanes=True, global_scale=g, rule=rule)
+            same(got, ops._transform_quantize(x, transform, g, "nvfp4", rule, "lanes"), (m, k, rule, plan))
+
 for m, k in ((1, 128), (3, 384), (70, 256)):
     c = torch.arange(k).view(-1, 128)
     o = torch.arange(128)
@@ -200,6 +256,9 @@ for m, k in ((1, 128), (3, 384), (70, 256)):
     assert torch.equal(lane_order.fp8_order(codes, False).view(torch.uint8), codes[:, c[:, halves].flatten()])
     x = torch.randn(m, k, generator=generator).bfloat16()
     assert torch.equal(lane_order.bf16_order(x), x[:, c[:, spread].flatten()])
+    assert torch.equal(layouts.lane_channels("fp8"), lanes) and torch.equal(layouts.lane_channels("none"), spread)
+    eights = o // 64 * 64 + o % 8 // 2 * 16 + o % 64 // 16 * 4 + o // 8 % 2 * 2 + o % 2
+    assert torch.equal(lane_order.int8_order(x), x[:, c[:, eights].flatten()])
     want = formats.dequantize_fp8(codes, torch.ones(1))[:, c[:, spread].flatten()].bfloat16()
     assert torch.equal(lane_order.bf16_order(codes).nan_to_num(7.0), want.nan_to_num(7.0))
 print("same")
@@ -339,6 +398,63 @@ def test_every_chosen_kernel_is_the_reference(format, activation):
 
 
 @gpu
+@pytest.mark.parametrize("format, activation", [("mxfp4", "fp8"), ("mxfp4", "none"), ("nvfp4", "none")])
+def test_products_read_lane_order(format, activation):
+    """The same bits as from rows, from every kernel; the op takes the same provider."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only Hopper's products read it")
+    for m, (n, k) in ((1, (4096, 2048)), (16, (9216, 1024)), (130, (4096, 2048)), (1030, (2048, 512)), (9, (64, 384))):
+        o = operands(format, activation, m, n, k, octaves=0)
+        ordered = layouts.to_lanes(o[0], activation), o[1]
+        for kernel in (None, "library", "bf16", FUSED[0], HOPPER[0]):
+            if kernel == "library" and (activation, n % 16) != ("fp8", 0):
+                continue
+            options = dict(kernel=kernel, activation_format=activation)
+            rest = None, *o[2:4], None, None, None, format, torch.bfloat16
+            want = triton_linear.fp4_linear(*o[:2], *rest, **options)
+            got = triton_linear.fp4_linear(*ordered, *rest, **options, lanes=True)
+            # The library may add the channels in another order.
+            same = torch.equal(got, want) if not isinstance(kernel, str) else error(got, want.double()) < 1e-3
+            assert same and error(got, o[4]) < ops.PRODUCT_ERROR[torch.bfloat16], (m, n, k, kernel)
+        args = (*ordered, *rest, "lanes", activation)
+        assert dispatch.chosen("fp4_linear", 0, args) == "triton"
+        assert error(torch.ops.wush.fp4_linear(*args), o[4]) < ops.PRODUCT_ERROR[torch.bfloat16]
+    assert "no layout lanes" in dispatch.resolve(0)["fp4_linear"][-1][1].refuses(
+        *ordered, None, *o[2:4], None, None, None, "int4", torch.bfloat16, "lanes", activation
+    )
+
+
+@gpu
+@pytest.mark.parametrize("g", [None, 2.0, 3.0])
+def test_products_read_values_of_nvfp4(g):
+    """The same bits as from packed rows, by every kernel that expands them."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only Hopper's products read them")
+    g = None if g is None else torch.tensor([g], device=DEVICE)
+    for m, (n, k) in (
+        (17, (4096, 2048)),
+        (48, (9216, 1024)),
+        (130, (4096, 2048)),
+        (1030, (2048, 512)),
+        (33, (64, 384)),
+    ):
+        x = torch.randn(m, k, device=DEVICE).bfloat16()
+        weight = formats.quantize(0.02 * torch.randn(n, k, device=DEVICE), "nvfp4", "absmax")
+        packed = triton_quantize.transform_quantize(x, None, g, "nvfp4", "absmax")
+        lanes = quantize_tokens(x, None, "nvfp4", lanes=True, global_scale=g, rule="absmax")
+        rest = g, *weight, None, None, None, "nvfp4", torch.bfloat16
+        for kernel in (FUSED[0], HOPPER[0], "bf16"):
+            want = triton_linear.fp4_linear(*packed, *rest, kernel)
+            got = triton_linear.fp4_linear(*lanes, *rest, kernel, lanes=True)
+            exact = not isinstance(kernel, str)
+            assert torch.equal(got, want) if exact else error(got, want.double()) < 2e-3, (m, n, k, kernel)
+        args = (*lanes, *rest, "lanes")
+        assert dispatch.chosen("fp4_linear", 0, args) == "triton"
+        assert error(torch.ops.wush.fp4_linear(*args), want.double()) < 2e-3
+    assert "stay packed" in triton_provider.refuses_fp4_linear(*(t[:16] for t in lanes), *rest, "lanes")
+
+
+@gpu
 def test_library_in_e4m3():
     for m in (17, 300, 1100):
         o = operands("mxfp4", "fp8", m, 512, 1024, octaves=0)
@@ -423,7 +539,7 @@ def test_what_is_refused():
     for activation, rule in RULES.items():
         assert quantizer(x, t, None, activation, rule) is None
         assert "rule" in quantizer(x, t, None, activation, "absmax")
-        assert "rows only" in quantizer(x, t, None, activation, rule, "swizzled")
+        assert "not in the layout swizzled" in quantizer(x, t, None, activation, rule, "swizzled")
         assert triton_provider.refuses_silu_mul(x, x, t, None, activation, rule) is None
         norm = triton_provider.refuses_rms_norm(x, vector, 1e-6, None, "rounded", t, None, activation, rule)
         assert "norm" in norm  # `lower` then takes the op apart

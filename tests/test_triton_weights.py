@@ -13,7 +13,7 @@ from wush_compile.ops import core as ops
 pytest.importorskip("triton")
 from wush_compile.kernels import dispatch
 from wush_compile.kernels.triton.linear import fp4_linear as triton_linear
-from wush_compile.kernels.triton.linear.choose import Int8, Int8Gemv, choose_int8
+from wush_compile.kernels.triton.linear.choose import Hopper, Int8, Int8Gemv, choose_int8
 
 gpu = pytest.mark.gpu
 RULES = {"fp8": "token", "none": "none"}
@@ -22,6 +22,10 @@ KERNELS = {
     "short gemv": (Int8Gemv(8, 1024, 4), (1,)),
     "gemm": (Int8(64, 16, 128, 4, 4), (3, 16, 17)),
     "wide gemm": (Int8(64, 64, 128, 4, 4), (33, 64, 65)),
+    "hopper": (Hopper(128, 64, 2, 1, 6), (2, 64, 65, 200)),
+    "split hopper": (Hopper(128, 128, 2, 3, 4), (17, 130)),
+    "wide hopper": (Hopper(128, 192, 2, 1, 3), (150, 193)),
+    "four warpgroups": (Hopper(256, 32, 4, 1, 5), (2, 33)),
     "library": ("bf16", (1, 65, 300)),
     "chosen": (None, (0, 1, 2, 3, 4, 5, 17, 64, 129)),
 }
@@ -47,13 +51,16 @@ def exact(codes, scales, w, w_scales, activation, rounded):
 
 
 @gpu
-@pytest.mark.parametrize("n, k", [(24, 64), (130, 576), (8200, 2048)])
+@pytest.mark.parametrize("n, k", [(24, 64), (130, 576), (200, 384), (8200, 2048)])
 @pytest.mark.parametrize("activation", RULES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_gives_the_product(name, activation, n, k):
     kernel, rows = KERNELS[name]
+    hopper = isinstance(kernel, Hopper)
+    if hopper and (torch.cuda.get_device_capability() != (9, 0) or k % 128):
+        pytest.skip("needs Hopper, and whole steps of 128 channels")
     for m in rows:
-        for dtype in (torch.bfloat16, torch.float16) if activation == "none" else (torch.bfloat16,):
+        for dtype in (torch.bfloat16, torch.float16) if activation == "none" and not hopper else (torch.bfloat16,):
             codes, scales, w, w_scales, bias = operands(m, n, k, activation, dtype)
             args = codes, scales, None, w, w_scales, None, bias
 
@@ -61,7 +68,10 @@ def test_every_kernel_gives_the_product(name, activation, n, k):
                 more = dict(kernel=kernel, activation_format=activation)
                 return triton_linear.fp4_linear(*args, residual, "int8", out_dtype, **more)
 
-            got, taken = run(None, torch.float32), kernel or (choose_int8(m, n, k) if m else None)
+            got, taken = (
+                run(None, torch.float32),
+                kernel or (choose_int8(m, n, k) if m else None),
+            )
             want, size = exact(codes, scales, w, w_scales, activation, not isinstance(taken, Int8Gemv))
             want += bias.double()
             assert got.shape == (m, n) and ((got.double() - want).abs() <= 1e-5 * size + 1e-6 * want.abs()).all(), m

@@ -50,6 +50,8 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 def refuses_transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
     if format not in FORMATS:
         return f"{format} has no CPU kernel"
+    if scale_layout == "lanes":
+        return "the layout lanes is for Hopper's products"
     if x.dtype not in FLOATS:
         return f"input is {x.dtype}"
     if transform is not None and (transform.shape[-1] % LANES or transform.dtype not in FLOATS):
@@ -105,6 +107,8 @@ def refuses_fp4_linear(
         return f"{format} has no CPU kernel"
     if out_dtype not in FLOATS:
         return f"output is {out_dtype}"
+    if scale_layout == "lanes":
+        return "the layout lanes is for Hopper's products"
     if activation_format == "none" and codes.dtype not in FLOATS:
         return f"input is {codes.dtype}"
     for name, other in (("bias", bias), ("residual", residual)):

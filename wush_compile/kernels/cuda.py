@@ -61,7 +61,9 @@ def prefer_others_silu_mul(gate, *others) -> bool:
     return _target(gate) == "sm_90a" and gate.numel() < HOPPER_SILU_ROWS * gate.shape[-1]
 
 
-def _refuses(x: Tensor, transform: Tensor | None, format: str) -> str | None:
+def _refuses(x: Tensor, transform: Tensor | None, format: str, scale_layout: str) -> str | None:
+    if scale_layout == "lanes":
+        return "no CUDA kernel writes the layout lanes"
     if format not in ("mxfp4", "nvfp4"):
         return f"{format} has no CUDA kernel"
     if x.dtype not in (torch.bfloat16, torch.float16):
@@ -72,7 +74,7 @@ def _refuses(x: Tensor, transform: Tensor | None, format: str) -> str | None:
 
 
 def refuses_transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
-    return _refuses(x, transform, format)
+    return _refuses(x, transform, format, scale_layout)
 
 
 def transform_quantize(
@@ -91,7 +93,7 @@ def refuses_rms_norm(
         return f"gain is {weight.dtype}"
     if eps_tensor is not None and not eps_tensor.is_cuda:
         return "eps is not on the device"
-    return _refuses(x, transform, format)
+    return _refuses(x, transform, format, scale_layout)
 
 
 def rms_norm_transform_quantize(
@@ -126,7 +128,7 @@ def add_rms_norm_transform_quantize(
 
 
 def refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
-    return "gate and up differ in dtype" if gate.dtype != up.dtype else _refuses(gate, transform, format)
+    return "gate and up differ in dtype" if gate.dtype != up.dtype else _refuses(gate, transform, format, scale_layout)
 
 
 def silu_mul_transform_quantize(
@@ -154,8 +156,8 @@ def refuses_fp4_linear(
     scale_layout="rows",
     activation_format="same",
 ) -> str | None:
-    if activation_format != "same":
-        return f"{activation_format} activations have no CUDA kernel"
+    if activation_format != "same" or scale_layout == "lanes":
+        return f"{activation_format} activations in the layout {scale_layout} have no CUDA kernel"
     target = _target(codes)
     if target == "sm_90a":
         return "the FP4 instruction is emulated on Hopper, for tests only"

@@ -147,8 +147,8 @@ def refuses_fp4_linear(
 ) -> str | None:
     if format not in RECIPES:
         return f"{format} is not an FP4 format"
-    if activation_format != "same":
-        return f"activations in {activation_format} are not FP4"
+    if activation_format != "same" or scale_layout == "lanes":
+        return f"activations in {activation_format} and the layout {scale_layout} are not FP4"
     n, k = weight_codes.shape[0], 2 * weight_codes.shape[1]
     if n % 16 or k % 32 or n * k == 0:
         return f"the weight is {n} x {k}: they must be multiples of 16 and of 32, and not 0"

@@ -18,7 +18,7 @@ from .. import formats
 from ..errors import one_of
 from ..formats import WEIGHT_FORMATS, channels, get_format
 from ..phases import phase
-from .layouts import in_rows, lay_out, scale_shape
+from .layouts import from_lanes, in_rows, lay_out, layouts_of, operand_of, scale_shape, to_lanes
 from .schema import check, define
 
 # A CPU quantizes this many values at a time. It is 4x faster when the temporaries stay in its cache.
@@ -178,10 +178,15 @@ def _transform_quantize_at_once(
     y = block_transform(x, transform)  # fp32 [.., K]
     if format == "none":
         # Not `to` alone: an op must not return its argument.
-        return y.to(x.dtype, copy=True), y.new_empty((*y.shape[:-1], 0))
+        codes, scales = y.to(x.dtype, copy=True), y.new_empty((*y.shape[:-1], 0))
+        return to_lanes(codes, format) if scale_layout == "lanes" else codes, scales
     if format == "fp8":
-        return formats.quantize_fp8(y)
+        codes, scales = formats.quantize_fp8(y)
+        return to_lanes(codes, format) if scale_layout == "lanes" else codes, scales
     codes, scales = formats.quantize(y, format, scale_rule, global_scale)
+    if scale_layout == "lanes":
+        values = formats.dequantize(codes, scales, format).to(torch.bfloat16)
+        return to_lanes(values, "none"), y.new_empty((*y.shape[:-1], 0))
     return codes, lay_out(scales, scale_layout)
 
 
@@ -196,14 +201,14 @@ def _transform_quantize(
     _check_format(format, scale_rule)
     k = x.shape[-1]
     rows = x.reshape(-1, k)
-    columns, dtype, groups, scale_dtype = formats.operand_layout(format, k, x.dtype)
+    columns, dtype, groups, scale_dtype = operand_of(format, k, x.dtype, scale_layout)
     codes = x.new_empty((rows.shape[0], columns), dtype=dtype)
     scales = x.new_empty((rows.shape[0], groups), dtype=scale_dtype)
     step = max(1, CHUNK_ELEMENTS // max(k, 1)) if x.device.type == "cpu" else max(1, rows.shape[0])
     for start in range(0, rows.shape[0], step):
         chunk = slice(start, start + step)
         codes[chunk], scales[chunk] = _transform_quantize_at_once(
-            rows[chunk], transform, global_scale, format, scale_rule
+            rows[chunk], transform, global_scale, format, scale_rule, "lanes" if scale_layout == "lanes" else "rows"
         )
     scales = scales.view(scale_shape(x.shape[:-1], groups, "rows"))
     return codes.view(*x.shape[:-1], columns), lay_out(scales, scale_layout)
@@ -224,16 +229,14 @@ def _transform_quantize_fake(x, transform, global_scale, format, scale_rule, sca
         blocks, size = transform.shape[0], transform.shape[-1]
         torch._check(k % size == 0, lambda: f"width {k} is not a multiple of the transform's {size}")
         torch._check(blocks == 1 or blocks * size == k, lambda: f"{blocks} blocks of {size} do not cover width {k}")
-    torch._check(
-        format not in formats.ACTIVATION_FORMATS or scale_layout == "rows",
-        lambda: f"{format} has scales in rows only, not {scale_layout}",
-    )
     lead = x.shape[:-1]
-    columns, dtype, groups, scale_dtype = formats.operand_layout(format, k, x.dtype)
-    return (
-        x.new_empty((*lead, columns), dtype=dtype),
-        x.new_empty(scale_shape(lead, groups, scale_layout), dtype=scale_dtype),
+    columns, dtype, groups, scale_dtype = operand_of(format, k, x.dtype, scale_layout)
+    shape = scale_shape(lead, groups, scale_layout)
+    torch._check(
+        scale_layout in layouts_of(format, k),
+        lambda: f"{format} of width {k} has the layouts {', '.join(layouts_of(format, k))}, not {scale_layout}",
     )
+    return x.new_empty((*lead, columns), dtype=dtype), x.new_empty(shape, dtype=scale_dtype)
 
 
 # -- fp4_linear ------------------------------------------------------------------------------------------------------
@@ -283,7 +286,15 @@ def _fp4_linear_by(
         scale_layout: str = "rows",
         activation_format: str = "same",
     ) -> Tensor:
-        if activation_format == "none":
+        if scale_layout == "lanes":
+            codes = from_lanes(codes, "fp8" if codes.dtype == torch.uint8 else "none")
+        if scale_layout == "lanes" and activation_format == "same":
+            x = (
+                codes.view(torch.float8_e5m2).to(torch.float32) * scales
+                if format == "mxfp4"
+                else codes.to(torch.float32)
+            )
+        elif activation_format == "none":
             x = codes.to(torch.float32)  # [.., K]
         elif activation_format == "fp8":
             x = formats.dequantize_fp8(codes, scales)
@@ -327,12 +338,22 @@ def _fp4_linear_fake(
     if format in WEIGHT_FORMATS and activation_format == "same":
         raise ValueError(f"{format} is a format of weights alone: the activation is fp8 or none")
     if scale_layout != "rows":
-        torch._check(activation_format == "same", lambda: f"{activation_format} has scales in rows only")
-        shape = scale_shape(codes.shape[:-1], 2 * codes.shape[-1] // fmt.group_size, scale_layout)
-        torch._check(scales.dim() == len(shape), lambda: f"scales have {scales.dim()} dimensions, {scale_layout} has 4")
+        activation = format if activation_format == "same" else activation_format
+        packed = scale_layout == "swizzled"
+        groups = 2 * codes.shape[-1] // fmt.group_size if packed else operand_of(activation, 0, codes.dtype, "lanes")[2]
+        shape = scale_shape(codes.shape[:-1], groups, scale_layout)
+        torch._check(
+            scale_layout in layouts_of(activation, codes.shape[-1]),
+            lambda: f"{activation} of width {codes.shape[-1]} has no layout {scale_layout}",
+        )
+        torch._check(
+            scales.dim() == len(shape),
+            lambda: f"scales have {scales.dim()} dimensions, {scale_layout} has {len(shape)}",
+        )
         for have, want in zip(scales.shape, shape):
             torch._check(have == want, lambda: f"{scale_layout} scales are {tuple(scales.shape)}, not {shape}")
-    width, wanted = codes.shape[-1] * (2 if activation_format == "same" else 1), channels(weight_codes, format)
+    packed = activation_format == "same" and scale_layout != "lanes"
+    width, wanted = codes.shape[-1] * (2 if packed else 1), channels(weight_codes, format)
     torch._check(width == wanted, lambda: f"activation has {width} channels, weight {wanted}")
     for other in (scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual):
         if other is not None:

@@ -110,6 +110,7 @@ def _fp4_grouped_linear_fake(
     torch._check(weight_codes.dim() == 3, lambda: f"experts' weights have 3 dimensions, not {weight_codes.dim()}")
     experts, n = weight_codes.shape[:2]
     torch._check(experts > 0, lambda: "there is no expert")
+    torch._check(scale_layout != "lanes", lambda: "rows of experts have no layout lanes")
     torch._check(
         offs.dim() == 1 and offs.dtype == torch.int32, lambda: f"offs are {offs.dim()}-dimensional {offs.dtype}"
     )

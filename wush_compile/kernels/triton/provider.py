@@ -7,7 +7,7 @@ import torch
 
 from ...formats import ACTIVATION_FORMATS, FORMATS, channels
 from ...ops.fused import ACTIVATIONS, GAINS
-from ...ops.layouts import rows_only
+from ...ops.layouts import layouts_of, rows_only
 from ..provider import Implementation
 from .calibration import moments as triton_gram
 from .grouped import fp4_grouped_linear as triton_grouped
@@ -24,8 +24,8 @@ def refuses_transform_quantize(x, transform, global_scale, format, scale_rule, s
     fmt = ACTIVATION_FORMATS.get(format) or FORMATS.get(format)
     if fmt is None or format == "int4":
         return f"{format} has no Triton kernel"
-    if format in ACTIVATION_FORMATS and scale_layout != "rows":
-        return f"{format} has scales in rows only, not {scale_layout}"
+    if scale_layout not in layouts_of(format, x.shape[-1]):
+        return f"{format} of width {x.shape[-1]} is not in the layout {scale_layout}"
     if x.dtype not in FLOATS:
         return f"input is {x.dtype}"
     width = x.shape[-1]
@@ -139,10 +139,14 @@ def refuses_fp4_linear(
     scale_layout="rows",
     activation_format="same",
 ) -> str | None:
-    if scale_layout != "rows":
-        return f"products read scales in rows, not {scale_layout}"
     if activation_format not in ("same", "fp8", "none"):
         return f"{activation_format} activations have no Triton kernel"
+    if scale_layout == "lanes":
+        reason = triton_linear.refuses_lanes(format, activation_format, codes, channels(weight_codes, format))
+        if reason is not None:
+            return reason
+    elif scale_layout != "rows":
+        return f"products read scales in rows, not {scale_layout}"
     if activation_format == "none" and codes.dtype not in (torch.bfloat16, torch.float16):
         return f"activations of {codes.dtype} have no exact product on tensor cores"
     return triton_linear.supports(format, channels(weight_codes, format))
@@ -176,8 +180,9 @@ def refuses_observe(x, mask, moment, count, sample, seed=0, weight=None) -> str 
 
 def transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows"):
     """`wush::transform_quantize` in Triton."""
-    if format in ACTIVATION_FORMATS:
-        return triton_tokens.quantize_tokens(x, transform, format)
+    if format in ACTIVATION_FORMATS or scale_layout == "lanes":
+        rule = dict(global_scale=global_scale, rule=scale_rule, lanes=scale_layout == "lanes")
+        return triton_tokens.quantize_tokens(x, transform, format, **rule)
     swizzled = scale_layout == "swizzled"
     return triton_quantize.transform_quantize(x, transform, global_scale, format, scale_rule, swizzled=swizzled)
 
@@ -196,8 +201,7 @@ def fp4_linear(
     scale_layout="rows",
     activation_format="same",
 ):
-    """`wush::fp4_linear` in Triton, for scales in rows."""
-    rows_only(scale_layout)
+    """`wush::fp4_linear` in Triton; `refuses_fp4_linear` says for which layouts."""
     return triton_linear.fp4_linear(
         codes,
         scales,
@@ -210,6 +214,7 @@ def fp4_linear(
         format,
         out_dtype,
         activation_format=activation_format,
+        lanes=scale_layout == "lanes",
     )
 
 

@@ -59,6 +59,18 @@ BF16_PTX = tl.constexpr(
 )
 
 
+# $0 and $1 get the four int8 codes in $2 as bf16, in order. Behind the exponent of 2^7 the low seven bits of a byte are
+# 128 more than their value; a byte with the sign bit stands for 128 less, behind one without for 0 less: 256 or 128 are
+# subtracted, which is exact.
+INT8_PTX = tl.constexpr(
+    "{ .reg .b32 p, a, b, one; mov.b32 one, 0x3F803F80; "
+    "prmt.b32 p, $2, 0, 0x4140; lop3.b32 a, p, 0x007F007F, 0x43004300, 0xEA; "
+    "lop3.b32 b, p, 0x00800080, 0xC300C300, 0xEA; fma.rn.bf16x2 $0, a, one, b; "
+    "prmt.b32 p, $2, 0, 0x4342; lop3.b32 a, p, 0x007F007F, 0x43004300, 0xEA; "
+    "lop3.b32 b, p, 0x00800080, 0xC300C300, 0xEA; fma.rn.bf16x2 $1, a, one, b; }"
+)
+
+
 @triton.jit
 def decode_bf16(w):
     """uint8, two codes each -> the bf16 values of the low and of the high codes, times 2^-126. Works in any layout."""

@@ -44,6 +44,13 @@ def _step_sum(a):
 
 
 @triton.jit
+def e2m1_magnitude(v):
+    """fp32 -> the magnitude of the e2m1 value of `e2m1_code`, fp32."""
+    c, total = _step_sum(tl.minimum(tl.abs(v), 6.0))
+    return total - c
+
+
+@triton.jit
 def e2m1_code(v):
     """fp32 -> code `s e e m` as int32: nearest, ties to the even code, saturating at 6, -0 keeps its sign."""
     _, total = _step_sum(tl.minimum(tl.abs(v), 6.0))

@@ -326,6 +326,17 @@ def choose_decoding(
     return kernel._replace(packed=False) if isinstance(kernel, Fused) else kernel
 
 
+# NVFP4 activations of so many rows stay packed between quantizer and product. Of more rows the quantizer writes the
+# values in a compiled graph (layout `lanes`).
+PACKED_ROWS = 16
+# Tiles of Hopper's product for weights of 8 bits, which no run has measured: none is chosen (`head_speed.py --tune`).
+HOPPER_INT8 = (
+    Hopper(128, 64, 2, 1, 6),
+    Hopper(128, 128, 2, 1, 4),
+    Hopper(128, 192, 2, 1, 3),
+    Hopper(128, 256, 2, 1, 2),
+    Hopper(256, 32, 4, 1, 5),
+)
 # Up to so many rows a weight of 8 bits is decoded in registers; the library multiplies more.
 INT8_ROWS = 64
 

@@ -18,10 +18,12 @@ import logging
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ....formats import get_format
 from ..common.memory import row_facts
 from .choose import (
+    PACKED_ROWS,
     Fused,
     Gemv,
     Hopper,
@@ -54,6 +56,19 @@ def supports(format: str, k: int) -> str | None:
     return None if k % get_format(format).group_size == 0 else f"width {k} is not a multiple of the group"
 
 
+def refuses_lanes(format: str, activation_format: str, codes: Tensor, k: int) -> str | None:
+    """Why these kernels do not take activations in the layout `lanes`; None if they do, on Hopper alone."""
+    if capability(codes.device.index) != (9, 0) or k % 128:
+        return "no product of this device, or of this width, reads the layout lanes"
+    taken = {("mxfp4", "fp8"), ("mxfp4", "none"), ("nvfp4", "same"), ("nvfp4", "none")}
+    if (format, activation_format) not in taken or codes.dtype not in (torch.uint8, torch.bfloat16):
+        return f"{format} times {activation_format} in {codes.dtype} has no layout lanes"
+    rows = codes.numel() // max(codes.shape[-1], 1)
+    if activation_format == "same" and not statically_known_true(rows > PACKED_ROWS):
+        return f"up to {PACKED_ROWS} rows, or an unknown number, stay packed"
+    return None
+
+
 def _fits_library(o: Operands, out_dtype: torch.dtype) -> bool:
     """Whether fp8 products of the library give this call's result."""
     n = o.weight_codes.shape[0]
@@ -67,7 +82,7 @@ def _choose(o: Operands, out_dtype: torch.dtype) -> Gemv | Fused | Hopper | Scal
     if o.format == "int8":
         return choose_int8(*shape)
     options = dict(capability=capability(device), precise=o.precise, multiprocessors=multiprocessors(device))
-    if o.activation == "same":
+    if o.activation == "same" and not o.lanes:
         chosen = choose(o.format, *shape, **options)
         if chosen == "library" and not _fits_library(o, out_dtype):
             chosen = choose(o.format, *shape, **options, library=False)
@@ -75,7 +90,7 @@ def _choose(o: Operands, out_dtype: torch.dtype) -> Gemv | Fused | Hopper | Scal
     if o.codes.dtype == torch.float16:  # whose products need two bf16 terms
         return "bf16"
     # In bf16, the units of e4m3 rows would need sums in fp32 memory: only where no other kernel can.
-    library = o.decoded == "mxfp4" or o.activation == "none"
+    library = o.kernel_format == "mxfp4" or o.activation == "none"
     chosen = choose_decoding(o.kernel_format, *shape, **options, library=library)
     if chosen == "library" and not _fits_library(o, out_dtype):
         chosen = choose_decoding(o.kernel_format, *shape, **options, library=False)
@@ -132,12 +147,14 @@ def fp4_linear(
     kernel: Gemv | Fused | Hopper | Scaled | Int4 | Int8Gemv | Int8 | str | None = None,
     precise: bool | None = None,
     activation_format: str = "same",
+    lanes: bool = False,
 ) -> Tensor:
     """`wush::fp4_linear` (docs/spec.md §6): codes [.., K/2] times weight_codes [N, K/2], transposed -> [.., N].
 
     kernel: a tile, "library" or "bf16" instead of what `choose` takes. precise: MXFP4 sums go from the tensor core's
     fp8 accumulator, which drops bits, to fp32 at least every 128 channels; default: what `WUSH_PRECISE` says.
-    activation_format: fp8 or none for codes [.., K] (`formats.operand_layout`).
+    activation_format: fp8 or none for codes [.., K] (`formats.operand_layout`); lanes: the activation is in that layout
+    (`ops/layouts.py`).
     ValueError if an operand's shape, dtype or device does not fit."""
     precise = precise_by_default() if precise is None else precise
     n = weight_codes.shape[0]
@@ -165,6 +182,7 @@ def fp4_linear(
         precise,
         activation_format,
         decoded,
+        lanes,
     )
     check(o, out_dtype)
     y = _product(o, out_dtype, kernel).view(shape)

@@ -15,7 +15,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from ..common import overlap
-from .hopper_decode import code_layout, decode_bf16, decode_fp8, mma_layout, over_words, scale_layout, to_lanes
+from .hopper_decode import (
+    code_layout,
+    decode_bf16,
+    decode_fp8,
+    decode_int8,
+    mma_layout,
+    over_words,
+    scale_layout,
+    step_words,
+    to_lanes,
+)
 from .hopper_output import finish, in_units, load_partial, store_partial
 
 # Triton 3.6 has other names.
@@ -25,7 +35,7 @@ wait_inputs = gluon.jit(overlap.wait_inputs.fn)
 start_next = gluon.jit(overlap.start_next.fn)
 
 STEP_K = gl.constexpr(128)  # channels of a step: one panel of x (`upcast.py`)
-STEP_WORDS = gl.constexpr(16)  # int32 words of codes of a step, in a weight row
+STEP_WORDS = gl.constexpr(16)  # int32 words of 4-bit codes of a step, in a weight row
 # Registers of a thread, for all warpgroups but the first, which gets what is left. A multiprocessor has 65,536 and a
 # warpgroup 128 threads: two warpgroups of 240 take 61,440, four of 112 take 57,344. Four of 120 would take 61,440, all
 # that the launch has (640 threads of 96). The copying warp needs few; 24 is the least that can be set.
@@ -94,12 +104,13 @@ def _produce(
     work_items = sizes[1]
     TILE_M: gl.constexpr = BLOCK_M + EXTRA_M
     X_BYTES: gl.constexpr = 1 if FORMAT == "mxfp4" else 2
-    STEP_BYTES: gl.constexpr = BLOCK_N * STEP_WORDS * 4 + TILE_M * STEP_K * X_BYTES
+    CODES: gl.constexpr = STEP_K // step_words(FORMAT)  # in a word
+    STEP_BYTES: gl.constexpr = BLOCK_N * step_words(FORMAT) * 4 + TILE_M * STEP_K * X_BYTES
     row_n, row_m, start, steps, _ = _work_item(gl.program_id(0), sizes, N, K, BLOCK_N, TILE_M, GROUP_M, SPLIT)
     first = gl.minimum(steps, STAGES)
     for i in range(first):
         mbarrier.expect(full.index(i), STEP_BYTES)
-        async_load(w, [row_n, (start + i * STEP_K) // 8], full.index(i), w_tiles.index(i))
+        async_load(w, [row_n, (start + i * STEP_K) // CODES], full.index(i), w_tiles.index(i))
     if prefetch:
         wait_inputs(True)
     before = 0
@@ -112,7 +123,7 @@ def _produce(
             if step >= first:
                 mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
                 mbarrier.expect(full.index(stage), STEP_BYTES)
-                async_load(w, [row_n, k // 8], full.index(stage), w_tiles.index(stage))
+                async_load(w, [row_n, k // CODES], full.index(stage), w_tiles.index(stage))
             async_load(x, [row_m, k], full.index(stage), x_tiles.index(stage))
             if x_extra is not None:
                 async_load(x_extra, [row_m + BLOCK_M, k], full.index(stage), x_extra_tiles.index(stage))
@@ -121,12 +132,15 @@ def _produce(
 
 @gluon.jit
 def _scale_bytes(scales, k, last, FORMAT: gl.constexpr):
-    """Scale bytes of a step, int32 [ROWS, H, 4]. last: None, or the last group of a row, as seen from each byte; the
-    codes beyond it are zeros, and its scale may stand for theirs."""
+    """Scale bytes of a step, int32 [ROWS, H, 4]; of int8 weights the bf16 scales. last: None, or the last group of a
+    row, as seen from each byte; the codes beyond it are zeros, and its scale may stand for theirs."""
     group = k // (16 if FORMAT == "nvfp4" else 32)
     if last is not None:
         group = gl.minimum(group, last)
-    return gl.load(scales + group).to(gl.int32)
+    if FORMAT == "int8":
+        return gl.load(scales + group)
+    else:
+        return gl.load(scales + group).to(gl.int32)
 
 
 @gluon.jit
@@ -235,7 +249,7 @@ def consume_item(
     n = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, BYTES))), N - 1)
     half = gl.arange(0, 1 if FORMAT == "mxfp4" else 2, gl.SliceLayout(0, gl.SliceLayout(2, BYTES)))
     lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, BYTES)))
-    LANES: gl.constexpr = 2 if FORMAT == "mxfp4_bf16" else 1  # that share a scale byte
+    LANES: gl.constexpr = 2 if FORMAT == "mxfp4_bf16" or FORMAT == "int8" else 1  # that share a scale byte
     groups = gl.expand_dims(gl.expand_dims(half, 0), 2) * (4 // LANES)
     groups += gl.expand_dims(gl.expand_dims(lane // LANES, 0), 1)
     rows = gl.expand_dims(gl.expand_dims(n, 1), 2)
@@ -262,6 +276,14 @@ def consume_item(
             both = gl.permute(gl.join(to_lanes(a, ROWS, FORMAT), to_lanes(b, ROWS, FORMAT)), [0, 2, 1])
             both = gl.reshape(both, [ROWS, STEP_K]).to(gl.float8e5, bitcast=True)
             left = gl.convert_layout(both, LEFT, assert_trivial=True)
+        elif FORMAT == "int8":
+            a, b = decode_int8(codes, over_words(byte, ROWS, FORMAT), ROWS)
+            left = gl.convert_layout(a, LEFT, assert_trivial=True)
+            right_a, extra_a = right.slice(0, 64, 1), right_extra.slice(0, 64, 1)
+            acc, acc_extra = _multiply(left, right_a, extra_a, acc, acc_extra, EXTRA_M)
+            left = gl.convert_layout(b, LEFT, assert_trivial=True)
+            right = right.slice(64, 64, 1)
+            right_extra = right_extra.slice(64, 64, 1)
         else:
             if FORMAT == "nvfp4":
                 # e4m3's bits in fp32's fields are its value times 2^-120. Its value times 2^119, times a code's pattern
@@ -369,7 +391,7 @@ def hopper_gemm_kernel(
     SPLIT: gl.constexpr = partials is not None
     if prefetch == 0:
         wait_inputs(True)
-    w_tiles = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_N, STEP_WORDS], w.layout)
+    w_tiles = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_N, step_words(FORMAT)], w.layout)
     x_tiles = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_M, STEP_K], x.layout)
     x_extra_tiles = x_tiles
     if EXTRA_M > 0:

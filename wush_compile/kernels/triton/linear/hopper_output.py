@@ -33,7 +33,7 @@ def in_units(
         if FORMAT == "mxfp4":
             unit = unit * E5M2_UNIT
         acc = acc * unit[:, None]
-    else:
+    elif FORMAT == "nvfp4":
         acc = acc * 128.0  # each decoded weight is its value times 2^-7
     if x_unit is not None:
         acc = acc * gl.load(x_unit + m)[None, :]

@@ -35,6 +35,7 @@ def lane_order_kernel(
     ORDER of every 128 channels, which is that of the upcasts of `upcast.py`:
     halves   int32 words -> the even words, then the odd ones
     lanes    int32 words -> the same, each half in lane order
+    int8     bf16 values, or e4m3 bytes, which become bf16 -> of every 64, a lane's 16 channels are 4 in each 16
     bf16     bf16 values, or e4m3 bytes, which become bf16 -> the even channels, then the odd ones, in lane order"""
     wait_inputs(PDL)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -51,6 +52,8 @@ def lane_order_kernel(
         v = tl.permute(tl.reshape(v, (ROWS, COLUMNS // 32, 16, 2)), (0, 1, 3, 2))
     elif ORDER == "lanes":
         v = tl.permute(tl.reshape(v, (ROWS, COLUMNS // 32, 4, 4, 2)), (0, 1, 4, 3, 2))
+    elif ORDER == "int8":
+        v = tl.permute(tl.reshape(v, (ROWS, COLUMNS // 64, 4, 4, 2, 2)), (0, 1, 3, 4, 2, 5))
     else:
         v = tl.permute(tl.reshape(v, (ROWS, COLUMNS // 128, 2, 4, 4, 2, 2)), (0, 1, 6, 2, 4, 3, 5))
     at = r.to(tl.int64)[:, None] * PITCH + c[None, :]
@@ -61,7 +64,7 @@ def lane_order_kernel(
 def _launch(x: Tensor, out: Tensor, order: str, index: Tensor | None) -> Tensor:
     rows, pitch = out.shape
     block, pdl = 1 if rows <= 64 else 4, x.is_cuda and overlaps(x.device.index)
-    columns = min(1024 if order == "bf16" else 512, triton.next_power_of_2(pitch))
+    columns = min(512 if x.dtype == torch.int32 else 1024, triton.next_power_of_2(pitch))
     lane_order_kernel[(triton.cdiv(rows, block), triton.cdiv(pitch, columns))](
         x,
         out,
@@ -97,3 +100,8 @@ def bf16_order(x: Tensor, index: Tensor | None = None) -> Tensor:
     """bf16 [M, K], or e4m3 bytes uint8 [M, K] -> bf16 [M, K], exact, in the lane order of `upcast_bf16`, filled up with
     zeros to a multiple of 128 channels; `index` as there."""
     return _launch(x, _rows(x, index, torch.bfloat16), "bf16", index)
+
+
+def int8_order(x: Tensor) -> Tensor:
+    """As `bf16_order`, in the order of `hopper_decode.decode_int8`."""
+    return _launch(x, _rows(x, None, torch.bfloat16), "int8", None)

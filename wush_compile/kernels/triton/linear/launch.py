@@ -18,7 +18,7 @@ from .gemm import fused_gemm_kernel
 from .gemv import gemv_kernel
 from .int4 import int4_gemm_kernel
 from .int8 import int8_gemm_kernel, int8_gemv_kernel
-from .lane_order import bf16_order, fp8_order
+from .lane_order import bf16_order, fp8_order, int8_order
 from .operands import Operands
 from .scaled import scaled_gemm_kernel
 from .upcast import upcast_bf16, upcast_fp8
@@ -64,9 +64,13 @@ def run_gemv(o: Operands, tile: Gemv, out: Tensor) -> None:
 def upcast_x(o: Operands) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x as the products that decode only the weight read it: (fp8 or bf16 [M, K] in lane order, its unit [M] or None,
     the global scale that is left to divide by)."""
+    unit = o.scales.view(-1) if o.activation == "fp8" else None
+    if o.format == "int8":
+        return int8_order(o.codes), unit, None
+    if o.lanes:
+        return o.codes.view(torch.float8_e4m3fn) if o.activation == "fp8" else o.codes, unit, o.global_scale
     if o.activation != "same":
-        x = fp8_order(o.codes) if o.decoded == "mxfp4" else bf16_order(o.codes)
-        return x, o.scales.view(-1) if o.activation == "fp8" else None, o.global_scale
+        return fp8_order(o.codes) if o.decoded == "mxfp4" else bf16_order(o.codes), unit, o.global_scale
     if o.format == "mxfp4":
         return *upcast_fp8(o.codes, o.scales, o.global_scale, e4m3=False, lane_order=True), None
     return upcast_bf16(o.codes, o.scales, None, o.format, lane_order=True), None, o.global_scale
@@ -148,7 +152,11 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
         *x_tiles,
         x_unit,
         gx,
-        TensorDescriptor.from_tensor(o.weight_codes.view(torch.int32), [tile.block_n, 16], NVMMASharedLayout(64, 32)),
+        TensorDescriptor.from_tensor(
+            o.weight_codes.view(torch.int32),
+            [tile.block_n, 32 if o.format == "int8" else 16],
+            NVMMASharedLayout(128 if o.format == "int8" else 64, 32),
+        ),
         o.weight_scales,
         w_top,
         o.weight_global_scale,

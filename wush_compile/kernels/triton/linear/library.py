@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ....formats import dequantize
+from ....ops.layouts import from_lanes
 from ..common.memory import is_power_of_two
 from .lane_order import fp8_order
 from .operands import Operands
@@ -24,12 +25,12 @@ def run_library(o: Operands) -> Tensor:
     m, n, k = o.sizes
     y = torch.empty((m, n), dtype=torch.bfloat16, device=o.codes.device)
     if o.activation == "fp8":
-        x = fp8_order(o.codes, lane_order=False)
+        x = o.codes.view(torch.float8_e4m3fn) if o.lanes else fp8_order(o.codes, lane_order=False)
         x_unit = o.scales.view(-1) if o.global_scale is None else o.scales.view(-1) / o.global_scale
     for rows in weight_slices(n, k):
         weight = o.weight_codes[rows], o.weight_scales[rows], o.weight_global_scale
         if o.activation == "fp8":
-            w, w_unit = upcast_fp8(*weight, e4m3=True)
+            w, w_unit = upcast_fp8(*weight, e4m3=True, lane_order=o.lanes)
         else:
             x, x_unit, w, w_unit = upcast_both(o.codes, o.scales, o.global_scale, *weight)
         torch._scaled_mm(
@@ -52,10 +53,15 @@ def run_bf16(o: Operands, out_dtype: torch.dtype) -> Tensor:
     gx, gw = o.global_scale, o.weight_global_scale
     # The library rounds once itself. No other rounding follows if only powers of two come after the sum.
     direct = out_dtype == torch.bfloat16 and o.bias is None and is_power_of_two(gx) and is_power_of_two(gw)
-    x = upcast_bf16(o.codes, o.scales, gx if direct else None, o.format)
+    if o.lanes:
+        x = o.codes
+        gw = gx if gw is None else gw if gx is None else gx * gw  # the weight is divided by both
+    else:
+        x = upcast_bf16(o.codes, o.scales, gx if direct else None, o.format)
     y = torch.empty((m, n), dtype=torch.bfloat16 if direct else torch.float32, device=x.device)
     for rows in weight_slices(n, 2 * k):
-        w = upcast_bf16(o.weight_codes[rows], o.weight_scales[rows], gw if direct else None, o.format)
+        weight = o.weight_codes[rows], o.weight_scales[rows]
+        w = upcast_bf16(*weight, gw if direct else None, o.format, lane_order=o.lanes)
         if direct:
             torch.mm(x, w.t(), out=y[:, rows])
         else:
@@ -89,7 +95,8 @@ def _run_bf16_activation(o: Operands, out_dtype: torch.dtype) -> Tensor:
     terms: two for fp16 activations, and for int4 weights. Weights of 8 bits are rounded to the activations' dtype."""
     m, n, k = o.sizes
     fp8 = o.activation == "fp8"
-    x = o.codes.view(torch.float8_e4m3fn).to(torch.bfloat16) if fp8 else o.codes
+    codes = from_lanes(o.codes, "fp8") if o.lanes and fp8 else o.codes
+    x = codes.view(torch.float8_e4m3fn).to(torch.bfloat16) if fp8 else codes
     xs = [x] if o.format == "int8" else _terms(x)
     plain = o.bias is None and o.global_scale is None and o.weight_global_scale is None
     direct = plain and not fp8 and len(xs) == 1 and o.format != "int4" and out_dtype == xs[0].dtype
@@ -101,7 +108,7 @@ def _run_bf16_activation(o: Operands, out_dtype: torch.dtype) -> Tensor:
         elif o.format == "int8":
             ws = [upcast_int8(codes, scales, x.dtype)]
         else:
-            ws = [upcast_bf16(codes, scales, None, o.format)]
+            ws = [upcast_bf16(codes, scales, None, o.format, lane_order=o.lanes and not fp8)]
         if direct:
             torch.mm(xs[0], ws[0].t(), out=y[:, rows])
         else:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....formats import get_format, operand_layout
+from ....formats import get_format
+from ....ops.layouts import operand_of
 
 
 class Operands(NamedTuple):
@@ -23,11 +24,13 @@ class Operands(NamedTuple):
     precise: bool = False  # see `fp4_linear`
     activation: str = "same"  # the op's activation_format
     decoded: str = ""  # activation fp8 or none: what the weight is decoded to, as FORMAT of `gemm.fused_gemm_kernel`
+    # Whether the activation is in the layout `lanes`: codes in that order; bf16 [M, K] of NVFP4, and scales [M, 0].
+    lanes: bool = False
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """(M, N, K)."""
-        k = self.codes.shape[1] * (2 if self.activation == "same" else 1)
+        k = self.codes.shape[1] * (2 if self.activation == "same" and not self.lanes else 1)
         return self.codes.shape[0], self.weight_codes.shape[0], k
 
     @property
@@ -51,7 +54,7 @@ def check(o: Operands, out_dtype: torch.dtype) -> None:
     """ValueError if an operand's shape, dtype or device would make a kernel read memory that is not its own."""
     (m, n, k), fmt = o.sizes, get_format(o.format)
     written = o.format if o.activation == "same" else o.activation
-    columns, codes_dtype, groups, scale_dtype = operand_layout(written, k, o.codes.dtype)
+    columns, codes_dtype, groups, scale_dtype = operand_of(written, k, o.codes.dtype, "lanes" if o.lanes else "rows")
     expected = {
         "codes": ((m, columns), codes_dtype),
         "scales": ((m, groups), scale_dtype),

@@ -40,9 +40,9 @@ def layer_norm_transform_quantize(
 
 
 def _gated(prologue, gate, transform, global_scale, format, scale_rule, scale_layout) -> tuple[Tensor, Tensor]:
-    if format in ACTIVATION_FORMATS:
-        rows_only(scale_layout)
-        return quantize_tokens(gate, transform, format, prologue)
+    if format in ACTIVATION_FORMATS or scale_layout == "lanes":
+        rule = dict(global_scale=global_scale, rule=scale_rule, lanes=scale_layout == "lanes")
+        return quantize_tokens(gate, transform, format, prologue, **rule)
     swizzled = scale_layout == "swizzled"
     return transform_quantize(gate, transform, global_scale, format, scale_rule, swizzled=swizzled, prologue=prologue)
 

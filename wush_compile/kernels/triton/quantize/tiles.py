@@ -48,9 +48,10 @@ def instructions(capability: tuple[int, int]) -> int:
 
     80    Triton's own minimum
     86    `min` and `max` with the sign of one operand (xorsign)
+    89    conversion to e4m3
     100   conversion to e2m1; the kernel must be compiled for that very architecture
     """
-    return 100 if capability >= (10, 0) else 86 if capability >= (8, 6) else 80
+    return next(level for level in (100, 89, 86, 80) if capability >= divmod(level, 10) or level == 80)
 
 
 @functools.cache

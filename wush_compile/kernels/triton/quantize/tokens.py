@@ -1,4 +1,5 @@
-"""Activations of 8 and 16 bits: the block transform, then e4m3 with one scale a row, or the model dtype.
+"""Activations of 8 and 16 bits: the block transform, then e4m3 with one scale a row, or the model dtype. And NVFP4
+activations as Hopper's products read them (layout `lanes`).
 
 A row's scale needs the maximum of all its transformed values. So a launch has two kinds of programs: the first store
 the maxima of their part of the rows, the second wait for those of the whole rows, transform the same tiles again, whose
@@ -13,17 +14,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....formats import E4M3_MAX, FP8_LEAST_MAX, operand_layout
-from ..common.formats import ABS_BITS, INF_BITS, bits_float, e4m3_encode, float_bits
+from ....formats import E4M3_MAX, FP8_LEAST_MAX
+from ....ops.layouts import operand_of
+from ..common.formats import (
+    ABS_BITS,
+    INF_BITS,
+    NV_NAN,
+    bits_float,
+    drop_bad,
+    e2m1_magnitude,
+    e4m3_encode,
+    e4m3_factor,
+    float_bits,
+    group_amax,
+    times_factor,
+)
 from ..common.memory import workspace
 from ..common.overlap import arrive, overlaps, start_next, wait_arrivals, wait_inputs
 from .dot import dot, load_operand
 from .load import inside_mask, load_tile
 from .prologue import Prologue
+from .rows import group_scales
 from .spec import make_spec
 from .tiles import Tile, choose_tile, device_instructions
 from .transform_quantize import dense_rows
 
+# Behind so many rows in the layout `lanes` comes `fused`, whose programs crowd on few multiprocessors if they start
+# early.
+LATE_ROWS = 64
 MOST_BANDS = 2**14  # tiles of rows in one launch
 # Programs that fill a large GPU: 132 multiprocessors with 16 programs each.
 ENOUGH_PROGRAMS = 2112
@@ -44,26 +62,94 @@ def _transformed(x, up, t, left, first, stride, up_stride, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _store_tile(codes, values, left, first, SPEC: tl.constexpr):
-    """values [R, W] to columns from `first` on, of rows of K at `codes`."""
-    rows = tl.arange(0, SPEC.rows)[:, None]
-    columns = tl.arange(0, SPEC.columns)[None, :]
-    inside = inside_mask(rows, left, first + columns, SPEC.width, True, SPEC.width % SPEC.columns == 0)
-    tl.store(codes + (rows * SPEC.width + (first + columns)), values, mask=inside)
+def _store_tile(codes, values, left, first, SPEC: tl.constexpr, LANES: tl.constexpr):
+    """values [R, W] to columns from `first` on, of rows of K at `codes`; with LANES in the order of `layouts.to_lanes`,
+    for whose 128 channels a tile has a multiple of 64."""
+    R: tl.constexpr = SPEC.rows
+    W: tl.constexpr = SPEC.columns
+    if LANES and SPEC.format == "fp8":
+        # Channels (a, b, e, 4) of 64 -> places (e, b, half of the 128, a, 4): permuted before the store, in runs of 8.
+        values = tl.permute(tl.reshape(values, (R, W // 64, 2, 4, 2, 4)), (0, 1, 4, 3, 2, 5))
+        run = tl.arange(0, W // 8)
+        half = first // 64 + run // 8
+        place = half // 2 * 128 + half % 2 * 8 + run % 8 // 4 * 64 + run % 4 * 16
+        rows = tl.arange(0, R)[:, None, None]
+        place = place[None, :, None]
+        inside = inside_mask(rows, left, place, SPEC.width, True, SPEC.width % W == 0)
+        at = codes + (rows * SPEC.width + (place + tl.arange(0, 8)[None, None, :]))
+        tl.store(at, tl.reshape(values, (R, W // 8, 8)), mask=inside)
+    else:
+        rows = tl.arange(0, R)[:, None]
+        columns = first + tl.arange(0, W)[None, :]
+        if LANES:
+            # Channels (b, c, d, e) of 64 -> places (e, half of the 128, c, b, d).
+            values = tl.permute(tl.reshape(values, (R, W // 64, 4, 4, 2, 2)), (0, 1, 5, 3, 2, 4))
+            values = tl.reshape(values, (R, W))
+            columns = columns // 128 * 128 + columns // 64 % 2 * 32 + columns % 64 // 32 * 64 + columns % 32
+        inside = inside_mask(rows, left, columns, SPEC.width, True, SPEC.width % W == 0)
+        tl.store(codes + (rows * SPEC.width + columns), values, mask=inside)
+
+
+@triton.jit
+def _nvfp4_values(y, g, SPEC: tl.constexpr):
+    """y fp32 [R, W] -> the values of its NVFP4 codes and scales, which bf16 holds exactly, in fp32."""
+    R: tl.constexpr = SPEC.rows
+    W: tl.constexpr = SPEC.columns
+    amax = group_amax(y, R, W, SPEC.group, SPEC.sm)
+    bad = amax >= INF_BITS
+    y = drop_bad(y, amax, R, W, SPEC.group)
+    byte, factor = group_scales(y, tl.where(bad, 0, amax), g, SPEC, 0)
+    y = times_factor(y, factor, R, W, SPEC.group)
+    values = times_factor(e2m1_magnitude(y), e4m3_factor(tl.where(bad, NV_NAN, byte)), R, W, SPEC.group)
+    return tl.where(y < 0, -values, values)
+
+
+@triton.jit
+def _e4m3(y, SM: tl.constexpr):
+    """fp32 -> e4m3 bytes, uint8: nearest, ties to even, at most 448."""
+    if SM >= 89:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; "
+            "mov.b32 $0, {a, b}; }",
+            "=r,f,f,f,f",
+            [y],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        code = e4m3_encode(tl.minimum(tl.abs(y), LARGEST)) | ((float_bits(y) >> 24) & 0x80)
+        return code.to(tl.uint8)
 
 
 @triton.jit(do_not_specialize=["M"])
 def token_kernel(
-    x, up, t, codes, scales, maxima, counters, M, pitch, up_pitch, TILES: tl.constexpr, SPEC: tl.constexpr
+    x,
+    up,
+    t,
+    global_scale,
+    codes,
+    scales,
+    maxima,
+    counters,
+    M,
+    pitch,
+    up_pitch,
+    TILES: tl.constexpr,
+    LANES: tl.constexpr,
+    LATE: tl.constexpr,
+    SPEC: tl.constexpr,
 ):
     """x [M, K], its rows `pitch` apart, t [K/B or 1, B, B] -> codes uint8 [M, K], scales fp32 [M] (SPEC.format fp8); or
-    codes [M, K] in x's dtype (none).
+    codes [M, K] in x's dtype (none); or bf16 [M, K] (nvfp4). LANES: the layout `lanes`; nvfp4 has no other here.
 
     A program takes SPEC.rows rows, and TILES tiles of SPEC.columns columns: a part. maxima: int32 [M, parts], counters:
     int32, one for each tile of rows, zeros before and after; both for fp8 only. Grid: for each tile of rows, one
-    program for each part; with fp8 one that finds maxima, and later one that encodes. `up` belongs to the prologue."""
+    program for each part; with fp8 one that finds maxima, and later one that encodes. `up` belongs to the prologue.
+    LATE: the next kernel starts when this one ends."""
     wait_inputs(SPEC.pdl)
-    start_next(SPEC.pdl)
+    if not LATE:
+        start_next(SPEC.pdl)
     R: tl.constexpr = SPEC.rows
     K: tl.constexpr = SPEC.width
     COLUMNS: tl.constexpr = (K + SPEC.columns - 1) // SPEC.columns
@@ -92,6 +178,8 @@ def token_kernel(
             tl.store(maxima + rows * PARTS + place, amax, mask=rows < left)
             arrive(counters + band)
         else:
+            if TILES == 1:  # the transform does not wait for the maxima
+                only = _transformed(x, up, t, left, begin * SPEC.columns, stride, up_pitch, SPEC)
             wait_arrivals((counters + band, PARTS, PARTS))
             amax = tl.zeros((R,), tl.int32)
             for i in tl.range(0, PARTS, 32, num_stages=1):
@@ -106,14 +194,23 @@ def token_kernel(
                 scale = tl.where(finite, largest * STEP, float("nan"))
                 tl.store(scales + row + rows, scale, mask=rows < left)
             for i in tl.range(begin, end, num_stages=1):
-                y = _transformed(x, up, t, left, i * SPEC.columns, stride, up_pitch, SPEC)
+                if TILES == 1:
+                    y = only
+                else:
+                    y = _transformed(x, up, t, left, i * SPEC.columns, stride, up_pitch, SPEC)
                 y = tl.where(finite[:, None], y, 0.0) * factor[:, None]
-                code = e4m3_encode(tl.minimum(tl.abs(y), LARGEST)) | ((float_bits(y) >> 24) & 0x80)
-                _store_tile(codes, code.to(tl.uint8), left, i * SPEC.columns, SPEC)
+                _store_tile(codes, _e4m3(y, SPEC.sm), left, i * SPEC.columns, SPEC, LANES)
     else:
+        g = tl.full((), 1.0, tl.float32)
+        if SPEC.scaled:
+            g = tl.load(global_scale)
         for i in tl.range(begin, end, num_stages=1):
             y = _transformed(x, up, t, left, i * SPEC.columns, stride, up_pitch, SPEC)
-            _store_tile(codes, y.to(codes.dtype.element_ty), left, i * SPEC.columns, SPEC)
+            if SPEC.format == "nvfp4":
+                y = _nvfp4_values(y, g, SPEC)
+            _store_tile(codes, y.to(codes.dtype.element_ty), left, i * SPEC.columns, SPEC, LANES)
+    if LATE:
+        start_next(SPEC.pdl)
 
 
 def choose_tokens(rows: int, width: int, block: int, format: str) -> tuple[Tile, int]:
@@ -137,14 +234,18 @@ def quantize_tokens(
     format: str,
     prologue: Prologue = Prologue(),
     plan: tuple[Tile, int] | None = None,
+    lanes: bool = False,
+    global_scale: Tensor | None = None,
+    rule: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """`wush::transform_quantize` for fp8 and none (`formats.ACTIVATION_FORMATS`).
+    """`wush::transform_quantize` for fp8 and none (`formats.ACTIVATION_FORMATS`), and for nvfp4 in the layout `lanes`.
 
     x [.., K] bf16, fp16 or fp32 -> codes uint8 [.., K], scales fp32 [.., 1]; or x's dtype [.., K], fp32 [.., 0].
-    prologue: an activation, gated or not, or nothing."""
+    prologue: an activation, gated or not, or nothing. lanes: the layout `lanes`; K is a multiple of 128, and the tiles'
+    columns one of 64. global_scale, rule: of nvfp4 alone."""
     rows = dense_rows(x)
     count, width = rows.shape[0], rows.shape[1] // (2 if prologue.limit else 1)
-    columns, dtype, groups, scale_dtype = operand_layout(format, width, x.dtype)
+    columns, dtype, groups, scale_dtype = operand_of(format, width, x.dtype, "lanes" if lanes else "rows")
     codes = torch.empty((*x.shape[:-1], columns), dtype=dtype, device=x.device)
     scales = torch.empty((*x.shape[:-1], groups), dtype=scale_dtype, device=x.device)
     if codes.numel() == 0:
@@ -153,7 +254,8 @@ def quantize_tokens(
     parts, programs = triton.cdiv(triton.cdiv(width, tile.columns), tiles), 2 if format == "fp8" else 1
     sm = device_instructions(x.device.index) if x.is_cuda else 0
     pdl = x.is_cuda and overlaps(x.device.index)
-    spec = make_spec(rows, transform, None, format, "", tile, sm, prologue=prologue.name, limit=prologue.limit, pdl=pdl)
+    fused = dict(prologue=prologue.name, limit=prologue.limit)
+    spec = make_spec(rows, transform, global_scale, format, rule, tile, sm, **fused, pdl=pdl)
     up = None if prologue.up is None else dense_rows(prologue.up)
     t = None if transform is None else transform.contiguous()
     flat_codes, flat_scales = codes.view(count, columns), scales.view(count, groups)
@@ -169,6 +271,7 @@ def quantize_tokens(
             part,
             None if up is None else up[some],
             t,
+            global_scale,
             flat_codes[some],
             flat_scales[some],
             maxima,
@@ -177,6 +280,8 @@ def quantize_tokens(
             rows.stride(0),
             0 if up is None else up.stride(0),
             tiles,
+            lanes,
+            lanes and count <= LATE_ROWS,
             spec,
             num_warps=tile.warps,
             enable_fp_fusion=False,
