@@ -615,6 +615,28 @@ def prologues(name: str) -> str:
 
 
 @figure
+def gates(name: str) -> str:
+    """SiLU·mul before and after its cheaper exponential and division, RMSNorm and NVFP4's mse, each beside its own
+    quantizer."""
+    lines = []
+    for row in result(name)["rows"]:
+        us = {key.removesuffix(" us"): value for key, value in row.items() if key.endswith(" us")}
+        shares = [percent(us["silu_mul ideal"] / us[key]) for key in ("silu_mul before", "silu_mul")]
+        times = zip(("silu_mul before", "silu_mul"), shares)
+        lines.append(
+            [
+                shape(row),
+                f"{shown(us['quantizer'], 1)} µs",
+                *(f"{shown(us[key], 1)} µs ({share})" for key, share in times),
+                f"{shown(us['rms_norm'], 1)} µs ({shown(us['rms_norm'] / us['quantizer'], 2)}×)",
+                f"{shown(us['nvfp4 mse'], 1)} µs ({shown(us['nvfp4 mse'] / us['nvfp4 absmax'], 2)}×)",
+            ]
+        )
+    titles = ("quantizer, MXFP4", "SiLU·mul before", "SiLU·mul", "RMSNorm", "NVFP4 `mse`")
+    return table(["rows × K", *titles], lines)
+
+
+@figure
 def csrc_quantizer(name: str) -> str:
     """The CUDA quantizer beside Triton's, µs."""
     header, lines = ["rows × K"], []

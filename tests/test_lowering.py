@@ -478,6 +478,13 @@ def test_a_norm_that_is_kept_spills_nothing(rows):
     assert "STG.E" in code and not re.search(r"\b(STL|LDL)\b", code)
 
 
+def test_silu_of_bf16_divides_by_the_hardware():
+    tile = triton_tiles.Tile(64, 64, 6, 3, 4)
+    code = sass(compile_quantize("mxfp4", 90, 32, tile, prologue="silu"))
+    assert "MUFU.EX2" in code and "MUFU.RCP" in code and "FCHK" not in code  # the check in front of a true division
+    assert "FCHK" in sass(compile_quantize("mxfp4", 80, 32, tile, prologue="silu"))
+
+
 @pytest.mark.parametrize("cc", [80, 90, 100, 120])
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activations_spill_next_to_nothing(kind, cc):

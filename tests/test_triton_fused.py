@@ -13,6 +13,7 @@ import triton.language as tl
 
 from wush_compile.kernels.triton.quantize import fused as triton_fused
 from wush_compile.kernels.triton.quantize import prologue as triton_prologue
+from wush_compile.kernels.triton.quantize import tiles
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -28,14 +29,14 @@ def same_numbers_every_time():
 
 
 @triton.jit
-def activation_kernel(x, up, out, n, KIND: tl.constexpr, SIZE: tl.constexpr):
+def activation_kernel(x, up, out, n, KIND: tl.constexpr, SIZE: tl.constexpr, SM: tl.constexpr):
     i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     there = i < n
     value = tl.load(x + i, mask=there)
     if up is None:
-        value = triton_prologue.activated(value, KIND)
+        value = triton_prologue.activated(value, KIND, SM)
     else:
-        value = triton_prologue.gated(value, tl.load(up + i, mask=there), KIND)
+        value = triton_prologue.gated(value, tl.load(up + i, mask=there), KIND, SM)
     tl.store(out + i, value, mask=there)
 
 
@@ -48,7 +49,8 @@ def test_activations_for_every_value(kind, dtype, factor):
     gate = torch.arange(2**16, dtype=torch.int32, device=DEVICE).to(torch.int16).view(dtype)
     up = None if factor is None else torch.full_like(gate, factor)
     out = torch.empty_like(gate)
-    activation_kernel[(64,)](gate, up, out, gate.numel(), kind, 1024, enable_fp_fusion=False)
+    sm = tiles.device_instructions(gate.device.index)
+    activation_kernel[(64,)](gate, up, out, gate.numel(), kind, 1024, sm, enable_fp_fusion=False)
     want = fused_ops.ACTIVATIONS[kind](gate)
     if up is not None:
         want = want * up

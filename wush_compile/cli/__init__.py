@@ -7,5 +7,5 @@ others    a command each
 """
 
 # In the order of --help. Each registers its commands.
-from . import demo, quantize, evaluate, explain, report, generate, serve, doctor  # noqa: F401, I001
+from . import demo, quantize, evaluate, explain, report, generate, serve, doctor, tune  # noqa: F401, I001
 from .app import app as app

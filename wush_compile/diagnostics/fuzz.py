@@ -33,6 +33,8 @@ from .draw import Draw
 PROCESSES = 8  # that compile and run at a time on a GPU
 # Share of codes that a norm may move: a kernel may divide or take the root in another way than PyTorch.
 NORM_SHARE = 1e-3
+# A kernel may round a weight of 8 bits to the model's dtype, in front of a product.
+ROUNDED_WEIGHT = 2**-9
 FORMATS_OF_X = (*FORMATS, *ACTIVATION_FORMATS)
 
 
@@ -71,7 +73,10 @@ def _rule(d: Draw, format: str) -> tuple[str, Tensor | None]:
     rule = d.of(*FORMATS[format].scale_rules)
     if format == "int4":
         return rule, None
-    return rule, d.scalar(3.0 if format == "mxfp4" else 10.0) if rule == "paper" else d.scalar(None, None, 0.37, 512.0)
+    if rule == "paper":
+        return rule, d.scalar(3.0 if format == "mxfp4" else 10.0)
+    # Times MXFP4's smallest scale's inverse, 2^126, a global scale of 4 is infinite.
+    return rule, d.scalar(None, None, 0.37, 2.0 if format == "mxfp4" else 512.0)
 
 
 def _shape(d: Draw, x: Tensor) -> Tensor:
@@ -217,6 +222,8 @@ def _product(d: Draw) -> Iterator[Case]:
             y = (y + bias.double()).to(dtype).double() + residual.double()
         args = (*operand, gx, *weight, gw, bias, residual, format, dtype, "rows", activation)
         limit = _limit(m, n, dtype, 2 if added else 1)
+        if format in WEIGHT_FORMATS:
+            limit += ROUNDED_WEIGHT
         yield Case(
             *("fp4_linear", format, f"{m}x{n}x{k} {dtype} {activation} added={added}", args),
             *(lambda y=y: (y,), _relative(size), limit),

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ....formats import get_format
 from ..common.memory import row_facts
+from . import tuned
 from .choose import (
     PACKED_ROWS,
     Fused,
@@ -83,7 +84,8 @@ def _choose(o: Operands, out_dtype: torch.dtype) -> Gemv | Fused | Hopper | Scal
         return choose_int8(*shape)
     options = dict(capability=capability(device), precise=o.precise, multiprocessors=multiprocessors(device))
     if o.activation == "same" and not o.lanes:
-        chosen = choose(o.format, *shape, **options)
+        chosen = None if o.precise else tuned.lookup(device, o.format, *shape)
+        chosen = chosen or choose(o.format, *shape, **options)
         if chosen == "library" and not _fits_library(o, out_dtype):
             chosen = choose(o.format, *shape, **options, library=False)
         return chosen

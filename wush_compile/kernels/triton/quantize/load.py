@@ -56,9 +56,9 @@ def apply_prologue(tile, source, row, left, first, SPEC: tl.constexpr, MASKED: t
         if PROLOGUE == "swiglu_oai":
             tile = swiglu_oai(tile, SPEC.limit, SPEC.rows, SPEC.columns)
         elif up is not None and scale is None:
-            tile = gated(tile, load_rows(up, row, left, up_stride, first, SPEC, MASKED, EVEN), PROLOGUE)
+            tile = gated(tile, load_rows(up, row, left, up_stride, first, SPEC, MASKED, EVEN), PROLOGUE, SPEC.sm)
         elif scale is None:
-            tile = activated(tile, PROLOGUE)
+            tile = activated(tile, PROLOGUE, SPEC.sm)
         else:
             rows = row + tl.arange(0, SPEC.rows)[:, None]
             inside = inside_mask(rows, left, 0, SPEC.width, MASKED, True)

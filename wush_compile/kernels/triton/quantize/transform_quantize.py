@@ -183,7 +183,10 @@ def transform_quantize(
     `prologue.limit` x is [.., 2K]."""
     rows = dense_rows(x)
     count, width = rows.shape[0], rows.shape[1] // (2 if prologue.limit else 1)
-    tile = tile or choose_tile(count, width, 0 if transform is None else transform.shape[-1])
+    if tile is None:
+        tile = choose_tile(count, width, 0 if transform is None else transform.shape[-1])
+        if prologue.up is not None:  # twice the bytes of a stage: more programs fit with fewer stages
+            tile = tile._replace(stages=min(tile.stages, 3))
     codes, scales, arguments = prepare(
         x, rows, transform, global_scale, format, scale_rule, tile, prologue.name, swizzled, prologue.limit
     )
