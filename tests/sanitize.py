@@ -353,6 +353,13 @@ def expert_cases() -> Iterator[Case]:
 
 
 def other_cases() -> Iterator[Case]:
+    for tokens, count, k in ((20, 37, 416), (129, 128, 576), (3, 5, 96)):
+
+        def upcast(tokens=tokens, count=count, k=k):
+            index = torch.arange(count).mul(7).sub(3).to(DEVICE)  # past the tokens on both sides
+            return triton_grouped.upcast.upcast_many(*packed(tokens, k, "mxfp4"), None, index)
+
+        yield f"experts' rows {tokens} -> {count} x {k}", upcast
     for m, k, block in ((1, 64, 32), (70, 96, 16), (300, 576, 32), (1000, 1536, 64), (129, 512, 128), (17, 64, None)):
 
         def call(m=m, k=k, block=block):
