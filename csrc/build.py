@@ -171,12 +171,23 @@ def compile_object(source: Path, target: str, out: Path = OUT, level: str = "") 
     return path
 
 
+def _digest(target: str) -> str:
+    """What the package compares before it loads a library: see `wush_compile/kernels/libraries.py`."""
+    path = HERE.parent / "wush_compile" / "kernels" / "libraries.py"
+    spec = importlib.util.spec_from_file_location("libraries", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.digest(target)
+
+
 def link(target: str, objects: list[Path], out: Path = OUT) -> Path:
     """Links a target's objects into `libwush_<target>.so`, unless it is newer than all of them."""
     library = out / f"libwush_{target}.so"
     names = out.parent / "objects" / target / "linked.txt"
     wanted = "\n".join(str(o.name) for o in objects)
+    built = library.with_suffix(".sources")
     if library.exists() and names.exists() and names.read_text() == wanted:
+        built.write_text(_digest(target))
         return library
     out.mkdir(parents=True, exist_ok=True)
     torch = package_directory("torch", "it is linked against")
@@ -187,6 +198,7 @@ def link(target: str, objects: list[Path], out: Path = OUT) -> Path:
     if run.returncode:
         raise BuildError(f"libwush_{target}.so does not link:\n{run.stderr}")
     part.rename(library)
+    built.write_text(_digest(target))
     names.write_text(wanted)
     return library
 

@@ -202,3 +202,15 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path):
         assert cpu.unavailable.__wrapped__().startswith("libwush_cpu.so does not run here:")
     finally:
         libraries.load.cache_clear()
+
+
+def test_a_library_of_older_sources_is_not_loaded(monkeypatch, tmp_path):
+    """An older library reads the same arguments as something else."""
+    monkeypatch.setattr(libraries, "DIRECTORIES", (tmp_path,))
+    (tmp_path / "libwush_cpu.so").write_bytes(b"never read")
+    (tmp_path / "libwush_cpu.sources").write_text("0" * 64)
+    libraries.load.cache_clear()
+    try:
+        assert "csrc has changed since: build it again" in cpu.unavailable.__wrapped__()
+    finally:
+        libraries.load.cache_clear()
