@@ -1,5 +1,6 @@
-"""The solver: closed-form transforms, GPTQ against an oracle, global scales, refusals (docs/spec.md §2-4)."""
+"""The solver: closed-form transforms, GPTQ and sweeps against an oracle, global scales, refusals (docs/spec.md §2-4)."""
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -139,7 +140,7 @@ def test_zero_blocks_get_the_plain_hadamard(solver, moments):
     x, w = problem(k=96)
     x[:, :32] = 0
     w[:, 64:] = 0
-    solution = run(x, w, WushConfig(solver=solver, moments=moments))
+    solution = run(x, w, WushConfig(solver=solver, moments=moments, sweeps=0))
     had = hadamard_matrix(32).to(torch.float32)
     assert torch.equal(solution.transform[0], had)
     assert torch.equal(solution.transform[2], had)
@@ -173,7 +174,7 @@ def test_random_transforms_are_orthogonal_and_named():
 def test_conditional_moments_are_those_of_the_paper():
     """T of block b depends on the moment given the channels quantized later, and on the updated weights."""
     x, w = problem(n=80, dtype=torch.float64)
-    config = WushConfig(moments="conditional")
+    config = WushConfig(moments="conditional", sweeps=0)
     solution = run(x, w, config)
     h, t = damped(x.to(torch.float32)), block_diagonal(solution.transform, 96)
     error = w - dequantized(solution, config).to(torch.float64) @ t
@@ -212,7 +213,12 @@ def agrees_with_the_oracle(format, rule, groups, device):
     cases = [("identity", "marginal"), ("hadamard", "marginal"), ("wush", "marginal"), ("wush", "conditional")]
     for transform, moments in cases:
         config = WushConfig(
-            format=format, weight_scale_rule=rule, transform=transform, moments=moments, transform_block_size=block
+            format=format,
+            weight_scale_rule=rule,
+            transform=transform,
+            moments=moments,
+            transform_block_size=block,
+            sweeps=0,
         )
         moment = (x.T @ x).to(device)  # the CPU's sums on every device
         solution = solve(w.to(device), config, moment=moment, count=len(x), sample=x[:64].to(device), name="a")
@@ -410,6 +416,53 @@ def test_loss_rule_takes_the_best_candidate_of_each_group():
         assert len(set(least.indices.tolist())) > 1
         decoded = formats.decode(codes.T, scales[0], format, g).double().T
         torch.testing.assert_close(w - decoded, error, rtol=1e-5, atol=1e-6)
+
+
+def swept(config, x, w):
+    """(the solution, the damped H̃, the error W̃ − Q(W̃) [N, K], float64) of a layer."""
+    solution = run(x, w, config)
+    t = block_diagonal(solution.transform, w.shape[1])
+    w_tilde = w.to(torch.float64) @ torch.linalg.inv(t)
+    return solution, t @ damped(x) @ t.T, w_tilde, w_tilde - dequantized(solution, config).to(torch.float64)
+
+
+@pytest.mark.parametrize("format,rule,moments", [("mxfp4", "mse", "marginal"), ("nvfp4", "mse", "conditional")])
+def test_a_sweep_equals_the_oracle(format, rule, moments):
+    """One group after the other, last first: `obq` of the weights that are best given the others, if the row gains."""
+    size = formats.get_format(format).group_size
+    x, w = problem(n=40, k=3 * size, seed=4)
+    config = WushConfig(format=format, weight_scale_rule=rule, moments=moments, sweeps=0)
+    before, h, w_tilde, error = swept(config, x, w)
+    after = swept(dataclasses.replace(config, sweeps=1), x, w)[0]
+    g, codes, scales = before.weight_global_scale, formats.unpack(before.weight_packed), before.weight_scale.clone()
+    changed = 0
+    for group in (2, 1, 0):
+        here = slice(group * size, (group + 1) * size)
+        inner = h[here, here]
+        best = w_tilde[:, here] - error[:, here] + torch.linalg.solve(inner, h[here] @ error.T).T
+        own_codes, own_scales = obq(best, inner, format, rule, g)
+        decoded = formats.decode(own_codes, own_scales[:, 0], format).to(torch.float64)
+        trial = error.clone()
+        trial[:, here] = w_tilde[:, here] - (decoded if g is None else decoded / g.to(torch.float64))
+        gain = (error @ h * error).sum(1) - (trial @ h * trial).sum(1)
+        gains = gain > 1e-9 * (error @ h * error).sum(1)
+        error[gains] = trial[gains]
+        codes[:, here][gains], scales[:, group][gains] = own_codes[gains], own_scales[gains, 0]
+        changed += int(gains.sum())
+    assert 0 < changed < 3 * len(w)
+    assert torch.equal(codes, formats.unpack(after.weight_packed)) and torch.equal(scales, after.weight_scale)
+
+
+@pytest.mark.parametrize("format,moments", list(itertools.product(formats.FORMATS, MOMENTS)))
+def test_no_row_loses_by_a_sweep(format, moments):
+    x, w = problem(n=300, k=128, rows=200)
+    losses = []
+    for sweeps in (0, 1, 2, 4):
+        _, h, _, error = swept(WushConfig(format=format, moments=moments, sweeps=sweeps), x, w)
+        losses.append((error @ h * error).sum(1))
+    for before, after in itertools.pairwise(losses):
+        assert (after <= before * (1 + 1e-5)).all() and after.sum() < before.sum()
+    assert losses[2].sum() < 0.95 * losses[0].sum()
 
 
 def group_kernel_agrees(device):

@@ -12,6 +12,7 @@ from .facts import moment_curves
 from .gptq import gptq, gptq_conditional, rotate_
 from .scales import calibrates_global_scale, global_scale
 from .solution import GroupSolution, block_size, weight_rule
+from .sweeps import sweep_
 from .transforms import PANEL, apply_blockwise, damped_cholesky, diagonal_blocks
 
 # Weights rounded to nearest at a time: the temporaries of rounding are many times as large.
@@ -71,18 +72,27 @@ def solve(
         group_max, rms = largest_of_groups(w_tilde, recipe), w_tilde.square().mean().sqrt()
     g = global_scale(recipe.format, rule, group_max, rms, w.device)
 
+    def sweep(w_tilde: Tensor, unit: Tensor, diagonal: Tensor, codes: Tensor, scale: Tensor, error: Tensor) -> None:
+        with phase("sweeps"):
+            sweep_(w_tilde, unit, diagonal, recipe.format, rule, g, codes, scale, error, recipe.sweeps)
+
     if on_the_way:
         del w_tilde
         found = {}
 
         def transform_of(b: int, updated: Tensor) -> tuple[Tensor, Tensor]:
             with phase("transforms"):
-                found[b], own = transforms.one(b, factor, updated)
-            return found[b][0].to(torch.float64), own[0]
+                found[b] = transforms.one(b, factor, updated)
+            return found[b][0][0].to(torch.float64), found[b][1][0]
 
         with phase("GPTQ"):
             codes, scale, error = gptq_conditional(w, factor, block, transform_of, recipe.format, rule, g)
-        t = torch.cat([found[b] for b in sorted(found)])
+        t, inverse = (torch.cat([found[b][side] for b in sorted(found)]) for side in (0, 1))
+        wide = t.to(torch.float64)
+        if recipe.sweeps:
+            w_tilde, error = (apply_blockwise(x, inverse.mT) for x in (w, error))
+            sweep(w_tilde, *rotate_(factor, wide, block), codes, scale, error)
+            error = apply_blockwise(error, wide.mT)
         packed = formats.pack(codes)
     else:
         del w
@@ -92,7 +102,10 @@ def solve(
                 packed, scale, error = round_to_nearest(w_tilde, recipe.format, rule, g)
         else:
             with phase("GPTQ"):
-                codes, scale, error = gptq(w_tilde, *rotate_(factor, wide, block), recipe.format, rule, g)
+                unit, diagonal = rotate_(factor, wide, block)
+                codes, scale, error = gptq(w_tilde, unit, diagonal, recipe.format, rule, g)
+            if recipe.sweeps:
+                sweep(w_tilde, unit, diagonal, codes, scale, error)
             packed = formats.pack(codes)
         error = apply_blockwise(error, None if wide is None else wide.mT)
     report["damping_tries"] = max(report["damping_tries"], transforms.damping_tries)
