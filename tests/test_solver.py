@@ -31,6 +31,7 @@ from wush_compile.solver.loss import layer_loss
 from wush_compile.solver.scales import global_scale
 from wush_compile.solver.solution import block_size, moment_shape
 from wush_compile.solver.solve import solve
+from wush_compile.solver.sweeps import sweep_
 from wush_compile.solver.transforms import (
     apply_blockwise,
     cholesky_,
@@ -463,6 +464,19 @@ def test_no_row_loses_by_a_sweep(format, moments):
     for before, after in itertools.pairwise(losses):
         assert (after <= before * (1 + 1e-5)).all() and after.sum() < before.sum()
     assert losses[2].sum() < 0.95 * losses[0].sum()
+
+
+def test_spans_of_a_sweep_agree():
+    x, w = problem(n=70, k=224)
+    results, (factor, columns) = [], (torch.linalg.cholesky(damped(x)), w.T.to(torch.float64).contiguous())
+    for span in (32, 96, 512):
+        unit, diagonal = rotate_(factor.clone(), None, 32)
+        found = gptq(columns, unit, diagonal, "mxfp4", "mse", None)
+        sweep_(columns, unit, diagonal, "mxfp4", "mse", None, *found, 3, span)
+        results.append(found)
+    for codes, scales, error in results[1:]:
+        assert torch.equal(codes, results[0][0]) and torch.equal(scales, results[0][1])
+        torch.testing.assert_close(error, results[0][2], rtol=1e-9, atol=1e-12)
 
 
 def group_kernel_agrees(device):
