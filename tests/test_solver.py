@@ -1,4 +1,4 @@
-"""The solver: closed-form transforms, GPTQ and sweeps against an oracle, global scales, refusals (docs/spec.md §2-4)."""
+"""The solver: closed-form transforms, GPTQ and sweeps against an oracle, global scales, refusals."""
 
 import dataclasses
 import itertools
@@ -29,6 +29,7 @@ from wush_compile.solver.gptq import (
 )
 from wush_compile.solver.loss import layer_loss
 from wush_compile.solver.scales import global_scale
+from wush_compile.solver.sensitivity import SHRINKAGE_TOKENS, Sensitivity
 from wush_compile.solver.solution import block_size, moment_shape
 from wush_compile.solver.solve import solve
 from wush_compile.solver.sweeps import sweep_
@@ -134,6 +135,54 @@ def test_signs_are_settled_on_ties():
     t = hadamard_matrix(16) @ wush_transform(eye, eye, DAMPING)
     largest_first = t.abs().argmax(2, keepdim=True)
     assert (t.gather(2, largest_first) > 0).all()
+
+
+def sensitive_transform(x, w, found, **settings):
+    moment, config = x.T @ x, WushConfig(sweeps=0, **settings)
+    return solve(w, config, moment=moment, count=len(x), sample=x[:64], name="a", sensitivity=found).transform
+
+
+def test_a_sensitivity_stands_for_the_weights():
+    """In T of 4 bits on both sides, whatever its scale; not where activations are finer, nor in blocks without one."""
+    x, w = problem(n=50, k=48)
+    rows = torch.zeros(0, 48)
+    given = diagonal_blocks(torch.cov(torch.randn(48, 300, dtype=torch.float64)), 16).clone()
+    given[2] = 0
+    for moments in MOMENTS:
+        kind = dict(format="nvfp4", moments=moments)
+        plain = sensitive_transform(x, w, None, **kind)
+        own = sensitive_transform(x, w, Sensitivity(1e9 * given, 400, rows, rows), **kind)
+        assert torch.equal(own, sensitive_transform(x, w, Sensitivity(1e9 * given, 400, rows, rows), **kind))
+        assert (own[:2] - plain[:2]).abs().amax((1, 2)).min() > 0.01
+        assert torch.equal(own[2], plain[2])
+    h = diagonal_blocks((x.T @ x).double() / len(x), 16)[0]
+    gram, share = w[:, :16].double().T @ w[:, :16].double() / 50, 400 / (400 + SHRINKAGE_TOKENS)
+    stands = (1 - share) * gram + share * given[0] * gram.trace() / given[0].trace()
+    root = torch.linalg.cholesky(h + DAMPING * h.diagonal().mean() * torch.eye(16))
+    found = Sensitivity(given, 400, rows, rows)
+    got = sensitive_transform(x, w, found, format="nvfp4")[0].double()
+    torch.testing.assert_close(got, wush_transform(root[None], stands[None], DAMPING)[0], rtol=1e-3, atol=1e-4)
+    fp8 = dict(format="nvfp4", activation_format="fp8")
+    assert torch.equal(sensitive_transform(x, w, found, **fp8), sensitive_transform(x, w, None, **fp8))
+
+
+def test_the_factor_of_a_transform_costs_least():
+    """Each block's, for the rows at hand, of all powers of 2^(1/8) below 2."""
+    x, w = problem(n=50)
+    rows, gradient = x[:3] * 7, torch.randn(3, 96)
+    found = Sensitivity(torch.zeros(3, 32, 32, dtype=torch.float64), 400, rows, gradient)
+    plain = sensitive_transform(x, w, None)
+    got = sensitive_transform(x, w, found)
+    costs = []
+    for k in range(8):
+        t = plain * 2 ** (k / 8)
+        values = torch.stack([rows[:, 32 * b : 32 * b + 32] @ t[b].T for b in range(3)])  # [3, R, 32]
+        error = formats.dequantize(*formats.quantize(values, "mxfp4", "mse"), "mxfp4") - values
+        error = error.double() @ torch.linalg.inv(t.double()).mT
+        costs.append((error * gradient.double().unflatten(1, (3, 32)).transpose(0, 1)).sum(-1).square().sum(-1))
+    best = torch.stack(costs).argmin(0)
+    assert len(set(best.tolist())) > 1 or best.any()
+    torch.testing.assert_close(got, plain * (2 ** (best / 8))[:, None, None], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("solver,moments", list(itertools.product(SOLVERS, MOMENTS)))

@@ -11,6 +11,7 @@ from .choose import CLOSED_FORM, Transforms, uses_conditional_moments
 from .facts import moment_curves
 from .gptq import gptq, gptq_conditional, rotate_
 from .scales import calibrates_global_scale, global_scale
+from .sensitivity import Sensitivity
 from .solution import GroupSolution, block_size, weight_rule
 from .sweeps import sweep_
 from .transforms import PANEL, apply_blockwise, damped_cholesky, diagonal_blocks
@@ -27,12 +28,14 @@ def solve(
     count: float,
     sample: Tensor | None,
     name: str,
+    sensitivity: Sensitivity | None = None,
 ) -> GroupSolution:
     """Solves one group on the device of `weight`, in float64.
 
     weight [N, K]: the stacked members, in the model dtype. moment: the sum XᵀX over `count` rows, fp32 [K, K] or
     [K/B, B, B] (see `moment_shape`); None if nothing depends on data. sample [R, K]: rows of X, in which zero rows are
-    empty slots; None without data. `name` names the group in errors and seeds its random transforms.
+    empty slots; None without data. `name` names the group in errors and seeds its random transforms. sensitivity: what
+    errors of the input cost; None without gradients.
     Raises NonFiniteError for NaN or Inf in weight, moment or sample, DataError if data is needed and missing, and
     ConfigError if the model dtype cannot hold the transform.
     """
@@ -57,7 +60,7 @@ def solve(
                 whole, recipe.damping, name, again=mean_moment, panel=max(PANEL, block)
             )
         del whole
-    transforms = Transforms(recipe, h, block, weight.dtype, name)
+    transforms = Transforms(recipe, h, block, weight.dtype, name, sensitivity)
     # GPTQ finds conditional transforms as it goes. The global scale of the weights is fixed before, from marginal ones.
     on_the_way = recipe.solver == "gptq" and conditional
     t = inverse = None
