@@ -53,7 +53,8 @@ class Recipe:
     token_weights
         What a token counts in second moments. `uniform`: all alike. `gradient`: by how much the model's log-likelihood
         depends on the linear's output for this token (docs/spec.md §3), which takes one more pass, forward and
-        backward. Where no gradient can be had, tokens count alike, and a warning says so.
+        backward. The same pass says what an error of the input costs; transforms of 4-bit activations follow from it
+        (§2). Where no gradient can be had, tokens count alike, and a warning says so.
     seed
         The seed of everything random: `random` transforms, sampled calibration text, the rows kept for layer losses.
     """
