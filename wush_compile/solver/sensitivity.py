@@ -17,6 +17,9 @@ ROWS = 64
 SHRINKAGE_TOKENS = 2048
 # Factors of a transform within an octave.
 FACTORS = 8
+# A factor is worth it if the kept rows cost less than this share of what they cost without: among rows that differ, the
+# best of eight costs a little less by chance alone.
+WORTH = 0.5
 
 
 def uses_sensitivity(recipe: Recipe) -> bool:
@@ -88,5 +91,6 @@ class Sensitivity:
             # γ of the transformed input is T⁻ᵀ γ.
             price = torch.linalg.solve_ex(own, gradient, left=False).result
             costs.append(((rounded - values).to(torch.float64) * price).sum(-1).square().sum(-1))
-        best = torch.stack(costs).nan_to_num(nan=torch.inf).argmin(0)  # [b]
+        cost = torch.stack(costs).nan_to_num(nan=torch.inf)  # [8, b]
+        best = torch.where(cost.amin(0) < WORTH * cost[0], cost.argmin(0), 0)  # [b]
         return tried[best, torch.arange(len(t), device=t.device)]
