@@ -19,8 +19,8 @@ from .transforms import (
 CLOSED_FORM = ("wus", "wush")
 # The power of s in T, by the activations' format (docs/spec.md §2). 1/2 is eq. 7, where both sides get the same second
 # moment; 1 would give weights the moment I. On SmolLM2 (docs/notebook/accuracy.md) 7/8 has 7 % less KL than 1/2 for fp8
-# and 16 bits with MXFP4 weights, and 3 % less with NVFP4 weights. For 4 bits 5/8 has 1 to 3 % less there, and on an
-# encoder (benchmarks/trial_encoder.py) 20 % more error.
+# and 16 bits with MXFP4 weights, and 3 % less with NVFP4 weights. For 4 bits 5/8 has 1 to 3 % less there. It had 20 %
+# more error on an encoder, by the chance that the factor of T now takes away (same page): worth another measurement.
 POWER = {"same": 0.5, "fp8": 0.875, None: 0.875}
 
 
