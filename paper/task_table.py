@@ -16,11 +16,15 @@ import gc
 import importlib.metadata
 import json
 import statistics
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from published import TASKS
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import common
 
 import wush_compile as wc
 from wush_compile.baselines import METHODS, quantize_by
@@ -148,15 +152,17 @@ def main() -> None:
         parser.error("MODEL and --calibration are needed")
     args.manager = task_manager(args.task_dir)
     args.settings = settings_of([name.strip() for name in args.tasks.split(",")])
+    environment = common.environment(torch.device(args.device))
+    about = {key: environment.pop(key) for key in ("device", "date", "command")}
     head = {
+        **environment,
+        "lm_eval": importlib.metadata.version("lm_eval"),
         "model": Path(args.model).name,
         "calibration": f"{args.count} windows of {args.window} tokens of {args.calibration.name}",
         "limit": args.limit,
-        "device": torch.cuda.get_device_name() if "cuda" in args.device else "CPU",
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lm_eval")},
         "settings": {s.name: asdict(s) for s in args.settings},
     }
-    file = TaskFile(args.out, head)
+    file = TaskFile(args.out, head, about)
     measure(args, file, REFERENCE, None)
     for seed in args.seeds:
         for format in args.formats:
