@@ -87,7 +87,9 @@ def rows(runs: dict) -> list[dict]:
             found = [compare_average(scores(run), reference) for run in seeds]
             recovery = [pair.recovery for pair in found]
             interval = found[0].recovery_interval
-            if len(seeds) > 1:
+            if None in recovery:  # the reference has no point
+                spread = None
+            elif len(seeds) > 1:
                 spread = statistics.stdev(recovery)
             else:
                 spread = None if interval is None else (interval[1] - interval[0]) / 2
@@ -97,7 +99,7 @@ def rows(runs: dict) -> list[dict]:
                     "format": format,
                     "method": method,
                     "tasks": [statistics.fmean(column) for column in zip(*values)],
-                    "recovery": statistics.fmean(recovery),
+                    "recovery": None if None in recovery else statistics.fmean(recovery),
                     "spread": spread,
                     "seeds": len(seeds),
                 }
@@ -118,7 +120,7 @@ def shown(result: dict) -> str:
         mark = "*" if line.get("seeds") == 1 else ""
         spread = "" if line.get("spread") is None else f" ± {line['spread']:.2f}{mark}"
         cells = [line["format"].upper(), title, *(f"{v:.2f}" for v in line["tasks"]), f"{line['average']:.2f}"]
-        cells.append(f"{line['recovery']:.2f}{spread}")
+        cells.append("" if line["recovery"] is None else f"{line['recovery']:.2f}{spread}")
         if published:
             theirs = published.get((line["format"], line["method"]))
             cells.append("" if theirs is None else f"{theirs:.2f}")
