@@ -244,6 +244,11 @@ def test_four_over_six_takes_the_better_of_two_scales(shape):
 # -- MR-GPTQ and the list ------------------------------------------------------------------------------------------
 
 
+def test_wush_as_published_is_the_papers_configuration():
+    for format in ("mxfp4", "nvfp4"):
+        assert METHODS["gptq-wush"].configuration(format) == wc.WushConfig.paper(format)
+
+
 def test_mr_gptq_has_hadamard_blocks_of_the_group():
     for format, group in (("mxfp4", 32), ("nvfp4", 16)):
         model = quantize_by("gptq-hadamard", model_of("llama"), [tokens(8, 32)], format, progress=False)
