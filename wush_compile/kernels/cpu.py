@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import OffsetsError
 from ..formats import channels, get_format, operand_layout
-from ..ops.grouped import check_offsets
+from ..ops.grouped import GROUPED_FAKE, check_offsets
 from ..ops.layouts import in_rows, lay_out, scale_shape
 from .libraries import libraries, load
 from .provider import FLOATS, FixableReason, Implementation
@@ -201,6 +201,9 @@ def fp4_grouped_linear(
     index=None,
 ) -> Tensor:
     """`wush::fp4_grouped_linear`: `fp4_linear` of each expert's rows, the reference's definition."""
+    # The checks of shapes, which a call on real tensors does not pass.
+    fake = (codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, offs, bias)
+    GROUPED_FAKE["fp4_grouped_linear"](*fake, format, out_dtype, scale_layout, activation_format, index)
     if activation_format == "same":
         scales = in_rows(scales, codes.shape[:-1], 2 * codes.shape[-1] // FORMATS[format], scale_layout)
     if index is not None:
