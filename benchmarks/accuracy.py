@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 RTN, HADAMARD = {"solver": "rtn"}, {"transform": "hadamard"}
-EQUAL = {"token_weights": "uniform"}
+EQUAL = {"token_weights": "uniform", "sweeps": 0}
 ABSMAX = EQUAL | {"weight_scale_rule": "absmax", "activation_scale_rule": "absmax"}
 MSE_WEIGHTS = EQUAL | {"weight_scale_rule": "mse", "activation_scale_rule": "absmax"}
 MSE = EQUAL | {"weight_scale_rule": "mse"}

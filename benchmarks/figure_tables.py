@@ -139,22 +139,13 @@ def accuracy_summary(name: str) -> str:
 
 
 @figure
-def baselines(name: str, own: str) -> str:
-    """Rows `baseline-*` of accuracy.py, and the default of another result, in both formats."""
-    rows, lines = result(name)["rows"], []
-    for key in dict.fromkeys(key.partition(" ")[2] for key in rows):
-        found = [rows.get(f"{format} {key}") for format in ("mxfp4", "nvfp4")]
-        found = [None if row is None or "error" in row else row for row in found]
-        if any(found):
-            cells = [
-                c for r in found for c in (["", ""] if r is None else [shown(r["perplexity"], 2), shown(r["kl"], 3)])
-            ]
-            lines.append([next(r for r in found if r)["title"], *cells])
-    best = [result(own)["rows"][f"{format} default"] for format in ("mxfp4", "nvfp4")]
-    cells = ["wush_compile's default", *(c for r in best for c in (shown(r["perplexity"], 2), shown(r["kl"], 3)))]
-    lines.append([f"**{cell}**" for cell in cells])
-    header = ["MXFP4 perplexity", "KL to bf16", "NVFP4 perplexity", "KL to bf16"]
-    return table(["W4A4, all decoder linears", *header], lines)
+def baselines(name: str) -> str:
+    """Rows `baseline-*` of accuracy.py."""
+    lines = [
+        [key.partition(" ")[0].upper(), row["title"], shown(row["perplexity"], 2), shown(row["kl"], 3)]
+        for key, row in result(name)["rows"].items()
+    ]
+    return table(["format", "method", "perplexity", "KL to bf16"], lines)
 
 
 @figure

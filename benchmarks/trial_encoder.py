@@ -9,7 +9,6 @@ normal distribution.
 """
 
 import argparse
-import copy
 import itertools
 from pathlib import Path
 
@@ -18,10 +17,7 @@ import torch
 import trial_token_weights as trial
 from transformers import AutoModel, AutoTokenizer
 
-import wush_compile as wc
-from wush_compile.calibration import token_weights
 from wush_compile.data import windows
-from wush_compile.solver import choose
 
 ROWS = (
     "hadamard",
@@ -32,6 +28,10 @@ ROWS = (
     "uniform-loss",
     "gradient-loss^1.5",
     "gradient^1.5+1/8",
+    "before",
+    "sweeps",
+    "sensitivity",
+    "default",
 )
 
 
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("trial_encoder.json"))
     parser.add_argument("--windows", type=int, default=256)
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=trial.ROWS)
+    parser.add_argument("--formats", nargs="+", default=["mxfp4", "nvfp4"], choices=["mxfp4", "nvfp4"])
     parser.add_argument("--activations", nargs="+", default=list(trial.ACTIVATIONS), choices=list(trial.ACTIVATIONS))
     args = parser.parse_args()
     device = common.device("auto")
@@ -60,20 +61,8 @@ def main() -> None:
     )
     embeddings, states = outputs(model, ids)
     result = {**common.environment(device), "rows": []}
-    for format, activations, name in itertools.product(("mxfp4", "nvfp4"), args.activations, args.rows):
-        row, activation = trial.ROWS[name], trial.ACTIVATIONS[activations]
-        choose.POWER[activation] = trial.POWER[activation] + row.power
-        token_weights.POWER = row.exponent
-        quantized = wc.quantize(
-            copy.deepcopy(model),
-            list(data),
-            format=format,
-            activation_format=activation,
-            token_weights=row.weights,
-            weight_scale_rule=row.rule,
-            progress=False,
-            **row.changes,
-        )
+    for format, activations, name in itertools.product(args.formats, args.activations, args.rows):
+        quantized = trial.quantize(model, list(data), format, activations, name)
         found, other = outputs(quantized, ids)
         report = {
             "format": format,

@@ -1,4 +1,5 @@
-"""Trial: what a second moment weighs (docs/spec.md §3), scales by GPTQ's loss, and the power of s, alone and together.
+"""Trial: what a second moment weighs (docs/spec.md §3), what stands for S_b, scales by GPTQ's loss, the power of s,
+sweeps, and calibration text of the model's own, alone and together.
 
     python benchmarks/trial_token_weights.py --data FOLDER --out trial.json --formats mxfp4 --activations same fp8
     python benchmarks/trial_token_weights.py --data FOLDER --out trial.json --rows uniform gradient gradient-loss
@@ -20,24 +21,36 @@ import torch
 
 import wush_compile as wc
 from wush_compile.calibration import token_weights
-from wush_compile.data import windows
+from wush_compile.data import sample_calibration_text, windows
 from wush_compile.evaluation.language import compare
 from wush_compile.ops import core as ops
-from wush_compile.solver import choose
+from wush_compile.solver import choose, sensitivity
 
 ACTIVATIONS = {"same": "same", "fp8": "fp8", "none": None}
 POWER, SCALED = dict(choose.POWER), ops.scaled_rows
+USES, FACTORS = choose.uses_sensitivity, sensitivity.FACTORS
 
 
 class Row(NamedTuple):
-    """One setting: `power` is added to the library's power of s, `exponent` is that of gradients' norms."""
+    """One setting: `power` is added to the library's power of s, `exponent` is that of gradients' norms.
+
+    sensitivity   whether gradients stand for S_b; factors: among how many factors of T they choose
+    text          windows of the model's own, in place of WikiText-2
+    """
 
     weights: str
     rule: str = "mse"
     power: float = 0.0
     bound: float | None = None
     exponent: float = 1.0
+    sweeps: int = 0
+    sensitivity: bool = False
+    factors: int = FACTORS
+    text: int = 0
     changes: dict = {}
+
+
+DEFAULT = Row("gradient", "best", exponent=1.5, sweeps=2, sensitivity=True)
 
 
 ROWS = {
@@ -57,7 +70,19 @@ ROWS = {
     "gradient-loss^1.5+1/8": Row("gradient", "loss", 0.125, exponent=1.5),
     "gradient-loss^2+1/8": Row("gradient", "loss", 0.125, exponent=2.0),
     "gradient^1.5+1/8": Row("gradient", "mse", 0.125, exponent=1.5),
-    "default": Row("gradient", "best", exponent=1.5),
+    "before": Row("gradient", "best", exponent=1.5),
+    "sweeps": DEFAULT._replace(sensitivity=False),
+    "sensitivity": DEFAULT._replace(sweeps=0),
+    "default": DEFAULT,
+    "default-one-factor": DEFAULT._replace(factors=1),
+    "sweeps-4": DEFAULT._replace(sweeps=4),
+    "default+1/16": DEFAULT._replace(power=0.0625),
+    "default+1/8": DEFAULT._replace(power=0.125),
+    "default-loss": DEFAULT._replace(rule="loss"),
+    "default-damping-.03": DEFAULT._replace(changes={"damping": 0.03}),
+    "default-own": DEFAULT._replace(changes={"share_transform": False}),
+    "own-text-64": DEFAULT._replace(text=64),
+    "own-text-128": DEFAULT._replace(text=128),
     "gradient-bound-4": Row("gradient", bound=4.0),
     "gradient-bound-100": Row("gradient", bound=100.0),
     "hadamard": Row("uniform", changes={"transform": "hadamard"}),
@@ -75,30 +100,38 @@ def bound(limit: float):
     return scaled
 
 
-def measure(model, data, ids, format: str, activations: str, name: str) -> dict:
-    """KL, perplexity and top-1 agreement of one setting."""
+def quantize(model, data, format: str, activations: str, name: str):
+    """A quantized copy, by one setting."""
     row, activation = ROWS[name], ACTIVATIONS[activations]
     choose.POWER[activation] = POWER[activation] + row.power
+    choose.uses_sensitivity = USES if row.sensitivity else lambda recipe: False
+    sensitivity.FACTORS = row.factors
     token_weights.POWER = row.exponent
     ops.scaled_rows = SCALED if row.bound is None else bound(row.bound)
-    start = time.perf_counter()
-    quantized = wc.quantize(
+    return wc.quantize(
         copy.deepcopy(model),
         data,
         format=format,
         activation_format=activation,
         token_weights=row.weights,
         weight_scale_rule=row.rule,
+        sweeps=row.sweeps,
         progress=False,
         **row.changes,
     )
+
+
+def measure(model, data, ids, format: str, activations: str, name: str) -> dict:
+    """KL, perplexity and top-1 agreement of one setting."""
+    start = time.perf_counter()
+    quantized = quantize(model, data, format, activations, name)
     middle = time.perf_counter()
     measured = compare(model, quantized, ids, 2048, progress=False)
     return {
         "format": format,
         "activations": activations,
         "row": name,
-        "power": choose.POWER[activation],
+        "power": choose.POWER[ACTIVATIONS[activations]],
         "perplexity": round(measured.perplexity, 3),
         "kl": round(measured.kl, 4),
         "top1": round(measured.top1, 4),
@@ -123,11 +156,14 @@ def main() -> None:
     device = common.device("auto")
     model, tokenizer = common.load_smollm2(args.model, device)
     valid, test = (common.wikitext(args.data, split) for split in ("valid", "test"))
-    data = torch.cat(windows(valid, tokenizer, 512, args.calibration_windows)).to(device).split(8)
+    texts = {0: torch.cat(windows(valid, tokenizer, 512, args.calibration_windows)).to(device).split(8)}
     ids = torch.cat(windows(test, tokenizer, 2048, args.test_windows), dim=1)
     result = {**common.environment(device), "rows": []}
     for name, format, activations in itertools.product(args.rows, args.formats, args.activations):
-        result["rows"].append(measure(model, list(data), ids, format, activations, name))
+        own = ROWS[name].text
+        if own and own not in texts:
+            texts[own] = torch.cat(sample_calibration_text(model, tokenizer, own, progress=False)).to(device).split(8)
+        result["rows"].append(measure(model, list(texts[own]), ids, format, activations, name))
         print(result["rows"][-1], flush=True)
         common.write_json(args.out, result)
 

@@ -16,11 +16,15 @@ import gc
 import importlib.metadata
 import json
 import statistics
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from published import TASKS
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import common
 
 import wush_compile as wc
 from wush_compile.baselines import METHODS, quantize_by
@@ -83,7 +87,9 @@ def rows(runs: dict) -> list[dict]:
             found = [compare_average(scores(run), reference) for run in seeds]
             recovery = [pair.recovery for pair in found]
             interval = found[0].recovery_interval
-            if len(seeds) > 1:
+            if None in recovery:  # the reference has no point
+                spread = None
+            elif len(seeds) > 1:
                 spread = statistics.stdev(recovery)
             else:
                 spread = None if interval is None else (interval[1] - interval[0]) / 2
@@ -93,7 +99,7 @@ def rows(runs: dict) -> list[dict]:
                     "format": format,
                     "method": method,
                     "tasks": [statistics.fmean(column) for column in zip(*values)],
-                    "recovery": statistics.fmean(recovery),
+                    "recovery": None if None in recovery else statistics.fmean(recovery),
                     "spread": spread,
                     "seeds": len(seeds),
                 }
@@ -114,7 +120,7 @@ def shown(result: dict) -> str:
         mark = "*" if line.get("seeds") == 1 else ""
         spread = "" if line.get("spread") is None else f" ± {line['spread']:.2f}{mark}"
         cells = [line["format"].upper(), title, *(f"{v:.2f}" for v in line["tasks"]), f"{line['average']:.2f}"]
-        cells.append(f"{line['recovery']:.2f}{spread}")
+        cells.append("" if line["recovery"] is None else f"{line['recovery']:.2f}{spread}")
         if published:
             theirs = published.get((line["format"], line["method"]))
             cells.append("" if theirs is None else f"{theirs:.2f}")
@@ -148,15 +154,17 @@ def main() -> None:
         parser.error("MODEL and --calibration are needed")
     args.manager = task_manager(args.task_dir)
     args.settings = settings_of([name.strip() for name in args.tasks.split(",")])
+    environment = common.environment(torch.device(args.device))
+    about = {key: environment.pop(key) for key in ("device", "date", "command")}
     head = {
+        **environment,
+        "lm_eval": importlib.metadata.version("lm_eval"),
         "model": Path(args.model).name,
         "calibration": f"{args.count} windows of {args.window} tokens of {args.calibration.name}",
         "limit": args.limit,
-        "device": torch.cuda.get_device_name() if "cuda" in args.device else "CPU",
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lm_eval")},
         "settings": {s.name: asdict(s) for s in args.settings},
     }
-    file = TaskFile(args.out, head)
+    file = TaskFile(args.out, head, about)
     measure(args, file, REFERENCE, None)
     for seed in args.seeds:
         for format in args.formats:

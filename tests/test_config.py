@@ -148,6 +148,7 @@ def test_paper(format):
         moments="conditional",
         weight_scale_rule="paper",
         activation_scale_rule="paper",
+        sweeps=0,
         share_transform=False,
         token_weights="uniform",
     )

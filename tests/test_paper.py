@@ -81,6 +81,15 @@ def test_the_local_task_has_the_right_continuation_among_its_choices():
     assert len({item["answer"] for item in found}) > 1
 
 
+def test_a_reference_without_a_point_has_no_recovery(tmp_path):
+    file = TaskFile(None, {"model": "x"})
+    for run in ("reference", "mxfp4 rtn 0", "mxfp4 rtn 1"):
+        file.run(run)
+        file.put(run, "t", [score([0, 0])])
+    assert task_table.rows(file.runs)[1]["recovery"] is None
+    assert "| 0.00 | 0.00 |  |" in task_table.shown({"model": "x", "runs": file.runs})
+
+
 @needs_harness
 def test_the_command_prints_the_table_of_a_model(tiny, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     text, out = tmp_path / "text.txt", tmp_path / "out.json"

@@ -1,5 +1,6 @@
-"""The solver: closed-form transforms, GPTQ against an oracle, global scales, refusals (docs/spec.md §2-4)."""
+"""The solver: closed-form transforms, GPTQ and sweeps against an oracle, global scales, refusals."""
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -28,8 +29,10 @@ from wush_compile.solver.gptq import (
 )
 from wush_compile.solver.loss import layer_loss
 from wush_compile.solver.scales import global_scale
+from wush_compile.solver.sensitivity import SHRINKAGE_TOKENS, Sensitivity
 from wush_compile.solver.solution import block_size, moment_shape
 from wush_compile.solver.solve import solve
+from wush_compile.solver.sweeps import sweep_
 from wush_compile.solver.transforms import (
     apply_blockwise,
     cholesky_,
@@ -134,12 +137,65 @@ def test_signs_are_settled_on_ties():
     assert (t.gather(2, largest_first) > 0).all()
 
 
+def sensitive_transform(x, w, found, **settings):
+    moment, config = x.T @ x, WushConfig(sweeps=0, **settings)
+    return solve(w, config, moment=moment, count=len(x), sample=x[:64], name="a", sensitivity=found).transform
+
+
+def test_a_sensitivity_stands_for_the_weights():
+    """In T of 4 bits on both sides, whatever its scale; not where activations are finer, nor in blocks without one."""
+    x, w = problem(n=50, k=48)
+    rows = torch.zeros(0, 48)
+    given = diagonal_blocks(torch.cov(torch.randn(48, 300, dtype=torch.float64)), 16).clone()
+    given[2] = 0
+    for moments in MOMENTS:
+        kind = dict(format="nvfp4", moments=moments)
+        plain = sensitive_transform(x, w, None, **kind)
+        own = sensitive_transform(x, w, Sensitivity(1e9 * given, 400, rows, rows), **kind)
+        assert torch.equal(own, sensitive_transform(x, w, Sensitivity(1e9 * given, 400, rows, rows), **kind))
+        assert (own[:2] - plain[:2]).abs().amax((1, 2)).min() > 0.01
+        assert torch.equal(own[2], plain[2])
+    h = diagonal_blocks((x.T @ x).double() / len(x), 16)[0]
+    gram, share = w[:, :16].double().T @ w[:, :16].double() / 50, 400 / (400 + SHRINKAGE_TOKENS)
+    stands = (1 - share) * gram + share * given[0] * gram.trace() / given[0].trace()
+    root = torch.linalg.cholesky(h + DAMPING * h.diagonal().mean() * torch.eye(16))
+    found = Sensitivity(given, 400, rows, rows)
+    got = sensitive_transform(x, w, found, format="nvfp4")[0].double()
+    torch.testing.assert_close(got, wush_transform(root[None], stands[None], DAMPING)[0], rtol=1e-3, atol=1e-4)
+    fp8 = dict(format="nvfp4", activation_format="fp8")
+    assert torch.equal(sensitive_transform(x, w, found, **fp8), sensitive_transform(x, w, None, **fp8))
+
+
+def test_the_factor_of_a_transform_costs_least():
+    """Each block's, for the rows at hand, of all powers of 2^(1/8) below 2, where it is less than half of the cost."""
+    x, w = problem(n=50)
+    rows, gradient = (
+        x[:1] * torch.tensor([[7.0], [7.0], [7.1]]),
+        torch.randn(1, 96, generator=torch.Generator().manual_seed(1)),
+    )
+    gradient = gradient.expand(3, 96)
+    found = Sensitivity(torch.zeros(3, 32, 32, dtype=torch.float64), 400, rows, gradient)
+    plain = sensitive_transform(x, w, None)
+    got = sensitive_transform(x, w, found)
+    costs = []
+    for k in range(8):
+        t = plain * 2 ** (k / 8)
+        values = torch.stack([rows[:, 32 * b : 32 * b + 32] @ t[b].T for b in range(3)])  # [3, R, 32]
+        error = formats.dequantize(*formats.quantize(values, "mxfp4", "mse"), "mxfp4") - values
+        error = error.double() @ torch.linalg.inv(t.double()).mT
+        costs.append((error * gradient.double().unflatten(1, (3, 32)).transpose(0, 1)).sum(-1).square().sum(-1))
+    cost = torch.stack(costs)
+    best = torch.where(cost.amin(0) < 0.5 * cost[0], cost.argmin(0), 0)
+    assert best.any() and cost.argmin(0).ne(best).any() or best.all()
+    torch.testing.assert_close(got, plain * (2 ** (best / 8))[:, None, None], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("solver,moments", list(itertools.product(SOLVERS, MOMENTS)))
 def test_zero_blocks_get_the_plain_hadamard(solver, moments):
     x, w = problem(k=96)
     x[:, :32] = 0
     w[:, 64:] = 0
-    solution = run(x, w, WushConfig(solver=solver, moments=moments))
+    solution = run(x, w, WushConfig(solver=solver, moments=moments, sweeps=0))
     had = hadamard_matrix(32).to(torch.float32)
     assert torch.equal(solution.transform[0], had)
     assert torch.equal(solution.transform[2], had)
@@ -173,7 +229,7 @@ def test_random_transforms_are_orthogonal_and_named():
 def test_conditional_moments_are_those_of_the_paper():
     """T of block b depends on the moment given the channels quantized later, and on the updated weights."""
     x, w = problem(n=80, dtype=torch.float64)
-    config = WushConfig(moments="conditional")
+    config = WushConfig(moments="conditional", sweeps=0)
     solution = run(x, w, config)
     h, t = damped(x.to(torch.float32)), block_diagonal(solution.transform, 96)
     error = w - dequantized(solution, config).to(torch.float64) @ t
@@ -212,7 +268,12 @@ def agrees_with_the_oracle(format, rule, groups, device):
     cases = [("identity", "marginal"), ("hadamard", "marginal"), ("wush", "marginal"), ("wush", "conditional")]
     for transform, moments in cases:
         config = WushConfig(
-            format=format, weight_scale_rule=rule, transform=transform, moments=moments, transform_block_size=block
+            format=format,
+            weight_scale_rule=rule,
+            transform=transform,
+            moments=moments,
+            transform_block_size=block,
+            sweeps=0,
         )
         moment = (x.T @ x).to(device)  # the CPU's sums on every device
         solution = solve(w.to(device), config, moment=moment, count=len(x), sample=x[:64].to(device), name="a")
@@ -410,6 +471,66 @@ def test_loss_rule_takes_the_best_candidate_of_each_group():
         assert len(set(least.indices.tolist())) > 1
         decoded = formats.decode(codes.T, scales[0], format, g).double().T
         torch.testing.assert_close(w - decoded, error, rtol=1e-5, atol=1e-6)
+
+
+def swept(config, x, w):
+    """(the solution, the damped H̃, the error W̃ − Q(W̃) [N, K], float64) of a layer."""
+    solution = run(x, w, config)
+    t = block_diagonal(solution.transform, w.shape[1])
+    w_tilde = w.to(torch.float64) @ torch.linalg.inv(t)
+    return solution, t @ damped(x) @ t.T, w_tilde, w_tilde - dequantized(solution, config).to(torch.float64)
+
+
+@pytest.mark.parametrize("format,rule,moments", [("mxfp4", "mse", "marginal"), ("nvfp4", "mse", "conditional")])
+def test_a_sweep_equals_the_oracle(format, rule, moments):
+    """One group after the other, last first: `obq` of the weights that are best given the others, if the row gains."""
+    size = formats.get_format(format).group_size
+    x, w = problem(n=40, k=3 * size, seed=4)
+    config = WushConfig(format=format, weight_scale_rule=rule, moments=moments, sweeps=0)
+    before, h, w_tilde, error = swept(config, x, w)
+    after = swept(dataclasses.replace(config, sweeps=1), x, w)[0]
+    g, codes, scales = before.weight_global_scale, formats.unpack(before.weight_packed), before.weight_scale.clone()
+    changed = 0
+    for group in (2, 1, 0):
+        here = slice(group * size, (group + 1) * size)
+        inner = h[here, here]
+        best = w_tilde[:, here] - error[:, here] + torch.linalg.solve(inner, h[here] @ error.T).T
+        own_codes, own_scales = obq(best, inner, format, rule, g)
+        decoded = formats.decode(own_codes, own_scales[:, 0], format).to(torch.float64)
+        trial = error.clone()
+        trial[:, here] = w_tilde[:, here] - (decoded if g is None else decoded / g.to(torch.float64))
+        gain = (error @ h * error).sum(1) - (trial @ h * trial).sum(1)
+        gains = gain > 1e-9 * (error @ h * error).sum(1)
+        error[gains] = trial[gains]
+        codes[:, here][gains], scales[:, group][gains] = own_codes[gains], own_scales[gains, 0]
+        changed += int(gains.sum())
+    assert 0 < changed < 3 * len(w)
+    assert torch.equal(codes, formats.unpack(after.weight_packed)) and torch.equal(scales, after.weight_scale)
+
+
+@pytest.mark.parametrize("format,moments", list(itertools.product(formats.FORMATS, MOMENTS)))
+def test_no_row_loses_by_a_sweep(format, moments):
+    x, w = problem(n=300, k=128, rows=200)
+    losses = []
+    for sweeps in (0, 1, 2, 4):
+        _, h, _, error = swept(WushConfig(format=format, moments=moments, sweeps=sweeps), x, w)
+        losses.append((error @ h * error).sum(1))
+    for before, after in itertools.pairwise(losses):
+        assert (after <= before * (1 + 1e-5)).all() and after.sum() < before.sum()
+    assert losses[2].sum() < 0.95 * losses[0].sum()
+
+
+def test_spans_of_a_sweep_agree():
+    x, w = problem(n=70, k=224)
+    results, (factor, columns) = [], (torch.linalg.cholesky(damped(x)), w.T.to(torch.float64).contiguous())
+    for span in (32, 96, 512):
+        unit, diagonal = rotate_(factor.clone(), None, 32)
+        found = gptq(columns, unit, diagonal, "mxfp4", "mse", None)
+        sweep_(columns, unit, diagonal, "mxfp4", "mse", None, *found, 3, span)
+        results.append(found)
+    for codes, scales, error in results[1:]:
+        assert torch.equal(codes, results[0][0]) and torch.equal(scales, results[0][1])
+        torch.testing.assert_close(error, results[0][2], rtol=1e-9, atol=1e-12)
 
 
 def group_kernel_agrees(device):

@@ -113,6 +113,11 @@ def test_a_file_goes_on_after_the_last_task_and_refuses_other_settings(tmp_path)
     assert task_file.TaskFile(path, head).run("model", {"w": 2}) == {}  # written anew since
     with pytest.raises(DataError, match="another limit"):
         task_file.TaskFile(path, {"limit": 4})
+    dated = task_file.TaskFile(tmp_path / "dated.json", head, {"date": "yesterday"})
+    dated.run("model")
+    dated.put("model", "t", [score([1])])
+    assert list(json.loads((tmp_path / "dated.json").read_text()))[0] == "date"
+    assert task_file.TaskFile(tmp_path / "dated.json", head, {"date": "today"}).run("model")
     path.write_text("[]")
     with pytest.raises(DataError, match="no file of task results"):
         task_file.TaskFile(path, head)

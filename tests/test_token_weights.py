@@ -1,4 +1,4 @@
-"""Weights of calibration tokens from gradients: against float64 autograd, by micro-batch, in the journal, without."""
+"""Token weights and sensitivities from gradients: against float64 autograd, by micro-batch, in the journal, without."""
 
 import copy
 
@@ -14,6 +14,7 @@ from wush_compile.calibration import token_weights as weighing
 from wush_compile.calibration.likelihood import UNIT_STRIDE, sampled_gradient
 from wush_compile.errors import ConfigError
 from wush_compile.ops import core as ops
+from wush_compile.solver import sensitivity
 
 BATCHES = [tokens(3, 24, seed=1), tokens(1, 24, seed=2), tokens(2, 24, seed=3)]
 GROUPS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.down_proj",)
@@ -82,7 +83,59 @@ def test_weights_are_the_norms_of_the_gradients(found):
     assert not same_tensors(other, quantize(plain("llama", torch.float32), token_weights="uniform"))
 
 
-def test_masked_tokens_have_no_part(found):
+@pytest.fixture
+def sensitivities(monkeypatch):
+    """{group name: sensitivity} of each run."""
+    runs, real = [], loop.token_weights
+
+    def watched(variants, groups, *others):
+        found = real(variants, groups, *others)
+        runs.append({groups[i].name: value for i, value in found.sensitivity.items()})
+        return found
+
+    monkeypatch.setattr(loop, "token_weights", watched)
+    return runs
+
+
+def test_sensitivities_are_those_of_autograd(sensitivities, monkeypatch):
+    """Σ ‖x‖² γ γᵀ by block, γ = Σ over members of g W, and the rows of largest ‖x‖ ‖γ‖, in float64."""
+    monkeypatch.setattr(sensitivity, "ROWS", 5)
+    wide, seen = plain("llama", torch.float32).double(), {}
+    quantize(plain("llama", torch.float32), batch_size=2)
+    members = ["model.layers.1.self_attn." + name for name in ("q_proj", "k_proj", "v_proj")]
+    for name in members:
+
+        def keep(module, args, output, name=name):
+            seen[name] = args[0], output
+            output.retain_grad()
+
+        wide.get_submodule(name).register_forward_hook(keep)
+    x, gamma, sequence = [], [], 0
+    for ids in BATCHES:
+        logits = wide(input_ids=ids, use_cache=False).logits
+        position = (sequence + torch.arange(len(ids)))[:, None] * UNIT_STRIDE + torch.arange(ids.shape[1])
+        draw = ops._uniform(position.flatten(), 0).view(ids.shape)
+        sampled = (logits.detach().softmax(-1).cumsum(-1) < draw[..., None]).sum(-1)
+        logits.log_softmax(-1).gather(-1, sampled[..., None]).sum().backward()
+        x.append(seen[members[0]][0].flatten(0, 1).detach())
+        weights = [(seen[name][1].grad.flatten(0, 1), wide.get_submodule(name).weight.detach()) for name in members]
+        gamma.append(sum(g @ w for g, w in weights))
+        sequence += len(ids)
+    x, gamma = torch.cat(x), torch.cat(gamma)
+    size = x.norm(dim=1) * gamma.norm(dim=1)
+    blocks = (gamma * x.norm(dim=1, keepdim=True)).unflatten(-1, (-1, 32)).transpose(0, 1)
+    found = sensitivities[0][members[0]]
+    assert found.tokens == len(x) == 144
+    expected = blocks.mT @ blocks
+    torch.testing.assert_close(found.moment, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+    for kept, rows in ((found.x, x), (found.gradient, gamma)):
+        expected = rows[size.topk(5).indices].sort(0).values
+        torch.testing.assert_close(
+            kept.double().sort(0).values, expected, rtol=1e-3, atol=1e-4 * float(rows.abs().max())
+        )
+
+
+def test_masked_tokens_have_no_part(found, sensitivities):
     """Another id under the mask changes no weight, and the mean of 1 is that of the other rows."""
     mask = torch.ones(2, 24, dtype=torch.int64)
     mask[0, 5:9] = 0  # inside the row, so that it is not cut off
@@ -95,6 +148,9 @@ def test_masked_tokens_have_no_part(found):
         assert torch.equal(weights, found[1][name])
         assert (weights[mask.flatten() == 0] == 0).all()
         assert weights.sum() == pytest.approx(44, rel=1e-4)
+    for one, two in zip(sensitivities[0].values(), sensitivities[1].values(), strict=True):
+        assert one.tokens == two.tokens == 44
+        assert all(torch.equal(getattr(one, key), getattr(two, key)) for key in ("moment", "x", "gradient"))
 
 
 def test_observe_weighs_rows():

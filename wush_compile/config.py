@@ -128,6 +128,7 @@ class WushConfig(Recipe):
             moments="conditional",
             weight_scale_rule="paper",
             activation_scale_rule="paper",
+            sweeps=0,
             share_transform=False,
             token_weights="uniform",
         )

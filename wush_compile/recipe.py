@@ -36,6 +36,9 @@ class Recipe:
         a normal distribution; `paper` is the rule of the authors' code. Of weights alone: `loss` takes the one, of more
         candidates, with the least loss of GPTQ (with `rtn` it is `mse`); `best` is `loss` for nvfp4 and `mse` for the
         others, by measurement.
+    sweeps
+        How often GPTQ goes over the weights again: each group is rounded anew, given all others (docs/spec.md §3).
+        Experts are solved without.
     activation_format
         The format of activations. `same`: that of the weights, 4 bits. `fp8`: e4m3 with one fp32 scale a token; more
         than half of the loss of 4 bits on both sides goes away. None: 16 bits, only weights are quantized.
@@ -50,7 +53,8 @@ class Recipe:
     token_weights
         What a token counts in second moments. `uniform`: all alike. `gradient`: by how much the model's log-likelihood
         depends on the linear's output for this token (docs/spec.md §3), which takes one more pass, forward and
-        backward. Where no gradient can be had, tokens count alike, and a warning says so.
+        backward. The same pass says what an error of the input costs; transforms of 4-bit activations follow from it
+        (§2). Where no gradient can be had, tokens count alike, and a warning says so.
     seed
         The seed of everything random: `random` transforms, sampled calibration text, the rows kept for layer losses.
     """
@@ -61,6 +65,7 @@ class Recipe:
     moments: str = "marginal"
     weight_scale_rule: str = "best"
     activation_scale_rule: str = "mse"
+    sweeps: int = 2
     activation_format: str | None = "same"
     transform_block_size: int | None = None
     share_transform: bool = True
@@ -89,6 +94,8 @@ class Recipe:
                 f"transform_block_size {block!r} does not fit {self.format}: "
                 f"it must be a power of two and a multiple of {fmt.group_size}, or None"
             )
+        if not isinstance(self.sweeps, int) or self.sweeps < 0:
+            raise ConfigError(f"sweeps is how often GPTQ goes over the weights again, 0 or more, not {self.sweeps!r}")
         if not 0 <= self.damping < 1:
             raise ConfigError(f"damping is a share of the mean diagonal, at least 0 and below 1, not {self.damping!r}")
 
@@ -112,6 +119,7 @@ class Recipe:
             moments="marginal",
             weight_scale_rule=rule,
             activation_scale_rule=rule,
+            sweeps=0,
             transform_block_size=None,
             token_weights="uniform",
         )

@@ -43,7 +43,7 @@ class Method:
         return WushConfig(format=format, seed=seed, **self.settings)
 
 
-_EQUAL = {"token_weights": "uniform"}
+_EQUAL = {"token_weights": "uniform", "sweeps": 0}
 _ABSMAX = {"weight_scale_rule": "absmax", "activation_scale_rule": "absmax"}
 _MSE = {"weight_scale_rule": "mse", "activation_scale_rule": "mse"}
 _RTN, _GPTQ = {**_EQUAL, "solver": "rtn"}, {**_EQUAL, "solver": "gptq"}

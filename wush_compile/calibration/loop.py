@@ -262,6 +262,7 @@ class Calibration:
             with phase("reduce"):
                 self.ranks.reduce(seen, {unit: self._cost(unit) for i in seen for unit in self._units(i)})
                 for i, observation in seen.items():
+                    observation.sensitivity = self.weights.sensitivity.get(i)
                     if observation.expert is not None and observation.pooled is None:
                         name = self.groups[i].name
                         observation.pooled = pooled_moment(observation.moment, observation.count, name)

@@ -67,6 +67,7 @@ def solve_group(group: LinearGroup, tensors: Mapping[str, Tensor], seen: Observa
         moment=None if seen is None else seen.moment,
         count=0 if seen is None else int(seen.count),
         sample=None if seen is None else seen.sample,
+        sensitivity=None if seen is None else seen.sensitivity,
     )
     report = {
         **solution.report,

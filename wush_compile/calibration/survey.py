@@ -103,6 +103,7 @@ class Survey(Calibration):
                 loaded = self._load(number)
                 for i in sorted(reached & set(self.groups_in[number])):
                     self.progress.at(self.stages[number].name, self.groups[i].name)
+                    seen[i].sensitivity = weights.sensitivity.get(i)
                     solved[i] = [(self._solution(self.groups[i], loaded, seen[i], r), r) for r in recipes]
                     del seen[i]
                     self.progress.advance()
@@ -121,7 +122,13 @@ class Survey(Calibration):
         """A rung's solution, kept where the model is."""
         weight = group.stacked_weight(loaded)
         found = solve(
-            weight, recipe, name=group.name, moment=seen.moment, count=int(seen.count.sum()), sample=seen.sample
+            weight,
+            recipe,
+            name=group.name,
+            moment=seen.moment,
+            count=int(seen.count.sum()),
+            sample=seen.sample,
+            sensitivity=seen.sensitivity,
         )
         return _on(found, self.run.tensors.home)
 

@@ -9,11 +9,12 @@ gradients. So a GPU holds the weights of one stage, and the values inside of one
 have room for the values between stages: only one if the weights stay on the device.
 """
 
+import functools
 import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ from torch.utils import _pytree as pytree
 from ..data import Batch
 from ..errors import WushError
 from ..passes.calibration.group import LinearGroup
-from ..passes.calibration.taps import Tap, tapped
+from ..passes.calibration.taps import SensitiveTap, Tap, tapped
+from ..solver.sensitivity import Sensitivity, uses_sensitivity
 from ..solver.solution import uses_moment
 from .activations import Activations
 from .context import Run
@@ -46,9 +48,14 @@ HELD_SHARE = 0.25
 
 @dataclass
 class TokenWeights:
-    """The weights of this process's tokens: group number -> the fp32 weights of each unit (see `MicroBatch`)."""
+    """What gradients say, by group number.
+
+    of_group      the fp32 weights of each unit (see `MicroBatch`) of this process
+    sensitivity   what errors of the group's input cost, from the tokens of all processes
+    """
 
     of_group: dict[int, list[Tensor]]
+    sensitivity: dict[int, Sensitivity] = field(default_factory=dict)
 
     def __contains__(self, group: int) -> bool:
         return group in self.of_group
@@ -211,13 +218,20 @@ class _Norms:
 
     units: dict[int, Tensor] | None
     kept: int = 0
+    sensitivity: Sensitivity | None = None
 
-    def add(self, batch: MicroBatch, squares: Tensor, kept: int) -> None:
+    def add(self, batch: MicroBatch, squares: Tensor, kept: int, sensitivity: Sensitivity | None = None) -> None:
+        if sensitivity is not None:
+            self.sensitivity = sensitivity.cpu().joined(self.sensitivity)
         if self.units is None or len(squares) % len(batch.units):
             self.units = None
             return
         self.kept += kept
         self.units |= dict(zip(batch.units, squares.sqrt().cpu().view(len(batch.units), -1), strict=True))
+
+
+def _joined(a: Sensitivity | None, b: Sensitivity | None) -> Sensitivity | None:
+    return a.joined(b) if a is not None else b
 
 
 def _chunks(batches: list[MicroBatch], together: Callable[[MicroBatch], int]) -> Iterator[list[MicroBatch]]:
@@ -244,7 +258,10 @@ def measure(
     batch_size: int | None,
     run: Run,
 ) -> dict[str, Tensor]:
-    """Returns the weights of the whole run, of all processes: for each group `weights` [rows] and `rows` [units]."""
+    """Returns the weights of the whole run, of all processes: for each group `weights` [rows] and `rows` [units].
+
+    With them the fields of the group's `Sensitivity`, if its transform follows from one.
+    """
     units = run.ranks.gather(sum(sequences(batch) or 1 for batch in windows))
     offset, size = sum(units[: run.ranks.rank]), run.ranks.smallest(pass_size(windows, batch_size) or 0) or None
     while True:
@@ -252,10 +269,9 @@ def measure(
         try:
             found = {i: _Norms({}) for i in wanted}
             seed = min(groups[i].recipe.seed for i in wanted)
-            for i, batch, (squares, kept) in collected(
-                variants, wanted, windows, size, offset, seed, run, lambda i: Tap()
-            ):
-                found[i].add(batch, squares, kept)
+            taps = {i: SensitiveTap(groups[i]) if uses_sensitivity(groups[i].recipe) else Tap() for i in wanted}
+            for i, batch, taken in collected(variants, wanted, windows, size, offset, seed, run, taps.__getitem__):
+                found[i].add(batch, *taken)
         except torch.OutOfMemoryError:
             smaller = (size or 1) // 2
             reason = None if smaller else "one sequence does not fit the memory for a backward pass"
@@ -274,16 +290,20 @@ def measure(
     weights, without = {"units": torch.tensor(units)}, []
     for i in sorted(wanted):
         own = found[i].units
-        shares = run.ranks.gather(None if own is None else ([own[unit] for unit in sorted(own)], found[i].kept))
+        mine = None if own is None else ([own[unit] for unit in sorted(own)], found[i].kept, found[i].sensitivity)
+        shares = run.ranks.gather(mine)
         if None in shares:  # its rows do not belong to sequences
             without.append(groups[i].name)
             continue
-        parts = [part for share, _ in shares for part in share]
-        weight, kept = torch.cat(parts).to(torch.float64) ** POWER, sum(count for _, count in shares)
+        parts = [part for share, *_ in shares for part in share]
+        weight, kept = torch.cat(parts).to(torch.float64) ** POWER, sum(count for _, count, _ in shares)
         mean = weight.sum() / max(kept, 1)
         if 0 < mean < math.inf:
             weights[f"{groups[i].name}.weights"] = (weight / mean).clamp(max=LARGEST_WEIGHT).to(torch.float32)
             weights[f"{groups[i].name}.rows"] = torch.tensor([len(part) for part in parts])
+            if (whole := functools.reduce(_joined, (own for *_, own in shares))) is not None:
+                fields = {"moment": whole.moment, "x": whole.x, "gradient": whole.gradient}
+                weights |= {f"{groups[i].name}.{key}": tensor for key, tensor in fields.items()}
         else:
             without.append(groups[i].name)
     if without:
@@ -316,8 +336,13 @@ def assigned(whole: dict[str, Tensor], groups: list[LinearGroup], wanted: set[in
     """Returns this process's part of what `measure` has found."""
     units = whole["units"].tolist()
     own = slice(sum(units[: run.ranks.rank]), sum(units[: run.ranks.rank + 1]))
-    of_group = {}
+    found = TokenWeights({})
     for i in sorted(wanted):
-        if (rows := whole.get(f"{groups[i].name}.rows")) is not None:
-            of_group[i] = list(whole[f"{groups[i].name}.weights"].split(rows.tolist())[own])
-    return TokenWeights(of_group)
+        name = groups[i].name
+        if (rows := whole.get(f"{name}.rows")) is None:
+            continue
+        found.of_group[i] = list(whole[f"{name}.weights"].split(rows.tolist())[own])
+        if (moment := whole.get(f"{name}.moment")) is not None:
+            tokens = int((whole[f"{name}.weights"] > 0).sum())
+            found.sensitivity[i] = Sensitivity(moment, tokens, whole[f"{name}.x"], whole[f"{name}.gradient"])
+    return found

@@ -32,6 +32,7 @@ def quantize(
     transform: Annotated[str, typer.Option(help="identity, random, hadamard, wus or wush.")] = "wush",
     solver: Annotated[str, typer.Option(help="rtn or gptq.")] = "gptq",
     moments: Annotated[str, typer.Option(help="marginal or conditional.")] = "marginal",
+    sweeps: Annotated[int, typer.Option(min=0, help="How often GPTQ goes over the weights again.")] = 2,
     weight_scale_rule: Annotated[
         str, typer.Option(help="best, loss, absmax, mse, paper; mxfp4: ocp; int4: gaussian.")
     ] = "best",
@@ -116,6 +117,7 @@ def quantize(
             transform=transform,
             solver=solver,
             moments=moments,
+            sweeps=sweeps,
             weight_scale_rule=weight_scale_rule,
             activation_scale_rule=activation_scale_rule,
             activation_format=None if activation_format == "none" else activation_format,

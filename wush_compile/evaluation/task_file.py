@@ -14,11 +14,12 @@ VERSION = 1
 class TaskFile:
     """Scores by run (a model, or a row of a table) and task. Without a path it only keeps them in memory.
 
-    A file of other settings than `head` is not overwritten: `DataError`.
+    A file of other settings than `head` is not overwritten: `DataError`. `about` stands before them, and may differ
+    from what an earlier command wrote: a date, the command.
     """
 
-    def __init__(self, path: Path | None, head: Mapping):
-        self.path, self.head = path, {"task_results_version": VERSION, **head}
+    def __init__(self, path: Path | None, head: Mapping, about: Mapping | None = None):
+        self.path, self.head, self.about = path, {"task_results_version": VERSION, **head}, dict(about or {})
         self.runs: dict[str, dict] = {}
         if path is not None and path.exists():
             try:
@@ -26,7 +27,8 @@ class TaskFile:
                 self.runs = found.pop("runs")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"{path} is no file of task results: name another with --out") from error
-            differing = [key for key in {**found, **self.head} if found.get(key) != self.head.get(key)]
+            settings = {key: value for key, value in found.items() if key not in self.about}
+            differing = [key for key in {**settings, **self.head} if settings.get(key) != self.head.get(key)]
             if differing:
                 raise DataError(
                     f"{path} holds results with another {', '.join(differing)}: name another file, or delete it"
@@ -47,5 +49,6 @@ class TaskFile:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_name(f".{self.path.name}.partial")
-            partial.write_text(json.dumps({**self.head, "runs": self.runs}, indent=1) + "\n", encoding="utf-8")
+            contents = {**self.about, **self.head, "runs": self.runs}
+            partial.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
             os.replace(partial, self.path)

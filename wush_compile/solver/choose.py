@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..recipe import Recipe
+from .sensitivity import Sensitivity, uses_sensitivity
 from .transforms import (
     damped_cholesky,
     diagonal_blocks,
@@ -18,8 +19,8 @@ from .transforms import (
 CLOSED_FORM = ("wus", "wush")
 # The power of s in T, by the activations' format (docs/spec.md §2). 1/2 is eq. 7, where both sides get the same second
 # moment; 1 would give weights the moment I. On SmolLM2 (docs/notebook/accuracy.md) 7/8 has 7 % less KL than 1/2 for fp8
-# and 16 bits with MXFP4 weights, and 3 % less with NVFP4 weights. For 4 bits 5/8 has 1 to 3 % less there, and on an
-# encoder (benchmarks/trial_encoder.py) 20 % more error.
+# and 16 bits with MXFP4 weights, and 3 % less with NVFP4 weights. For 4 bits 5/8 has 1 to 3 % less there. It had 20 %
+# more error on an encoder, by the chance that the factor of T now takes away (same page): worth another measurement.
 POWER = {"same": 0.5, "fp8": 0.875, None: 0.875}
 
 
@@ -37,8 +38,17 @@ def block_gram(w: Tensor, block: int) -> Tensor:
 class Transforms:
     """The transforms of one group: each rounded to the model dtype, with the float64 inverse of the rounded one."""
 
-    def __init__(self, recipe: Recipe, h: Tensor | None, block: int, dtype: torch.dtype, name: str):
+    def __init__(
+        self,
+        recipe: Recipe,
+        h: Tensor | None,
+        block: int,
+        dtype: torch.dtype,
+        name: str,
+        sensitivity: Sensitivity | None = None,
+    ):
         """h: the undamped second moment, float64 [K, K] or [K/B, B, B]. None is enough unless T has a closed form."""
+        self.sensitivity = sensitivity if uses_sensitivity(recipe) else None
         self.recipe, self.block, self.dtype, self.name = recipe, block, dtype, name
         self.damping_tries = 0
         if recipe.transform in CLOSED_FORM:
@@ -71,16 +81,20 @@ class Transforms:
             roots, self.damping_tries = damped_cholesky(self.h, self.recipe.damping, self.name)
         else:
             roots = diagonal_blocks(factor, self.block)
-        return self._closed_form(roots, gram(), self.dead)
+        return self._closed_form(roots, gram(), slice(None))
 
     def one(self, b: int, factor: Tensor, updated: Tensor) -> tuple[Tensor, Tensor]:
         """(T, T⁻¹) of block b, each [1, B, B], from its conditional moment and updated weights [B, N] (Algorithm 2)."""
         here = slice(b * self.block, (b + 1) * self.block)
-        return self._closed_form(factor[here, here][None], block_gram(updated, self.block), self.dead[b : b + 1])
+        return self._closed_form(factor[here, here][None], block_gram(updated, self.block), slice(b, b + 1))
 
-    def _closed_form(self, roots: Tensor, gram: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
-        """roots [b, B, B] of the moments; gram [b, B, B]; dead [b]: blocks whose inputs are all zero."""
-        gram = torch.where(dead[:, None, None], 0.0, gram)
+    def _closed_form(self, roots: Tensor, gram: Tensor, blocks: slice) -> tuple[Tensor, Tensor]:
+        """roots [b, B, B] of the moments; gram [b, B, B]; blocks: which they are."""
+        if self.sensitivity is not None:
+            gram = self.sensitivity.instead_of(gram, blocks)
+        gram = torch.where(self.dead[blocks, None, None], 0.0, gram)
         hadamard, power = self.recipe.transform == "wush", POWER[self.recipe.activation_format]
         t = wush_transform(roots, gram, self.recipe.damping, hadamard, power)
+        if self.sensitivity is not None:
+            t = self.sensitivity.factored(t, self.recipe, self.dtype, blocks)
         return round_transform(t, self.dtype, self.name)

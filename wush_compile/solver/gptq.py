@@ -174,7 +174,7 @@ def _rounder(scales: Tensor, format: str, g: Tensor | None) -> Callable[[Tensor]
     return lambda v: round_e2m1(v.mul_(inverse)).mul(unit)
 
 
-def _group_rounder(device: torch.device) -> Callable[..., None]:
+def group_rounder(device: torch.device) -> Callable[..., None]:
     """`_round_each`, or on a GPU the kernel that does the same."""
     if device.type == "cuda":
         try:
@@ -241,7 +241,7 @@ def _round_channels(
 ) -> None:
     """`round_group` or `round_best` for several groups, from the last to the first; scales [channels/G, E·N]."""
     each = w.shape[1] if unit.dim() == 2 else w.shape[1] // len(unit)
-    group, round_one = formats.FORMATS[format].group_size, _group_rounder(w.device)
+    group, round_one = formats.FORMATS[format].group_size, group_rounder(w.device)
     for start in range(w.shape[0] - group, -1, -group):
         here = slice(start, start + group)
         results = codes[here], scales[start // group], error[here]

@@ -11,7 +11,9 @@ from .choose import CLOSED_FORM, Transforms, uses_conditional_moments
 from .facts import moment_curves
 from .gptq import gptq, gptq_conditional, rotate_
 from .scales import calibrates_global_scale, global_scale
+from .sensitivity import Sensitivity
 from .solution import GroupSolution, block_size, weight_rule
+from .sweeps import sweep_
 from .transforms import PANEL, apply_blockwise, damped_cholesky, diagonal_blocks
 
 # Weights rounded to nearest at a time: the temporaries of rounding are many times as large.
@@ -26,12 +28,14 @@ def solve(
     count: float,
     sample: Tensor | None,
     name: str,
+    sensitivity: Sensitivity | None = None,
 ) -> GroupSolution:
     """Solves one group on the device of `weight`, in float64.
 
     weight [N, K]: the stacked members, in the model dtype. moment: the sum XᵀX over `count` rows, fp32 [K, K] or
     [K/B, B, B] (see `moment_shape`); None if nothing depends on data. sample [R, K]: rows of X, in which zero rows are
-    empty slots; None without data. `name` names the group in errors and seeds its random transforms.
+    empty slots; None without data. `name` names the group in errors and seeds its random transforms. sensitivity: what
+    errors of the input cost; None without gradients.
     Raises NonFiniteError for NaN or Inf in weight, moment or sample, DataError if data is needed and missing, and
     ConfigError if the model dtype cannot hold the transform.
     """
@@ -56,7 +60,7 @@ def solve(
                 whole, recipe.damping, name, again=mean_moment, panel=max(PANEL, block)
             )
         del whole
-    transforms = Transforms(recipe, h, block, weight.dtype, name)
+    transforms = Transforms(recipe, h, block, weight.dtype, name, sensitivity)
     # GPTQ finds conditional transforms as it goes. The global scale of the weights is fixed before, from marginal ones.
     on_the_way = recipe.solver == "gptq" and conditional
     t = inverse = None
@@ -71,18 +75,27 @@ def solve(
         group_max, rms = largest_of_groups(w_tilde, recipe), w_tilde.square().mean().sqrt()
     g = global_scale(recipe.format, rule, group_max, rms, w.device)
 
+    def sweep(w_tilde: Tensor, unit: Tensor, diagonal: Tensor, codes: Tensor, scale: Tensor, error: Tensor) -> None:
+        with phase("sweeps"):
+            sweep_(w_tilde, unit, diagonal, recipe.format, rule, g, codes, scale, error, recipe.sweeps)
+
     if on_the_way:
         del w_tilde
         found = {}
 
         def transform_of(b: int, updated: Tensor) -> tuple[Tensor, Tensor]:
             with phase("transforms"):
-                found[b], own = transforms.one(b, factor, updated)
-            return found[b][0].to(torch.float64), own[0]
+                found[b] = transforms.one(b, factor, updated)
+            return found[b][0][0].to(torch.float64), found[b][1][0]
 
         with phase("GPTQ"):
             codes, scale, error = gptq_conditional(w, factor, block, transform_of, recipe.format, rule, g)
-        t = torch.cat([found[b] for b in sorted(found)])
+        t, inverse = (torch.cat([found[b][side] for b in sorted(found)]) for side in (0, 1))
+        wide = t.to(torch.float64)
+        if recipe.sweeps:
+            w_tilde, error = (apply_blockwise(x, inverse.mT) for x in (w, error))
+            sweep(w_tilde, *rotate_(factor, wide, block), codes, scale, error)
+            error = apply_blockwise(error, wide.mT)
         packed = formats.pack(codes)
     else:
         del w
@@ -92,7 +105,10 @@ def solve(
                 packed, scale, error = round_to_nearest(w_tilde, recipe.format, rule, g)
         else:
             with phase("GPTQ"):
-                codes, scale, error = gptq(w_tilde, *rotate_(factor, wide, block), recipe.format, rule, g)
+                unit, diagonal = rotate_(factor, wide, block)
+                codes, scale, error = gptq(w_tilde, unit, diagonal, recipe.format, rule, g)
+            if recipe.sweeps:
+                sweep(w_tilde, unit, diagonal, codes, scale, error)
             packed = formats.pack(codes)
         error = apply_blockwise(error, None if wide is None else wide.mT)
     report["damping_tries"] = max(report["damping_tries"], transforms.damping_tries)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ops import observe_experts as _observe_experts  # noqa: F401  (registers wush::observe_experts)
+from ...solver.sensitivity import Sensitivity
 from ...solver.solution import moment_shape
 from ..pattern import has_effect
 from .dataflow import depend_on
@@ -27,6 +28,7 @@ class Observation:
     sample   some of the rows [R, K], in the input's dtype
     expert   fp32 [R, 1], the expert of each row of the sample's uniform part; None without experts
     pooled   float64, the mean moment of all experts' rows, once all of them are seen; None without experts
+    sensitivity   what errors of the rows cost; None without gradients
     """
 
     moment: Tensor
@@ -34,6 +36,7 @@ class Observation:
     sample: Tensor
     expert: Tensor | None = None
     pooled: Tensor | None = None
+    sensitivity: Sensitivity | None = None
 
 
 OBSERVERS = (torch.ops.wush.observe.default, torch.ops.wush.observe_experts.default)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
+from ...solver.sensitivity import Sensitivity
+from ...solver.solution import block_size
 from .group import LinearGroup
 from .linears import operands
 from .observe import OBSERVERS
@@ -48,6 +50,33 @@ class Tap(nn.Module):
         """Returns the sums of each row [.., rows], 0 in masked rows, and the number of the other rows; and resets."""
         sums, kept, self._sums, self._kept = self._sums, self._kept, None, None
         return (sums, sums.shape[-1]) if kept is None else (torch.where(kept, sums, 0), int(kept.sum()))
+
+
+class SensitiveTap(Tap):
+    """Also sums the gradients by the input, and takes what they say of its errors."""
+
+    def __init__(self, group: LinearGroup):
+        super().__init__()
+        self.group, self.block = group, block_size(group.recipe, group.width)
+        self._x: Tensor | None = None
+        self._gradient: Tensor | None = None
+
+    def of_rows(self, gradient: Tensor, x: Tensor, member: int) -> Tensor:
+        linear = self.group.linears[member]
+        weight = self.tensors[linear.weight].T if linear.transposed else self.tensors[linear.weight]
+        back = (gradient @ weight).flatten(0, -2).to(torch.float32)  # Wᵀ g [n, K]
+        self._gradient = back if self._gradient is None else self._gradient + back
+        self._x = x.flatten(0, -2)
+        return super().of_rows(gradient, x, member)
+
+    def take(self) -> tuple[Tensor, int, Sensitivity]:
+        """As `Tap`, and the sensitivity of the group's input."""
+        x, gradient, kept = self._x, self._gradient, self._kept
+        self._x = self._gradient = None
+        if kept is not None:
+            x, gradient = (torch.where(kept[:, None], rows, 0) for rows in (x, gradient))
+        sums, tokens = super().take()
+        return sums, tokens, Sensitivity.of(x, gradient, tokens, self.block)
 
 
 class _Passed(torch.autograd.Function):
