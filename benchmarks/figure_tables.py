@@ -203,7 +203,8 @@ def tensor_cores(format: str, activation: str, gpus: str) -> str:
 def token_weights(name: str) -> str:
     """KL by setting, in a column for each format and activation format."""
     kl = {(r["row"], r["format"], r["activations"]): r["kl"] for r in result(name)["rows"]}
-    columns = [(format, bits) for format in ("mxfp4", "nvfp4") for bits in ("same", "fp8", "none")]
+    measured = {(f, a) for _, f, a in kl}
+    columns = [(f, a) for f in ("mxfp4", "nvfp4") for a in ("same", "fp8", "none") if (f, a) in measured]
     lines = []
     for row in dict.fromkeys(row for row, *_ in kl):
         lines.append([row, *(shown(kl[(row, *c)], 4) if (row, *c) in kl else "" for c in columns)])

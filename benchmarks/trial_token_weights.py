@@ -3,10 +3,12 @@ sweeps, and calibration text of the model's own, alone and together.
 
     python benchmarks/trial_token_weights.py --data FOLDER --out trial.json --formats mxfp4 --activations same fp8
     python benchmarks/trial_token_weights.py --data FOLDER --out trial.json --rows uniform gradient gradient-loss
+    python benchmarks/trial_token_weights.py --rows before sweeps sensitivity default --activations same
 
 The model, the calibration and the test are those of `accuracy.py`: SmolLM2-135M-Instruct, 128 windows of 512 tokens of
-WikiText-2 valid, 64 windows of 2048 of test. Each row quantizes the model anew; KL is to the model in bf16. `--out` is
-written after each row. A format and an activation format take their own process well: several share a GPU.
+WikiText-2 valid, 64 windows of 2048 of test. Without `--data` they are those of `make demo`, for a CPU: four minutes a
+row. Each row quantizes the model anew; KL is to the model in bf16. `--out` is written after each row. A format and an
+activation format take their own process well: several share a GPU.
 """
 
 import argparse
@@ -21,7 +23,8 @@ import torch
 
 import wush_compile as wc
 from wush_compile.calibration import token_weights
-from wush_compile.data import sample_calibration_text, windows
+from wush_compile.data import python_topics, sample_calibration_text, windows
+from wush_compile.demo import run as demo
 from wush_compile.evaluation.language import compare
 from wush_compile.ops import core as ops
 from wush_compile.solver import choose, sensitivity
@@ -121,12 +124,12 @@ def quantize(model, data, format: str, activations: str, name: str):
     )
 
 
-def measure(model, data, ids, format: str, activations: str, name: str) -> dict:
+def measure(model, data, ids, window: int, format: str, activations: str, name: str) -> dict:
     """KL, perplexity and top-1 agreement of one setting."""
     start = time.perf_counter()
     quantized = quantize(model, data, format, activations, name)
     middle = time.perf_counter()
-    measured = compare(model, quantized, ids, 2048, progress=False)
+    measured = compare(model, quantized, ids, window, progress=False)
     return {
         "format": format,
         "activations": activations,
@@ -144,7 +147,7 @@ def measure(model, data, ids, format: str, activations: str, name: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with valid.txt and test.txt")
+    parser.add_argument("--data", type=Path, help="folder with valid.txt and test.txt")
     parser.add_argument("--model", type=Path, help="the SmolLM2 GGUF file or a model directory; fetched when left out")
     parser.add_argument("--out", type=Path, default=Path("trial_token_weights.json"))
     parser.add_argument("--formats", nargs="+", default=["mxfp4", "nvfp4"], choices=["mxfp4", "nvfp4"])
@@ -155,15 +158,22 @@ def main() -> None:
     args = parser.parse_args()
     device = common.device("auto")
     model, tokenizer = common.load_smollm2(args.model, device)
-    valid, test = (common.wikitext(args.data, split) for split in ("valid", "test"))
-    texts = {0: torch.cat(windows(valid, tokenizer, 512, args.calibration_windows)).to(device).split(8)}
-    ids = torch.cat(windows(test, tokenizer, 2048, args.test_windows), dim=1)
+    if args.data is None:
+        window = demo.WINDOW
+        pieces = windows(python_topics(), tokenizer, window, demo.CALIBRATION_WINDOWS + demo.EVALUATION_WINDOWS)
+        texts = {0: torch.cat(pieces[: demo.CALIBRATION_WINDOWS]).to(device).split(4)}
+        ids = torch.cat(pieces[demo.CALIBRATION_WINDOWS :], dim=1)
+    else:
+        window = 2048
+        valid, test = (common.wikitext(args.data, split) for split in ("valid", "test"))
+        texts = {0: torch.cat(windows(valid, tokenizer, 512, args.calibration_windows)).to(device).split(8)}
+        ids = torch.cat(windows(test, tokenizer, window, args.test_windows), dim=1)
     result = {**common.environment(device), "rows": []}
     for name, format, activations in itertools.product(args.rows, args.formats, args.activations):
         own = ROWS[name].text
         if own and own not in texts:
             texts[own] = torch.cat(sample_calibration_text(model, tokenizer, own, progress=False)).to(device).split(8)
-        result["rows"].append(measure(model, list(texts[own]), ids, format, activations, name))
+        result["rows"].append(measure(model, list(texts[own]), ids, window, format, activations, name))
         print(result["rows"][-1], flush=True)
         common.write_json(args.out, result)
 

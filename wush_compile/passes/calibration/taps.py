@@ -69,10 +69,12 @@ class SensitiveTap(Tap):
         self._x = x.flatten(0, -2)
         return super().of_rows(gradient, x, member)
 
-    def take(self) -> tuple[Tensor, int, Sensitivity]:
-        """As `Tap`, and the sensitivity of the group's input."""
+    def take(self) -> tuple[Tensor, int, Sensitivity | None]:
+        """As `Tap`, and the sensitivity of the group's input; None if no gradient came."""
         x, gradient, kept = self._x, self._gradient, self._kept
         self._x = self._gradient = None
+        if x is None:
+            return (*super().take(), None)
         if kept is not None:
             x, gradient = (torch.where(kept[:, None], rows, 0) for rows in (x, gradient))
         sums, tokens = super().take()
@@ -114,7 +116,8 @@ def tapped(
             masks[node.meta["wush_group"]] = node.args[1]
             continue
         copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.name in group_of:
+        # A stage that reads a linear's result has an input of the linear's name.
+        if node.name in group_of and operands(node) is not None:
             index, member = group_of[node.name]
             name = f"wush_tap_{index}"
             if index not in taps:

@@ -76,7 +76,7 @@ def activated(x, KIND: tl.constexpr, SM: tl.constexpr = 0):
     """An activation of a tile of a 16-bit dtype, by its name in `ops.fused.ACTIVATIONS`, rounded. SM: as `Spec.sm`."""
     wide = x.to(tl.float32)
     if KIND == "silu":
-        if SM == 86 and x.dtype == tl.bfloat16:
+        if SM >= 86 and SM < 100 and x.dtype == tl.bfloat16:
             y = silu_of_bf16(wide)
         else:
             y = silu(wide)
