@@ -10,9 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import OffsetsError
 from ..formats import channels, get_format, operand_layout
-from ..ops.grouped import GROUPED_FAKE, check_offsets
+from ..ops.grouped import by_expert
 from ..ops.layouts import in_rows, lay_out, scale_shape
 from .libraries import libraries, load
 from .provider import FLOATS, FixableReason, Implementation
@@ -185,51 +184,7 @@ def refuses_fp4_grouped_linear(
     return refuses_fp4_linear(codes, scales, None, weight_codes, weight_scales, None, *tail)
 
 
-def fp4_grouped_linear(
-    codes,
-    scales,
-    global_scale,
-    weight_codes,
-    weight_scales,
-    weight_global_scale,
-    offs,
-    bias,
-    format,
-    out_dtype,
-    scale_layout: str = "rows",
-    activation_format: str = "same",
-    index=None,
-) -> Tensor:
-    """`wush::fp4_grouped_linear`: `fp4_linear` of each expert's rows, the reference's definition."""
-    # The checks of shapes, which a call on real tensors does not pass.
-    fake = (codes, scales, global_scale, weight_codes, weight_scales, weight_global_scale, offs, bias)
-    GROUPED_FAKE["fp4_grouped_linear"](*fake, format, out_dtype, scale_layout, activation_format, index)
-    if activation_format == "same":
-        scales = in_rows(scales, codes.shape[:-1], 2 * codes.shape[-1] // FORMATS[format], scale_layout)
-    if index is not None:
-        if index.numel() and not 0 <= index.min() <= index.max() < codes.shape[0]:
-            raise OffsetsError(f"index names rows {index.min()} to {index.max()} of {codes.shape[0]} rows")
-        codes, scales = codes[index], scales[index]
-    ends = check_offsets(offs, codes.shape[0])
-    out = codes.new_zeros((codes.shape[0], weight_codes.shape[1]), dtype=out_dtype)  # rows of no expert stay zeros
-    for expert, (start, end) in enumerate(zip([0, *ends], ends)):
-        if start < end:
-            out[start:end] = fp4_linear(
-                codes[start:end],
-                scales[start:end],
-                global_scale,
-                weight_codes[expert],
-                weight_scales[expert],
-                None if weight_global_scale is None else weight_global_scale[expert : expert + 1],
-                None if bias is None else bias[expert],
-                None,
-                format,
-                out_dtype,
-                "rows",
-                activation_format,
-            )
-    return out
-
+fp4_grouped_linear = by_expert(fp4_linear)
 
 IMPLEMENTATIONS = {
     "fp4_linear": Implementation(fp4_linear, refuses_fp4_linear),

@@ -10,6 +10,8 @@ The reference is `fp4_linear` of each expert's rows. It reads the offsets back, 
 kernels find every row's expert on the device.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,62 +35,67 @@ def check_offsets(offs: Tensor, rows: int) -> list[int]:
     return ends
 
 
-def _fp4_grouped_linear(
-    codes: Tensor,
-    scales: Tensor,
-    global_scale: Tensor | None,
-    weight_codes: Tensor,
-    weight_scales: Tensor,
-    weight_global_scale: Tensor | None,
-    offs: Tensor,
-    bias: Tensor | None,
-    format: str,
-    out_dtype: torch.dtype,
-    scale_layout: str = "rows",
-    activation_format: str = "same",
-    index: Tensor | None = None,
-) -> Tensor:
-    # The fake kernel has the checks of shapes; a call on real tensors does not pass it.
-    out = _fp4_grouped_linear_fake(
-        codes,
-        scales,
-        global_scale,
-        weight_codes,
-        weight_scales,
-        weight_global_scale,
-        offs,
-        bias,
-        format,
-        out_dtype,
-        scale_layout,
-        activation_format,
-        index,
-    ).zero_()  # [S, N]
-    ends = check_offsets(offs, out.shape[0])
-    if activation_format == "same":
-        groups = 2 * codes.shape[-1] // get_format(format).group_size
-        scales = in_rows(scales, codes.shape[:-1], groups, scale_layout)
-    if index is not None:
-        if index.numel() and not 0 <= index.min() <= index.max() < codes.shape[0]:
-            raise OffsetsError(f"index names rows {index.min()} to {index.max()} of {codes.shape[0]} rows")
-        codes, scales = codes[index], scales[index]
-    for expert, (start, end) in enumerate(zip([0, *ends], ends)):
-        if start < end:
-            out[start:end] = REFERENCE["fp4_linear"](
-                codes[start:end],
-                scales[start:end],
-                global_scale,
-                weight_codes[expert],
-                weight_scales[expert],
-                None if weight_global_scale is None else weight_global_scale[expert : expert + 1],
-                None if bias is None else bias[expert],
-                None,
-                format,
-                out_dtype,
-                "rows",
-                activation_format,
-            )
-    return out
+def by_expert(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The op by an implementation of `wush::fp4_linear`: it computes each expert's rows, one expert after another."""
+
+    def fp4_grouped_linear(
+        codes: Tensor,
+        scales: Tensor,
+        global_scale: Tensor | None,
+        weight_codes: Tensor,
+        weight_scales: Tensor,
+        weight_global_scale: Tensor | None,
+        offs: Tensor,
+        bias: Tensor | None,
+        format: str,
+        out_dtype: torch.dtype,
+        scale_layout: str = "rows",
+        activation_format: str = "same",
+        index: Tensor | None = None,
+    ) -> Tensor:
+        # The fake kernel has the checks of shapes; a call on real tensors does not pass it.
+        out = _fp4_grouped_linear_fake(
+            codes,
+            scales,
+            global_scale,
+            weight_codes,
+            weight_scales,
+            weight_global_scale,
+            offs,
+            bias,
+            format,
+            out_dtype,
+            scale_layout,
+            activation_format,
+            index,
+        ).zero_()  # [S, N]
+        ends = check_offsets(offs, out.shape[0])
+        if activation_format == "same":
+            groups = 2 * codes.shape[-1] // get_format(format).group_size
+            scales = in_rows(scales, codes.shape[:-1], groups, scale_layout)
+        if index is not None:
+            if index.numel() and not 0 <= index.min() <= index.max() < codes.shape[0]:
+                raise OffsetsError(f"index names rows {index.min()} to {index.max()} of {codes.shape[0]} rows")
+            codes, scales = codes[index], scales[index]
+        for expert, (start, end) in enumerate(zip([0, *ends], ends)):
+            if start < end:
+                out[start:end] = linear(
+                    codes[start:end],
+                    scales[start:end],
+                    global_scale,
+                    weight_codes[expert],
+                    weight_scales[expert],
+                    None if weight_global_scale is None else weight_global_scale[expert : expert + 1],
+                    None if bias is None else bias[expert],
+                    None,
+                    format,
+                    out_dtype,
+                    "rows",
+                    activation_format,
+                )
+        return out
+
+    return fp4_grouped_linear
 
 
 def _fp4_grouped_linear_fake(
@@ -184,7 +191,7 @@ def _arithmetic(
     return torch.where((expert < w.shape[0])[:, None], y, 0.0).to(out_dtype)
 
 
-GROUPED_REFERENCE = {"fp4_grouped_linear": _fp4_grouped_linear}
+GROUPED_REFERENCE = {"fp4_grouped_linear": by_expert(REFERENCE["fp4_linear"])}
 GROUPED_FAKE = {"fp4_grouped_linear": _fp4_grouped_linear_fake}
 GROUPED_ARITHMETIC = {"fp4_grouped_linear": _arithmetic}
 for name, reference in GROUPED_REFERENCE.items():
