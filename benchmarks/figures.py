@@ -5,7 +5,7 @@
 
 A document names a figure in a comment, and the text up to the closing comment is written from the results:
 
-    <!-- figures: linear_summary linear_h100 rows=1,16,64 -->         a renderer of figure_tables.py and its arguments
+    <!-- figures: linear_summary linear_h100 rows=1,16,64 -->         a renderer of figure_tables/ and its arguments
     | rows | 1 | 16 | 64 |  ...
     <!-- /figures -->
     bf16: <!-- figures: number accuracy_h200 reference_perplexity 2 -->20.81<!-- /figures -->.
