@@ -413,9 +413,14 @@ def test_products_read_lane_order(format, activation):
             rest = None, *o[2:4], None, None, None, format, torch.bfloat16
             want = triton_linear.fp4_linear(*o[:2], *rest, **options)
             got = triton_linear.fp4_linear(*ordered, *rest, **options, lanes=True)
-            # The library may add the channels in another order.
-            same = torch.equal(got, want) if not isinstance(kernel, str) else error(got, want.double()) < 1e-3
-            assert same and error(got, o[4]) < ops.PRODUCT_ERROR[torch.bfloat16], (m, n, k, kernel)
+            # The library, which None takes at 1030 rows, may add the channels in another order: two sums that differ
+            # by what its accumulator drops are then rounded to bf16.
+            bound = ops.PRODUCT_ERROR[torch.bfloat16]
+            if kernel in (None, "library", "bf16"):
+                assert error(got, want.double()) < bound, (m, n, k, kernel)
+            else:
+                assert torch.equal(got, want), (m, n, k, kernel)
+            assert error(got, o[4]) < bound, (m, n, k, kernel, error(want, o[4]))
         args = (*ordered, *rest, "lanes", activation)
         assert dispatch.chosen("fp4_linear", 0, args) == "triton"
         assert error(torch.ops.wush.fp4_linear(*args), o[4]) < ops.PRODUCT_ERROR[torch.bfloat16]

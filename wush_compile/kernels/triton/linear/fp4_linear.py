@@ -120,6 +120,8 @@ def _product(o: Operands, out_dtype: torch.dtype, kernel) -> Tensor:
     """[M, N] by `kernel`, or by the one that `choose` takes."""
     m, n, _ = o.sizes
     chosen = kernel or _choose(o, out_dtype)
+    if chosen == "library" and not _fits_library(o, out_dtype):
+        chosen = _choose(o, out_dtype)
     if chosen == "library":
         return run_library(o)
     if isinstance(chosen, str):
@@ -153,8 +155,9 @@ def fp4_linear(
 ) -> Tensor:
     """`wush::fp4_linear` (docs/spec.md §6): codes [.., K/2] times weight_codes [N, K/2], transposed -> [.., N].
 
-    kernel: a tile, "library" or "bf16" instead of what `choose` takes. precise: MXFP4 sums go from the tensor core's
-    fp8 accumulator, which drops bits, to fp32 at least every 128 channels; default: what `WUSH_PRECISE` says.
+    kernel: a tile, "library" (where it gives the call's result) or "bf16" instead of what `choose` takes. precise:
+    MXFP4 sums go from the tensor core's fp8 accumulator, which drops bits, to fp32 at least every 128 channels;
+    default: what `WUSH_PRECISE` says.
     activation_format: fp8 or none for codes [.., K] (`formats.operand_layout`); lanes: the activation is in that layout
     (`ops/layouts.py`).
     ValueError if an operand's shape, dtype or device does not fit."""
