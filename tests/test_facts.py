@@ -10,6 +10,7 @@ from torch import nn
 from wush_compile import formats
 from wush_compile.errors import WushError
 from wush_compile.kernels import facts
+from wush_compile.kernels.triton.linear import launch
 from wush_compile.modules import Member, WushGroup, buffer_layout
 from wush_compile.recipe import Recipe
 
@@ -89,10 +90,20 @@ def test_memory_that_is_freed_and_brought_back(weight):
 
 
 def test_a_write_makes_a_weight_unsettled(weight):
-    assert not facts.mark_used_and_was_settled(weight) and facts.mark_used_and_was_settled(weight)
+    assert not facts.mark_used_and_were_settled(weight) and facts.mark_used_and_were_settled(weight)
     ask(weight)
     facts.refresh([weight])
-    assert not facts.mark_used_and_was_settled(weight) and facts.mark_used_and_was_settled(weight)
+    assert not facts.mark_used_and_were_settled(weight) and facts.mark_used_and_were_settled(weight)
+
+
+def test_weights_of_one_call_are_settled_in_the_second(weight):
+    """The second call is what a CUDA graph captures."""
+    scales = weight[:, :4].clone()
+    assert not facts.mark_used_and_were_settled(weight, scales)
+    assert facts.mark_used_and_were_settled(weight, scales)
+    scales[0] = 1
+    assert not facts.mark_used_and_were_settled(weight, scales)
+    assert facts.mark_used_and_were_settled(weight, scales)
 
 
 def test_nothing_is_kept_of_a_capture(weight, capturing, caplog):
@@ -209,6 +220,19 @@ def replayed(graph: torch.cuda.CUDAGraph, out: torch.Tensor) -> torch.Tensor:
 
 FORMATS = pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int4"])
 ROWS = pytest.mark.parametrize("rows", [1, 4, 16, 128, 1100])
+
+
+@gpu
+def test_a_graph_captured_in_the_second_call_starts_its_products_early(monkeypatch):
+    """`torch.compile(mode="reduce-overhead")` runs a model once, then captures it."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no early start on this GPU")
+    seen, mark = [], launch.mark_used_and_were_settled
+    monkeypatch.setattr(launch, "mark_used_and_were_settled", lambda *weights: seen.append(mark(*weights)) or seen[-1])
+    of, x = group("mxfp4", 64, 256, 0, "cuda"), torch.randn(1, 256, device="cuda").bfloat16()
+    call(of, x)
+    capture(lambda: call(of, x))
+    assert seen == [False, False, True, True]  # two products a call
 
 
 @gpu

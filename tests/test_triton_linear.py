@@ -327,16 +327,16 @@ def test_linear_in_a_cuda_graph(format, m):
 def test_a_weight_is_settled_from_its_second_use_until_it_is_written():
     w = torch.zeros(8, 64, dtype=torch.uint8)
     assert (
-        not facts.mark_used_and_was_settled(w)
-        and facts.mark_used_and_was_settled(w)
-        and facts.mark_used_and_was_settled(w.view(8, 64))
+        not facts.mark_used_and_were_settled(w)
+        and facts.mark_used_and_were_settled(w)
+        and facts.mark_used_and_were_settled(w.view(8, 64))
     )
-    assert not facts.mark_used_and_was_settled(w[4:]) and facts.mark_used_and_was_settled(w[4:])
+    assert not facts.mark_used_and_were_settled(w[4:]) and facts.mark_used_and_were_settled(w[4:])
     w[0] = 3
     assert (
-        not facts.mark_used_and_was_settled(w[4:])
-        and not facts.mark_used_and_was_settled(w)
-        and facts.mark_used_and_was_settled(w)
+        not facts.mark_used_and_were_settled(w[4:])
+        and not facts.mark_used_and_were_settled(w)
+        and facts.mark_used_and_were_settled(w)
     )
 
 

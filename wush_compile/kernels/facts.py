@@ -160,10 +160,14 @@ def refresh(tensors: Iterable[Tensor]) -> None:
         raise WushError(STALE)
 
 
-def mark_used_and_was_settled(t: Tensor) -> bool:
-    """Returns False on the first use of a weight, and records the use; True afterwards, until the weight is written.
+def mark_used_and_were_settled(*weights: Tensor) -> bool:
+    """Returns whether each weight was used before and has not been written since; records the use of all of them.
 
-    Only after True may a kernel read the weight before the kernel in front ends: that one might write it."""
-    used, place, version = _kept(t, USED), _place(t), _version(t)
-    was, used[place] = used.get(place) == version, version
-    return was
+    Only after True may a kernel read the weights before the kernel in front ends: that one might write them. All are
+    recorded at once: a CUDA graph is captured in the second call, and must get True."""
+    settled = True
+    for t in weights:
+        used, place, version = _kept(t, USED), _place(t), _version(t)
+        settled &= used.get(place) == version
+        used[place] = version
+    return settled

@@ -4,7 +4,7 @@ later), and programs of one launch wait for each other.
 Two rules keep the early start safe:
 
 - Before `wait_inputs` a kernel writes nothing, and reads nothing but a weight that was complete before the kernel in
-  front   was launched (`memory.mark_used_and_was_settled`).
+  front   was launched (`memory.mark_used_and_were_settled`).
 - `start_next` comes after `wait_inputs`. So a kernel runs beside its direct predecessor at most. When `wait_inputs`
   returns, all kernels in front have ended, since each of them waited too.
 

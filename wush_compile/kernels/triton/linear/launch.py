@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...facts import mark_used_and_was_settled
+from ...facts import mark_used_and_were_settled
 from ..common.memory import Workspace, row_facts, workspace
 from ..common.overlap import overlaps
 from .choose import GROUP_M, Fused, Gemv, Hopper, Int4, Int8, Int8Gemv, Scaled, split_tail
@@ -33,11 +33,7 @@ def multiprocessors(device: int) -> int:
 def run_gemv(o: Operands, tile: Gemv, out: Tensor) -> None:
     m, n, k = o.sizes
     block_k = min(tile.block_k, max(triton.next_power_of_2(k), 128))
-    pdl = (
-        overlaps(out.device.index)
-        and mark_used_and_was_settled(o.weight_codes)
-        and mark_used_and_was_settled(o.weight_scales)
-    )
+    pdl = overlaps(out.device.index) and mark_used_and_were_settled(o.weight_codes, o.weight_scales)
     gemv_kernel[(triton.cdiv(n, tile.block_n),)](
         o.codes.view(torch.int32),
         o.scales,
@@ -131,9 +127,9 @@ def run_hopper(o: Operands, tile: Hopper, out: Tensor) -> None:
 
     m, n, k = o.sizes
     w_top = row_facts(o.weight_scales).top if o.format == "mxfp4" else None
-    # A list, so that `mark_used_and_was_settled` sees each of them. A capture may have just made w_top.
+    # A capture may have just made w_top.
     read = [t for t in (o.weight_codes, o.weight_scales, w_top) if t is not None]
-    prefetch = all([mark_used_and_was_settled(t) for t in read])  # noqa: C419
+    prefetch = mark_used_and_were_settled(*read)
     x, x_unit, gx = upcast_x(o)
     tiles = triton.cdiv(n, tile.block_n) * triton.cdiv(m, tile.block_m)
     wave = multiprocessors(out.device.index)
@@ -219,11 +215,7 @@ def int8_operands(o: Operands) -> tuple[Tensor, Tensor | None]:
 
 def run_int8_gemv(o: Operands, tile: Int8Gemv, out: Tensor) -> None:
     (_, n, k), (x, unit) = o.sizes, int8_operands(o)
-    pdl = (
-        overlaps(out.device.index)
-        and mark_used_and_was_settled(o.weight_codes)
-        and mark_used_and_was_settled(o.weight_scales)
-    )
+    pdl = overlaps(out.device.index) and mark_used_and_were_settled(o.weight_codes, o.weight_scales)
     int8_gemv_kernel[(triton.cdiv(n, tile.block_n),)](
         x.view(torch.int64),
         unit,
