@@ -19,6 +19,7 @@ import functools
 import itertools
 import json
 import multiprocessing
+import os
 import pathlib
 import subprocess
 import time
@@ -363,7 +364,8 @@ def compile_all(jobs: list, compile=_compile) -> list[str]:
     """Compiles every job in a process of its own; returns the messages of those that failed."""
     jobs = list(dict.fromkeys(jobs))
     start = time.time()
-    with concurrent.futures.ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
+    workers = max(2, (os.cpu_count() or 2) - 4)
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         failed = [f for f in pool.map(compile, jobs) if f]
     print(
         f"compiled {len(jobs)} in {time.time() - start:.0f} s, failed {len(failed)}", *failed[:8], sep="\n", flush=True
