@@ -19,8 +19,9 @@ Quantized weights and the cached prompt are random; no time depends on their val
 launch on an idle device to its end. "queued ms" is a step of a queue of launched steps, which hides the host's time.
 Tokens per second follow from "ms", for the whole batch. Memory is what the model holds on the device, without caches.
 
-Attention is transformers' "sdpa" or "grouped" (below). Where heads share keys and values, "sdpa" copies the cache four
-times over before every use; "grouped" does not. Both models use the same.
+Attention is transformers' "sdpa", or "grouped" or "split" (below). Where heads share keys and values, "sdpa" copies the
+cache four times over before every use; the others do not. "split" also spreads a head's cache over the device. Both
+models use the same.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from typing import NamedTuple
 
 import common
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 SHAPE = dict(
     vocab_size=128256,
@@ -134,16 +136,40 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
 
 
+def split_attention(module, query, key, value, attention_mask, scaling=None, **_):
+    """An attention function of transformers for decoding, by FlexAttention: it shares keys and values among heads, and
+    several programs share the cache of a head."""
+    if query.shape[2] > 1 or attention_mask is None:
+        return grouped_attention(module, query, key, value, attention_mask, scaling=scaling)
+
+    def masked(score, batch, head, row, column):
+        return torch.where(attention_mask[batch, 0, 0, column], score, -float("inf"))
+
+    y = flex_attention(query, key, value, score_mod=masked, scale=scaling, enable_gqa=True)
+    return y.transpose(1, 2), None
+
+
+ATTENTION = {"grouped": grouped_attention, "split": split_attention}
+
+
+def register_attention() -> None:
+    """Makes the functions of `ATTENTION` implementations of transformers, with the masks of its sdpa."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    for name, function in ATTENTION.items():
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, sdpa_mask)
+
+
 def build(kind: str, layers: int, attention: str) -> torch.nn.Module:
     """The model on the GPU: bf16, or with every linear but the head quantized, or the head too."""
-    from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
-    from transformers.masking_utils import sdpa_mask
+    from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     from wush_compile.modules import install_group
 
-    AttentionInterface.register("grouped", grouped_attention)
-    AttentionMaskInterface.register("grouped", sdpa_mask)
+    register_attention()
     config = LlamaConfig(num_hidden_layers=layers, **SHAPE)
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation=attention).eval()
@@ -401,7 +427,7 @@ def run_wave(jobs: list[Job], out: pathlib.Path, deadline: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["bf16", "mxfp4"], choices=[*MODELS, "ladder"])
-    parser.add_argument("--attention", default="sdpa", choices=["sdpa", "grouped"])
+    parser.add_argument("--attention", default="sdpa", choices=["sdpa", *ATTENTION])
     parser.add_argument("--shape", default="llama-3.1-8b", choices=ALL_LAYERS)
     parser.add_argument("--layers", type=int, nargs="+")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])

@@ -12,12 +12,10 @@ EXPERTS = ("gate_up_proj", "down_proj")
 def build(kind: str, layers: int, attention: str) -> torch.nn.Module:
     """The model on the GPU: bf16, or with the linears of attention and the experts quantized; routers, embeddings and
     the head stay in bf16."""
-    from transformers import AttentionInterface, AttentionMaskInterface, Qwen3MoeConfig, Qwen3MoeForCausalLM
-    from transformers.masking_utils import sdpa_mask
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
-    AttentionInterface.register("grouped", end_to_end.grouped_attention)
-    AttentionMaskInterface.register("grouped", sdpa_mask)
+    end_to_end.register_attention()
     shape = SHAPES[SHAPE] | {"num_hidden_layers": layers}
     config = Qwen3MoeConfig(**shape, norm_topk_prob=True, tie_word_embeddings=False, max_position_embeddings=40960)
     with torch.device("meta"):
