@@ -520,6 +520,28 @@ def test_no_row_loses_by_a_sweep(format, moments):
     assert losses[2].sum() < 0.95 * losses[0].sum()
 
 
+@pytest.mark.parametrize("format,rule", [("mxfp4", "mse"), ("nvfp4", "mse"), ("nvfp4", "loss")])
+def test_a_sweep_of_weights_side_by_side_is_that_of_each(format, rule):
+    problems = [problem(n=24, k=96, seed=seed) for seed in range(3)]
+    g, each, stacked = None if format == "mxfp4" else torch.tensor([3.0, 5.0, 8.0]), [], []
+    for e, (x, w) in enumerate(problems):
+        columns, own = w.T.to(torch.float64).contiguous(), None if g is None else g[e : e + 1]
+        unit, diagonal = rotate_(torch.linalg.cholesky(damped(x)), None, 32)
+        stacked.append((columns, unit.clone(), diagonal))
+        found = gptq(columns, unit, diagonal, format, rule, own)
+        sweep_(columns, unit, diagonal, format, rule, own, *found, 2, 64)
+        each.append(found)
+    columns = torch.cat([w for w, _, _ in stacked], 1)
+    unit, diagonal = (torch.stack([parts[i] for parts in stacked]) for i in (1, 2))
+    found = gptq(columns, unit, diagonal, format, rule, g)
+    before = found[0].clone()
+    sweep_(columns, unit, diagonal, format, rule, g, *found, 2, 64)
+    assert not torch.equal(found[0], before)
+    codes, scales, error = (torch.cat(parts, dim) for parts, dim in zip(zip(*each), (0, 0, 1)))
+    assert torch.equal(found[0], codes) and torch.equal(found[1], scales)
+    torch.testing.assert_close(found[2], error, rtol=1e-9, atol=1e-12)
+
+
 def test_spans_of_a_sweep_agree():
     x, w = problem(n=70, k=224)
     results, (factor, columns) = [], (torch.linalg.cholesky(damped(x)), w.T.to(torch.float64).contiguous())

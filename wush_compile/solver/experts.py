@@ -77,8 +77,9 @@ def solve_shared(
 
 
 def expert_bytes(n: int, k: int) -> int:
-    """About what GPTQ holds of an expert [N, K]: W̃ and its error, twice for a moment, and L and U, all float64."""
-    return 8 * (4 * n * k + 3 * k * k)
+    """About what GPTQ and its sweeps hold of an expert [N, K]: W̃, its error and the gradient, some of them twice for a
+    moment, and L and U, all float64."""
+    return 8 * (5 * n * k + 3 * k * k)
 
 
 def _together(weights: Tensor, recipe: Recipe) -> int:

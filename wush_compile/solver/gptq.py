@@ -71,23 +71,28 @@ def rotate_(factor: Tensor, transform: Tensor | None, block: int) -> tuple[Tenso
     return factor, diagonal.flatten()
 
 
-def _by_weight(x: Tensor, unit: Tensor) -> Tensor:
+def by_weight(x: Tensor, unit: Tensor) -> Tensor:
     """A view of [C, E·N] as [E, C, N]; [C, N] as it is for a U of one weight."""
     return x if unit.dim() == 2 else x.unflatten(1, (len(unit), -1)).transpose(0, 1)
 
 
-def _add_product_(z: Tensor, a: Tensor, b: Tensor) -> None:
+def side_by_side(x: Tensor) -> Tensor:
+    """[E, C, N] -> [C, E·N], the inverse of `by_weight`; [C, N] as it is."""
+    return x if x.dim() == 2 else x.transpose(0, 1).flatten(1)
+
+
+def add_product_(z: Tensor, a: Tensor, b: Tensor) -> None:
     """z [C, E·N] += a b, by weight: a [E, C, D] (or [C, D]), b [D, E·N]."""
     if a.dim() == 2:
         z.addmm_(a, b)
     else:
-        _by_weight(z, a).baddbmm_(a, _by_weight(b, a))
+        by_weight(z, a).baddbmm_(a, by_weight(b, a))
 
 
 def _updated(w: Tensor, z: Tensor, unit: Tensor) -> Tensor:
     """The optimal weights [G, E·N] of a group, given the channels already quantized: w + A_g L̃_gg⁻¹."""
-    shift = torch.linalg.solve_triangular(unit.mT, _by_weight(z - w, unit), upper=True, unitriangular=True)
-    return w + (shift if unit.dim() == 2 else shift.transpose(0, 1).flatten(1))
+    shift = torch.linalg.solve_triangular(unit.mT, by_weight(z - w, unit), upper=True, unitriangular=True)
+    return w + side_by_side(shift)
 
 
 def round_group(
@@ -216,8 +221,8 @@ def round_best(
     if weights == 1:
         shift = shift.addmm_(unit.mT, tried[2]) * diagonal[:, None]
     else:
-        by_weight = tried[2].unflatten(1, (count, weights, each)).permute(1, 2, 0, 3)  # [C, E, G, N]
-        product = (unit.mT @ by_weight).permute(2, 0, 1, 3).flatten(1)  # [G, C·E·N]
+        tried_rows = tried[2].unflatten(1, (count, weights, each)).permute(1, 2, 0, 3)  # [C, E, G, N]
+        product = (unit.mT @ tried_rows).permute(2, 0, 1, 3).flatten(1)  # [G, C·E·N]
         shift = shift.add_(product).mul_(diagonal.T.repeat_interleave(each, 1).repeat(1, count))
     loss = shift.square_().sum(0).view(count, rows)
     best = loss.argmin(0)  # [N]
@@ -251,7 +256,7 @@ def _round_channels(
         else:
             round_one(w[here], z[here], unit[..., here, here], format, rule, g, *results, each)
         if start:
-            _add_product_(z[:start], unit[..., here, :start].mT, error[here])
+            add_product_(z[:start], unit[..., here, :start].mT, error[here])
 
 
 def _results(w: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,7 +282,7 @@ def gptq(
         start = max(0, stop - span)
         here = slice(start, stop)
         z = w[here].clone()
-        _add_product_(z, unit[..., stop:, here].mT, error[stop:])  # includes the errors of all later spans
+        add_product_(z, unit[..., stop:, here].mT, error[stop:])  # includes the errors of all later spans
         _round_channels(
             w[here],
             z,

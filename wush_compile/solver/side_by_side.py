@@ -15,6 +15,7 @@ from .gptq import gptq, rotate_
 from .scales import calibrates_global_scale, global_scale
 from .solution import GroupSolution, block_size, weight_rule
 from .solve import check_weight, largest_of_groups, moment_over_rows, round_to_nearest
+from .sweeps import sweep_
 from .transforms import PANEL, apply_blockwise, damped_cholesky
 
 
@@ -58,6 +59,23 @@ def _prepare(
     return _Prepared(w, unit, diagonal, global_scale(recipe.format, rule, largest, rms, w.device), power, tries)
 
 
+def sweep(
+    w: Tensor,
+    unit: Tensor,
+    diagonal: Tensor,
+    recipe: Recipe,
+    rule: str,
+    g: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    error: Tensor,
+) -> None:
+    """`sweep_` as often as the recipe says, as a phase of its own."""
+    if recipe.sweeps:
+        with phase("sweeps"):
+            sweep_(w, unit, diagonal, recipe.format, rule, g, codes, scales, error, recipe.sweeps)
+
+
 def solve_side_by_side(
     weights: list[Tensor],
     recipe: Recipe,
@@ -84,6 +102,7 @@ def solve_side_by_side(
         [p] = prepared
         with phase("GPTQ"):
             codes, scales, error = gptq(p.w, p.unit, p.diagonal, recipe.format, rule, p.g)
+        sweep(p.w, p.unit, p.diagonal, recipe, rule, p.g, codes, scales, error)
         results = [(formats.pack(codes), scales, error)]
     else:
         w = torch.cat([p.w for p in prepared], 1)  # [K, E·N]
@@ -92,6 +111,7 @@ def solve_side_by_side(
         g = None if gs[0] is None else torch.cat(gs)  # [E]
         with phase("GPTQ"):
             codes, scales, error = gptq(w, unit, diagonal, recipe.format, rule, g)
+        sweep(w, unit, diagonal, recipe, rule, g, codes, scales, error)
         split = formats.pack(codes).split(each), scales.split(each), error.split(each, 1)
         results = [(packed.clone(), scale.clone(), e) for packed, scale, e in zip(*split, strict=True)]
     solutions = []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from .gptq import SPAN, group_rounder, round_best
+from .gptq import SPAN, add_product_, by_weight, group_rounder, round_best, side_by_side
 
 # The least gain, a share of the group's loss: equal codes may seem to differ by the rounding of sums.
 GAIN = 1e-9
@@ -35,40 +35,45 @@ def sweep_(
     """Changes codes, scales and error in place so that the loss of no row grows; overwrites `unit`.
 
     w float64 [K, N]: W̃ᵀ; unit [K, K] and diagonal [K]: U and d, U diag(d) the lower factor of H̃. codes uint8 [N, K],
-    one a byte; scales [N, K/G]; error float64 [K, N]: W̃ᵀ − Q(W̃)ᵀ.
+    one a byte; scales [N, K/G]; error float64 [K, N]: W̃ᵀ − Q(W̃)ᵀ. Of E weights side by side as in `gptq`: E·N for N,
+    unit [E, K, K], diagonal [E, K], g [E].
     """
     group, round_one = formats.FORMATS[format].group_size, group_rounder(w.device)
-    root = unit.tril_().mul_(diagonal)  # L̃
+    each = w.shape[1] if unit.dim() == 2 else w.shape[1] // len(unit)
+    root = unit.tril_().mul_(diagonal[..., None, :])  # L̃ [.., K, K]
     gradient = torch.empty_like(error)  # H̃ Dᵀ, half of the loss's gradient by the error [K, N]
     step = max(1, GRADIENT_ELEMENTS // len(w))
-    for own, rows in zip(gradient.split(step, 1), error.split(step, 1), strict=True):
-        own.copy_(root @ (root.T @ rows))
+    for own, *pair in zip(root.view(-1, *root.shape[-2:]), gradient.split(each, 1), error.split(each, 1), strict=True):
+        for part, rows in zip(*(t.split(step, 1) for t in pair), strict=True):
+            part.copy_(own @ (own.T @ rows))
     for sweep in range(sweeps):
         for stop in range(w.shape[0], 0, -span):
             first = max(0, stop - span)
             inside = slice(first, stop)
-            columns = root[:, :stop] @ root[inside, :stop].T  # H̃ of the span [K, S]
-            square, old = columns[inside], error[inside].clone()
+            columns = root[..., :stop] @ root[..., inside, :stop].mT  # H̃ of the span [.., K, S]
+            square, old = columns[..., inside, :], error[inside].clone()
             for start in range(stop - group, first - 1, -group):
                 here, local = slice(start, start + group), slice(start - first, start - first + group)
-                lower = torch.linalg.cholesky_ex(square[local, local]).L  # [G, G]
-                own = lower.diagonal()
+                lower = torch.linalg.cholesky_ex(square[..., local, local]).L  # [.., G, G]
+                own = lower.diagonal(dim1=-2, dim2=-1)
                 # The group's error is off its best value, given the others, by H̃_gg⁻¹ gradient.
-                off = torch.cholesky_solve(gradient[here], lower)  # [G, N]
+                off = side_by_side(torch.cholesky_solve(by_weight(gradient[here], root), lower))  # [G, N]
                 best = (w[here] - error[here]).add_(off)  # the weights that leave no gradient
                 found = torch.empty_like(best, dtype=torch.uint8), scales.new_empty(w.shape[1]), torch.empty_like(best)
+                unit_lower = lower / own[..., None, :]
                 if rule == "loss":
-                    round_best(best, best.clone(), lower / own, own, format, g, *found, round_one)
+                    round_best(best, best.clone(), unit_lower, own, format, g, *found, round_one)
                 else:
-                    round_one(best, best.clone(), lower / own, format, rule, g, *found)
-                before, after = ((lower.T @ e).square_().sum(0) for e in (off, found[2]))  # [N], the group's loss
+                    round_one(best, best.clone(), unit_lower, format, rule, g, *found, each)
+                # [N], the group's loss
+                before, after = (side_by_side(lower.mT @ by_weight(e, root)).square_().sum(0) for e in (off, found[2]))
                 better = after < before * (1 - GAIN)
                 change = torch.where(better, found[2] - off, 0.0)  # of the error [G, N]
                 codes[:, here] = torch.where(better, found[0], codes[:, here].T).T
                 scales[:, start // group] = torch.where(better, found[1], scales[:, start // group])
                 error[here] += change
-                gradient[inside].addmm_(square[:, local], change)
+                add_product_(gradient[inside], square[..., local], change)
             change = old.neg_().add_(error[inside])  # of the span [S, N]
-            gradient[:first].addmm_(columns[:first], change)
+            add_product_(gradient[:first], columns[..., :first, :], change)
             if sweep + 1 < sweeps:
-                gradient[stop:].addmm_(columns[stop:], change)
+                add_product_(gradient[stop:], columns[..., stop:, :], change)
