@@ -114,6 +114,20 @@ def token_weights(name: str) -> str:
 
 
 @figure
+def frontier(name: str) -> str:
+    """KL by setting, and its change from the default of the same run."""
+    kl = {(r["row"], r["format"]): r["kl"] for r in result(name)["rows"]}
+    lines = []
+    for row in dict.fromkeys(row for row, _ in kl):
+        cells = [f"`{row}`"]
+        for format in ("mxfp4", "nvfp4"):
+            own, default = kl.get((row, format)), kl["default", format]
+            cells += ["", ""] if own is None else [shown(own, 4), f"{100 * (own / default - 1):+.1f} %"]
+        lines.append(cells)
+    return table(["setting", "MXFP4", "of the default", "NVFP4", "of the default"], lines)
+
+
+@figure
 def encoder(name: str) -> str:
     """Errors of an encoder's embeddings and hidden states by setting."""
     rows = result(name)["rows"]

@@ -115,6 +115,19 @@ def experts_whole(name: str, layers: str) -> str:
 
 
 @figure
+def experts_step(name: str, batch: str, layers: str) -> str:
+    """Queued ms of a step with all layers, from the difference of the two sizes that were timed: MXFP4, bf16."""
+
+    def whole(model: str) -> float:
+        rows = [r for r in result(name)["rows"] if r["model"] == model and r["batch"] == int(batch)]
+        (few, least), (many, most) = sorted((r["layers"], r["queued ms"]) for r in rows)
+        return least + (most - least) / (many - few) * (int(layers) - few)
+
+    bf16, ours = whole("bf16"), whole("mxfp4")
+    return f"{shown(ours, 2)} ms ({shown(bf16 / ours, 2)}×)"
+
+
+@figure
 def experts_memory(name: str, model: str, layers: str) -> str:
     """GiB of a model's weights with all its layers, from the difference of the two sizes that were held."""
     held = {row["layers"]: row["memory GiB"] for row in result(name)["rows"] if row["model"] == model}

@@ -267,7 +267,9 @@ def choose(
     """
     if format == "int4":
         return Int4(64, 16, 4, 4) if rows <= 16 else Int4(64, 64, 4, 4) if rows <= 64 else Int4(128, 128, 8, 3)
-    if rows in (1, 2) or rows == 4 and (capability[0] != 9 or k % 128 or n <= NARROW_N and k <= SHORT_K):
+    # On an H200 4 rows of NVFP4 times [6144, 4096] take 19 µs by `gemv` and 13 by `fused`; MXFP4 12 and 13.
+    short = format == "mxfp4" and n <= NARROW_N and k <= SHORT_K
+    if rows in (1, 2) or rows == 4 and (capability[0] != 9 or k % 128 or short):
         return GEMV[format, rows][k > SHORT_K]
     if capability >= (10, 0):
         if capability == (12, 1) and triton_version() < (3, 9):  # Triton 3.6 emulates FP4 there
