@@ -158,27 +158,68 @@ def test_a_package_runs_in_a_process_that_imports_only_torch_and_in_cpp(tmp_path
 # -- GPU -------------------------------------------------------------------------------------------------------------
 
 
+def targets(program) -> list[str]:
+    """What a program and the branches in it call."""
+    graphs = (m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule))
+    return [str(n.target) for graph in graphs for n in graph.nodes if n.op == "call_function"]
+
+
+def packaged(model, path: Path, **config):
+    """(the program that was packaged, the package)."""
+    example, any_rows = (pair_rows(5).cuda(),), ({0: Dim.AUTO},)
+    with torch.no_grad(), torch._inductor.config.patch(config):
+        program = wc.fuse(torch.export.export(model, example, dynamic_shapes=any_rows), inline=True)
+        assert not count_ops(program.graph)
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    return program, torch._inductor.aoti_load_package(path)
+
+
+def assert_close_to_eager(package, model, equal: tuple[int, ...]):
+    """For any number of rows; the bits of eager where the band's kernel is the one that eager chooses."""
+    with torch.no_grad():
+        for n in (1, 2, 3, 4, 5, 16, 32, 64, 100, 128, 200, 256, 257, 300, 600, 2000):
+            x = pair_rows(n).cuda()
+            expected, actual = model(x), package(x)
+            if n in equal:
+                assert torch.equal(actual, expected), n
+            difference = (actual - expected).float().norm() / expected.float().norm()
+            assert difference < 0.01, (n, difference)
+        assert package(pair_rows(0).cuda()).shape == (0, 256)
+
+
+LAUNCH = "triton_kernel_wrapper_functional"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("format, rule", [("mxfp4", "mse"), ("nvfp4", "mse")])
 def test_gpu_packages_hold_triton_kernels_for_every_number_of_rows(format, rule, shared_libstdcxx, tmp_path):
     model = pair(format=format, activation_scale_rule=rule).cuda()
-    program = torch.export.export(model, (pair_rows(5).cuda(),), dynamic_shapes=({0: Dim.AUTO},))
-    program = wc.fuse(program, inline=True)
-    calls = [n.target for n in program.graph.nodes if n.op == "call_function"]
-    assert not count_ops(program.graph)
-    assert sum(str(target) == "triton_kernel_wrapper_functional" for target in calls) > 10
-    assert torch.ops.aten.linear.default not in calls and torch.ops.aten.mm.default not in calls
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "pair.pt2"))
-    packaged = torch._inductor.aoti_load_package(path)
-    with torch.no_grad():
-        for n in (1, 16, 64, 128, 3, 5, 100, 300):
-            x = pair_rows(n).cuda()
-            expected, actual = model(x), packaged(x)
-            if n in (1, 16, 64):  # where the band's kernel is the one that eager chooses
-                assert torch.equal(actual, expected), n
-            difference = (actual - expected).float().norm() / expected.float().norm()
-            assert difference < 0.01, (n, difference)
-        assert packaged(pair_rows(0).cuda()).shape == (0, 256)
+    program, package = packaged(model, tmp_path / "pair.pt2")
+    calls = targets(program)
+    assert calls.count(LAUNCH) > 10 and "aten.linear.default" not in calls
+    assert "aten.amax.default" not in calls  # the largest scales of weights are constants
+    assert_close_to_eager(package, model, (1, 2, 3, 4, 5, 16, 32, 64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format, product", [("mxfp4", "aten._scaled_mm.default"), ("nvfp4", "aten.mm")])
+def test_gpu_packages_hold_the_librarys_product(format, product, shared_libstdcxx, tmp_path):
+    """In a branch; PyTorch before 2.13 compiles branches if it reuses no buffers."""
+    model = pair(format=format, activation_scale_rule="mse").cuda()
+    program, package = packaged(model, tmp_path / "pair.pt2", allow_buffer_reuse=False)
+    calls = targets(program)
+    assert "cond" in calls and any(call.startswith(product) for call in calls)
+    assert_close_to_eager(package, model, (1, 2, 3, 4, 5, 16, 32, 64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int8"])
+@pytest.mark.parametrize("activation", ["fp8", None])
+def test_gpu_packages_of_activations_of_8_and_16_bits(format, activation, shared_libstdcxx, tmp_path):
+    model = pair(format=format, activation_format=activation).cuda()
+    program, package = packaged(model, tmp_path / "pair.pt2", allow_buffer_reuse=False)
+    assert targets(program).count(LAUNCH) > 4
+    assert_close_to_eager(package, model, (1, 2, 3, 4, 5, 16, 32, 64) if format != "int8" else ())
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from .graphs.printing import readable_name
 from .kernels import dispatch as kernels
 from .ops import fused as fused_ops  # noqa: F401  (registers the ops that passes emit)
 from .passes import pipeline as passes
-from .passes.execution.fold_weights import fold_weights
+from .passes.execution.fold_weights import fold_weights, weight_of
 
 _ROOT = Path(__file__).parent
 _LINEAR_OPS = ("linear", "mm", "addmm", "matmul", "bmm")
@@ -190,7 +190,7 @@ def fuse(program: torch.export.ExportedProgram, *, inline: bool = False) -> torc
         known = {**targets.inputs_to_parameters, **targets.inputs_to_buffers}
         names = [known.get(n.name, n.name) for n in program.graph.nodes if n.op == "placeholder"]
     recorder.snapshot("incoming", program.graph, names)
-    steps = passes.PACKAGING if inline else passes.EXECUTION
+    steps = passes.packaging(functools.partial(weight_of, program)) if inline else passes.EXECUTION
     passes.run(program.graph, steps, functools.partial(recorder.snapshot, names=names))
     if inline:
         fold_weights(program)

@@ -3,9 +3,11 @@
 A pass takes an FX graph of ATen and wush ops, edits it in place, and returns the number of its changes.
 """
 
+import functools
 from collections.abc import Callable
 
-from torch.fx import Graph
+from torch import Tensor
+from torch.fx import Graph, Node
 
 from .execution.cleanup import cleanup
 from .execution.cse import cse
@@ -41,6 +43,12 @@ PACKAGING = (
     *_ALWAYS,
     package,  # no wush op is left
 )
+
+
+def packaging(weight_of: Callable[[Node], Tensor | None]) -> tuple[Callable[[Graph], int], ...]:
+    """`PACKAGING` for a program whose weights are known, as `package` takes them."""
+    with_weights = functools.wraps(package)(functools.partial(package, weight_of=weight_of))
+    return tuple(with_weights if step is package else step for step in PACKAGING)
 
 
 def run(

@@ -1,8 +1,7 @@
 """The Triton provider.
 
 provider.py    its ops, and the calls it refuses
-packaged.py    the same kernels as launches in a graph, for programs without Python (experts: packaged_grouped.py)
-launches.py    how a launch gets into a graph
+packaged/      the same kernels as launches in a graph, for programs without Python
 common/        formats, decoding, epilogues, memory and overlap that several kernels use
 quantize/      transform and quantize activations, with a norm or an activation in front
 linear/        fp4_linear: one kernel for each range of rows

@@ -11,19 +11,20 @@ from torch.fx import Node
 
 from ..pattern import eliminate_dead_code, op_name
 
-# The ops in `kernels/triton/packaged.py` that make new memory of a weight, and the views in between.
+# The ops in `kernels/triton/packaged` that make new memory of a weight, and the views in between.
 _MAKERS = ("amax", "constant_pad_nd", "pad", "clone")
-_VIEWS = ("view", "reshape", "contiguous")
+_VIEWS = ("view", "reshape", "contiguous", "slice", "alias", "detach")
 
 
-def _value(program: ExportedProgram, node: Node, weights: dict[str, str]) -> torch.Tensor | None:
-    """What a chain of these ops makes of a weight; None for any other node. weights: placeholder -> name."""
+def weight_of(program: ExportedProgram, node: Node) -> torch.Tensor | None:
+    """What a chain of these ops makes of a weight; None for any other node."""
     if node.op == "placeholder":
-        name = weights.get(node.name)
+        signature = program.graph_signature
+        name = signature.inputs_to_parameters.get(node.name) or signature.inputs_to_buffers.get(node.name)
         return None if name is None else program.state_dict.get(name, program.constants.get(name))
     if op_name(node) not in _MAKERS + _VIEWS or len(node.all_input_nodes) != 1:
         return None
-    source = _value(program, node.all_input_nodes[0], weights)
+    source = weight_of(program, node.all_input_nodes[0])
     return None if source is None else node.target(source, *node.args[1:], **node.kwargs)
 
 
@@ -31,13 +32,12 @@ def _value(program: ExportedProgram, node: Node, weights: dict[str, str]) -> tor
 def fold_weights(program: ExportedProgram) -> int:
     """Replaces such nodes by constants, in place; the number replaced."""
     signature, graph = program.graph_signature, program.graph
-    weights = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     nodes = [n for n in graph.nodes if op_name(n) in _MAKERS and n.all_input_nodes[0] is n.args[0]]
     places = [n for n in graph.nodes if n.op == "placeholder"]
     first = next((i for i, s in enumerate(signature.input_specs) if s.kind == InputKind.USER_INPUT), len(places))
     done = 0
     for node in nodes:
-        made = _value(program, node, weights)
+        made = weight_of(program, node)
         if made is None or made.dtype != torch.uint8:  # codes and scales; no weight that stays as it is
             continue
         name = f"wush_{op_name(node)}_{done}"

@@ -1,5 +1,6 @@
 """Replaces a node by the traced graph of a Python function."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -25,6 +26,17 @@ def _trace(body: Callable, args: tuple, decompositions: dict | None) -> Graph:
         return make_fx(on_tensors, decompositions)(*fakes).graph
 
 
+def _branch(graph: Graph, node: Node) -> Node:
+    """The branch of a `torch.cond` that a node of a traced graph names, in `graph`."""
+    owner, branch = graph.owning_module, getattr(node.graph.owning_module, node.target)
+    name = next((name for name, module in owner.named_children() if module is branch), None)
+    if name is None:
+        free = (f"wush_branch_{i}" for i in itertools.count())
+        name = next(name for name in free if not hasattr(owner, name))
+        owner.add_module(name, branch)
+    return graph.get_attr(name)
+
+
 def _paste(graph: Graph, node: Node, traced: Graph) -> list[Node]:
     """Replaces a call by a traced graph on the same tensors; returns the new nodes."""
     tensors = [a for a in arguments(node).values() if isinstance(a, Node)]
@@ -36,6 +48,8 @@ def _paste(graph: Graph, node: Node, traced: Graph) -> list[Node]:
                 copied[inner] = next(given)
             elif inner.op == "output":
                 result = torch.fx.map_arg(inner.args[0], copied.__getitem__)
+            elif inner.op == "get_attr":
+                copied[inner] = _branch(graph, inner)
             else:
                 copied[inner] = graph.node_copy(inner, copied.__getitem__)
                 place = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
@@ -59,8 +73,9 @@ def replace_by(
     traced: dict[tuple, Graph] = {}  # decoder layers are alike: each call is traced once
     new: list[Node] = []
     for node in nodes:
-        key = node.target, freeze(arguments(node), layout)
+        body = body_of(node)
+        key = node.target, freeze(arguments(node), layout), getattr(body, "args", ())
         if key not in traced:
-            traced[key] = _trace(body_of(node), tuple(arguments(node).values()), decompositions)
+            traced[key] = _trace(body, tuple(arguments(node).values()), decompositions)
         new += _paste(graph, node, traced[key])
     return new

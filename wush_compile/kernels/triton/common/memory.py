@@ -27,6 +27,11 @@ def _row_facts(scales: Tensor) -> RowFacts:
     return RowFacts(top, bool((top.to(torch.int16) - low.to(torch.int16) <= E4M3_WINDOW).all()))
 
 
+def fits_e4m3(scales: Tensor) -> bool:
+    """Whether e4m3 holds every row of weight scales uint8 [N, K/32]; not remembered."""
+    return _row_facts(scales).fits_e4m3
+
+
 def row_facts(scales: Tensor) -> RowFacts:
     """`RowFacts` of weight scales uint8 [N, K/32]; remembered.
 

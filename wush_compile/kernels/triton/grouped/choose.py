@@ -83,9 +83,11 @@ def choose(
     k: int,
     capability: tuple[int, int] = (9, 0),
     precise: bool = False,
+    portable: bool = False,
 ) -> Gemv | Gemm | Hopper | Scaled:
     """The kernel for `rows` rows of `experts` weights [n, k]; format: what the weight is decoded to for a tensor core
-    (`grouped_format`). precise: MXFP4's channels are summed in fp32 at least every 128."""
+    (`grouped_format`). precise: MXFP4's channels are summed in fp32 at least every 128. portable: no kernel that a
+    package cannot hold."""
     if activation == "same":
         if rows <= min(GEMV_ROWS, experts // GEMV_EXPERTS):
             return Gemv(8, 2048, 4) if k % 2048 == 0 else Gemv(16, 1024, 4)
@@ -93,7 +95,8 @@ def choose(
             return Scaled(128, 64 if rows <= 64 * experts else 128, 256 if k % 256 == 0 else 128, 4, 3)
     average, operand = rows / experts, "mxfp4" if format == "mxfp4" else "nvfp4"
     precise = precise and format == "mxfp4"
-    if capability == (9, 0) and average > HOPPER_ROWS[operand][k % 256 > 0] and not precise and has_gluon():
+    least = HOPPER_ROWS[operand][k % 256 > 0]
+    if capability == (9, 0) and average > least and not precise and not portable and has_gluon():
         return table_tile(HOPPER[operand], average)
     return gemm_tile(operand, average, k, precise)
 

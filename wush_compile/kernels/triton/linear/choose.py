@@ -316,6 +316,7 @@ def choose_decoding(
     precise: bool = False,
     library: bool = True,
     multiprocessors: int = MULTIPROCESSORS,
+    portable: bool = False,
 ) -> "Fused | Hopper | str":
     """`choose` for activations of 8 or 16 bits: only kernels that decode the weight alone, with the tiles measured for
     4 bits, or "library" or "bf16". decoded: as `decoded_format`; int4 too.
@@ -324,7 +325,7 @@ def choose_decoding(
     if capability >= (10, 0) or k % 128 or decoded == "int4":
         return "bf16"
     format = "mxfp4" if decoded == "mxfp4" else "nvfp4"  # tiles go by the operands of the tensor core
-    kernel = choose(format, max(rows, 5), n, k, capability, precise, False, library, multiprocessors)  # no `gemv`
+    kernel = choose(format, max(rows, 5), n, k, capability, precise, portable, library, multiprocessors)  # no `gemv`
     return kernel._replace(packed=False) if isinstance(kernel, Fused) else kernel
 
 

@@ -35,7 +35,7 @@ from .dot import dot, load_operand
 from .load import inside_mask, load_tile
 from .prologue import Prologue
 from .rows import group_scales
-from .spec import make_spec
+from .spec import gather_spec, make_spec
 from .tiles import Tile, choose_tile, device_instructions
 from .transform_quantize import dense_rows
 
@@ -211,6 +211,63 @@ def token_kernel(
             _store_tile(codes, y.to(codes.dtype.element_ty), left, i * SPEC.columns, SPEC, LANES)
     if LATE:
         start_next(SPEC.pdl)
+
+
+@triton.jit(do_not_specialize=["M"])
+def flat_token_kernel(
+    x,
+    t,
+    global_scale,
+    codes,
+    scales,
+    maxima,
+    counters,
+    M,
+    pitch,
+    TILES: tl.constexpr,
+    width: tl.constexpr,
+    stride: tl.constexpr,
+    group: tl.constexpr,
+    block: tl.constexpr,
+    shared: tl.constexpr,
+    format: tl.constexpr,
+    rule: tl.constexpr,
+    scaled: tl.constexpr,
+    swizzled: tl.constexpr,
+    prologue: tl.constexpr,
+    limit: tl.constexpr,
+    sm: tl.constexpr,
+    fp32_dot: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    tiles: tl.constexpr,
+    load_stages: tl.constexpr,
+    words: tl.constexpr,
+    pdl: tl.constexpr,
+):
+    """`token_kernel` without a prologue, as `transform_quantize.flat_transform_quantize_kernel`."""
+    SPEC: tl.constexpr = gather_spec(
+        width,
+        stride,
+        group,
+        block,
+        shared,
+        format,
+        rule,
+        scaled,
+        swizzled,
+        prologue,
+        limit,
+        sm,
+        fp32_dot,
+        rows,
+        columns,
+        tiles,
+        load_stages,
+        words,
+        pdl,
+    )
+    token_kernel(x, None, t, global_scale, codes, scales, maxima, counters, M, pitch, 0, TILES, False, False, SPEC)
 
 
 def choose_tokens(rows: int, width: int, block: int, format: str) -> tuple[Tile, int]:

@@ -1,4 +1,8 @@
-"""Launches of Triton kernels in a graph that is traced, each for a band of row counts (`packaged.py` says why)."""
+"""Launches of Triton kernels in a graph that is traced, each for a band of row counts (`__init__.py` says why)."""
+
+import functools
+import operator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +20,14 @@ MANY = 32
 # Kernel parameters that every packaged launch switches off: the overlap with the previous kernel (PDL), stores in
 # assembly, which Inductor cannot analyse (WORDS), and sums in smaller steps (PROMOTE).
 PLAIN = {"PDL": False, "WORDS": 0, "PROMOTE": 0}
+
+
+class Known(NamedTuple):
+    """What decides between kernels besides shapes and dtypes."""
+
+    capability: tuple[int, int]  # of the device
+    fits_e4m3: bool = False  # the weight's rows fit e4m3 (MXFP4; `common.memory.row_facts`)
+    exact: bool = False  # each global scale is absent or a power of two
 
 
 class _Functional(TracingTritonHOPifier):
@@ -83,6 +95,16 @@ def bands(rows, kernel_for, limits: tuple[int, ...] = BANDS) -> list[tuple]:
             first = found.pop()[0]
         found.append((first, last, kernel))
     return found
+
+
+def outside(rows, kept: list[tuple[int, int | None]], most: int | None):
+    """Whether `rows` is in none of the bands (first, last), all of them below `most`: a bool if `rows` is a number,
+    else an expression. It says nothing of 0 rows. As in `in_band` no lower bound is asked for at 1."""
+    gaps, after = [], 1
+    for first, last in kept:
+        gaps += [rows == m for m in range(after, first)]
+        after = last + 1
+    return functools.reduce(operator.or_, gaps, rows > most)
 
 
 def tiles(n, size: int):
