@@ -104,6 +104,8 @@ def test_lower_takes_apart_what_a_gpu_has_only_the_quantizer_for(fused, kernels_
 def hopper(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    device = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device_=None: device)
 
 
 class Product(nn.Module):
@@ -226,7 +228,8 @@ class WideProduct(nn.Module):
     [
         ("mxfp4", (9, 0), 256, "fused_gemm_kernel"),
         ("nvfp4", (9, 0), 256, "fused_gemm_kernel"),
-        ("mxfp4", (8, 0), 256, "mm"),
+        ("mxfp4", (8, 0), 256, "fused_gemm_kernel"),
+        ("mxfp4", (8, 0), 96, "mm"),
         ("nvfp4", (9, 0), 96, "mm"),
     ],
 )

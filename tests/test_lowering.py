@@ -5,6 +5,7 @@ Needs Triton, but no GPU. Every kernel that can be chosen is compiled as it woul
 
 import functools
 import itertools
+import os
 import pathlib
 import re
 import subprocess
@@ -20,6 +21,7 @@ from triton.compiler import ASTSource
 
 from wush_compile.formats import FORMATS
 from wush_compile.kernels.triton.linear import choose as triton_choose
+from wush_compile.kernels.triton.linear import older as triton_older
 from wush_compile.kernels.triton.linear.gemm import fused_gemm_kernel
 from wush_compile.kernels.triton.linear.gemv import gemv_kernel
 from wush_compile.kernels.triton.linear.int4 import int4_gemm_kernel
@@ -503,17 +505,71 @@ def test_a_clamped_gate_spills_nothing(cc):
 
 
 @pytest.mark.parametrize("cc", [80, 86, 89])
-@both
-def test_older_gpus_compile(cc, format):
-    capability = divmod(cc, 10)
-    limit = 163 * 1024 if cc == 80 else 99 * 1024
-    found = list(choices(format, capability))
-    for kernel, (n, k) in found[-1:] if cc == 86 else found:  # 86 is 89 without fp8, which none of these uses
-        assert compile_linear(format, n, k, kernel, cc).metadata.shared <= limit, kernel
-    block = FORMATS[format].group_size
-    for m, b in ((1, block), (4096, block), (4096, 0)):
-        tile = triton_tiles.choose_tile(m, 4096, b)
-        assert compile_quantize(format, cc, b, tile).metadata.shared <= limit
+def test_older_gpus_quantize(cc):
+    for format, (m, wide) in itertools.product(("mxfp4", "nvfp4"), ((1, True), (4096, True), (4096, False))):
+        block = FORMATS[format].group_size if wide else 0
+        tile = triton_tiles.choose_tile(m, 4096, block)
+        assert compile_quantize(format, cc, block, tile).metadata.shared <= SHARED[cc]
+
+
+# Bytes of shared memory that a program may have.
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
+
+def registers(code: str) -> int:
+    """Of a thread."""
+    return 1 + max(int(r) for r in re.findall(r"\bR(\d+)\b", code))
+
+
+@pytest.mark.parametrize("decoded", ["mxfp4_bf16", "nvfp4"])
+@pytest.mark.parametrize("cc", [80, 86, 89])
+def test_what_is_counted_of_older_gpus(cc, decoded):
+    """Shared memory and registers are what the tables say at most, and nothing is kept in memory instead."""
+    tiles = list(triton_older.TILES.values())
+    for tile in tiles if cc == 89 else tiles[-1:]:
+        kernel = triton_choose.Fused(tile.block_n, tile.block_m, tile.block_k, 2, tile.warps, tile.stages, False)
+        compiled = compile_linear(decoded, 4096, 4096, kernel, cc, activation="none")
+        code = sass(compiled)
+        assert compiled.metadata.shared <= tile.shared <= SHARED[cc], tile
+        assert registers(code) <= tile.registers and not re.search(r"\b(STL|LDL)\b", code), (tile, registers(code))
+
+
+def test_parts_follow_the_multiprocessors():
+    """As many programs as a device can hold at once where K gives them; fewer parts on a smaller one."""
+    sizes = 16, 4096, 4096
+    parts = {sms: triton_older.fused(*sizes, (8, 9), sms)[1] for sms in (24, 58, 76, 128, 142)}
+    assert list(parts.values()) == sorted(parts.values()) and parts[24] < parts[142]
+    assert triton_choose.choose("mxfp4", *sizes, (8, 9), multiprocessors=24).split_k == parts[24]
+    for sms, split in parts.items():
+        tile, _ = triton_older.fused(*sizes, (8, 9), sms)
+        slots = sms * triton_older.resident(tile, (8, 9))
+        costs = {p: triton_older.cost(tile, p, *sizes, slots) for p in (1, 2, 4, 8)}
+        assert costs[split] == min(costs.values())
+    assert triton_older.resident(triton_older.TILES[16], (8, 0)) > triton_older.resident(triton_older.TILES[16], (8, 9))
+    assert triton_choose.choose("nvfp4", 129, 4096, 4096, (8, 0)) == "bf16"
+    assert isinstance(triton_choose.choose("mxfp4", 5, 4096, 4096, (8, 0)), triton_choose.Fused)
+
+
+EVERY = {
+    (cc, format): [c for c in choices(format, divmod(cc, 10)) if not isinstance(c[0], triton_choose.Hopper)]
+    for cc in SHARED
+    for format in ("mxfp4", "nvfp4")
+}
+WHOLE = bool(os.environ.get("WUSH_EVERY_KERNEL"))
+
+
+@pytest.mark.parametrize("cc, format", EVERY)
+def test_every_kernel_that_can_be_chosen_fits(cc, format):
+    """Shared memory and registers, without spills. One choice in four; all with WUSH_EVERY_KERNEL=1 in the
+    environment. Gluon's are above."""
+    for kernel, (n, k) in EVERY[cc, format] if WHOLE else EVERY[cc, format][:: 4 if cc < 100 else 2]:
+        fused = isinstance(kernel, triton_choose.Fused)
+        decoded = triton_choose.decoded_format(format, "same", divmod(cc, 10)) if fused else format
+        compiled = compile_linear(decoded, n, k, kernel, cc)
+        assert compiled.metadata.shared <= SHARED[cc], kernel
+        code = sass(compiled)
+        if code:
+            assert registers(code) <= 255 and not re.search(r"\b(STL|LDL)\b", code), kernel
 
 
 # 8 or 16 bits: (what the weight is decoded to, activation) -> the tensor core's instruction on Hopper.

@@ -115,9 +115,9 @@ def tune(
 
     (the table as `tuned.Table`, lines of (format, rows, N, K, µs of the tables' kernel or None, µs of the fastest, its
     repr))."""
+    from ..kernels.triton.common.memory import multiprocessors
     from ..kernels.triton.linear import tuned
     from ..kernels.triton.linear.fp4_linear import capability
-    from ..kernels.triton.linear.launch import multiprocessors
 
     jobs = [
         (format, m, n, k, kernel)

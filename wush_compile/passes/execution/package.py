@@ -33,10 +33,11 @@ def _body(node: Node, weight_of: Callable[[Node], Tensor | None]) -> Callable:
         if triton.unavailable(capability) is None:
             from ...kernels.triton import packaged
 
+            processors = torch.cuda.get_device_properties(device).multi_processor_count
             call = arguments(node)
             if packaged.refuses(op, *fakes(tuple(call.values()))) is None:
                 tensors = {name: weight_of(a) for name, a in call.items() if isinstance(a, Node)}
-                return functools.partial(packaged.PACKAGED[op], packaged.known(capability, call, tensors))
+                return functools.partial(packaged.PACKAGED[op], packaged.known(capability, processors, call, tensors))
     return ARITHMETIC[op]
 
 

@@ -13,6 +13,12 @@ from ...facts import lasting, remembered
 E4M3_WINDOW = 14
 
 
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """How many a CUDA device has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 class RowFacts(NamedTuple):
     """Of e8m0 weight scales: the largest byte of every row (uint8 [N]), and whether e4m3 holds every row exactly."""
 

@@ -6,7 +6,7 @@ import functools
 from math import inf
 from typing import NamedTuple
 
-from ..linear.choose import Gemv, Scaled, has_gluon, triton_version
+from ..linear.choose import Gemv, Scaled, has_gluon, scaled_tile, triton_version
 
 
 class Gemm(NamedTuple):
@@ -92,7 +92,7 @@ def choose(
         if rows <= min(GEMV_ROWS, experts // GEMV_EXPERTS):
             return Gemv(8, 2048, 4) if k % 2048 == 0 else Gemv(16, 1024, 4)
         if capability >= (10, 0) and not (capability == (12, 1) and triton_version() < (3, 9)):
-            return Scaled(128, 64 if rows <= 64 * experts else 128, 256 if k % 256 == 0 else 128, 4, 3)
+            return scaled_tile(rows <= 64 * experts, k, capability)
     average, operand = rows / experts, "mxfp4" if format == "mxfp4" else "nvfp4"
     precise = precise and format == "mxfp4"
     least = HOPPER_ROWS[operand][k % 256 > 0]

@@ -7,12 +7,11 @@ import triton
 from torch import Tensor
 
 from ....formats import FORMATS, operand_layout
-from ..common.memory import row_facts, scale_words, workspace
+from ..common.memory import multiprocessors, row_facts, scale_words, workspace
 from ..common.overlap import overlaps
 from ..linear.choose import Gemv, Scaled, give_up_gluon, precise_by_default
 from ..linear.fp4_linear import capability, of_cuda
 from ..linear.lane_order import bf16_order, fp8_order
-from ..linear.launch import multiprocessors
 from ..linear.operands import dense
 from ..linear.upcast import upcast_bf16, upcast_fp8
 from . import upcast

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import triton
 
+from . import older
+
 logger = logging.getLogger("wush_compile")
 
 
@@ -171,6 +173,12 @@ LIBRARY = {"mxfp4": Library("library", 2.0, 0.65e-6, 1.15e-9), "nvfp4": Library(
 LIBRARY_ROWS = 512  # with fewer rows, Hopper's product is always taken
 
 
+def scaled_tile(few: bool, k: int, capability: tuple[int, int]) -> Scaled:
+    """Blackwell's tile for few or many rows. On sm_120, whose sums stay in registers, 4 warps spill the larger."""
+    warps = 8 if capability >= (12, 0) and not few else 4
+    return Scaled(128, 64 if few else 128, 256 if k % 256 == 0 else 128, warps, 3)
+
+
 def _power_of_two_divisor(n: int, limit: int) -> int:
     return min(n & -n, limit)
 
@@ -259,8 +267,8 @@ def choose(
 ) -> "Gemv | Fused | Hopper | Scaled | Int4 | str":
     """The kernel for [rows, k] times [n, k] on a device of that compute capability: a tile, "library" or "bf16".
 
-    Measured on H100s and H200s over the linear groups of Llama-3.1-8B (docs/notebook/linear_kernel.md). Ampere and Ada
-    get only kernels that do not depend on a layout which would have to be tested there.
+    Measured on H100s and H200s over the linear groups of Llama-3.1-8B (docs/notebook/linear_kernel.md); for Ampere and
+    Ada counted (`older.py`).
 
     precise: channels are summed in fp32 at least every 128. portable: no kernel that a package cannot hold. library:
     False if "library" cannot compute the call.
@@ -274,9 +282,13 @@ def choose(
     if capability >= (10, 0):
         if capability == (12, 1) and triton_version() < (3, 9):  # Triton 3.6 emulates FP4 there
             return "bf16"
-        return Scaled(128, 64 if rows <= 128 else 128, 256 if k % 256 == 0 else 128, 4, 3)
-    if k % 128 or (capability < (9, 0) and (format == "mxfp4" or rows > 128)):
+        return scaled_tile(rows <= 128, k, capability)
+    counted = older.fused(rows, n, k, capability, multiprocessors) if capability < (9, 0) and k % 128 == 0 else None
+    if k % 128 or capability < (9, 0) and counted is None:
         return "bf16"
+    if counted is not None:
+        tile, parts = counted
+        return Fused(tile.block_n, tile.block_m, tile.block_k, parts, tile.warps, tile.stages, False)
     precise = precise and format == "mxfp4"
     if (
         capability == (9, 0)
@@ -300,9 +312,9 @@ def choose(
 
 
 def decoded_format(format: str, activation: str, capability: tuple[int, int]) -> str:
-    """What the products that decode only the weight call it for activations of 8 or 16 bits, as FORMAT of
-    `gemm.fused_gemm_kernel`: MXFP4 times e4m3 in fp8 on Hopper; else both operands are bf16."""
-    if format == "mxfp4" and not (activation == "fp8" and capability == (9, 0)):
+    """What the products that decode only the weight call it, as FORMAT of `gemm.fused_gemm_kernel`: MXFP4 times 4 or 8
+    bits in fp8 on Hopper; else both operands are bf16."""
+    if format == "mxfp4" and not (activation != "none" and capability == (9, 0)):
         return "mxfp4_bf16"
     return format
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ....formats import get_format
-from ..common.memory import row_facts
+from ..common.memory import multiprocessors, row_facts
 from . import tuned
 from .choose import (
     PACKED_ROWS,
@@ -39,7 +39,7 @@ from .choose import (
     give_up_gluon,
     precise_by_default,
 )
-from .launch import RUN, multiprocessors
+from .launch import RUN
 from .library import run_bf16, run_library
 from .operands import Operands, check, dense
 
@@ -170,7 +170,7 @@ def fp4_linear(
     decoded = ""
     if activation_format == "fp8" and decoded_format(format, "fp8", capability(codes.device.index)) != "mxfp4":
         _say_slow(format, capability(codes.device.index))
-    if activation_format != "same" and format != "int8":
+    if format != "int8":
         decoded = decoded_format(format, activation_format, capability(codes.device.index))
     # The kernels add a residual in out_dtype. Another one is added to the finished product.
     inside = residual is not None and residual.dtype == out_dtype

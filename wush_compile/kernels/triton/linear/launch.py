@@ -3,15 +3,13 @@
 All take the canonical layout: codes [.., K/2] and scales [.., K/G], row-major. A weight needs nothing prepared but, for
 MXFP4, the largest scale byte of every row (N bytes). It is found once and kept with the tensor's memory."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...facts import mark_used_and_were_settled
-from ..common.memory import Workspace, row_facts, workspace
+from ..common.memory import Workspace, multiprocessors, row_facts, workspace
 from ..common.overlap import overlaps
 from .choose import GROUP_M, Fused, Gemv, Hopper, Int4, Int8, Int8Gemv, Scaled, split_tail
 from .gemm import fused_gemm_kernel
@@ -22,12 +20,6 @@ from .lane_order import bf16_order, fp8_order, int8_order
 from .operands import Operands
 from .scaled import scaled_gemm_kernel
 from .upcast import upcast_bf16, upcast_fp8
-
-
-@functools.cache
-def multiprocessors(device: int) -> int:
-    """How many a CUDA device has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def run_gemv(o: Operands, tile: Gemv, out: Tensor) -> None:
@@ -67,7 +59,7 @@ def upcast_x(o: Operands) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return o.codes.view(torch.float8_e4m3fn) if o.activation == "fp8" else o.codes, unit, o.global_scale
     if o.activation != "same":
         return fp8_order(o.codes) if o.decoded == "mxfp4" else bf16_order(o.codes), unit, o.global_scale
-    if o.format == "mxfp4":
+    if o.kernel_format == "mxfp4":
         return *upcast_fp8(o.codes, o.scales, o.global_scale, e4m3=False, lane_order=True), None
     return upcast_bf16(o.codes, o.scales, None, o.format, lane_order=True), None, o.global_scale
 

@@ -36,12 +36,12 @@ for op, function in PACKAGED.items():
     check(op, "the packaged function", functools.partial(function, Known((0, 0))))  # what is known comes first
 
 
-def known(capability: tuple[int, int], call: dict, tensors: dict[str, Tensor | None]) -> Known:
+def known(capability: tuple[int, int], processors: int, call: dict, tensors: dict[str, Tensor | None]) -> Known:
     """What decides between the kernels of a call. tensors: of the call's tensors those that never change, else None."""
     scales, powers = tensors.get("weight_scales"), ("global_scale", "weight_global_scale")
     fits = call["format"] == "mxfp4" and scales is not None and scales.dim() == 2 and fits_e4m3(scales)
     given = [tensors[name] for name in powers if name in tensors]
-    return Known(capability, fits, all(g is not None and is_power_of_two(g) for g in given))
+    return Known(capability, processors, fits, all(g is not None and is_power_of_two(g) for g in given))
 
 
 def refuses(op: str, *args) -> str | None:

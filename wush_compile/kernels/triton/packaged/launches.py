@@ -26,6 +26,7 @@ class Known(NamedTuple):
     """What decides between kernels besides shapes and dtypes."""
 
     capability: tuple[int, int]  # of the device
+    multiprocessors: int = 132
     fits_e4m3: bool = False  # the weight's rows fit e4m3 (MXFP4; `common.memory.row_facts`)
     exact: bool = False  # each global scale is absent or a power of two
 

@@ -101,7 +101,7 @@ def _chooser(format: str, activation: str, n: int, k: int, known: Known, fp16: b
     fits = known.fits_e4m3 and plain
 
     def kernel(rows: int):
-        options = dict(capability=known.capability, portable=True)
+        options = dict(capability=known.capability, portable=True, multiprocessors=known.multiprocessors)
         if activation == "same":
             chosen = choose(format, rows, n, k, **options, library=fits)
         else:
@@ -130,14 +130,15 @@ def fp4_linear(
     lead, n, k = codes.shape[:-1], weight_codes.shape[0], channels(weight_codes, format)
     late = residual if residual is not None and residual.dtype != out_dtype else None
     decoded = format
-    if activation_format != "same" and format != "int8":
+    if format != "int8":
         decoded = decoded_format(format, activation_format, known.capability)
     x = codes.reshape(-1, codes.shape[-1])
     plain = out_dtype == torch.bfloat16 and bias is None and n % 16 == 0
     m = x.shape[0]
     chosen = bands(m, _chooser(format, activation_format, n, k, known, x.dtype == torch.float16, plain), ROWS)
     if not has_branches():
-        chosen = _without_branches(chosen, activation_format == "same", decoded)
+        packed = activation_format == "same" and decoded == "nvfp4" and known.capability >= (9, 0)
+        chosen = _without_branches(chosen, packed, decoded)
     space, ws = Workspace(x.device), dense(weight_scales)  # the package pass merges equal constants of a program
     fused = [kernel for _, _, kernel in chosen if isinstance(kernel, Fused)]
     split = [
@@ -331,7 +332,7 @@ def _expanded(call: Call, many: bool, here) -> tuple[Tensor, Tensor | None, Tens
     if call.activation != "same":
         x = lane_order(call.x, "lanes" if call.decoded == "mxfp4" else "bf16", many=many, here=here)
         return x, unit, call.gx
-    if call.format == "mxfp4":
+    if call.decoded == "mxfp4":
         return *upcast_fp8(call.x, call.x_scales, call.gx, lane_order=True, many=many, here=here), None
     x = upcast_bf16(call.x, call.x_scales, None, call.format, lane_order=True, many=many, here=here)
     return x, None, call.gx
@@ -339,7 +340,7 @@ def _expanded(call: Call, many: bool, here) -> tuple[Tensor, Tensor | None, Tens
 
 def _many(call: Call, last: int | None) -> bool:
     """Whether eager would expand so many rows in the form for many."""
-    least = 512 if call.activation == "same" and call.format == "mxfp4" else 65
+    least = 512 if call.activation == "same" and call.decoded == "mxfp4" else 65
     return last is None or last >= least
 
 

@@ -33,11 +33,11 @@ def transform_quantize(
     rows, lead, width = dense_rows(x), x.shape[:-1], x.shape[-1]
     t = None if transform is None else transform.contiguous()
     make = _tokens if format in ACTIVATION_FORMATS else _codes
-    codes, scales = make(rows, t, global_scale, format, scale_rule, instructions(known.capability), _limits(width))
+    codes, scales = make(rows, t, global_scale, format, scale_rule, known, _limits(width))
     return codes.view(*lead, codes.shape[-1]), scales.view(*lead, scales.shape[-1])
 
 
-def _codes(x, t, global_scale, format, rule, sm, limits) -> tuple[Tensor, Tensor]:
+def _codes(x, t, global_scale, format, rule, known, limits) -> tuple[Tensor, Tensor]:
     """Codes uint8 [M, K/2] and scales uint8 [M, K/G] of x [M, K]."""
     m, width = x.shape
     codes = x.new_empty((m, width // 2), dtype=torch.uint8)
@@ -45,7 +45,7 @@ def _codes(x, t, global_scale, format, rule, sm, limits) -> tuple[Tensor, Tensor
     block = 0 if t is None else t.shape[-1]
     for first, last, tile in bands(m, lambda most: choose_tile(most, width, block), limits):
         grid = (tiles(width, tile.columns) * in_band(m, first, last) * tiles(m, tile.rows * tile.tiles),)
-        spec = make_spec(x, t, global_scale, format, rule, tile, sm)
+        spec = make_spec(x, t, global_scale, format, rule, tile, instructions(known.capability))
         given = dict(x=x, t=t, global_scale=global_scale, codes=codes, scales=scales, M=m, pitch=x.stride(0))
         written = launch(
             flat_transform_quantize_kernel, ("codes", "scales"), grid, tile.warps, **given, **spec._asdict()
@@ -54,21 +54,23 @@ def _codes(x, t, global_scale, format, rule, sm, limits) -> tuple[Tensor, Tensor
     return codes, scales
 
 
-def _tokens(x, t, global_scale, format, rule, sm, limits) -> tuple[Tensor, Tensor]:
+def _tokens(x, t, global_scale, format, rule, known, limits) -> tuple[Tensor, Tensor]:
     """e4m3 bytes [M, K] and scales fp32 [M, 1], or x's dtype [M, K] and fp32 [M, 0]."""
     (m, width), fp8 = x.shape, format == "fp8"
     columns, dtype, groups, scale_dtype = operand_layout(format, width, x.dtype)
     codes, scales = x.new_empty((m, columns), dtype=dtype), x.new_empty((m, groups), dtype=scale_dtype)
     block = 0 if t is None else t.shape[-1]
-    programs = tuple(ENOUGH_PROGRAMS * 2**i * 64 * 64 // (2 * width) for i in (1, 2, 3))  # more tiles a program
+    programs = tuple(
+        ENOUGH_PROGRAMS * known.multiprocessors * 2**i * 64 * 64 // (2 * width) for i in (1, 2, 3)
+    )  # more tiles a program
     limits = tuple(sorted({*limits, *programs})) if fp8 and block else limits
-    chosen = bands(m, lambda most: choose_tokens(most, width, block, format), limits)
+    chosen = bands(m, lambda most: choose_tokens(most, width, block, format, known.multiprocessors), limits)
     # One for each tile of rows, and zero again when a kernel ends. So it is not an output, and all quantizers of a
     # program can share it. Its size is M: PyTorch would guard on a number of tiles that is 1 for the example's rows.
     counters = torch.zeros(m, dtype=torch.int32, device=x.device) if fp8 else None
     for first, last, (tile, several) in chosen:
         parts = triton.cdiv(triton.cdiv(width, tile.columns), several)
-        spec = make_spec(x, t, global_scale, format, rule, tile, sm)
+        spec = make_spec(x, t, global_scale, format, rule, tile, instructions(known.capability))
         written = launch(
             flat_token_kernel,
             ("codes", "scales", "maxima") if fp8 else ("codes",),

@@ -29,7 +29,7 @@ from ..common.formats import (
     group_amax,
     times_factor,
 )
-from ..common.memory import workspace
+from ..common.memory import multiprocessors, workspace
 from ..common.overlap import arrive, overlaps, start_next, wait_arrivals, wait_inputs
 from .dot import dot, load_operand
 from .load import inside_mask, load_tile
@@ -43,8 +43,8 @@ from .transform_quantize import dense_rows
 # early.
 LATE_ROWS = 64
 MOST_BANDS = 2**14  # tiles of rows in one launch
-# Programs that fill a large GPU: 132 multiprocessors with 16 programs each.
-ENOUGH_PROGRAMS = 2112
+ENOUGH_PROGRAMS = 16  # a multiprocessor
+H100_MULTIPROCESSORS = 132
 LARGEST, LEAST_MAX = tl.constexpr(E4M3_MAX), tl.constexpr(FP8_LEAST_MAX)
 STEP = tl.constexpr(1.0 / E4M3_MAX)
 
@@ -270,19 +270,22 @@ def flat_token_kernel(
     token_kernel(x, None, t, global_scale, codes, scales, maxima, counters, M, pitch, 0, TILES, False, False, SPEC)
 
 
-def choose_tokens(rows: int, width: int, block: int, format: str) -> tuple[Tile, int]:
+def choose_tokens(
+    rows: int, width: int, block: int, format: str, multiprocessors: int = H100_MULTIPROCESSORS
+) -> tuple[Tile, int]:
     """(tile, tiles of columns that a program takes).
 
-    A program takes several tiles only where the launch still has `ENOUGH_PROGRAMS`: fewer maxima a row then, but the
-    tiles of a program come one after the other. Eight tiles a program were measured to cost 16 us at 128 rows of 4096,
-    where one tile costs 3 us at 64 rows. The rule between them follows from counting; no run has compared others."""
+    A program takes several tiles only where the launch has `ENOUGH_PROGRAMS` for each multiprocessor then: fewer maxima
+    a row then, but the tiles of a program come one after the other. Eight tiles a program were measured to cost 16 us
+    at 128 rows of 4096, where one tile costs 3 us at 64 rows. The rule between them follows from counting; no run has
+    compared others."""
     tile = choose_tile(rows, width, block)._replace(tiles=1, stages=1)
     if block:
         tile = tile._replace(columns=max(tile.columns, 64))
     if format != "fp8" or not block:
         return tile, 1
     programs = 2 * triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns)
-    return tile, max(1, min(8, programs // ENOUGH_PROGRAMS))
+    return tile, max(1, min(8, programs // (ENOUGH_PROGRAMS * multiprocessors)))
 
 
 def quantize_tokens(
@@ -307,7 +310,10 @@ def quantize_tokens(
     scales = torch.empty((*x.shape[:-1], groups), dtype=scale_dtype, device=x.device)
     if codes.numel() == 0:
         return codes, scales
-    tile, tiles = plan or choose_tokens(count, width, 0 if transform is None else transform.shape[-1], format)
+    block, processors = 0 if transform is None else transform.shape[-1], H100_MULTIPROCESSORS
+    if x.is_cuda:
+        processors = multiprocessors(x.device.index)
+    tile, tiles = plan or choose_tokens(count, width, block, format, processors)
     parts, programs = triton.cdiv(triton.cdiv(width, tile.columns), tiles), 2 if format == "fp8" else 1
     sm = device_instructions(x.device.index) if x.is_cuda else 0
     pdl = x.is_cuda and overlaps(x.device.index)
