@@ -75,6 +75,7 @@ def _run(command: list[str], env: dict[str, str]) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     if not told:
+        print(file=sys.stderr)  # the last message of a process may lack the end of its line
         raise WushError(f"the server ended by itself, with status {status}; its messages are above")
 
 

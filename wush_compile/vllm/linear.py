@@ -159,6 +159,10 @@ class WushLinearMethod(LinearMethodBase):
         return param, self.loaders[name + part.suffix]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
+        # vLLM's attention in bf16 computes in AMX's tiles. It leaves it to the products of oneDNN to ask the system for
+        # them, and here none may run before it: the process would end by an illegal instruction.
+        if torch.cpu._is_amx_tile_supported():
+            torch.cpu._init_amx()
         self._finish(layer)
         for name, group in self.config.heads.items():
             if name not in self.config.found and any(part.group == group for part in self.parts):
