@@ -187,3 +187,13 @@ def projected_floors() -> str:
     lines = [[str(m), *(total(device, m, format) for device, format in columns)] for m in projection.ROWS]
     titles = [f"{device.name} {format if format == 'bf16' else format.upper()}" for device, format in columns]
     return table(["rows", *titles], lines)
+
+
+@figure
+def served_decoding(name: str) -> str:
+    """Tokens a second of a model and its bf16 original in vLLM, by the number of sequences."""
+    found, lines = result(name), []
+    for row in found["decode"]["rows"]:
+        speeds = [shown(row["tokens a second"][model], 1) for model in ("bf16", found["format"])]
+        lines.append([str(row["sequences"]), *speeds, shown(row["gain"][found["format"]], 2)])
+    return table(["sequences", "bf16", found["format"].upper(), "ratio"], lines)
