@@ -6,6 +6,10 @@ next quantizer, so that log-probabilities agree to fp32's last digits, until one
 
 import contextlib
 import gc
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,6 +132,26 @@ def greedy(directory: Path, **settings) -> list[Row]:
     """What vLLM makes of each prompt."""
     with engine(directory, **settings) as llm:
         return rows_of(llm.generate([{"prompt_token_ids": p} for p in prompts()], sampling(), use_tqdm=False))
+
+
+_SCRIPT = """
+import json, sys
+from served import greedy
+if __name__ == "__main__":
+    directory, target, settings = sys.argv[1:]
+    json.dump(greedy(directory, **json.loads(settings)), open(target, "w"))
+"""
+
+
+def greedy_apart(directory: Path, folder: Path, **settings) -> tuple[int, str, list[Row]]:
+    """(exit status, output, rows) of `greedy` in a process of its own, which may start others. `folder` takes files."""
+    script, target = folder / "greedy.py", folder / "rows.json"
+    script.write_text(_SCRIPT)
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    command = [sys.executable, script, directory, target, json.dumps(settings)]
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=500)
+    return done.returncode, done.stdout + done.stderr, json.loads(target.read_text()) if target.exists() else []
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ CASES = {
     "a head in 8 bits": dict(head="int8"),
     "a tied head in 8 bits": dict(kind="tied", head="int8"),
     "weights in 8 bits": dict(format="int8", activation_format=None),
-    "activations in fp8": dict(activation_format="fp8"),
     "activations in 16 bits": dict(activation_format=None),
     # one fused linear holds two recipes: q and v of one group, k of another; gate and up in two formats
     "two recipes in a linear": dict(
@@ -29,6 +28,10 @@ CASES = {
             "*.o_proj": {"format": "int8", "activation_format": None},
         },
     ),
+    "three recipes in a linear": dict(
+        overrides={"*.k_proj": {"format": "nvfp4"}, "*.v_proj": {"format": "int4", "activation_format": None}}
+    ),
+    "8 bits in a linear": dict(overrides={"*.k_proj": {"format": "int8", "activation_format": None}}),
     "llama": dict(kind="llama"),
     "tied": dict(kind="tied"),
     "experts": dict(kind="qwen3_moe", ignore=("*.mlp.gate",)),
@@ -47,7 +50,13 @@ def test_log_probabilities(tmp_path, settings):
     assert found.same == found.tokens and found.largest < 5e-5, found
 
 
-def test_int4_flips_few_codes(tmp_path):
-    directory = checkpoint(tmp_path / "checkpoint", format="int4")
+# Where fp32's last digits decide a code, it flips with the order of additions, which depends on the processor. On a CPU
+# these are quantized by the reference, which adds in one order for one row and in another for many.
+FLIPS = {"int4": dict(format="int4"), "activations in fp8": dict(activation_format="fp8")}
+
+
+@pytest.mark.parametrize("settings", FLIPS.values(), ids=FLIPS)
+def test_few_codes_flip(tmp_path, settings):
+    directory = checkpoint(tmp_path / "checkpoint", **settings)
     found = agreement(directory, greedy(directory))
     assert found.same >= found.tokens - 2 and found.mean < 0.01, found
