@@ -560,9 +560,9 @@ WHOLE = bool(os.environ.get("WUSH_EVERY_KERNEL"))
 
 @pytest.mark.parametrize("cc, format", EVERY)
 def test_every_kernel_that_can_be_chosen_fits(cc, format):
-    """Shared memory and registers, without spills. One choice in four; all with WUSH_EVERY_KERNEL=1 in the
+    """Shared memory and registers, without spills. One choice in eight; all with WUSH_EVERY_KERNEL=1 in the
     environment. Gluon's are above."""
-    for kernel, (n, k) in EVERY[cc, format] if WHOLE else EVERY[cc, format][:: 4 if cc < 100 else 2]:
+    for kernel, (n, k) in EVERY[cc, format] if WHOLE else EVERY[cc, format][:: 8 if cc < 100 else 4]:
         fused = isinstance(kernel, triton_choose.Fused)
         decoded = triton_choose.decoded_format(format, "same", divmod(cc, 10)) if fused else format
         compiled = compile_linear(decoded, n, k, kernel, cc)
