@@ -84,7 +84,9 @@ def mxfp4_bytes(x: np.ndarray, rule: str) -> np.ndarray:
 def nvfp4_bytes(x: np.ndarray, rule: str, g: np.float32) -> np.ndarray:
     a = np.abs(x).max(-1)
     candidates = [np.clip(e4m3_encode(a * (g / F32(largest))), 0x01, 0x7E) for largest in (6, 4)]
-    if rule != "mse":
+    if rule == "search":
+        candidates = [np.clip(candidates[0] + offset, 0x01, 0x7E) for offset in (0, -1, 4, 5)]
+    elif rule != "mse":
         return candidates[0]
     scales = [E4M3[c].astype(F32) for c in candidates]
     return first_least(candidates, [squared_error(x, g / s, s) for s in scales])

@@ -395,7 +395,8 @@ def csrc_cases() -> Iterator[Case]:
     emulated."""
     if cuda.unavailable(torch.cuda.get_device_capability()):
         return
-    kinds = itertools.product(RULES, ("none", "shared", "distinct"), (False, True))
+    rules = [(format, rule) for format, rule in RULES if rule in cuda.RULES]
+    kinds = itertools.product(rules, ("none", "shared", "distinct"), (False, True))
     for index, ((format, rule), kind, swizzled) in enumerate(kinds):
         m, k = size(index)
 

@@ -25,6 +25,10 @@ from wush_compile.recipe import Recipe
         (dict(activation_scale_rule="gaussian"), "activation_scale_rule for mxfp4"),
         (dict(format="nvfp4", weight_scale_rule="ocp"), "weight_scale_rule for nvfp4"),
         (dict(format="int4", activation_scale_rule="ocp"), "activation_scale_rule for int4"),
+        (
+            dict(activation_scale_rule="search"),
+            "activation_scale_rule for mxfp4 'search'; did you mean 'mse'? (one of: absmax, mse, ocp, paper)",
+        ),
         (dict(format=None), "unknown format None"),
         (dict(solver=["gptq"]), "unknown solver"),
     ],
@@ -193,5 +197,6 @@ def test_group_size_and_need_of_data():
         dict(solver="rtn", transform="wus"),
         dict(solver="rtn", transform="wush"),
         dict(format="nvfp4", **plain),
+        dict(format="nvfp4", activation_scale_rule="search", **plain),
     ):
         assert WushConfig(**settings).needs_data

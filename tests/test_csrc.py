@@ -210,7 +210,9 @@ LAYOUTS = layouts.SCALE_LAYOUTS  # by `swizzled`
 RULES = [
     ("mxfp4", rule, g) for rule in FORMATS["mxfp4"].scale_rules for g in ((3.0,) if rule == "paper" else (None, 0.7))
 ]
-RULES += [("nvfp4", rule, g) for rule in FORMATS["nvfp4"].scale_rules for g in (None, 0.37, 512.0)]
+RULES += [
+    ("nvfp4", rule, g) for rule in FORMATS["nvfp4"].scale_rules if rule in cuda.RULES for g in (None, 0.37, 512.0)
+]
 rules = pytest.mark.parametrize("format, rule, g", RULES)
 
 

@@ -21,6 +21,7 @@ GLOBALS = {
     ("nvfp4", "paper"): (10.0,),
     ("nvfp4", "absmax"): (None, 0.37, 2.0**9),
     ("nvfp4", "mse"): (None, 0.37, 2.0**9),
+    ("nvfp4", "search"): (None, 0.37, 2.0**9),
 }
 CASES = [
     (name, rule, g)
@@ -182,7 +183,7 @@ def test_nvfp4_maxima_whose_scale_lies_between_two_bytes(g):
         x = np.zeros((9, len(amax), 16), np.float32)
         x[:, :, 0] = (amax.view(np.int32) + np.arange(-4, 5, dtype=np.int32)[:, None]).view(np.float32)
         x[:, :, 1:9] = x[:, :, :1] * np.linspace(0.1, 0.9, 8, dtype=np.float32)
-        for rule in ("absmax", "mse"):
+        for rule in ("absmax", "mse", "search"):
             check(x.reshape(-1, 16), "nvfp4", rule, g)
 
 
@@ -341,6 +342,55 @@ def test_mse_is_the_candidate_of_least_error(format, g):
     assert set(first[sure].tolist()) == {0, 1}
 
 
+def sums(x, scales, g):
+    """The fp32 sums that `mse` and `search` compare."""
+    s = formats.e4m3_decode(scales)
+    return formats._squared_error(x, (1 if g is None else g) / s, s)
+
+
+@given(groups=wide_groups(16), factor=st.integers(-12, 12), g=st.sampled_from([None, 0.37, 17.0]))
+def test_search_loses_to_none_of_its_four_bytes(groups, factor, g):
+    """Nor to `mse` where its byte is one of them, all by the same fp32 sums."""
+    x = torch.from_numpy(groups)
+    x = torch.cat((x, torch.randn(256, 16, generator=torch.Generator().manual_seed(factor)) * 2.0**factor))
+    x, g = x[x.isfinite().all(-1)], scalar(g)
+    chosen, absmax, mse = (formats.compute_scales(x, "nvfp4", rule, g) for rule in ("search", "absmax", "mse"))
+    four = torch.stack([absmax.int() + offset for offset in (0, -1, 4, 5)]).clamp(1, 0x7E).to(torch.uint8)
+    errors = torch.stack([sums(x, byte, g) for byte in four])
+    ours = sums(x, chosen, g)
+    comparable = ~errors.isnan().any(0)
+    assert torch.equal(ours[comparable], errors.amin(0)[comparable])
+    among = (mse == four).any(0) & comparable
+    assert (ours[among] <= sums(x, mse, g)[among]).all() and among.any()
+    assert torch.equal(chosen[comparable], four.gather(0, errors.argmin(0)[None])[0][comparable])
+    inside = absmax < 0x7E
+    largest = x.abs().amax(-1) * (1 if g is None else g) / formats.e4m3_decode(chosen)
+    assert (largest[inside] <= 10).all()  # codes are packed by sums that are right up to there
+
+
+def test_search_beats_mse_but_not_in_every_group():
+    """A tenth less error on normal groups. The byte for g/4 may be `absmax`'s plus 6, which `search` does not try."""
+    x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(4)).double()
+    x = (x * torch.rand(4096, 1, generator=torch.Generator().manual_seed(5)).mul(8).exp2()).float()
+    chosen, absmax, mse = (formats.compute_scales(x, "nvfp4", rule) for rule in ("search", "absmax", "mse"))
+    ours, theirs = ((total_error(x, s, "nvfp4", None) / x.double().square().sum(-1)) for s in (chosen, mse))
+    assert 0.85 < ours.sum() / theirs.sum() < 0.93
+    assert set((chosen.int() - absmax.int()).tolist()) == {0, -1, 4, 5}
+    assert set((mse.int() - absmax.int()).tolist()) == {0, 4, 5, 6} and (ours > theirs).any()
+
+
+@pytest.mark.parametrize("byte", [2, 3])
+def test_a_scale_far_below_the_maximum_never_wins(byte):
+    """Beside a maximum of more than 10 steps of the smaller byte, 15 values that it may hold better."""
+    for largest in np.arange(6 * byte - 2.9, 6 * byte + 2.9, 0.125):
+        for other in np.arange(0, 6 * byte, 0.125):
+            x = torch.full((1, 16), other * 2.0**-9)
+            x[0, 0] = largest * 2.0**-9
+            if formats.compute_scales(x, "nvfp4", "absmax") == byte:
+                unit = formats.e4m3_decode(formats.compute_scales(x, "nvfp4", "search")).item()
+                assert largest * 2.0**-9 <= 10 * unit, (largest, other)
+
+
 def test_mse_takes_the_first_candidate_on_a_tie():
     """What several scales hold exactly keeps the absmax scale."""
     x = torch.zeros(4, 32)
@@ -353,6 +403,10 @@ def test_mse_takes_the_first_candidate_on_a_tie():
     narrow = formats.e4m3_encode(y.abs().amax(-1) / 4)
     assert (total_error(y, narrow, "nvfp4", None) == 0).all()
     assert torch.equal(formats.compute_scales(y, "nvfp4", "mse"), formats.compute_scales(y, "nvfp4", "absmax"))
+    y[:, 0] = torch.tensor([2.0, 4.0]) * 6.0  # absmax plus 4 holds these as 4 of its steps
+    narrow = formats.e4m3_encode(y.abs().amax(-1) / 6) + 4
+    assert (total_error(y, narrow, "nvfp4", None) == 0).all()
+    assert torch.equal(formats.compute_scales(y, "nvfp4", "search"), formats.compute_scales(y, "nvfp4", "absmax"))
 
 
 def test_mxfp4_paper_is_absmax_of_three_times_x():

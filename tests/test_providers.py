@@ -77,6 +77,30 @@ def test_a_provider_that_refuses_is_passed_by(monkeypatch):
     assert kernels.dispatch("fp4_linear", lambda *args: "reference", Fake()) == "reference"
 
 
+@pytest.mark.parametrize("prologue", ["", "rms_norm_", "add_rms_norm_", "silu_mul_"])
+def test_the_cuda_kernels_leave_search_to_triton(prologue, monkeypatch):
+    """With a reason that names the rule; `mse` they compute."""
+    from wush_compile.kernels import cuda
+
+    class OnGpu(torch.Tensor):
+        device, is_cuda = torch.device("cuda", 0), True
+
+    op = prologue + "transform_quantize"
+    computed = kernels.Implementation(lambda *args: "cuda", *cuda.IMPLEMENTATIONS[op][1:])
+    table = {op: [("cuda", computed), ("triton", kernels.Implementation(lambda *args: "triton", lambda *args: None))]}
+    monkeypatch.setattr(kernels, "resolve", lambda device: table)
+    monkeypatch.setattr(cuda, "_target", lambda x: "sm_100a")
+    monkeypatch.delenv("WUSH_PROVIDER", raising=False)
+    x = torch.zeros(2, 64, dtype=torch.bfloat16).as_subclass(OnGpu)
+    norm = (None, 1e-5, None, "none")
+    args = {"": (x,), "rms_norm_": (x, *norm), "add_rms_norm_": (x, x, *norm), "silu_mul_": (x, x)}[prologue]
+    for rule, expected in (("mse", "cuda"), ("search", "triton")):
+        call = (*args, None, None, "nvfp4", rule)
+        assert kernels.dispatch(op, lambda *args: "reference", *call) == expected
+        assert kernels.chosen(op, 0, call) == expected
+    assert computed.refuses(*call) == "no CUDA kernel has the scale rule search"
+
+
 def test_a_callers_mistake_costs_no_provider(monkeypatch):
     def fails(*args):
         raise ValueError("shapes do not fit")

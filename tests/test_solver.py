@@ -847,6 +847,9 @@ def test_global_scale_follows_the_unit(method, unit):
     assert g.log2() == g.log2().round()
     scale = group_max.to(torch.float64) * g / 6
     assert scale.min() > 2.0**-4 and scale.max() < 448
+    for rule in ("mse", "search"):  # whose bytes above that of absmax do not saturate either
+        assert torch.equal(global_scale("nvfp4", rule, group_max, rms, torch.device("cpu"), method), g)
+        assert formats.compute_scales(values, "nvfp4", rule, g).max() < 0x7E
 
 
 @pytest.mark.parametrize("factor", [100, 1000, 10000])

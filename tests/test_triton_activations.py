@@ -141,7 +141,7 @@ def test_the_quantizer_writes_lane_order(activation, k):
 
 @gpu
 @pytest.mark.parametrize("k", [128, 384, 2048])
-@pytest.mark.parametrize("rule", ["absmax", "mse"])
+@pytest.mark.parametrize("rule", ["absmax", "mse", "search"])
 def test_the_quantizer_writes_values_of_nvfp4(rule, k):
     for m in (0, 1, 17, 65, 300):
         x, t = whole(m, k, k // 16, 16, torch.bfloat16)
@@ -239,7 +239,7 @@ for m, k in ((1, 128), (35, 384)):  # the quantizer's own lane order
     if m > 1:
         spread[1], spread[2, 5], spread[3, 40], spread[4] = 0, float("nan"), float("inf"), spread[4] * 2.0**-70
         spread[5, 100] = 3e38
-    for rule, g in (("absmax", torch.tensor([3.0])), ("mse", None)):
+    for rule, g in (("absmax", torch.tensor([3.0])), ("mse", None), ("search", None)):
         for x, transform, plan in ((spread, None, None), (whole, t, None), (whole, t, own[0]), (whole, t, own[1])):
             x = x.bfloat16()
             got = tokens.quantize_tokens(x, transform, "nvfp4", plan=plan, lanes=True, global_scale=g, rule=rule)

@@ -1,6 +1,7 @@
 """The Triton quantizer against the reference, bit for bit where no order of summation shows: on a GPU, and interpreted
 on a CPU."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -72,8 +73,9 @@ def test_quantize_is_the_reference(format, rule, g, dtype, m, k):
 
 
 @gpu
-@both
-@pytest.mark.parametrize("rule", ["absmax", "mse"])
+@pytest.mark.parametrize(
+    "format, rule", [("mxfp4", "absmax"), ("mxfp4", "mse"), ("nvfp4", "absmax"), ("nvfp4", "mse"), ("nvfp4", "search")]
+)
 @pytest.mark.parametrize("multiple, shared", [(1, False), (2, False), (1, True), (8, False)])
 @pytest.mark.parametrize("m, k", [(1, 256), (33, 768), (64, 1536), (300, 4096), (4100, 4096)])
 def test_transform_quantize_is_the_reference(format, rule, multiple, shared, m, k):
@@ -222,9 +224,9 @@ def test_all_e4m3_scales_round_as_the_reference():
     amax = (steps.to(torch.float32) / 2**15 * 3000).to(DEVICE)
     x = torch.zeros(2**15, 16, device=DEVICE)
     x[:, 3], x[:, 9] = amax, -amax / 3
-    for width in (16, 256, 1024):
-        rows = x.reshape(-1, width)
-        for rule in ("absmax", "mse"):
+    for width, factor in itertools.product((16, 256, 1024), (1, 2.0**-8)):  # and subnormal scales
+        rows = factor * x.reshape(-1, width)
+        for rule in ("absmax", "mse", "search"):
             assert_same(
                 triton_quantize.transform_quantize(rows, None, None, "nvfp4", rule),
                 ops._transform_quantize(rows, None, None, "nvfp4", rule),
@@ -243,7 +245,7 @@ from wush_compile.ops import core as ops
 from wush_compile.ops.fused import ACTIVATIONS, swiglu_oai
 generator = torch.Generator().manual_seed(0)
 cases = [("mxfp4", r, 3.0 if r == "paper" else None) for r in ("absmax", "mse", "ocp", "paper")]
-cases += [("nvfp4", "absmax", 0.37), ("nvfp4", "mse", None)]
+cases += [("nvfp4", "absmax", 0.37), ("nvfp4", "mse", None), ("nvfp4", "search", 0.37)]
 for format, rule, g in cases:
     g = None if g is None else torch.tensor([g])
     x = torch.randn(3, 96, generator=generator).bfloat16()

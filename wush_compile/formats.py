@@ -32,7 +32,7 @@ class Format(NamedTuple):
 
 FORMATS = {
     "mxfp4": Format("mxfp4", 32, torch.uint8, ("absmax", "mse", "ocp", "paper")),
-    "nvfp4": Format("nvfp4", 16, torch.uint8, ("absmax", "mse", "paper")),
+    "nvfp4": Format("nvfp4", 16, torch.uint8, ("absmax", "mse", "search", "paper")),
     "int4": Format("int4", 32, torch.bfloat16, ("absmax", "mse", "gaussian", "paper")),
 }
 # Formats of weights alone: beside 8 bits an activation has 16 bits, or fp8's 8.
@@ -221,11 +221,32 @@ def _scales_nvfp4(x: Tensor, amax: Tensor, rule: str, g: Tensor) -> Tensor:
         return e4m3_encode((amax * (g / largest)).clamp(max=E4M3_MAX)).to(torch.int32).clamp(0x01, 0x7E)
 
     best = byte_for(6.0)
+    if rule == "search":
+        return _search_nvfp4(x, best, g)
     if rule != "mse":
         return best
     narrow = byte_for(4.0)
     s0, s1 = e4m3_decode(best), e4m3_decode(narrow)
     return torch.where(_squared_error(x, g / s1, s1) < _squared_error(x, g / s0, s0), narrow, best)
+
+
+# What `search` adds to the byte of `absmax`, in order. Of 12 offsets these four have the least error on normal groups,
+# .90 of that of `mse`; all 12 have .87 (benchmarks/trial_scale_offsets.py).
+SEARCH_OFFSETS = (0, -1, 4, 5)
+
+
+def _search_nvfp4(x: Tensor, first: Tensor, g: Tensor) -> Tensor:
+    def error(byte: Tensor) -> Tensor:
+        s = e4m3_decode(byte)
+        return _squared_error(x, g / s, s)
+
+    best, least = first, error(first)
+    for offset in SEARCH_OFFSETS[1:]:
+        byte = (first + offset).clamp(0x01, 0x7E)
+        e = error(byte)
+        less = e < least
+        best, least = torch.where(less, byte, best), torch.where(less, e, least)
+    return best
 
 
 def _scales_int4(x: Tensor, amax: Tensor, rule: str) -> Tensor:

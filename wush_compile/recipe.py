@@ -32,10 +32,10 @@ class Recipe:
         moment given the channels not yet quantized, as in the authors' Algorithm 2.
     weight_scale_rule, activation_scale_rule
         How the scale of a group follows from its values (docs/spec.md §4). `absmax` clips nothing; `mse` takes the
-        candidate with the least squared error; `ocp` (mxfp4) is the Microscaling rule; `gaussian` (int4) is optimal for
-        a normal distribution; `paper` is the rule of the authors' code. Of weights alone: `loss` takes the one, of more
-        candidates, with the least loss of GPTQ (with `rtn` it is `mse`); `best` is `loss` for nvfp4 and `mse` for the
-        others, by measurement.
+        candidate of two with the least squared error, `search` (nvfp4) that of four; `ocp` (mxfp4) is the Microscaling
+        rule; `gaussian` (int4) is optimal for a normal distribution; `paper` is the rule of the authors' code. Of
+        weights alone: `loss` takes the one, of more candidates, with the least loss of GPTQ (with `rtn` it is `mse`);
+        `best` is `loss` for nvfp4 and `mse` for the others, by measurement.
     sweeps
         How often GPTQ goes over the weights again: each group is rounded anew, given all others (docs/spec.md §3).
         Experts are solved without.

@@ -6,7 +6,7 @@
 namespace wush::cpu {
 
 enum class Format { mxfp4, nvfp4, int8 };               // int8: of weights alone
-enum class Rule { absmax, mse, ocp, paper };
+enum class Rule { absmax, mse, ocp, paper, search };
 enum class Type { f32, f16, bf16 };
 
 inline constexpr int kAlign = 32;                        // operands of a product are padded to this many channels

@@ -72,11 +72,31 @@ int e4m3_byte(float x) {                                 // of 0 to 448
 }
 
 template <int G>
+int search_nvfp4(const Floats* x, int first, float g) {
+  auto error = [&](int byte) {
+    const float s = e4m3_value(byte);
+    return squared_error<G>(x, g / s, s);
+  };
+  int best = first;
+  float least = error(first);
+  for (int offset : {-1, 4, 5}) {
+    const int byte = std::clamp(first + offset, 0x01, 0x7e);
+    const float e = error(byte);
+    if (e < least) {
+      best = byte;
+      least = e;
+    }
+  }
+  return best;
+}
+
+template <int G>
 int nvfp4_scale(const Floats* x, float amax, Rule rule, float g) {
   auto byte_for = [&](float largest) {
     return std::clamp(e4m3_byte(std::min(amax * (g / largest), 448.f)), 0x01, 0x7e);
   };
   const int best = byte_for(6.f);
+  if (rule == Rule::search) return search_nvfp4<G>(x, best, g);
   if (rule != Rule::mse) return best;
   const int narrow = byte_for(4.f);
   const float s0 = e4m3_value(best), s1 = e4m3_value(narrow);

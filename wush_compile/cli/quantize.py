@@ -34,9 +34,11 @@ def quantize(
     moments: Annotated[str, typer.Option(help="marginal or conditional.")] = "marginal",
     sweeps: Annotated[int, typer.Option(min=0, help="How often GPTQ goes over the weights again.")] = 2,
     weight_scale_rule: Annotated[
-        str, typer.Option(help="best, loss, absmax, mse, paper; mxfp4: ocp; int4: gaussian.")
+        str, typer.Option(help="best, loss, absmax, mse, paper; mxfp4: ocp; nvfp4: search; int4: gaussian.")
     ] = "best",
-    activation_scale_rule: Annotated[str, typer.Option(help="absmax, mse, paper; as the weights' rule.")] = "mse",
+    activation_scale_rule: Annotated[
+        str, typer.Option(help="mse, absmax, paper; nvfp4: search (four scales tried, not two); as the weights' rule.")
+    ] = "mse",
     activation_format: Annotated[
         str,
         typer.Option(help="Activations: same (4 bits, as the weights), fp8 (e4m3, a scale a token) or none (16 bits)."),

@@ -16,7 +16,7 @@ from ..ops.layouts import in_rows, lay_out, scale_shape
 from .libraries import libraries, load
 from .provider import FLOATS, FixableReason, Implementation
 
-RULES = ("absmax", "mse", "ocp", "paper")  # in the order of csrc/cpu/kernels.h
+RULES = ("absmax", "mse", "ocp", "paper", "search")  # in the order of csrc/cpu/kernels.h
 FORMATS = {"mxfp4": 32, "nvfp4": 16}  # format of activations -> group size
 WEIGHTS = ("mxfp4", "nvfp4", "int8")  # formats of weights, in the order of csrc/cpu/kernels.h
 LANES = 16  # a transform's block is a multiple of the widest vector

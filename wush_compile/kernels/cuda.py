@@ -35,6 +35,7 @@ def unavailable(capability: tuple[int, int]) -> str | None:
     return None
 
 
+RULES = ("absmax", "mse", "ocp", "paper")  # csrc/quantize.h
 # From this many rows on the SiLU variant is the fastest on Hopper too. The other variants never are
 # (docs/notebook/cuda_kernels.md).
 HOPPER_SILU_ROWS = 1024
@@ -61,9 +62,11 @@ def prefer_others_silu_mul(gate, *others) -> bool:
     return _target(gate) == "sm_90a" and gate.numel() < HOPPER_SILU_ROWS * gate.shape[-1]
 
 
-def _refuses(x: Tensor, transform: Tensor | None, format: str, scale_layout: str) -> str | None:
+def _refuses(x: Tensor, transform: Tensor | None, format: str, scale_rule: str, scale_layout: str) -> str | None:
     if scale_layout == "lanes":
         return "no CUDA kernel writes the layout lanes"
+    if scale_rule not in RULES:
+        return f"no CUDA kernel has the scale rule {scale_rule}"
     if format not in ("mxfp4", "nvfp4"):
         return f"{format} has no CUDA kernel"
     if x.dtype not in (torch.bfloat16, torch.float16):
@@ -74,7 +77,7 @@ def _refuses(x: Tensor, transform: Tensor | None, format: str, scale_layout: str
 
 
 def refuses_transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
-    return _refuses(x, transform, format, scale_layout)
+    return _refuses(x, transform, format, scale_rule, scale_layout)
 
 
 def transform_quantize(
@@ -93,7 +96,7 @@ def refuses_rms_norm(
         return f"gain is {weight.dtype}"
     if eps_tensor is not None and not eps_tensor.is_cuda:
         return "eps is not on the device"
-    return _refuses(x, transform, format, scale_layout)
+    return _refuses(x, transform, format, scale_rule, scale_layout)
 
 
 def rms_norm_transform_quantize(
@@ -128,7 +131,9 @@ def add_rms_norm_transform_quantize(
 
 
 def refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
-    return "gate and up differ in dtype" if gate.dtype != up.dtype else _refuses(gate, transform, format, scale_layout)
+    if gate.dtype != up.dtype:
+        return "gate and up differ in dtype"
+    return _refuses(gate, transform, format, scale_rule, scale_layout)
 
 
 def silu_mul_transform_quantize(

@@ -172,6 +172,26 @@ def _nv_byte(amax, g, LARGEST: tl.constexpr):
 
 
 @triton.jit
+def _nv_error(y, byte, g, SM: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    s = e4m3_decode(byte)
+    return squared_error(y, tl.div_rn(g, s), s, SM, R, N, 16)
+
+
+@triton.jit
+def _nv_search(y, first, g, SM: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    """`formats._search_nvfp4`. No maximum exceeds 10 times the chosen scale. It could where byte 3 or 2 becomes 2 or 1;
+    but there the maximum alone loses more than the 15 other values can win."""
+    best = first
+    least = _nv_error(y, first, g, SM, R, N)
+    for i in tl.static_range(3):
+        byte = tl.maximum(first - 1, 0x01) if i == 0 else tl.minimum(first + (3 + i), 0x7E)
+        error = _nv_error(y, byte, g, SM, R, N)
+        best = tl.where(error < least, byte, best)
+        least = tl.where(error < least, error, least)
+    return best
+
+
+@triton.jit
 def nv_scale(y, amax, g, RULE: tl.constexpr, R: tl.constexpr, N: tl.constexpr, SM: tl.constexpr = 0):
     """e4m3 bytes (int32 [R, N]) of groups y [R, N, 16]; g: the global scale, fp32. With SM > 0, for
     values of at most 2^100 times their scale."""
@@ -183,6 +203,8 @@ def nv_scale(y, amax, g, RULE: tl.constexpr, R: tl.constexpr, N: tl.constexpr, S
         e0 = squared_error(y, tl.div_rn(g, s0), s0, SM, R, N, 16)
         e1 = squared_error(y, tl.div_rn(g, s1), s1, SM, R, N, 16)
         byte = tl.where(e1 < e0, narrow, byte)
+    elif RULE == "search":
+        byte = _nv_search(y, byte, g, SM, R, N)
     return byte
 
 
