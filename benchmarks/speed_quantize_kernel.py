@@ -69,7 +69,8 @@ def bench_quantize() -> list[dict]:
                 "copy TB/s": 4e-6 * m * k / copy,
                 "ideal us": ideal,
             }
-            for kind, rule in (("none", "absmax"), ("shared", "absmax"), ("blocks", "absmax"), ("blocks", "mse")):
+            rules = [rule for rule in ("absmax", "mse", "search") if rule in FORMATS[format].scale_rules]
+            for kind, rule in (("none", "absmax"), ("shared", "absmax"), *(("blocks", rule) for rule in rules)):
                 us = quantize_time(m, k, format, rule, kind)
                 row[f"{kind} {rule} us"], row[f"{kind} {rule} share"] = us, ideal / us
             rows.append(row)

@@ -297,7 +297,7 @@ def main_loops(code: str, products: int = 1) -> list[str]:
     own."""
     lines = code.splitlines()
     labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith(".L_x")}
-    found_at = [i for i, line in enumerate(lines) if "GMMA." in line]
+    found_at = [i for i, line in enumerate(lines) if re.search(r"GMMA\.|UTCHMMA", line)]
     loops: dict[frozenset, tuple[int, int]] = {}
     for i, line in enumerate(lines):
         jump = re.search(r"BRA `\((\.L_x_\d+)\)", line)
@@ -392,6 +392,22 @@ def test_no_fp8_conversion_in_the_nvfp4_quantizer(rule, block, tile):
     """ptxas 12.8 and 12.9 get e4m3 round trips wrong on sm_90: the scales are rounded without the instruction."""
     code = sass(compile_quantize("nvfp4", 90, block, triton_tiles.Tile(*tile), rule))
     assert code and not re.search(r"E4M3|UNPACK_B", code)
+
+
+@pytest.mark.parametrize("cc", [90, 100])
+def test_instructions_a_value_of_the_nvfp4_quantizer(cc):
+    """In the loop over whole tiles, 32 values a thread (docs/notebook/quantize_kernel.md). A squared error takes about
+    10; `search` has four of them and `mse` two."""
+    tile, counts = triton_tiles.Tile(64, 64, 6, 4, 4), {}
+    for rule in ("mse", "search"):
+        code = sass(compile_quantize("nvfp4", cc, 16, tile, rule))
+        if not code:
+            pytest.skip(f"Triton's disassembler does not know sm_{cc}")
+        loop = main_loops(code)[0]
+        counts[rule] = len(re.findall(r"/\*[0-9a-f]{4,}\*/\s", loop)) / 32
+        assert not re.search(r"\b(STL|LDL)\b", code), rule
+    print(f"sm_{cc}:", ", ".join(f"{rule} {count:.1f}" for rule, count in counts.items()))
+    assert counts["mse"] < 37 and counts["search"] < 62
 
 
 def bare(compiled) -> str:
