@@ -115,6 +115,14 @@ def experts_whole(name: str, layers: str) -> str:
 
 
 @figure
+def experts_peers(name: str) -> str:
+    """A layer of experts beside humming-kernels, µs."""
+    keys = ["bf16 us", "mxfp4 us", "humming W4A8 us"]
+    lines = [[str(row["tokens"]), *(shown(row[key], 1) for key in keys)] for row in result(name)["rows"]]
+    return table(["tokens", "bf16", "MXFP4 W4A4", "humming W4A8"], lines)
+
+
+@figure
 def experts_step(name: str, batch: str, layers: str) -> str:
     """Queued ms of a step with all layers, from the difference of the two sizes that were timed: MXFP4, bf16."""
 
