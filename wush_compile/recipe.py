@@ -38,7 +38,6 @@ class Recipe:
         `best` is `loss` for nvfp4 and `mse` for the others, by measurement.
     sweeps
         How often GPTQ goes over the weights again: each group is rounded anew, given all others (docs/spec.md §3).
-        Experts are solved without.
     activation_format
         The format of activations. `same`: that of the weights, 4 bits. `fp8`: e4m3 with one fp32 scale a token; more
         than half of the loss of 4 bits on both sides goes away. None: 16 bits, only weights are quantized.
