@@ -2,6 +2,7 @@
 
 import end_to_end
 import torch
+from attention import register_attention
 from speed_quantize_experts import SHAPES
 
 SHAPE = "30b-a3b"  # a test takes `tiny`
@@ -15,7 +16,7 @@ def build(kind: str, layers: int, attention: str) -> torch.nn.Module:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
-    end_to_end.register_attention()
+    register_attention()
     shape = SHAPES[SHAPE] | {"num_hidden_layers": layers}
     config = Qwen3MoeConfig(**shape, norm_topk_prob=True, tie_word_embeddings=False, max_position_embeddings=40960)
     with torch.device("meta"):

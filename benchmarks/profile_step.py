@@ -13,6 +13,7 @@ from unittest import mock
 
 import end_to_end
 import torch
+from attention import ATTENTION
 from torch.profiler import ProfilerActivity, profile
 
 STEPS = 3  # that are profiled; the last one is printed
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--attention", default="sdpa", choices=["sdpa", *end_to_end.ATTENTION])
+    parser.add_argument("--attention", default="sdpa", choices=["sdpa", *ATTENTION])
     parser.add_argument("--no-early-start", action="store_true")
     args = parser.parse_args()
     if args.no_early_start:
