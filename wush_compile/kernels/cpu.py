@@ -46,7 +46,11 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
         )
 
 
-def refuses_transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
+def refuses_transform_quantize(
+    x, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
+) -> str | None:
+    if feedback is not None:
+        return "no CPU kernel rounds with feedback yet"
     if format not in FORMATS:
         return f"{format} has no CPU kernel"
     if scale_layout == "lanes":
@@ -59,7 +63,7 @@ def refuses_transform_quantize(x, transform, global_scale, format, scale_rule, s
 
 
 def transform_quantize(
-    x, transform, global_scale, format, scale_rule, scale_layout: str = "rows"
+    x, transform, global_scale, format, scale_rule, scale_layout: str = "rows", feedback=None
 ) -> tuple[Tensor, Tensor]:
     """`wush::transform_quantize` for MXFP4 and NVFP4; codes and scales have the reference's bits for the same sums."""
     width, group = x.shape[-1], FORMATS[format]

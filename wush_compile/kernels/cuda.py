@@ -62,7 +62,11 @@ def prefer_others_silu_mul(gate, *others) -> bool:
     return _target(gate) == "sm_90a" and gate.numel() < HOPPER_SILU_ROWS * gate.shape[-1]
 
 
-def _refuses(x: Tensor, transform: Tensor | None, format: str, scale_rule: str, scale_layout: str) -> str | None:
+def _refuses(
+    x: Tensor, transform: Tensor | None, format: str, scale_rule: str, scale_layout: str, feedback: Tensor | None
+) -> str | None:
+    if feedback is not None:
+        return "no CUDA kernel rounds with feedback"
     if scale_layout == "lanes":
         return "no CUDA kernel writes the layout lanes"
     if scale_rule not in RULES:
@@ -76,12 +80,14 @@ def _refuses(x: Tensor, transform: Tensor | None, format: str, scale_rule: str, 
     return None
 
 
-def refuses_transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
-    return _refuses(x, transform, format, scale_rule, scale_layout)
+def refuses_transform_quantize(
+    x, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
+) -> str | None:
+    return _refuses(x, transform, format, scale_rule, scale_layout, feedback)
 
 
 def transform_quantize(
-    x, transform, global_scale, format, scale_rule, scale_layout: str = "rows"
+    x, transform, global_scale, format, scale_rule, scale_layout: str = "rows", feedback=None
 ) -> tuple[Tensor, Tensor]:
     """`wush::transform_quantize` for bf16 and fp16 with transform blocks of the format's group size."""
     ops = load(_target(x))
@@ -90,17 +96,27 @@ def transform_quantize(
 
 
 def refuses_rms_norm(
-    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> str | None:
     if weight is not None and weight.dtype != x.dtype:
         return f"gain is {weight.dtype}"
     if eps_tensor is not None and not eps_tensor.is_cuda:
         return "eps is not on the device"
-    return _refuses(x, transform, format, scale_rule, scale_layout)
+    return _refuses(x, transform, format, scale_rule, scale_layout, feedback)
 
 
 def rms_norm_transform_quantize(
-    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout: str = "rows"
+    x,
+    weight,
+    eps,
+    eps_tensor,
+    gain,
+    transform,
+    global_scale,
+    format,
+    scale_rule,
+    scale_layout: str = "rows",
+    feedback=None,
 ) -> tuple[Tensor, Tensor]:
     """`wush::rms_norm_transform_quantize`; it sums squares in another order than the reference."""
     ops = load(_target(x))
@@ -112,15 +128,38 @@ def rms_norm_transform_quantize(
 
 
 def refuses_add_rms_norm(
-    x, residual, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+    x,
+    residual,
+    weight,
+    eps,
+    eps_tensor,
+    gain,
+    transform,
+    global_scale,
+    format,
+    scale_rule,
+    scale_layout="rows",
+    feedback=None,
 ) -> str | None:
     if residual.dtype != x.dtype:
         return f"input is {x.dtype}, its residual {residual.dtype}"
-    return refuses_rms_norm(x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule)
+    tail = (transform, global_scale, format, scale_rule, scale_layout, feedback)
+    return refuses_rms_norm(x, weight, eps, eps_tensor, gain, *tail)
 
 
 def add_rms_norm_transform_quantize(
-    x, residual, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout: str = "rows"
+    x,
+    residual,
+    weight,
+    eps,
+    eps_tensor,
+    gain,
+    transform,
+    global_scale,
+    format,
+    scale_rule,
+    scale_layout: str = "rows",
+    feedback=None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`wush::add_rms_norm_transform_quantize`; it sums squares in another order than the reference."""
     ops = load(_target(x))
@@ -130,14 +169,16 @@ def add_rms_norm_transform_quantize(
     return ops.add_rms_norm_transform_quantize(x, residual, weight, eps, eps_tensor, gain, *tail)
 
 
-def refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
+def refuses_silu_mul(
+    gate, up, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
+) -> str | None:
     if gate.dtype != up.dtype:
         return "gate and up differ in dtype"
-    return _refuses(gate, transform, format, scale_rule, scale_layout)
+    return _refuses(gate, transform, format, scale_rule, scale_layout, feedback)
 
 
 def silu_mul_transform_quantize(
-    gate, up, transform, global_scale, format, scale_rule, scale_layout: str = "rows"
+    gate, up, transform, global_scale, format, scale_rule, scale_layout: str = "rows", feedback=None
 ) -> tuple[Tensor, Tensor]:
     """`wush::silu_mul_transform_quantize`, with the bits of the reference."""
     ops = load(_target(gate))

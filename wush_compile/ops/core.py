@@ -16,6 +16,9 @@ from torch import Tensor
 
 from .. import formats
 from ..errors import one_of
+from ..feedback import FORMATS as FEEDBACK_FORMATS
+from ..feedback import quantize
+from ..feedback import shape as feedback_shape
 from ..formats import WEIGHT_FORMATS, channels, get_format
 from ..phases import phase
 from .layouts import from_lanes, in_rows, lay_out, layouts_of, operand_of, scale_shape, to_lanes
@@ -174,6 +177,7 @@ def _transform_quantize_at_once(
     format: str,
     scale_rule: str,
     scale_layout: str = "rows",
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     y = block_transform(x, transform)  # fp32 [.., K]
     if format == "none":
@@ -183,7 +187,7 @@ def _transform_quantize_at_once(
     if format == "fp8":
         codes, scales = formats.quantize_fp8(y)
         return to_lanes(codes, format) if scale_layout == "lanes" else codes, scales
-    codes, scales = formats.quantize(y, format, scale_rule, global_scale)
+    codes, scales = quantize(y, format, scale_rule, global_scale, feedback)
     if scale_layout == "lanes":
         values = formats.dequantize(codes, scales, format).to(torch.bfloat16)
         return to_lanes(values, "none"), y.new_empty((*y.shape[:-1], 0))
@@ -197,6 +201,7 @@ def _transform_quantize(
     format: str,
     scale_rule: str,
     scale_layout: str = "rows",
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check_format(format, scale_rule)
     k = x.shape[-1]
@@ -208,23 +213,41 @@ def _transform_quantize(
     for start in range(0, rows.shape[0], step):
         chunk = slice(start, start + step)
         codes[chunk], scales[chunk] = _transform_quantize_at_once(
-            rows[chunk], transform, global_scale, format, scale_rule, "lanes" if scale_layout == "lanes" else "rows"
+            rows[chunk],
+            transform,
+            global_scale,
+            format,
+            scale_rule,
+            "lanes" if scale_layout == "lanes" else "rows",
+            feedback,
         )
     scales = scales.view(scale_shape(x.shape[:-1], groups, "rows"))
     return codes.view(*x.shape[:-1], columns), lay_out(scales, scale_layout)
 
 
-def _transform_quantize_fake(x, transform, global_scale, format, scale_rule, scale_layout="rows"):
+def _check_feedback(feedback: Tensor, width: int, format: str, scale_rule: str) -> None:
+    if format not in FEEDBACK_FORMATS or scale_rule == "paper":
+        raise ValueError(f"{format} with the scale rule {scale_rule} is rounded to nearest: it takes no feedback")
+    torch._check(feedback.dtype == torch.bfloat16, lambda: f"feedback is {feedback.dtype}, not bfloat16")
+    wanted = feedback_shape(format, width)
+    for a, b in zip((feedback.dim(), *feedback.shape), (3, *wanted)):
+        torch._check(a == b, lambda: f"feedback has the shape {tuple(feedback.shape)}, not {wanted}")
+
+
+def _transform_quantize_fake(x, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None):
     fmt = _check_format(format, scale_rule)
     k = x.shape[-1]
     torch._check(
         k % fmt.group_size == 0, lambda: f"width {k} is not a multiple of {format}'s group of {fmt.group_size}"
     )
-    for other in (transform, global_scale):
+    for other in (transform, global_scale, feedback):
         if other is not None:
             torch._check(
-                other.device == x.device, lambda: f"x is on {x.device}, its transform or scale on {other.device}"
+                other.device == x.device,
+                lambda: f"x is on {x.device}, its transform, scale or feedback on {other.device}",
             )
+    if feedback is not None:
+        _check_feedback(feedback, k, format, scale_rule)
     if transform is not None:
         blocks, size = transform.shape[0], transform.shape[-1]
         torch._check(k % size == 0, lambda: f"width {k} is not a multiple of the transform's {size}")

@@ -77,10 +77,13 @@ def _rms_norm_transform_quantize(
     format: str,
     scale_rule: str,
     scale_layout: str = "rows",
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     eps = eps if eps_tensor is None else eps_tensor.to(torch.float32)
     normed = rms_norm(x, weight, eps, gain)
-    return torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule, scale_layout)
+    return torch.ops.wush.transform_quantize(
+        normed, transform, global_scale, format, scale_rule, scale_layout, feedback
+    )
 
 
 def _add_rms_norm_transform_quantize(
@@ -95,11 +98,14 @@ def _add_rms_norm_transform_quantize(
     format: str,
     scale_rule: str,
     scale_layout: str = "rows",
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     eps = eps if eps_tensor is None else eps_tensor.to(torch.float32)
     total = (x.to(torch.float32) + residual.to(torch.float32)).contiguous()  # [.., K]
     normed = rms_norm(total, weight, eps, gain, x.dtype)
-    quantized = torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule, scale_layout)
+    quantized = torch.ops.wush.transform_quantize(
+        normed, transform, global_scale, format, scale_rule, scale_layout, feedback
+    )
     return *quantized, total.to(x.dtype)
 
 
@@ -114,10 +120,13 @@ def _layer_norm_transform_quantize(
     format: str,
     scale_rule: str,
     scale_layout: str = "rows",
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     eps = eps if eps_tensor is None else float(eps_tensor)
     normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule, scale_layout)
+    return torch.ops.wush.transform_quantize(
+        normed, transform, global_scale, format, scale_rule, scale_layout, feedback
+    )
 
 
 def _rms_norm_keep_transform_quantize(
@@ -131,10 +140,13 @@ def _rms_norm_keep_transform_quantize(
     format: str,
     scale_rule: str,
     scale_layout: str = "rows",
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     eps = eps if eps_tensor is None else eps_tensor.to(torch.float32)
     normed = rms_norm(x, weight, eps, gain).contiguous()
-    return *torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule, scale_layout), normed
+    return *torch.ops.wush.transform_quantize(
+        normed, transform, global_scale, format, scale_rule, scale_layout, feedback
+    ), normed
 
 
 def _layer_norm_keep_transform_quantize(
@@ -148,10 +160,13 @@ def _layer_norm_keep_transform_quantize(
     format: str,
     scale_rule: str,
     scale_layout: str = "rows",
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     eps = eps if eps_tensor is None else float(eps_tensor)
     normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps).contiguous()
-    return *torch.ops.wush.transform_quantize(normed, transform, global_scale, format, scale_rule, scale_layout), normed
+    return *torch.ops.wush.transform_quantize(
+        normed, transform, global_scale, format, scale_rule, scale_layout, feedback
+    ), normed
 
 
 def _silu_mul_transform_quantize(
@@ -162,9 +177,10 @@ def _silu_mul_transform_quantize(
     format: str,
     scale_rule: str,
     scale_layout: str = "rows",
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return torch.ops.wush.transform_quantize(
-        F.silu(gate) * up, transform, global_scale, format, scale_rule, scale_layout
+        F.silu(gate) * up, transform, global_scale, format, scale_rule, scale_layout, feedback
     )
 
 
@@ -177,9 +193,12 @@ def _gelu_mul_transform_quantize(
     format: str,
     scale_rule: str,
     scale_layout: str = "rows",
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     activated = F.gelu(gate, approximate=approximate) * up
-    return torch.ops.wush.transform_quantize(activated, transform, global_scale, format, scale_rule, scale_layout)
+    return torch.ops.wush.transform_quantize(
+        activated, transform, global_scale, format, scale_rule, scale_layout, feedback
+    )
 
 
 def swiglu_oai(x: Tensor, limit: float) -> Tensor:
@@ -198,9 +217,10 @@ def _swiglu_oai_transform_quantize(
     format: str,
     scale_rule: str,
     scale_layout: str = "rows",
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return torch.ops.wush.transform_quantize(
-        swiglu_oai(x, limit), transform, global_scale, format, scale_rule, scale_layout
+        swiglu_oai(x, limit), transform, global_scale, format, scale_rule, scale_layout, feedback
     )
 
 
@@ -227,81 +247,99 @@ def _activation_transform_quantize(
     format: str,
     scale_rule: str,
     scale_layout: str = "rows",
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if kind not in ACTIVATIONS:
         raise ValueError(f"activation {kind!r} is not one of {', '.join(ACTIVATIONS)}")
     activated = ACTIVATIONS[kind](x)
-    return torch.ops.wush.transform_quantize(activated, transform, global_scale, format, scale_rule, scale_layout)
+    return torch.ops.wush.transform_quantize(
+        activated, transform, global_scale, format, scale_rule, scale_layout, feedback
+    )
 
 
-def _norm_fake(x, vectors, transform, global_scale, format, scale_rule, scale_layout="rows"):
+def _norm_fake(x, vectors, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None):
     for vector in vectors:
         if vector is not None:
             torch._check(vector.device == x.device, lambda: f"x is on {x.device}, its norm is on {vector.device}")
             torch._check(vector.shape[-1] == x.shape[-1], lambda: "the norm does not have the width of x")
-    return FAKE["transform_quantize"](x, transform, global_scale, format, scale_rule, scale_layout)
+    return FAKE["transform_quantize"](x, transform, global_scale, format, scale_rule, scale_layout, feedback)
 
 
-def _rms_norm_fake(x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"):
+def _rms_norm_fake(
+    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
+):
     torch._check(gain in GAINS, lambda: f"gain {gain!r} is not one of {', '.join(GAINS)}")
     torch._check((weight is None) == (gain == "none"), lambda: f"gain {gain!r} does not fit the weight")
-    return _norm_fake(x, (weight,), transform, global_scale, format, scale_rule, scale_layout)
+    return _norm_fake(x, (weight,), transform, global_scale, format, scale_rule, scale_layout, feedback)
 
 
 def _add_rms_norm_fake(
-    x, residual, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+    x,
+    residual,
+    weight,
+    eps,
+    eps_tensor,
+    gain,
+    transform,
+    global_scale,
+    format,
+    scale_rule,
+    scale_layout="rows",
+    feedback=None,
 ):
     torch._check(residual.device == x.device, lambda: f"x is on {x.device}, its residual on {residual.device}")
     torch._check(residual.dtype == x.dtype, lambda: f"x is {x.dtype}, its residual {residual.dtype}")
     torch._check(residual.dim() == x.dim(), lambda: "x and its residual differ in rank")
     for a, b in zip(x.shape, residual.shape):
         torch._check(a == b, lambda: "x and its residual differ in shape")
-    quantizer = (transform, global_scale, format, scale_rule, scale_layout)
+    quantizer = (transform, global_scale, format, scale_rule, scale_layout, feedback)
     return *_rms_norm_fake(x, weight, eps, eps_tensor, gain, *quantizer), x.new_empty(x.shape)
 
 
 def _layer_norm_fake(
-    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows"
+    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ):
-    return _norm_fake(x, (weight, bias), transform, global_scale, format, scale_rule, scale_layout)
+    return _norm_fake(x, (weight, bias), transform, global_scale, format, scale_rule, scale_layout, feedback)
 
 
 def _rms_norm_keep_fake(
-    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ):
-    quantizer = (transform, global_scale, format, scale_rule, scale_layout)
+    quantizer = (transform, global_scale, format, scale_rule, scale_layout, feedback)
     return *_rms_norm_fake(x, weight, eps, eps_tensor, gain, *quantizer), x.new_empty(x.shape)
 
 
 def _layer_norm_keep_fake(
-    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows"
+    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ):
-    quantizer = (transform, global_scale, format, scale_rule, scale_layout)
+    quantizer = (transform, global_scale, format, scale_rule, scale_layout, feedback)
     return *_norm_fake(x, (weight, bias), *quantizer), x.new_empty(x.shape)
 
 
-def _mul_fake(gate, up, transform, global_scale, format, scale_rule, scale_layout="rows"):
+def _mul_fake(gate, up, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None):
     torch._check(gate.device == up.device, lambda: f"gate is on {gate.device}, up on {up.device}")
     torch._check(gate.dim() == up.dim(), lambda: "gate and up differ in rank")
     for a, b in zip(gate.shape, up.shape):
         torch._check(a == b, lambda: "gate and up differ in shape")
-    return FAKE["transform_quantize"](gate, transform, global_scale, format, scale_rule, scale_layout)
+    return FAKE["transform_quantize"](gate, transform, global_scale, format, scale_rule, scale_layout, feedback)
 
 
-def _gelu_mul_fake(gate, up, approximate, transform, global_scale, format, scale_rule, scale_layout="rows"):
-    return _mul_fake(gate, up, transform, global_scale, format, scale_rule, scale_layout)
+def _gelu_mul_fake(
+    gate, up, approximate, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
+):
+    return _mul_fake(gate, up, transform, global_scale, format, scale_rule, scale_layout, feedback)
 
 
-def _swiglu_oai_fake(x, limit, transform, global_scale, format, scale_rule, scale_layout="rows"):
+def _swiglu_oai_fake(x, limit, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None):
     torch._check(x.shape[-1] % 2 == 0, lambda: f"gate and up alternate in {x.shape[-1]} columns, an odd number")
     torch._check(limit > 0, lambda: f"a limit of {limit} leaves no gate")
     gate = x.unflatten(-1, (-1, 2)).select(-1, 0)
-    return FAKE["transform_quantize"](gate, transform, global_scale, format, scale_rule, scale_layout)
+    return FAKE["transform_quantize"](gate, transform, global_scale, format, scale_rule, scale_layout, feedback)
 
 
-def _activation_fake(x, kind, transform, global_scale, format, scale_rule, scale_layout="rows"):
+def _activation_fake(x, kind, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None):
     torch._check(kind in ACTIVATIONS, lambda: f"activation {kind!r} is not one of {', '.join(ACTIVATIONS)}")
-    return FAKE["transform_quantize"](x, transform, global_scale, format, scale_rule, scale_layout)
+    return FAKE["transform_quantize"](x, transform, global_scale, format, scale_rule, scale_layout, feedback)
 
 
 FUSED_REFERENCE = {

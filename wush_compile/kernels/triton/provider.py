@@ -20,7 +20,11 @@ NORM_LAYOUT = "the norms' kernels write scales in rows only"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def refuses_transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
+def refuses_transform_quantize(
+    x, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
+) -> str | None:
+    if feedback is not None:
+        return "no Triton kernel rounds with feedback yet"
     fmt = ACTIVATION_FORMATS.get(format) or FORMATS.get(format)
     if fmt is None or format == "int4":
         return f"{format} has no Triton kernel"
@@ -53,76 +57,94 @@ def refuses_transform_quantize(x, transform, global_scale, format, scale_rule, s
     return None
 
 
-def _refuses_prologue(x, transform, global_scale, format, scale_rule, others) -> str | None:
+def _refuses_prologue(x, transform, global_scale, format, scale_rule, feedback, others) -> str | None:
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"input is {x.dtype}"
     for other in others:
         if other is not None and (other.dtype != x.dtype or other.device != x.device):
             return f"input is {x.dtype} on {x.device}, an operand {other.dtype} on {other.device}"
-    return refuses_transform_quantize(x, transform, global_scale, format, scale_rule)
+    return refuses_transform_quantize(x, transform, global_scale, format, scale_rule, feedback=feedback)
 
 
-def _refuses_norm(x, vectors, eps_tensor, transform, global_scale, format, scale_rule) -> str | None:
+def _refuses_norm(x, vectors, eps_tensor, transform, global_scale, format, scale_rule, feedback) -> str | None:
     if format in ACTIVATION_FORMATS:
         return f"no kernel has a norm in front of {format} activations"
     if any(v is not None and v.shape != x.shape[-1:] for v in vectors):
         return "the norm does not have the width of the input"
     if eps_tensor is not None and (eps_tensor.device != x.device or eps_tensor.numel() != 1):
         return "eps is not one number on the device"
-    return _refuses_prologue(x, transform, global_scale, format, scale_rule, vectors)
+    return _refuses_prologue(x, transform, global_scale, format, scale_rule, feedback, vectors)
 
 
 def refuses_rms_norm(
-    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> str | None:
     if scale_layout != "rows":
         return NORM_LAYOUT
     if gain not in GAINS or (weight is None) != (gain == "none"):
         return f"gain {gain} does not fit the presence of a weight"
-    return _refuses_norm(x, (weight,), eps_tensor, transform, global_scale, format, scale_rule)
+    return _refuses_norm(x, (weight,), eps_tensor, transform, global_scale, format, scale_rule, feedback)
 
 
 def refuses_add_rms_norm(
-    x, residual, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+    x,
+    residual,
+    weight,
+    eps,
+    eps_tensor,
+    gain,
+    transform,
+    global_scale,
+    format,
+    scale_rule,
+    scale_layout="rows",
+    feedback=None,
 ) -> str | None:
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
         return "x and its residual differ"
-    quantizer = (transform, global_scale, format, scale_rule, scale_layout)
+    quantizer = (transform, global_scale, format, scale_rule, scale_layout, feedback)
     return refuses_rms_norm(x, weight, eps, eps_tensor, gain, *quantizer)
 
 
 def refuses_layer_norm(
-    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows"
+    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> str | None:
     if scale_layout != "rows":
         return NORM_LAYOUT
-    return _refuses_norm(x, (weight, bias), eps_tensor, transform, global_scale, format, scale_rule)
+    return _refuses_norm(x, (weight, bias), eps_tensor, transform, global_scale, format, scale_rule, feedback)
 
 
-def refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
+def refuses_silu_mul(
+    gate, up, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
+) -> str | None:
     if gate.shape != up.shape:
         return "gate and up differ in shape"
-    return _refuses_prologue(gate, transform, global_scale, format, scale_rule, (up,))
+    return _refuses_prologue(gate, transform, global_scale, format, scale_rule, feedback, (up,))
 
 
 def refuses_gelu_mul(
-    gate, up, approximate, transform, global_scale, format, scale_rule, scale_layout="rows"
+    gate, up, approximate, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> str | None:
     if approximate not in ("none", "tanh"):
         return f"approximation {approximate}"
-    return refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule)
+    return refuses_silu_mul(gate, up, transform, global_scale, format, scale_rule, feedback=feedback)
 
 
-def refuses_swiglu_oai(x, limit, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
+def refuses_swiglu_oai(
+    x, limit, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
+) -> str | None:
     if x.shape[-1] % 2:
         return "gate and up do not alternate in an odd number of columns"
-    return _refuses_prologue(x.unflatten(-1, (-1, 2)).select(-1, 0), transform, global_scale, format, scale_rule, ())
+    gate = x.unflatten(-1, (-1, 2)).select(-1, 0)
+    return _refuses_prologue(gate, transform, global_scale, format, scale_rule, feedback, ())
 
 
-def refuses_activation(x, kind, transform, global_scale, format, scale_rule, scale_layout="rows") -> str | None:
+def refuses_activation(
+    x, kind, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
+) -> str | None:
     if kind not in ACTIVATIONS:
         return f"activation {kind}"
-    return _refuses_prologue(x, transform, global_scale, format, scale_rule, ())
+    return _refuses_prologue(x, transform, global_scale, format, scale_rule, feedback, ())
 
 
 def refuses_fp4_linear(
@@ -178,7 +200,7 @@ def refuses_observe(x, mask, moment, count, sample, seed=0, weight=None) -> str 
     return None
 
 
-def transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows"):
+def transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None):
     """`wush::transform_quantize` in Triton."""
     if format in ACTIVATION_FORMATS or scale_layout == "lanes":
         rule = dict(global_scale=global_scale, rule=scale_rule, lanes=scale_layout == "lanes")

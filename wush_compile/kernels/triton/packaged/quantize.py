@@ -28,6 +28,7 @@ def transform_quantize(
     format: str,
     scale_rule: str,
     scale_layout: str = "rows",
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`wush::transform_quantize` for a device of that compute capability, with scales in rows."""
     rows, lead, width = dense_rows(x), x.shape[:-1], x.shape[-1]

@@ -11,16 +11,29 @@ from .transform_quantize import transform_quantize
 
 
 def rms_norm_transform_quantize(
-    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> tuple[Tensor, Tensor]:
     """`wush::rms_norm_transform_quantize`. The sum of squares has another order than PyTorch's."""
     rows_only(scale_layout)
     eps = eps if eps_tensor is None else eps_tensor
-    return norm_quantize(x, weight, None, eps, f"rms_{gain}", transform, global_scale, format, scale_rule)
+    return norm_quantize(
+        x, weight, None, eps, f"rms_{gain}", transform, global_scale, format, scale_rule, feedback=feedback
+    )
 
 
 def add_rms_norm_transform_quantize(
-    x, residual, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+    x,
+    residual,
+    weight,
+    eps,
+    eps_tensor,
+    gain,
+    transform,
+    global_scale,
+    format,
+    scale_rule,
+    scale_layout="rows",
+    feedback=None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`wush::add_rms_norm_transform_quantize`. The sum of squares has another order than PyTorch's."""
     rows_only(scale_layout)
@@ -31,7 +44,7 @@ def add_rms_norm_transform_quantize(
 
 
 def layer_norm_transform_quantize(
-    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows"
+    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> tuple[Tensor, Tensor]:
     """`wush::layer_norm_transform_quantize`. The sums have another order than PyTorch's."""
     rows_only(scale_layout)
@@ -48,7 +61,7 @@ def _gated(prologue, gate, transform, global_scale, format, scale_rule, scale_la
 
 
 def rms_norm_keep_transform_quantize(
-    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows"
+    x, weight, eps, eps_tensor, gain, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`wush::rms_norm_keep_transform_quantize`."""
     rows_only(scale_layout)
@@ -59,7 +72,7 @@ def rms_norm_keep_transform_quantize(
 
 
 def layer_norm_keep_transform_quantize(
-    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows"
+    x, weight, bias, eps, eps_tensor, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`wush::layer_norm_keep_transform_quantize`."""
     rows_only(scale_layout)
@@ -70,14 +83,14 @@ def layer_norm_keep_transform_quantize(
 
 
 def silu_mul_transform_quantize(
-    gate, up, transform, global_scale, format, scale_rule, scale_layout="rows"
+    gate, up, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> tuple[Tensor, Tensor]:
     """`wush::silu_mul_transform_quantize`."""
     return _gated(Prologue("silu", up), gate, transform, global_scale, format, scale_rule, scale_layout)
 
 
 def gelu_mul_transform_quantize(
-    gate, up, approximate, transform, global_scale, format, scale_rule, scale_layout="rows"
+    gate, up, approximate, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> tuple[Tensor, Tensor]:
     """`wush::gelu_mul_transform_quantize`; approximate: none or tanh."""
     prologue = Prologue("gelu" if approximate == "none" else "gelu_tanh", up)
@@ -85,14 +98,14 @@ def gelu_mul_transform_quantize(
 
 
 def swiglu_oai_transform_quantize(
-    x, limit, transform, global_scale, format, scale_rule, scale_layout="rows"
+    x, limit, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> tuple[Tensor, Tensor]:
     """`wush::swiglu_oai_transform_quantize`."""
     return _gated(Prologue("swiglu_oai", limit=limit), x, transform, global_scale, format, scale_rule, scale_layout)
 
 
 def activation_transform_quantize(
-    x, kind, transform, global_scale, format, scale_rule, scale_layout="rows"
+    x, kind, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> tuple[Tensor, Tensor]:
     """`wush::activation_transform_quantize`; kind: a name in `ops.fused.ACTIVATIONS`."""
     return _gated(Prologue(kind), x, transform, global_scale, format, scale_rule, scale_layout)
