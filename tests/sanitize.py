@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from wush_compile import feedback
 from wush_compile.formats import ACTIVATION_FORMATS, FORMATS, get_format, quantize
 from wush_compile.kernels import cuda
 from wush_compile.kernels.triton.calibration import gptq as triton_gptq
@@ -139,6 +140,48 @@ def tile_cases() -> Iterator[Case]:
             )
 
         yield f"quantize {format} {dtype} {kind}", call
+
+
+def feedback_cases() -> Iterator[Case]:
+    """Rounding with feedback: all rules, layouts, and behind a norm and a gate."""
+    rules = [(format, rule) for format, rule in RULES if rule != "paper"]
+    for index, ((format, rule), kind) in enumerate(itertools.product(rules, ("shared", "distinct", "double"))):
+        m, k = size(index)
+
+        def call(format=format, rule=rule, kind=kind, m=m, k=k, swizzled=index % 2 == 1):
+            f = normal(*feedback.shape(format, k)) / 8
+            return both_passes(
+                m,
+                k,
+                lambda x: triton_quantize.transform_quantize(
+                    x, matrices(kind, k, format), None, format, rule, None, swizzled, feedback=f
+                ),
+            )
+
+        yield f"quantize with feedback {format} {rule} {kind} {m}x{k} swizzled={index % 2 == 1}", call
+    for format, (m, k) in itertools.product(FLOATS, ((3, 576), (129, 1536), (333, 4096))):
+
+        def fused(format=format, m=m, k=k):
+            tail = (
+                matrices("distinct", k, format),
+                None,
+                format,
+                "mse",
+                "rows",
+                normal(*feedback.shape(format, k)) / 8,
+            )
+            gated = triton_fused.silu_mul_transform_quantize(rows(m, k), rows(m, k), *tail)
+            return *gated, *triton_fused.rms_norm_transform_quantize(rows(m, k), normal(k), 1e-5, None, "wide", *tail)
+
+        yield f"fused with feedback {format} {m}x{k}", fused
+    for m in (3, 129):
+
+        def lanes(m=m):
+            f = normal(*feedback.shape("nvfp4", 1536)) / 8
+            more = dict(lanes=True, rule="mse", feedback=f)
+            return quantize_tokens(rows(m, 1536), matrices("distinct", 1536, "nvfp4"), "nvfp4", **more)
+
+        yield f"lanes with feedback {m}x1536", lanes
 
 
 def prologue_cases() -> Iterator[Case]:
@@ -450,6 +493,7 @@ def csrc_cases() -> Iterator[Case]:
 
 GROUPS = {
     "quantizer": quantizer_cases,
+    "feedback": feedback_cases,
     "tiles": tile_cases,
     "prologues": prologue_cases,
     "products": product_cases,

@@ -75,13 +75,13 @@ def test_lower_takes_apart_what_a_gpu_has_only_the_quantizer_for(fused, kernels_
 
     def implementation(arguments, reason=None):
         def refuses(*args):
-            assert len(args) == arguments and args[-3:] == ("mxfp4", "absmax", "rows")
+            assert len(args) == arguments and args[-4:] == ("mxfp4", "absmax", "rows", None)
             return reason
 
         return [("triton", kernels.Implementation(None, refuses))]
 
     arguments = len(getattr(wush, fused).default._schema.arguments)
-    table = {} if kernels_for == "none" else {"transform_quantize": implementation(6)}
+    table = {} if kernels_for == "none" else {"transform_quantize": implementation(7)}
     if kernels_for in ("both", "refused"):
         table[fused] = implementation(arguments, "too wide" if kernels_for == "refused" else None)
     monkeypatch.setattr(kernels, "resolve", lambda device: table)

@@ -178,20 +178,25 @@ def compile_linear(format, n, k, kernel, cc, promote=0, activation="same"):
     return compile_kernel(fused_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
 
 
-def compile_quantize(format, cc, block, tile, rule="absmax", words=None, pdl=None, flat=None, prologue=None):
+def compile_quantize(
+    format, cc, block, tile, rule="absmax", words=None, pdl=None, flat=None, prologue=None, feeds_back=False
+):
     """The quantizer for x bf16 [M, 4096]; words and pdl as a launch has them where they are None; flat: the kernel that
     takes the fields of the spec one by one; prologue: an activation without a second operand."""
     pointers = dict(x="*bf16", codes="*u8", scales="*u8", M="i32", pitch="i32") | ({"t": "*bf16"} if block else {})
+    pointers |= {"feedback": "*bf16"} if feeds_back else {}
     limit = 7.0 if prologue == "swiglu_oai" else 0.0
     rows = torch.empty(1, 8192 if limit else 4096, dtype=torch.bfloat16, device="meta")
     t = rows.new_empty(4096 // block, block, block) if block else None
     sm = triton_tiles.instructions(divmod(cc, 10))
-    spec = triton_spec.make_spec(rows, t, None, format, rule, tile, sm, prologue=prologue, limit=limit)
+    how = dict(prologue=prologue, limit=limit, feeds_back=feeds_back)
+    spec = triton_spec.make_spec(rows, t, None, format, rule, tile, sm, **how)
     spec = spec._replace(
         words=triton_tiles.words(tile, spec.fp32_dot, block, 4096) if words is None else words,
         pdl=cc >= 90 if pdl is None else pdl,
     )
-    constants = dict.fromkeys(("t", "global_scale", "up", "weight", "bias", "mean", "scale", "kept")) | dict(up_pitch=0)
+    absent = ("t", "feedback", "global_scale", "up", "weight", "bias", "mean", "scale", "kept")
+    constants = dict.fromkeys(absent) | dict(up_pitch=0)
     constants |= spec._asdict() if flat else dict(SPEC=spec)
     kernel = flat or triton_quantize.transform_quantize_kernel
     return compile_kernel(kernel, pointers, constants, cc, tile.warps, fusion=False)
@@ -208,7 +213,7 @@ def compile_norm(k, plan, cc, keep=False):
     spec = triton_spec.make_spec(rows, t, None, "mxfp4", "absmax", tile, sm, prologue="rms_rounded", pdl=cc >= 90)
     steps = triton_statistics.steps(k, plan.rows, tile.warps)
     constants = dict(
-        dict.fromkeys(("up", "bias", "mean", "scale", "kept", "counters", "global_scale")),
+        dict.fromkeys(("up", "bias", "mean", "scale", "kept", "counters", "feedback", "global_scale")),
         up_pitch=0,
         SPEC=spec._replace(words=triton_tiles.words(tile, spec.fp32_dot, 32, k)),
         SUMS=triton_statistics.Sums(k, plan.rows, steps, centered=False, eps_tensor=False, sm=sm),
@@ -229,7 +234,7 @@ def compile_tokens(activation, m, k, block, cc, prologue=None, lanes=False):
     sm = triton_tiles.instructions(divmod(cc, 10))
     rule = "absmax" if activation in FORMATS else ""
     spec = triton_spec.make_spec(rows, t, None, activation, rule, tile, sm, prologue=prologue, pdl=cc >= 90)
-    constants = dict.fromkeys(("t", "up", "global_scale", "scales", "maxima", "counters")) | dict(
+    constants = dict.fromkeys(("t", "feedback", "up", "global_scale", "scales", "maxima", "counters")) | dict(
         up_pitch=0, TILES=tiles
     )
     constants |= dict(LANES=lanes, LATE=lanes and m <= 64, SPEC=spec)
@@ -278,8 +283,10 @@ def test_a_silent_fallback_is_seen():
 
 @BLACKWELL
 @both
-def test_quantizers_are_native_on_blackwell(cc, format):
-    compiled = compile_quantize(format, cc, FORMATS[format].group_size, triton_tiles.Tile(64, 64, 1, 1, 4))
+@pytest.mark.parametrize("feeds_back", [False, True])
+def test_quantizers_are_native_on_blackwell(cc, format, feeds_back):
+    tile = triton_tiles.Tile(64, 64, 1, 1, 4)
+    compiled = compile_quantize(format, cc, FORMATS[format].group_size, tile, feeds_back=feeds_back)
     assert "cvt.rn.satfinite.e2m1x2.f32" in compiled.asm["ptx"]
     code = sass(compiled)
     if code:
@@ -410,6 +417,31 @@ def test_instructions_a_value_of_the_nvfp4_quantizer(cc):
     assert counts["mse"] < 37 and counts["search"] < 62
 
 
+@both
+@pytest.mark.parametrize("cc", [80, 89, 90, 100, 120])
+def test_rounding_with_feedback_stays_in_registers(cc, format):
+    """Nothing spills, and what errors add is computed by tensor cores."""
+    tile = triton_tiles.Tile(64, 64, 6, 4, 4)
+    code = sass(compile_quantize(format, cc, FORMATS[format].group_size, tile, "mse", feeds_back=True))
+    if not code:
+        pytest.skip(f"Triton's disassembler does not know sm_{cc}")
+    assert re.search(r"\b(HMMA|HGMMA|UTCHMMA)\b", code) and not re.search(r"\b(STL|LDL)\b", code)
+
+
+@both
+def test_instructions_of_rounding_with_feedback(format):
+    """In the loop over whole tiles on Hopper: 9 to find the error of three values in four, one to subtract what errors
+    add to a value. No value moves between threads, and no operand of the products is stored again."""
+    block, tile, counts = FORMATS[format].group_size, triton_tiles.Tile(64, 64, 6, 4, 4), {}
+    for feeds_back in (False, True):
+        loop = main_loops(sass(compile_quantize(format, 90, block, tile, "mse", feeds_back=feeds_back)))[0]
+        number, *moved = (len(re.findall(p, loop)) for p in (r"/\*[0-9a-f]{4,}\*/\s", r"\bSTS", r"\bLDS", r"\bSHFL"))
+        counts[feeds_back] = number / 32, moved
+    print(f"{format}: {counts[False][0]:.1f} instructions a value, {counts[True][0]:.1f} with feedback")
+    assert counts[True][1] == counts[False][1]
+    assert counts[True][0] < counts[False][0] + 9
+
+
 def bare(compiled) -> str:
     """PTX without the kernel's name and without line information."""
     ptx = re.split(r"\n\s*\.(?:file|section)\b", compiled.asm["ptx"])[0].replace(compiled.name, "")
@@ -417,13 +449,14 @@ def bare(compiled) -> str:
     return "\n".join(line for line in lines if line and not re.match(r"\.loc\b|\$L__(tmp|func)", line))
 
 
-@pytest.mark.parametrize("block", [0, 16])
-def test_a_packaged_quantizer_compiles_from_its_text_alone(block, tmp_path, monkeypatch):
+@pytest.mark.parametrize("block, feeds_back", [(0, False), (16, False), (16, True)])
+def test_a_packaged_quantizer_compiles_from_its_text_alone(block, feeds_back, tmp_path, monkeypatch):
     """Inductor compiles a copy of the sources, in which the fields of a `Spec` come one by one: to the same code."""
     from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as text_of
 
     tile = triton_tiles.choose_tile(100, 4096, block)
-    want = bare(compile_quantize("nvfp4", 90, block, tile, "mse", words=0, pdl=False))
+    how = dict(words=0, pdl=False, feeds_back=feeds_back)
+    want = bare(compile_quantize("nvfp4", 90, block, tile, "mse", **how))
     kernel = triton_quantize.flat_transform_quantize_kernel
     imports = "import triton, triton.language as tl\nfrom triton.language.extra import libdevice\n"
     (tmp_path / "copied_kernel.py").write_text(imports + "@triton.jit\n" + text_of(kernel))
@@ -432,8 +465,8 @@ def test_a_packaged_quantizer_compiles_from_its_text_alone(block, tmp_path, monk
     import copied_kernel
 
     for flat in (kernel, copied_kernel.flat_transform_quantize_kernel):
-        assert bare(compile_quantize("nvfp4", 90, block, tile, "mse", words=0, pdl=False, flat=flat)) == want
-    assert bare(compile_quantize("nvfp4", 90, block, tile, "absmax", words=0, pdl=False)) != want
+        assert bare(compile_quantize("nvfp4", 90, block, tile, "mse", **how, flat=flat)) == want
+    assert bare(compile_quantize("nvfp4", 90, block, tile, "absmax", **how)) != want
 
 
 def test_each_spec_has_a_kernel_of_its_own():

@@ -23,8 +23,6 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 def refuses_transform_quantize(
     x, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> str | None:
-    if feedback is not None:
-        return "no Triton kernel rounds with feedback yet"
     fmt = ACTIVATION_FORMATS.get(format) or FORMATS.get(format)
     if fmt is None or format == "int4":
         return f"{format} has no Triton kernel"
@@ -39,6 +37,8 @@ def refuses_transform_quantize(
         global_scale.dtype != torch.float32 or global_scale.numel() != 1 or global_scale.device != x.device
     ):
         return f"global scale is {global_scale.dtype} {tuple(global_scale.shape)} on {global_scale.device}"
+    if feedback is not None and (feedback.device != x.device or transform is None):
+        return "feedback needs a transform, and all of it on one device"
     if transform is not None:
         block = transform.shape[-1]
         if transform.dtype not in FLOATS or transform.device != x.device:
@@ -203,10 +203,11 @@ def refuses_observe(x, mask, moment, count, sample, seed=0, weight=None) -> str 
 def transform_quantize(x, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None):
     """`wush::transform_quantize` in Triton."""
     if format in ACTIVATION_FORMATS or scale_layout == "lanes":
-        rule = dict(global_scale=global_scale, rule=scale_rule, lanes=scale_layout == "lanes")
+        lanes = scale_layout == "lanes"
+        rule = dict(global_scale=global_scale, rule=scale_rule, lanes=lanes, feedback=feedback)
         return triton_tokens.quantize_tokens(x, transform, format, **rule)
-    swizzled = scale_layout == "swizzled"
-    return triton_quantize.transform_quantize(x, transform, global_scale, format, scale_rule, swizzled=swizzled)
+    more = dict(swizzled=scale_layout == "swizzled", feedback=feedback)
+    return triton_quantize.transform_quantize(x, transform, global_scale, format, scale_rule, **more)
 
 
 def fp4_linear(

@@ -32,30 +32,30 @@ def transform_quantize(
 ) -> tuple[Tensor, Tensor]:
     """`wush::transform_quantize` for a device of that compute capability, with scales in rows."""
     rows, lead, width = dense_rows(x), x.shape[:-1], x.shape[-1]
-    t = None if transform is None else transform.contiguous()
+    t, f = (None if tensor is None else tensor.contiguous() for tensor in (transform, feedback))
     make = _tokens if format in ACTIVATION_FORMATS else _codes
-    codes, scales = make(rows, t, global_scale, format, scale_rule, known, _limits(width))
+    codes, scales = make(rows, t, f, global_scale, format, scale_rule, known, _limits(width))
     return codes.view(*lead, codes.shape[-1]), scales.view(*lead, scales.shape[-1])
 
 
-def _codes(x, t, global_scale, format, rule, known, limits) -> tuple[Tensor, Tensor]:
+def _codes(x, t, f, global_scale, format, rule, known, limits) -> tuple[Tensor, Tensor]:
     """Codes uint8 [M, K/2] and scales uint8 [M, K/G] of x [M, K]."""
     m, width = x.shape
     codes = x.new_empty((m, width // 2), dtype=torch.uint8)
     scales = x.new_empty((m, width // FORMATS[format].group_size), dtype=torch.uint8)
     block = 0 if t is None else t.shape[-1]
-    for first, last, tile in bands(m, lambda most: choose_tile(most, width, block), limits):
+    for first, last, tile in bands(m, lambda most: choose_tile(most, width, block, f is not None), limits):
         grid = (tiles(width, tile.columns) * in_band(m, first, last) * tiles(m, tile.rows * tile.tiles),)
-        spec = make_spec(x, t, global_scale, format, rule, tile, instructions(known.capability))
-        given = dict(x=x, t=t, global_scale=global_scale, codes=codes, scales=scales, M=m, pitch=x.stride(0))
-        written = launch(
-            flat_transform_quantize_kernel, ("codes", "scales"), grid, tile.warps, **given, **spec._asdict()
-        )
+        how = dict(feeds_back=f is not None)
+        spec = make_spec(x, t, global_scale, format, rule, tile, instructions(known.capability), **how)
+        operands = dict(x=x, t=t, feedback=f, global_scale=global_scale)
+        given = dict(**operands, codes=codes, scales=scales, M=m, pitch=x.stride(0), **spec._asdict())
+        written = launch(flat_transform_quantize_kernel, ("codes", "scales"), grid, tile.warps, **given)
         codes, scales = written["codes"], written["scales"]
     return codes, scales
 
 
-def _tokens(x, t, global_scale, format, rule, known, limits) -> tuple[Tensor, Tensor]:
+def _tokens(x, t, f, global_scale, format, rule, known, limits) -> tuple[Tensor, Tensor]:
     """e4m3 bytes [M, K] and scales fp32 [M, 1], or x's dtype [M, K] and fp32 [M, 0]."""
     (m, width), fp8 = x.shape, format == "fp8"
     columns, dtype, groups, scale_dtype = operand_layout(format, width, x.dtype)
@@ -79,6 +79,7 @@ def _tokens(x, t, global_scale, format, rule, known, limits) -> tuple[Tensor, Te
             tile.warps,
             x=x,
             t=t,
+            feedback=None,
             global_scale=global_scale,
             codes=codes,
             scales=scales if fp8 else None,

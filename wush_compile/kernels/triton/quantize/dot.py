@@ -31,12 +31,18 @@ def load_operand(t, first, SPEC: tl.constexpr, EVEN: tl.constexpr):
 @triton.jit
 def dot(x, operand, SPEC: tl.constexpr):
     """fp32 [R, W]: x @ operand, its columns in the order of the outputs."""
-    R: tl.constexpr = SPEC.rows
-    W: tl.constexpr = SPEC.columns
     if SPEC.fp32_dot:
         y = tl.dot(x.to(tl.float32), operand.to(tl.float32), input_precision="ieee")
     else:
         y = tl.dot(x, operand)
+    return output_order(y, SPEC)
+
+
+@triton.jit
+def output_order(y, SPEC: tl.constexpr):
+    """[R, W] from the order of `load_operand`'s columns to that of the outputs."""
+    R: tl.constexpr = SPEC.rows
+    W: tl.constexpr = SPEC.columns
     return tl.reshape(tl.permute(tl.reshape(y, (R, W // 8, 4, 2)), (0, 2, 1, 3)), (R, W))
 
 

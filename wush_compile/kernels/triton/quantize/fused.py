@@ -16,9 +16,8 @@ def rms_norm_transform_quantize(
     """`wush::rms_norm_transform_quantize`. The sum of squares has another order than PyTorch's."""
     rows_only(scale_layout)
     eps = eps if eps_tensor is None else eps_tensor
-    return norm_quantize(
-        x, weight, None, eps, f"rms_{gain}", transform, global_scale, format, scale_rule, feedback=feedback
-    )
+    tail = (transform, global_scale, format, scale_rule)
+    return norm_quantize(x, weight, None, eps, f"rms_{gain}", *tail, feedback=feedback)
 
 
 def add_rms_norm_transform_quantize(
@@ -40,7 +39,8 @@ def add_rms_norm_transform_quantize(
     eps = eps if eps_tensor is None else eps_tensor
     total = x.new_empty(x.shape)
     tail = (transform, global_scale, format, scale_rule)
-    return *norm_quantize(x, weight, None, eps, f"rms_{gain}", *tail, kept=total, up=residual), total
+    more = dict(kept=total, up=residual, feedback=feedback)
+    return *norm_quantize(x, weight, None, eps, f"rms_{gain}", *tail, **more), total
 
 
 def layer_norm_transform_quantize(
@@ -49,15 +49,17 @@ def layer_norm_transform_quantize(
     """`wush::layer_norm_transform_quantize`. The sums have another order than PyTorch's."""
     rows_only(scale_layout)
     eps = eps if eps_tensor is None else eps_tensor
-    return norm_quantize(x, weight, bias, eps, "layer_norm", transform, global_scale, format, scale_rule)
+    tail = (transform, global_scale, format, scale_rule)
+    return norm_quantize(x, weight, bias, eps, "layer_norm", *tail, feedback=feedback)
 
 
-def _gated(prologue, gate, transform, global_scale, format, scale_rule, scale_layout) -> tuple[Tensor, Tensor]:
+def _gated(prologue, gate, transform, global_scale, format, scale_rule, scale_layout, feedback):
     if format in ACTIVATION_FORMATS or scale_layout == "lanes":
-        rule = dict(global_scale=global_scale, rule=scale_rule, lanes=scale_layout == "lanes")
+        lanes = scale_layout == "lanes"
+        rule = dict(global_scale=global_scale, rule=scale_rule, lanes=lanes, feedback=feedback)
         return quantize_tokens(gate, transform, format, prologue, **rule)
-    swizzled = scale_layout == "swizzled"
-    return transform_quantize(gate, transform, global_scale, format, scale_rule, swizzled=swizzled, prologue=prologue)
+    tail = dict(swizzled=scale_layout == "swizzled", prologue=prologue, feedback=feedback)
+    return transform_quantize(gate, transform, global_scale, format, scale_rule, **tail)
 
 
 def rms_norm_keep_transform_quantize(
@@ -68,7 +70,7 @@ def rms_norm_keep_transform_quantize(
     eps = eps if eps_tensor is None else eps_tensor
     kept = x.new_empty(x.shape)
     tail = (transform, global_scale, format, scale_rule)
-    return *norm_quantize(x, weight, None, eps, f"rms_{gain}", *tail, kept=kept), kept
+    return *norm_quantize(x, weight, None, eps, f"rms_{gain}", *tail, kept=kept, feedback=feedback), kept
 
 
 def layer_norm_keep_transform_quantize(
@@ -79,14 +81,14 @@ def layer_norm_keep_transform_quantize(
     eps = eps if eps_tensor is None else eps_tensor
     kept = x.new_empty(x.shape)
     tail = (transform, global_scale, format, scale_rule)
-    return *norm_quantize(x, weight, bias, eps, "layer_norm", *tail, kept=kept), kept
+    return *norm_quantize(x, weight, bias, eps, "layer_norm", *tail, kept=kept, feedback=feedback), kept
 
 
 def silu_mul_transform_quantize(
     gate, up, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> tuple[Tensor, Tensor]:
     """`wush::silu_mul_transform_quantize`."""
-    return _gated(Prologue("silu", up), gate, transform, global_scale, format, scale_rule, scale_layout)
+    return _gated(Prologue("silu", up), gate, transform, global_scale, format, scale_rule, scale_layout, feedback)
 
 
 def gelu_mul_transform_quantize(
@@ -94,18 +96,19 @@ def gelu_mul_transform_quantize(
 ) -> tuple[Tensor, Tensor]:
     """`wush::gelu_mul_transform_quantize`; approximate: none or tanh."""
     prologue = Prologue("gelu" if approximate == "none" else "gelu_tanh", up)
-    return _gated(prologue, gate, transform, global_scale, format, scale_rule, scale_layout)
+    return _gated(prologue, gate, transform, global_scale, format, scale_rule, scale_layout, feedback)
 
 
 def swiglu_oai_transform_quantize(
     x, limit, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> tuple[Tensor, Tensor]:
     """`wush::swiglu_oai_transform_quantize`."""
-    return _gated(Prologue("swiglu_oai", limit=limit), x, transform, global_scale, format, scale_rule, scale_layout)
+    prologue = Prologue("swiglu_oai", limit=limit)
+    return _gated(prologue, x, transform, global_scale, format, scale_rule, scale_layout, feedback)
 
 
 def activation_transform_quantize(
     x, kind, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> tuple[Tensor, Tensor]:
     """`wush::activation_transform_quantize`; kind: a name in `ops.fused.ACTIVATIONS`."""
-    return _gated(Prologue(kind), x, transform, global_scale, format, scale_rule, scale_layout)
+    return _gated(Prologue(kind), x, transform, global_scale, format, scale_rule, scale_layout, feedback)

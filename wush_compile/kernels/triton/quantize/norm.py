@@ -44,6 +44,7 @@ def norm_quantize_kernel(
     kept,
     counters,
     t,
+    feedback,
     global_scale,
     codes,
     scales,
@@ -88,6 +89,7 @@ def norm_quantize_kernel(
             factors,
             kept,
             t,
+            feedback,
             global_scale,
             codes,
             scales,
@@ -124,6 +126,7 @@ def norm_quantize_kernel(
                 scale,
                 kept,
                 t,
+                feedback,
                 global_scale,
                 codes,
                 scales,
@@ -148,12 +151,12 @@ VALUES_AHEAD = 2**22
 MOST_BANDS = 2**14  # counters of a call
 
 
-def choose_plan(rows: int, width: int, block: int) -> NormPlan:
+def choose_plan(rows: int, width: int, block: int, feeds_back: bool = False) -> NormPlan:
     """The plan for x [rows, width] with transform blocks of `block` channels (0: no transform).
 
     The thresholds come from `python benchmarks/speed_quantize_kernel.py tune-norm` on one H100, with blocks of 32; its
     output was not kept. docs/notebook/quantize_kernel.md has the times of the plans in use."""
-    tile = choose_tile(rows, width, block)
+    tile = choose_tile(rows, width, block, feeds_back)
     if rows <= FEW_ROWS:
         own = min(triton.next_power_of_2(rows), tile.rows)
         columns = tile.columns if own == 1 else max(tile.columns, 64)
@@ -183,6 +186,7 @@ def norm_quantize(
     plan: NormPlan | None = None,
     kept: Tensor | None = None,
     up: Tensor | None = None,
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`wush::transform_quantize` of a norm of x [.., K] bf16 or fp16, or of x + up in fp32.
 
@@ -190,10 +194,10 @@ def norm_quantize(
     or a tensor of one. The norm itself, or the sum x + up, is written to `kept`, dense and like x, if there is
     one."""
     if x.numel() == 0:
-        return transform_quantize(x, transform, global_scale, format, scale_rule)
+        return transform_quantize(x, transform, global_scale, format, scale_rule, feedback=feedback)
     rows, width = dense_rows(x), x.shape[-1]
     count = rows.shape[0]
-    plan = plan or choose_plan(count, width, 0 if transform is None else transform.shape[-1])
+    plan = plan or choose_plan(count, width, 0 if transform is None else transform.shape[-1], feedback is not None)
     tile, height = plan.tile, plan.tile.rows * plan.tile.tiles
     mean = scale = counters = None
     if plan.way != "own":
@@ -227,8 +231,12 @@ def norm_quantize(
             **({"launch_pdl": True} if pdl else {}),
         )
         prologue = Prologue(norm, up, weight=weight, bias=bias, mean=mean, scale=scale, kept=kept)
-        return transform_quantize(x, transform, global_scale, format, scale_rule, tile, prologue=prologue)
-    codes, scales, arguments = prepare(x, rows, transform, global_scale, format, scale_rule, tile, norm)
+        return transform_quantize(
+            x, transform, global_scale, format, scale_rule, tile, prologue=prologue, feedback=feedback
+        )
+    codes, scales, arguments = prepare(
+        x, rows, transform, global_scale, format, scale_rule, tile, norm, feedback=feedback
+    )
     bands, columns, lead = triton.cdiv(count, height), triton.cdiv(width, tile.columns), 0
     grid = bands * columns
     if plan.way == "ahead":

@@ -17,6 +17,7 @@ from ..common.formats import (
 )
 from ..common.overlap import wait_arrivals
 from .dot import clean_dot, dot, load_operand
+from .feedback import load_steps, values_to_round
 from .load import apply_prologue, load_rows, load_tile, prefetch
 from .store import store_scales, store_values
 
@@ -43,6 +44,7 @@ def group_scales(y, amax, g, SPEC: tl.constexpr, SM: tl.constexpr):
 def quantize_tile(
     x,
     operand,
+    matrices,
     g,
     codes,
     scales,
@@ -68,13 +70,17 @@ def quantize_tile(
         y, amax = clean_dot(y, x, operand, SPEC)
         bad = amax >= INF_BITS
         byte, factor = group_scales(y, tl.where(bad, 0, amax), g, SPEC, 0)
+        if SPEC.feeds_back:
+            y = values_to_round(y, amax, byte, factor, g, matrices, SPEC, True)
         byte = tl.where(bad, MX_NAN if SPEC.format == "mxfp4" else NV_NAN, byte)
         store_values(codes, y, byte, factor, row, left, first, SPEC, 0, False, 0, MASKED, EVEN)
     else:
         amax = group_amax(y, R, W, G, SPEC.sm)
         byte, factor = group_scales(y, amax, g, SPEC, SPEC.sm)
+        if SPEC.feeds_back:
+            y = values_to_round(y, amax, byte, factor, g, matrices, SPEC, False)
         UNSCALED_MX: tl.constexpr = SPEC.format == "mxfp4" and not SPEC.scaled
-        if SPEC.format == "mxfp4" and SPEC.scaled:
+        if SPEC.feeds_back or (SPEC.format == "mxfp4" and SPEC.scaled):
             MOST: tl.constexpr = 0
         elif SPEC.format == "mxfp4" and SPEC.rule == "absmax":
             MOST: tl.constexpr = 6
@@ -98,6 +104,7 @@ def quantize_rows(
     scale,
     kept,
     t,
+    feedback,
     global_scale,
     codes,
     scales,
@@ -157,6 +164,9 @@ def quantize_rows(
     operand = 0.0
     if SPEC.block > 0:
         operand = load_operand(t, first, SPEC, EVEN)
+    matrices = (0.0, 0.0, 0.0)
+    if SPEC.feeds_back:
+        matrices = load_steps(feedback, first, SPEC, EVEN)
     # NaN, Inf, huge values and saturated scales are rare. They reach the limit, and then a second pass, which is right
     # for any values, overwrites what the first one wrote.
     limit = MX_LIMIT
@@ -169,11 +179,11 @@ def quantize_rows(
         if arrivals is not None:
             wait_arrivals(arrivals)
         tile = apply_prologue(tile, source, 0, left, first, SPEC, True, EVEN)
-        largest = quantize_tile(tile, operand, g, codes, scales, 0, left, shift, first, SPEC, False, True)
+        largest = quantize_tile(tile, operand, matrices, g, codes, scales, 0, left, shift, first, SPEC, False, True)
         if tl.max(tl.reshape(largest, (R * W // G,)), axis=0) >= limit:
             tl.debug_barrier()
             tile = load_tile(source, 0, left, first, SPEC, True, EVEN)
-            quantize_tile(tile, operand, g, codes, scales, 0, left, shift, first, SPEC, True, True)
+            quantize_tile(tile, operand, matrices, g, codes, scales, 0, left, shift, first, SPEC, True, True)
     else:
         if arrivals is not None:
             wait_arrivals(arrivals)
@@ -182,7 +192,9 @@ def quantize_rows(
         largest = tl.zeros((R, W // G), tl.int32)
         for i in tl.range(0, done, num_stages=SPEC.load_stages):
             tile = load_tile(source, i * R, left, first, SPEC, False, EVEN)
-            amax = quantize_tile(tile, operand, g, codes, scales, i * R, left, shift, first, SPEC, False, False)
+            amax = quantize_tile(
+                tile, operand, matrices, g, codes, scales, i * R, left, shift, first, SPEC, False, False
+            )
             largest = tl.maximum(largest, amax)
         if tl.max(tl.reshape(largest, (R * W // G,)), axis=0) >= limit:
             done = 0
@@ -190,4 +202,4 @@ def quantize_rows(
         end = tl.cdiv(left + shift, 128) * 128 - shift if SPEC.swizzled else left
         for i in tl.range(done, tl.minimum(tl.cdiv(end, R), TILES), num_stages=1):
             tile = load_tile(source, i * R, left, first, SPEC, True, EVEN)
-            quantize_tile(tile, operand, g, codes, scales, i * R, left, shift, first, SPEC, True, True)
+            quantize_tile(tile, operand, matrices, g, codes, scales, i * R, left, shift, first, SPEC, True, True)

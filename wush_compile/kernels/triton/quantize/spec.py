@@ -22,6 +22,7 @@ class Spec(NamedTuple):
     group: int  # channels that share a scale (G)
     block: int  # channels of a transform block (B); 0: no transform
     shared: bool  # one matrix serves all blocks
+    feeds_back: bool  # rounds with feedback
     format: str  # mxfp4 or nvfp4; fp8 or none in tokens.py
     rule: str  # scale rule of the format
     scaled: bool  # there is a global scale
@@ -51,6 +52,7 @@ def make_spec(
     limit: float = 0.0,
     swizzled: bool = False,
     pdl: bool = False,
+    feeds_back: bool = False,
 ) -> Spec:
     """The `Spec` for rows [M, K], or [M, 2K] with a limit, transform [K/B or 1, B, B] or None; `words` is 0."""
     width = rows.shape[1] // (2 if limit else 1)
@@ -62,6 +64,7 @@ def make_spec(
         group=(ACTIVATION_FORMATS.get(format) or FORMATS[format]).group_size,
         block=block,
         shared=block > 0 and transform.shape[0] == 1 and width > block,
+        feeds_back=feeds_back,
         format=format,
         rule=rule,
         scaled=global_scale is not None,

@@ -22,15 +22,17 @@ class Tile(NamedTuple):
     warps: int
 
 
-def choose_tile(rows: int, width: int, block: int) -> Tile:
-    """The tile for x [rows, width] with transform blocks of `block` channels (0: no transform)."""
+def choose_tile(rows: int, width: int, block: int, feeds_back: bool = False) -> Tile:
+    """The tile for x [rows, width] with transform blocks of `block` channels (0: no transform).
+
+    Rounding with feedback takes 64 columns or more: in fewer a thread does not hold the values of all steps."""
     if block == 0:
         if rows <= 4:
             return Tile(1, 512, 1, 1, 2)
         return Tile(4, 512, 1, 1, 2) if rows * width <= 2**20 else Tile(4, 1024, 1, 1, 4)
     columns = max(64, block)
     if rows <= 64:
-        return Tile(16, max(32, block) if rows <= 16 else columns, 1, 1, 1 if block <= 64 else 4)
+        return Tile(16, max(32, block) if rows <= 16 and not feeds_back else columns, 1, 1, 1 if block <= 64 else 4)
     if columns > 64:
         return Tile(64, columns, 1, 1, 4 if columns == 128 else 8)
     return Tile(64, 64, 1, 1, 4) if rows * width <= 2**22 else Tile(64, 64, 6, 4, 4)

@@ -32,6 +32,7 @@ from ..common.formats import (
 from ..common.memory import multiprocessors, workspace
 from ..common.overlap import arrive, overlaps, start_next, wait_arrivals, wait_inputs
 from .dot import dot, load_operand
+from .feedback import load_steps, values_to_round
 from .load import inside_mask, load_tile
 from .prologue import Prologue
 from .rows import group_scales
@@ -91,7 +92,7 @@ def _store_tile(codes, values, left, first, SPEC: tl.constexpr, LANES: tl.conste
 
 
 @triton.jit
-def _nvfp4_values(y, g, SPEC: tl.constexpr):
+def _nvfp4_values(y, g, feedback, first, SPEC: tl.constexpr):
     """y fp32 [R, W] -> the values of its NVFP4 codes and scales, which bf16 holds exactly, in fp32."""
     R: tl.constexpr = SPEC.rows
     W: tl.constexpr = SPEC.columns
@@ -99,6 +100,9 @@ def _nvfp4_values(y, g, SPEC: tl.constexpr):
     bad = amax >= INF_BITS
     y = drop_bad(y, amax, R, W, SPEC.group)
     byte, factor = group_scales(y, tl.where(bad, 0, amax), g, SPEC, 0)
+    if SPEC.feeds_back:
+        matrices = load_steps(feedback, first, SPEC, SPEC.width % W == 0)
+        y = values_to_round(y, amax, byte, factor, g, matrices, SPEC, True)
     y = times_factor(y, factor, R, W, SPEC.group)
     values = times_factor(e2m1_magnitude(y), e4m3_factor(tl.where(bad, NV_NAN, byte)), R, W, SPEC.group)
     return tl.where(y < 0, -values, values)
@@ -127,6 +131,7 @@ def token_kernel(
     x,
     up,
     t,
+    feedback,
     global_scale,
     codes,
     scales,
@@ -207,7 +212,7 @@ def token_kernel(
         for i in tl.range(begin, end, num_stages=1):
             y = _transformed(x, up, t, left, i * SPEC.columns, stride, up_pitch, SPEC)
             if SPEC.format == "nvfp4":
-                y = _nvfp4_values(y, g, SPEC)
+                y = _nvfp4_values(y, g, feedback, i * SPEC.columns, SPEC)
             _store_tile(codes, y.to(codes.dtype.element_ty), left, i * SPEC.columns, SPEC, LANES)
     if LATE:
         start_next(SPEC.pdl)
@@ -217,6 +222,7 @@ def token_kernel(
 def flat_token_kernel(
     x,
     t,
+    feedback,
     global_scale,
     codes,
     scales,
@@ -230,6 +236,7 @@ def flat_token_kernel(
     group: tl.constexpr,
     block: tl.constexpr,
     shared: tl.constexpr,
+    feeds_back: tl.constexpr,
     format: tl.constexpr,
     rule: tl.constexpr,
     scaled: tl.constexpr,
@@ -252,6 +259,7 @@ def flat_token_kernel(
         group,
         block,
         shared,
+        feeds_back,
         format,
         rule,
         scaled,
@@ -267,7 +275,9 @@ def flat_token_kernel(
         words,
         pdl,
     )
-    token_kernel(x, None, t, global_scale, codes, scales, maxima, counters, M, pitch, 0, TILES, False, False, SPEC)
+    token_kernel(
+        x, None, t, feedback, global_scale, codes, scales, maxima, counters, M, pitch, 0, TILES, False, False, SPEC
+    )
 
 
 def choose_tokens(
@@ -297,12 +307,13 @@ def quantize_tokens(
     lanes: bool = False,
     global_scale: Tensor | None = None,
     rule: str = "",
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`wush::transform_quantize` for fp8 and none (`formats.ACTIVATION_FORMATS`), and for nvfp4 in the layout `lanes`.
 
     x [.., K] bf16, fp16 or fp32 -> codes uint8 [.., K], scales fp32 [.., 1]; or x's dtype [.., K], fp32 [.., 0].
     prologue: an activation, gated or not, or nothing. lanes: the layout `lanes`; K is a multiple of 128, and the tiles'
-    columns one of 64. global_scale, rule: of nvfp4 alone."""
+    columns one of 64. global_scale, rule, feedback: of nvfp4 alone."""
     rows = dense_rows(x)
     count, width = rows.shape[0], rows.shape[1] // (2 if prologue.limit else 1)
     columns, dtype, groups, scale_dtype = operand_of(format, width, x.dtype, "lanes" if lanes else "rows")
@@ -318,9 +329,12 @@ def quantize_tokens(
     sm = device_instructions(x.device.index) if x.is_cuda else 0
     pdl = x.is_cuda and overlaps(x.device.index)
     fused = dict(prologue=prologue.name, limit=prologue.limit)
-    spec = make_spec(rows, transform, global_scale, format, rule, tile, sm, **fused, pdl=pdl)
+    spec = make_spec(
+        rows, transform, global_scale, format, rule, tile, sm, **fused, pdl=pdl, feeds_back=feedback is not None
+    )
     up = None if prologue.up is None else dense_rows(prologue.up)
     t = None if transform is None else transform.contiguous()
+    feedback = None if feedback is None else feedback.contiguous()
     flat_codes, flat_scales = codes.view(count, columns), scales.view(count, groups)
     for start in range(0, count, tile.rows * MOST_BANDS):
         some = slice(start, start + tile.rows * MOST_BANDS)
@@ -334,6 +348,7 @@ def quantize_tokens(
             part,
             None if up is None else up[some],
             t,
+            feedback,
             global_scale,
             flat_codes[some],
             flat_scales[some],

@@ -7,6 +7,7 @@ and the operand stays on the chip from tile to tile.
     spec.py     what a kernel is compiled for        tiles.py       tiles by shape, instructions by device
     load.py     tiles of x                           prologue.py    what may happen to x first
     dot.py      the transform                        norm.py        a norm as prologue, in one launch
+    feedback.py rounding with feedback
     codes.py    packing                              statistics.py  the sums that a norm needs
     store.py    codes and scales to memory           fused.py       the fused ops
     rows.py     one program: the loop over tiles
@@ -29,7 +30,22 @@ from .tiles import MOST_ROWS, Tile, choose_tile, device_instructions, words
 
 @triton.jit(do_not_specialize=["M"])
 def transform_quantize_kernel(
-    x, up, weight, bias, mean, scale, kept, t, global_scale, codes, scales, M, pitch, up_pitch, SPEC: tl.constexpr
+    x,
+    up,
+    weight,
+    bias,
+    mean,
+    scale,
+    kept,
+    t,
+    feedback,
+    global_scale,
+    codes,
+    scales,
+    M,
+    pitch,
+    up_pitch,
+    SPEC: tl.constexpr,
 ):
     """x [M, K], its rows `pitch` apart, t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G].
 
@@ -49,6 +65,7 @@ def transform_quantize_kernel(
         scale,
         kept,
         t,
+        feedback,
         global_scale,
         codes,
         scales,
@@ -63,6 +80,7 @@ def transform_quantize_kernel(
 def flat_transform_quantize_kernel(
     x,
     t,
+    feedback,
     global_scale,
     codes,
     scales,
@@ -73,6 +91,7 @@ def flat_transform_quantize_kernel(
     group: tl.constexpr,
     block: tl.constexpr,
     shared: tl.constexpr,
+    feeds_back: tl.constexpr,
     format: tl.constexpr,
     rule: tl.constexpr,
     scaled: tl.constexpr,
@@ -96,6 +115,7 @@ def flat_transform_quantize_kernel(
         group,
         block,
         shared,
+        feeds_back,
         format,
         rule,
         scaled,
@@ -111,7 +131,9 @@ def flat_transform_quantize_kernel(
         words,
         pdl,
     )
-    transform_quantize_kernel(x, None, None, None, None, None, None, t, global_scale, codes, scales, M, pitch, 0, SPEC)
+    transform_quantize_kernel(
+        x, None, None, None, None, None, None, t, feedback, global_scale, codes, scales, M, pitch, 0, SPEC
+    )
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -133,6 +155,7 @@ def prepare(
     prologue: str | None,
     swizzled: bool = False,
     limit: float = 0.0,
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, dict]:
     """(codes, scales) to be written for x, and the arguments, by name, that every kernel with `quantize_rows` takes;
     rows = dense_rows(x), of 2K columns with a limit."""
@@ -143,7 +166,7 @@ def prepare(
     scales = torch.empty(shape, dtype=torch.uint8, device=x.device)
     sm = device_instructions(x.device.index) if x.is_cuda else 0
     pdl = x.is_cuda and overlaps(x.device.index)
-    given = dict(prologue=prologue, limit=limit, swizzled=swizzled, pdl=pdl)
+    given = dict(prologue=prologue, limit=limit, swizzled=swizzled, pdl=pdl, feeds_back=feedback is not None)
     spec = make_spec(rows, transform, global_scale, format, scale_rule, tile, sm, **given)
     if sm > 0:
         spec = spec._replace(words=words(tile, spec.fp32_dot, spec.block, width))
@@ -153,6 +176,7 @@ def prepare(
         dict(
             x=rows,
             t=transform if transform is None else transform.contiguous(),
+            feedback=feedback if feedback is None else feedback.contiguous(),
             global_scale=global_scale,
             codes=codes,
             scales=scales,
@@ -175,6 +199,7 @@ def transform_quantize(
     tile: Tile | None = None,
     swizzled: bool = False,
     prologue: Prologue = Prologue(),
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`wush::transform_quantize` for mxfp4 and nvfp4 (docs/spec.md §6).
 
@@ -184,11 +209,11 @@ def transform_quantize(
     rows = dense_rows(x)
     count, width = rows.shape[0], rows.shape[1] // (2 if prologue.limit else 1)
     if tile is None:
-        tile = choose_tile(count, width, 0 if transform is None else transform.shape[-1])
+        tile = choose_tile(count, width, 0 if transform is None else transform.shape[-1], feedback is not None)
         if prologue.up is not None:  # twice the bytes of a stage: more programs fit with fewer stages
             tile = tile._replace(stages=min(tile.stages, 3))
     codes, scales, arguments = prepare(
-        x, rows, transform, global_scale, format, scale_rule, tile, prologue.name, swizzled, prologue.limit
+        x, rows, transform, global_scale, format, scale_rule, tile, prologue.name, swizzled, prologue.limit, feedback
     )
     if scales.numel() == 0:
         return codes, scales
