@@ -12,7 +12,7 @@ from wush_compile.calibration import loop, solve_group
 from wush_compile.ops.core import block_transform
 from wush_compile.passes.calibration import rewrite
 from wush_compile.passes.calibration.linears import erase_unused, operands
-from wush_compile.solver import choose, gptq, solve
+from wush_compile.solver import choose, gptq, solve, transforms
 from wush_compile.solver.transforms import round_transform
 
 # NVFP4's scales as bytes above that of `absmax`. Of 12 on normal groups, whose amplitudes vary, the 3, 4 and 6 with the
@@ -31,6 +31,8 @@ class Row(NamedTuple):
     bias: bool = False
     order: bool = False
     power: float = 0.0
+    spread: int = 0
+    noise: float = 0.0
     learned: int = 0
     rate: float = 1e-3
     changes: dict = {}
@@ -206,6 +208,25 @@ def forward(self, x: Tensor, start: int, stop: int) -> Tensor:
     return product(kept[2], weight, scale, self.weight_global_scale, factor, bias, self.format, x.dtype)
 
 
+def spread(size: int, steps: int) -> list[int]:
+    """Which singular value each column of Had gets, such that what a step knows of the others is alike in all."""
+    count = size // steps
+    order = [0] * size
+    for rank in range(size):
+        tier, place = divmod(rank, count)
+        order[tier * count + (place if tier % 2 == 0 else count - 1 - place)] = rank
+    return order
+
+
+def spread_transform(root: Tensor, gram: Tensor, *others) -> Tensor:
+    """`wush_transform`, with the columns of Had in the order of `spread`."""
+    t = transforms.wush_transform(root, gram, *others)
+    if not ROW.spread:
+        return t
+    had = transforms.hadamard_matrix(t.shape[-1]).to(t.device)
+    return had @ (had @ t)[:, spread(t.shape[-1], ROW.spread)]
+
+
 # -- the solver ------------------------------------------------------------------------------------------------------
 
 
@@ -222,8 +243,24 @@ class Transforms(choose.Transforms):
         return t, inverse
 
 
+def shrink_(w: Tensor, unit: Tensor, diagonal: Tensor, block: int) -> None:
+    """Makes of w [K, N] the weights that are best for inputs with rounding errors, ROW.noise of their block's mean
+    power, and of the factor that of the moment with these errors."""
+    root = unit.tril() * diagonal
+    moment = root @ root.T
+    mean = moment.diagonal().unflatten(0, (-1, block)).mean(-1, keepdim=True)
+    noise = (ROW.noise * mean).expand(-1, block).flatten()
+    moment.diagonal().add_(noise)
+    root = torch.linalg.cholesky(moment)
+    w.sub_(torch.cholesky_solve(noise[:, None] * w, root))
+    diagonal.copy_(root.diagonal())
+    unit.copy_(root / root.diagonal())
+
+
 def gptq_of_best_factor(w: Tensor, unit: Tensor, diagonal: Tensor, format: str, rule: str, g: Tensor | None):
     """`gptq` of rows times their best factor, by which w is multiplied."""
+    if ROW.noise:
+        shrink_(w, unit, diagonal, formats.FORMATS[format].group_size)
     if ROW.rows == 1:
         return gptq.gptq(w, unit, diagonal, format, rule, g)
     factors, count = torch.tensor([2.0 ** (k / ROW.rows) for k in range(ROW.rows)], dtype=w.dtype), w.shape[1]
@@ -289,5 +326,6 @@ def patch() -> None:
     """Puts all of this into the library."""
     rewrite._rewrite = _rewrite
     modules.WushGroup.forward = forward
+    choose.wush_transform = spread_transform
     solve.Transforms, solve.gptq = Transforms, gptq_of_best_factor
     solve_group.solve, loop.solve_group = solve_in_order, solve_one

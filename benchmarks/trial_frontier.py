@@ -12,6 +12,8 @@ references in fp32, in calibration and in the test, so that a row may change the
     candidates-N  scales of activations from N candidates by squared error
     token-N       a factor a token, of N in [1, 2), by the squared error of its row, which the product takes back
     rows-N        a factor a row of the weight, of N in [1, 2), by GPTQ's loss (MXFP4)
+    spread-N      feedback in N steps, whose pairs of singular values are as unlike as can be
+    noise-N       weights for inputs with rounding errors of N of their power: (W H)(H + N)^-1 is rounded by GPTQ
     bias          the mean error of each output, on the observer's sample, as a bias
     order         GPTQ begins with the blocks of largest power
     own           a transform for each linear
@@ -77,6 +79,20 @@ ROWS = {
     "feedback-4-1/8-4-priced-own": Row(4, 4, priced=True, power=-0.125, changes=OWN),
     "feedback-all-1/8-12-priced": Row(32, 12, priced=True, power=-0.125),
     "learned-100-feedback-4": Row(4, learned=100),
+    **{f"spread-{n}": Row(n, spread=n) for n in (2, 4, 8)},
+    "spread-4-1/16": Row(4, spread=4, power=-0.0625),
+    "spread-4-4-priced": Row(4, 4, priced=True, spread=4),
+    **{f"noise-{n}": Row(noise=n) for n in (0.003, 0.007, 0.0134, 0.025)},
+    **{f"spread-4-noise-{n}": Row(4, spread=4, noise=n) for n in (0.003, 0.007, 0.0134, 0.025)},
+    "spread-4-rows-4": Row(4, spread=4, rows=4),
+    "spread-4-bias": Row(4, spread=4, bias=True),
+    "spread-4-order": Row(4, spread=4, order=True),
+    "spread-4-sweeps-4": Row(4, spread=4, changes={"sweeps": 4}),
+    "feedback-4-order": Row(4, order=True),
+    "feedback-4-noise": Row(4, noise=0.003),
+    "feedback-4-order-noise": Row(4, order=True, noise=0.003),
+    "feedback-4-order-noise-1/16": Row(4, order=True, noise=0.003, power=-0.0625),
+    "feedback-4-candidates-4": Row(4, 4),
 }
 
 
@@ -116,6 +132,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=["mxfp4", "nvfp4"], choices=["mxfp4", "nvfp4"])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--calibration-windows", type=int, default=128)
+    parser.add_argument("--first-window", type=int, default=0, help="of calibration")
     parser.add_argument("--test-windows", type=int, default=64, help="windows of 2048 tokens")
     args = parser.parse_args()
     device = common.device("auto")
@@ -128,7 +145,8 @@ def main() -> None:
     else:
         window = 2048
         valid, test = (common.wikitext(args.data, split) for split in ("valid", "test"))
-        data = torch.cat(windows(valid, tokenizer, 512, args.calibration_windows)).to(device).split(8)
+        pieces = windows(valid, tokenizer, 512, args.first_window + args.calibration_windows)
+        data = torch.cat(pieces[args.first_window :]).to(device).split(8)
         ids = torch.cat(windows(test, tokenizer, window, args.test_windows), dim=1)
     patches.patch()
     result = {**common.environment(device), "rows": []}
