@@ -47,12 +47,13 @@ class Row(NamedTuple):
 
 
 RTN, HADAMARD = {"solver": "rtn"}, {"transform": "hadamard"}
-EQUAL = {"token_weights": "uniform", "sweeps": 0}
+EQUAL = {"token_weights": "uniform", "sweeps": 0, "activation_rounding": "nearest"}
 ABSMAX = EQUAL | {"weight_scale_rule": "absmax", "activation_scale_rule": "absmax"}
 MSE_WEIGHTS = EQUAL | {"weight_scale_rule": "mse", "activation_scale_rule": "absmax"}
 MSE = EQUAL | {"weight_scale_rule": "mse"}
 PAPER_RULES = EQUAL | {"weight_scale_rule": "paper", "activation_scale_rule": "paper"}
-# In the order of the tables. Rows that name no rule use absmax on both sides; only the default weighs tokens.
+# In the order of the tables. Rows that name no rule use absmax on both sides; only the default weighs tokens and
+# rounds activations with feedback.
 ROWS = {
     "rtn-identity-paper": Row(
         "RTN, no transform, the authors' scale rule", 23, RTN | PAPER_RULES | {"transform": "identity"}

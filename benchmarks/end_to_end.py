@@ -116,6 +116,8 @@ def random_group(prefix: str, names: tuple[str, ...], width: int, config):
             buffers[name] = torch.randint(low, high, layout[0], dtype=torch.uint8, device=DEVICE)
         elif name == "input_transform":
             buffers[name] = (torch.randn(layout[0], device=DEVICE) / block**0.5).bfloat16()
+        elif name == "input_feedback":
+            buffers[name] = (0.1 * torch.randn(layout[0], device=DEVICE)).bfloat16()
         else:
             buffers[name] = torch.ones(layout[0], device=DEVICE)
     return WushGroup(members, config, block, buffers)

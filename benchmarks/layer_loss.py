@@ -67,6 +67,7 @@ def configurations(random_runs: int) -> dict[str, WushConfig]:
                     solver="rtn",
                     weight_scale_rule=rule,
                     activation_scale_rule=rule,
+                    activation_rounding="nearest",
                     seed=seed,
                 )
     return table

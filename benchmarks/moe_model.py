@@ -73,6 +73,8 @@ def random_buffers(layout: dict, format: str) -> dict[str, torch.Tensor | None]:
             buffers[name] = torch.randint(low, high, size, dtype=torch.uint8, device=end_to_end.DEVICE)
         elif name == "input_transform":
             buffers[name] = (torch.randn(size, device=end_to_end.DEVICE) / size[-1] ** 0.5).to(dtype)
+        elif name == "input_feedback":
+            buffers[name] = (0.1 * torch.randn(size, device=end_to_end.DEVICE)).bfloat16()
         else:
             buffers[name] = torch.ones(size, device=end_to_end.DEVICE)
     return buffers

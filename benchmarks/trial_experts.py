@@ -68,7 +68,7 @@ def loss(weights: Tensor, seen: list[Tensor], held: list[Tensor], recipe: Recipe
     count = torch.tensor([len(x) for x in seen])
     pooled = moment.sum(0, dtype=torch.float64) / int(count.sum())
     sample = torch.cat(seen)[:: max(1, int(count.sum()) // 2048)][:2048]
-    t, g, _ = solver.solve_shared(weights, recipe, pooled=pooled, sample=sample, name="trial")
+    t, _, g, _ = solver.solve_shared(weights, recipe, pooled=pooled, sample=sample, name="trial")
     shared = t, torch.linalg.inv_ex(t.to(torch.float64)).inverse
     error = power = 0.0
     for e, rows in enumerate(held):
@@ -107,7 +107,7 @@ def main() -> None:
     print(f"{result['device']}; experts' rows of the fewest and the most tokens, then relative loss in %")
     print(f"| | | rows | {' | '.join(f'τ = {tau:g}' for tau in SHRINKAGE)} |\n|---|---|---|" + "---|" * len(SHRINKAGE))
     for format, tokens, kind in itertools.product(args.formats, args.tokens, ("gate_up", "down")):
-        recipe = wc.WushConfig(format=format).recipe
+        recipe = wc.WushConfig(format=format, activation_rounding="nearest").recipe
         for own in (False, True):
             losses = []
             for tau in SHRINKAGE:

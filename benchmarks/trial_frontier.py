@@ -42,6 +42,8 @@ from wush_compile.solver import choose
 # Of the error of rounding weights to nearest, in learning: GPTQ's costs less.
 WEIGHT_SHARE = 0.6
 OWN = {"share_transform": False}
+# The rows put their own quantizers in place of the library's.
+NEAREST = {"activation_rounding": "nearest"}
 ROWS = {
     "default": Row(),
     "own": Row(changes=OWN),
@@ -102,14 +104,14 @@ def measure(model, data, ids, window: int, format: str, name: str) -> dict:
     choose.POWER["same"] = trial.POWER["same"] + row.power
     start = time.perf_counter()
     patches.GIVEN.clear()
-    changed = wc.quantize(copy.deepcopy(model), data, format=format, progress=False, **row.changes)
+    changed = wc.quantize(copy.deepcopy(model), data, format=format, progress=False, **NEAREST, **row.changes)
     learning = 0.0
     if row.learned:
         begin = time.perf_counter()
         found = learn(model, copy.deepcopy(model), changed, data, row.learned, row.rate, WEIGHT_SHARE)
         learning = time.perf_counter() - begin
         patches.GIVEN.update(found)
-        changed = wc.quantize(copy.deepcopy(model), data, format=format, progress=False, **row.changes)
+        changed = wc.quantize(copy.deepcopy(model), data, format=format, progress=False, **NEAREST, **row.changes)
     middle = time.perf_counter()
     measured = compare(model, changed, ids, window, progress=False)
     return {

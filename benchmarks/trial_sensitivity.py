@@ -85,7 +85,7 @@ def collect(model: nn.Module, ids: list[Tensor], groups: dict[str, list[nn.Linea
 
 def costs(x: Tensor, g: Tensor, w: Tensor, format: str, fold: Tensor) -> dict[str, Tensor]:
     """(γᵀe)² of each token [n], by the setting. x [n, K]; g [n, N]; w [N, K]; fold [n]: 0 or 1."""
-    recipe, back, found = wc.WushConfig(format=format).recipe, g @ w, {}
+    recipe, back, found = wc.WushConfig(format=format, activation_rounding="nearest").recipe, g @ w, {}
     block = recipe.group_size
     for own in (0, 1):
         rows, gradient, other = x[fold == own], back[fold == own], x[fold != own]

@@ -33,7 +33,7 @@ def profiles(weight: torch.Tensor, x: torch.Tensor) -> dict[str, dict[str, list[
             scale = (weight.abs().amax(0) / x.abs().amax(0).clamp(min=1e-9)).sqrt()
             t, inverse = (torch.diag_embed(s.view(k // GROUP, GROUP)) for s in (scale, 1 / scale))
         else:
-            config = WushConfig(transform=kind, solver="rtn")
+            config = WushConfig(transform=kind, solver="rtn", activation_rounding="nearest")
             t, inverse = Transforms(config, moment, GROUP, torch.float32, kind).all(weight.mT.contiguous(), None)
         sides = {
             "activation": apply_blockwise(x.mT, None if t is None else t.double()),

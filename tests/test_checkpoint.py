@@ -86,11 +86,11 @@ def test_names_on_disk(saved):
     with safe_open(directory / "model.safetensors", "pt") as file:
         names = set(file.keys())
     each = {f"{m}.{t}" for m in ("q", "k", "out") for t in ("weight_packed", "weight_scale", "weight_global_scale")}
-    groups = {f"{m}.{t}" for m in ("q", "out") for t in ("input_transform", "input_global_scale")}
+    groups = {f"{m}.{t}" for m in ("q", "out") for t in ("input_transform", "input_global_scale", "input_feedback")}
     assert names == each | groups | {"k.bias", "out.bias", "norm.weight", "norm.bias", "steps"}
     settings = json.loads((directory / "config.json").read_text())["quantization_config"]
     assert set(settings) == {"quant_method", "format_version", "config", "groups", "ignored"}
-    assert settings["quant_method"] == "wush" and settings["format_version"] == 2
+    assert settings["quant_method"] == "wush" and settings["format_version"] == 3
     assert settings["groups"] == [
         {"members": ["q", "k"], "transform_block_size": 16, "recipe": {}},
         {"members": ["out"], "transform_block_size": 16, "recipe": {}},
@@ -216,38 +216,46 @@ def settings(**changes):
     return lambda d: edit_config(d, lambda c: c["quantization_config"].update(changes))
 
 
-def downgrade(directory: Path) -> None:
-    """Makes the checkpoint one of format_version 1, which had one recipe for all groups."""
+def downgrade(directory: Path, version: int) -> None:
+    """Makes the checkpoint one of an earlier format_version: both knew no rounding but to nearest, and version 1 had
+    one recipe for all groups."""
 
     def change(config: dict) -> None:
         settings = config["quantization_config"]
-        settings["format_version"] = 1
-        del settings["config"]["overrides"]
-        for group in settings["groups"]:
-            del group["recipe"]
+        settings["format_version"] = version
+        del settings["config"]["activation_rounding"]
+        if version == 1:
+            del settings["config"]["overrides"]
+            for group in settings["groups"]:
+                del group["recipe"]
         tensors = load_file(directory / "model.safetensors")
         config["wush_sha256"] = digest(settings, tensors, tensors.__getitem__)
 
     edit_config(directory, change)
 
 
-def test_version_1_still_loads_and_is_saved_as_version_2(saved, tmp_path):
-    model, x, directory = saved
+@pytest.mark.parametrize("version,settings", [(1, {}), (2, {"overrides": {"out": {"format": "mxfp4"}}})])
+def test_earlier_versions_still_load_and_are_saved_as_version_3(tmp_path, version, settings):
+    model, x = branches(format="nvfp4", activation_rounding="nearest", **settings)
+    directory = tmp_path / "saved"
+    wc.save(model, directory)
     before = files(directory)
-    downgrade(directory)
+    downgrade(directory, version)
     assert files(directory) != before
     loaded = wc.load(directory, model=Branches())
     assert torch.equal(loaded(x), model(x))
     record, again = getattr(model, ATTRIBUTE), getattr(loaded, ATTRIBUTE)
     assert (record.config, record.groups, record.ignored) == (again.config, again.groups, again.ignored)
+    assert not any(again.recipe_of(entry).rounds_with_feedback for entry in again.groups)
     wc.save(loaded, tmp_path / "again")
     assert files(tmp_path / "again") == before
 
 
-def test_version_1_that_quantized_the_head_says_so(saved):
-    *_, directory = saved
+def test_version_1_that_quantized_the_head_says_so(tmp_path):
+    model, _ = branches(format="nvfp4", activation_rounding="nearest")
+    wc.save(model, directory := tmp_path / "saved")
     edit_config(directory, lambda c: c["quantization_config"]["config"].update(ignore=[]))
-    downgrade(directory)
+    downgrade(directory, 1)
     assert getattr(wc.load(directory, model=Branches()), ATTRIBUTE).config.ignore == ("lm_head", "!lm_head")
 
 
@@ -315,7 +323,7 @@ DAMAGE = {
     "config not JSON": (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
     "another config": (lambda d: (d / "config.json").write_text("[1]"), "is not a wush checkpoint"),
     "another method": (settings(quant_method="gptq"), "is not a wush checkpoint"),
-    "newer": (settings(format_version=3), "format_version 3.*upgrade"),
+    "newer": (settings(format_version=4), "format_version 4.*upgrade"),
     "unknown key": (settings(color="red"), "unknown keys color"),
     "missing key": (lambda d: edit_config(d, lambda c: c["quantization_config"].pop("ignored")), "lacks ignored"),
     "unknown setting": (

@@ -31,6 +31,7 @@ from wush_compile.recipe import Recipe
         ),
         (dict(format=None), "unknown format None"),
         (dict(solver=["gptq"]), "unknown solver"),
+        (dict(activation_rounding="near"), "unknown activation_rounding 'near'; did you mean 'nearest'?"),
     ],
 )
 def test_unknown_names_are_answered_with_the_nearest(settings, near):
@@ -152,6 +153,7 @@ def test_paper(format):
         moments="conditional",
         weight_scale_rule="paper",
         activation_scale_rule="paper",
+        activation_rounding="nearest",
         sweeps=0,
         share_transform=False,
         token_weights="uniform",

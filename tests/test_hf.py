@@ -150,8 +150,7 @@ def test_names_on_disk(models, tmp_path):
     assert names == {
         *(f"{m}.{t}" for m in linears for t in ("weight_packed", "weight_scale")),
         *(f"{attention}.{n}_proj.bias" for n in "qkv"),
-        *(f"{m}.input_transform" for m in (linears[0], linears[3], linears[4])),
-        f"{mlp}.down_proj.input_transform",  # 96 is no multiple of 64: blocks of 32
+        *(f"{linears[i]}.{name}" for i in (0, 3, 4, 6) for name in ("input_transform", "input_feedback")),
         f"{layer}.input_layernorm.weight",
         f"{layer}.post_attention_layernorm.weight",
         "model.embed_tokens.weight",

@@ -10,11 +10,12 @@ import pytest
 import torch
 from gptq_oracle import block_diagonal, obq
 
-from wush_compile import formats
+from wush_compile import feedback, formats
 from wush_compile.config import WushConfig
 from wush_compile.errors import ConfigError, DataError, NonFiniteError
-from wush_compile.recipe import MOMENTS, SOLVERS, TRANSFORMS
+from wush_compile.recipe import ACTIVATION_ROUNDINGS, MOMENTS, SOLVERS, TRANSFORMS
 from wush_compile.solver.facts import moment_curves
+from wush_compile.solver.feedback import column_order
 from wush_compile.solver.gptq import (
     _results,
     _round_each,
@@ -166,7 +167,8 @@ def test_a_sensitivity_stands_for_the_weights():
     assert torch.equal(sensitive_transform(x, w, found, **fp8), sensitive_transform(x, w, None, **fp8))
 
 
-def test_the_factor_of_a_transform_costs_least():
+@pytest.mark.parametrize("rounding", ACTIVATION_ROUNDINGS)
+def test_the_factor_of_a_transform_costs_least(rounding):
     """Each block's, for the rows at hand, of all powers of 2^(1/8) below 2, where it is less than half of the cost."""
     x, w = problem(n=50)
     rows, gradient = (
@@ -175,14 +177,17 @@ def test_the_factor_of_a_transform_costs_least():
     )
     gradient = gradient.expand(3, 96)
     found = Sensitivity(torch.zeros(3, 32, 32, dtype=torch.float64), 400, rows, gradient)
-    plain = sensitive_transform(x, w, None)
-    got = sensitive_transform(x, w, found)
+    config = WushConfig(sweeps=0, activation_rounding=rounding)
+    one = solve(w, config, moment=x.T @ x, count=len(x), sample=x[:64], name="a")
+    plain, numbers = one.transform, one.input_feedback
+    assert (numbers is None) == (rounding == "nearest")
+    got = sensitive_transform(x, w, found, activation_rounding=rounding)
     costs = []
     for k in range(8):
         t = plain * 2 ** (k / 8)
-        values = torch.stack([rows[:, 32 * b : 32 * b + 32] @ t[b].T for b in range(3)])  # [3, R, 32]
-        error = formats.dequantize(*formats.quantize(values, "mxfp4", "mse"), "mxfp4") - values
-        error = error.double() @ torch.linalg.inv(t.double()).mT
+        values = torch.cat([rows[:, 32 * b : 32 * b + 32] @ t[b].T for b in range(3)], 1)  # [R, 96]
+        error = formats.dequantize(*feedback.quantize(values, "mxfp4", "mse", None, numbers), "mxfp4") - values
+        error = error.double().unflatten(1, (3, 32)).transpose(0, 1) @ torch.linalg.inv(t.double()).mT
         costs.append((error * gradient.double().unflatten(1, (3, 32)).transpose(0, 1)).sum(-1).square().sum(-1))
     cost = torch.stack(costs)
     best = torch.where(cost.amin(0) < 0.5 * cost[0], cost.argmin(0), 0)
@@ -239,7 +244,7 @@ def test_conditional_moments_are_those_of_the_paper():
         updated = w[:, here] + (error[:, later] @ h[later, remaining] @ inverse)[:, here]
         conditional = torch.linalg.inv(inverse[here, here])
         root, gram = torch.linalg.cholesky(conditional), updated.T @ updated / len(w)
-        expected = wush_transform(root[None], gram[None], DAMPING)
+        expected = wush_transform(root[None], gram[None], DAMPING, order=column_order(32))
         torch.testing.assert_close(solution.transform[b], expected[0], rtol=1e-4, atol=1e-4)
 
 
@@ -687,7 +692,7 @@ def test_layer_loss_is_equation_1():
     solution = run(x, w, config)
     t = block_diagonal(solution.transform, 96)
     x_tilde = (x.to(torch.float64) @ t.T).to(torch.float32)
-    codes, scales = formats.quantize(x_tilde, "mxfp4", config.activation_scale_rule)
+    codes, scales = feedback.quantize(x_tilde, "mxfp4", config.activation_scale_rule, None, solution.input_feedback)
     y = formats.dequantize(codes, scales, "mxfp4").to(torch.float64) @ dequantized(solution, config).to(torch.float64).T
     expected = (x.to(torch.float64) @ w.to(torch.float64).T - y).square().mean()
     # The transform of the activations is fp32 there and float64 here: a few codes may differ.

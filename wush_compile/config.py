@@ -123,11 +123,13 @@ class WushConfig(Recipe):
 
     @classmethod
     def paper(cls, format: str = "mxfp4", **changes) -> "WushConfig":
-        """The authors' setting: GPTQ, conditional moments, their scale rules, a transform a linear, equal tokens."""
+        """The authors' setting: GPTQ, conditional moments, their scale rules, rounding to nearest, equal tokens, and a
+        transform a linear."""
         settings = dict(
             moments="conditional",
             weight_scale_rule="paper",
             activation_scale_rule="paper",
+            activation_rounding="nearest",
             sweeps=0,
             share_transform=False,
             token_weights="uniform",

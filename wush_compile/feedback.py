@@ -12,8 +12,6 @@ T of WUSH makes S̃ = Had diag(d) Hadᵀ, of which entry (c, c') depends on c xo
 the tensor `feedback` bf16 [K/G, 6, G/4]: F_su[w, w'] = feedback[b, u(u−1)/2 + s, w xor w'].
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -42,7 +40,6 @@ def by_channel(steps: Tensor) -> Tensor:
     return steps.unflatten(-1, (-1, 4)).movedim(0, -2).flatten(-3)
 
 
-@functools.cache
 def _xor(size: int, device: torch.device) -> Tensor:
     index = torch.arange(size, device=device)
     return index[:, None] ^ index  # [n, n]

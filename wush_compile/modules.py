@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from . import feedback
 from .errors import WushError
 from .formats import channels, dequantize, get_format
 from .kernels import facts
@@ -61,8 +62,17 @@ def buffer_layout(
         "weight_global_scale": (each or (1,), torch.float32) if weight_global else None,
         "input_transform": None if blocks is None else ((blocks, block_size, block_size), dtype),
         "input_global_scale": ((1,), torch.float32) if input_global else None,
+        "input_feedback": (
+            (feedback.shape(recipe.format, width), torch.bfloat16) if recipe.rounds_with_feedback else None
+        ),
         "bias": ((*each, rows), dtype) if has_bias else None,
     }
+
+
+def feedback_arguments(feedback: Tensor | None) -> tuple:
+    """The last arguments of `transform_quantize`, (scale_layout, feedback); none without feedback, so that a graph of
+    rounding to nearest names neither."""
+    return () if feedback is None else ("rows", feedback)
 
 
 def needs_gradient(x: Tensor, bias: Tensor | None = None) -> bool:
@@ -100,7 +110,12 @@ class WushGroup(nn.Module):
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [.., K] -> (codes, scales) of the recipe's activation format; 4 bits: [.., K/2], [.., K/G]."""
         return torch.ops.wush.transform_quantize(
-            x, self.input_transform, self.input_global_scale, self.operand, self.scale_rule
+            x,
+            self.input_transform,
+            self.input_global_scale,
+            self.operand,
+            self.scale_rule,
+            *feedback_arguments(self.input_feedback),
         )
 
     def _quantize_once(self, x: Tensor, member: int) -> tuple[Tensor, Tensor]:

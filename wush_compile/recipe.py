@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+from . import feedback
 from .errors import ConfigError, one_of
 from .formats import WEIGHT_FORMATS, get_format
 
@@ -10,6 +11,7 @@ TRANSFORMS = ("identity", "random", "hadamard", "wus", "wush")
 SOLVERS = ("rtn", "gptq")
 MOMENTS = ("marginal", "conditional")
 ACTIVATION_FORMATS = ("same", "fp8", None)
+ACTIVATION_ROUNDINGS = ("nearest", "feedback")
 TOKEN_WEIGHTS = ("uniform", "gradient")
 
 
@@ -41,6 +43,11 @@ class Recipe:
     activation_format
         The format of activations. `same`: that of the weights, 4 bits. `fp8`: e4m3 with one fp32 scale a token; more
         than half of the loss of 4 bits on both sides goes away. None: 16 bits, only weights are quantized.
+    activation_rounding
+        How 4-bit activations are rounded. `feedback`: a group in four steps, each of which takes up what the errors of
+        those before it cost (docs/spec.md §4); `nearest`: each value for itself. The transform `wush` in `mxfp4` and
+        `nvfp4` alone has what feedback needs; with other transforms, formats, `activation_format`s and the scale rule
+        `paper` the setting has no effect.
     transform_block_size
         Channels that a transform mixes: a power of two and a multiple of the format's group. None means the group. If
         the width of a linear is not a multiple of it, that linear uses the format's group, and a warning says so.
@@ -66,6 +73,7 @@ class Recipe:
     activation_scale_rule: str = "mse"
     sweeps: int = 2
     activation_format: str | None = "same"
+    activation_rounding: str = "feedback"
     transform_block_size: int | None = None
     share_transform: bool = True
     damping: float = 0.01
@@ -78,6 +86,7 @@ class Recipe:
         one_of("solver", self.solver, SOLVERS)
         one_of("moments", self.moments, MOMENTS)
         one_of("activation_format", self.activation_format, ACTIVATION_FORMATS)
+        one_of("activation_rounding", self.activation_rounding, ACTIVATION_ROUNDINGS)
         if self.format not in WEIGHT_FORMATS:  # which `resolved` gives their one rule
             for side in ("weight_scale_rule", "activation_scale_rule"):
                 more = ("best", "loss") if side == "weight_scale_rule" else ()
@@ -132,6 +141,17 @@ class Recipe:
     def operand_rule(self) -> str:
         """The scale rule of that quantizer."""
         return {"fp8": "token", "none": "none"}.get(self.operand, self.activation_scale_rule)
+
+    @property
+    def rounds_with_feedback(self) -> bool:
+        """Whether activations are rounded with feedback: only WUSH makes what an error costs diagonal after Had."""
+        return (
+            self.activation_rounding == "feedback"
+            and self.transform == "wush"
+            and self.activation_format == "same"
+            and self.format in feedback.FORMATS
+            and self.activation_scale_rule != "paper"
+        )
 
     @property
     def needs_data(self) -> bool:

@@ -49,7 +49,7 @@ _MSE = {"weight_scale_rule": "mse", "activation_scale_rule": "mse"}
 _RTN, _GPTQ = {**_EQUAL, "solver": "rtn"}, {**_EQUAL, "solver": "gptq"}
 _IDENTITY, _HADAMARD = {"transform": "identity"}, {"transform": "hadamard"}
 _PAPER = {"weight_scale_rule": "paper", "activation_scale_rule": "paper", "moments": "conditional"}
-_PAPER_WUSH = {**_PAPER, "share_transform": False}
+_PAPER_WUSH = {**_PAPER, "activation_rounding": "nearest", "share_transform": False}
 
 METHODS = {
     "rtn": Method("RTN", "", {**_RTN, **_ABSMAX, **_IDENTITY}),

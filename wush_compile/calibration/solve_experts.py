@@ -1,6 +1,6 @@
 """Solves a product of experts in steps, so that several processes share its experts.
 
-1. What all experts share: the transform, and the global scale of activations. One process computes it.
+1. What all experts share: the transform, and what else activations are rounded with. One process computes it.
 2. A share of the experts for each process.
 3. Every process joins the shares.
 """
@@ -23,8 +23,9 @@ from .solve_group import Solved, check_losses, loss_rows, members_of
 class Common(nn.Module):
     """What all experts of a product share, as buffers, which travel between processes."""
 
-    def __init__(self, transform: Tensor | None, input_global_scale: Tensor | None):
+    def __init__(self, transform: Tensor | None, input_feedback: Tensor | None, input_global_scale: Tensor | None):
         super().__init__()
+        self.register_buffer("input_feedback", input_feedback)
         self.register_buffer("transform", transform)
         self.register_buffer("input_global_scale", input_global_scale)
 
@@ -41,8 +42,8 @@ def solve_common(group: LinearGroup, tensors: Mapping[str, Tensor], seen: Observ
     start = time.perf_counter()
     weights = group.stacked_weight(tensors)  # [E, N, K]
     pooled, sample = (None, None) if seen is None else (seen.pooled, seen.sample)
-    t, g_x, report = solve_shared(weights, group.recipe, pooled=pooled, sample=sample, name=group.name)
-    return Solved(Common(t, g_x), report | {"seconds": time.perf_counter() - start})
+    t, feedback, g_x, report = solve_shared(weights, group.recipe, pooled=pooled, sample=sample, name=group.name)
+    return Solved(Common(t, feedback, g_x), report | {"seconds": time.perf_counter() - start})
 
 
 def solve_experts_of(
@@ -61,12 +62,13 @@ def solve_experts_of(
     if seen is not None:
         rows, expert = loss_rows(seen)
         solution.input_global_scale = common.group.input_global_scale
+        solution.input_feedback = common.group.input_feedback
         with phase("layer losses"):
             own = weights[share.start : share.stop]
             report["sums"] = experts_loss(rows, expert - share.start, own, solution, group.recipe)
         check_losses(report["sums"], group.name, weights.dtype)
     buffers = {name: getattr(solution, name) for name in ("weight_packed", "weight_scale", "weight_global_scale")}
-    none = dict.fromkeys(("input_transform", "input_global_scale", "bias"))
+    none = dict.fromkeys(("input_transform", "input_global_scale", "input_feedback", "bias"))
     part = ExpertGroup(members_of(group), group.recipe, solution.transform_block_size, buffers | none)
     return Solved(part, report | {"seconds": time.perf_counter() - start})
 
@@ -88,6 +90,7 @@ def join_shares(
         "weight_global_scale": joined("weight_global_scale"),
         "input_transform": common.group.transform,
         "input_global_scale": common.group.input_global_scale,
+        "input_feedback": common.group.input_feedback,
         "bias": None if bias is None else bias.contiguous(),
     }
     seconds = common.report.pop("seconds") + sum(part.report["seconds"] for part in parts)

@@ -87,6 +87,7 @@ def solve_group(group: LinearGroup, tensors: Mapping[str, Tensor], seen: Observa
         "weight_global_scale": solution.weight_global_scale,
         "input_transform": solution.transform,
         "input_global_scale": solution.input_global_scale,
+        "input_feedback": solution.input_feedback,
         "bias": group.stacked_bias(tensors),
     }
     report["seconds"] = round(time.perf_counter() - start, 4)

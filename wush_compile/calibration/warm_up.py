@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from .. import formats
+from .. import feedback, formats
 from ..config import WushConfig
 from ..data import Batch
 from ..kernels.dispatch import resolve
-from ..modules import stores_global_scale
+from ..modules import feedback_arguments, stores_global_scale
 from ..passes.calibration.observe import GROUP_SAMPLE_ROWS
 from ..phases import phase
 from ..recipe import Recipe
@@ -60,7 +60,11 @@ def _product(rows: int, width: int, tokens: int, recipe: Recipe, dtype: torch.dt
     t = torch.eye(block, dtype=dtype, device=device)
     blocks = {"identity": 0, "hadamard": 1}.get(recipe.transform, width // block)
     t = t.expand(blocks, block, block).contiguous() if blocks else None
-    codes, scales = _run("transform_quantize", x, t, g[0], recipe.operand, recipe.operand_rule)
+    numbers = None
+    if recipe.rounds_with_feedback:
+        numbers = torch.zeros(feedback.shape(recipe.format, width), dtype=torch.bfloat16, device=device)
+    tail = feedback_arguments(numbers)
+    codes, scales = _run("transform_quantize", x, t, g[0], recipe.operand, recipe.operand_rule, *tail)
     layout = () if recipe.operand == recipe.format else ("rows", recipe.operand)
     weight = torch.zeros(rows, width // fmt.per_byte, dtype=torch.uint8, device=device)
     weight_scales = torch.ones(rows, width // fmt.group_size, dtype=fmt.scale_dtype, device=device)

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, WushError
 from ..recipe import Recipe
 
 log = logging.getLogger("wush_compile")
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ATTRIBUTE = "wush_quantization"
 REPORT = "wush_report.json"
 
@@ -71,8 +71,9 @@ class Quantization:
 
     @classmethod
     def from_dict(cls, data: dict) -> "Quantization":
-        """Reads what `to_dict` wrote, in this version or in version 1, where all groups have the recipe of `config`.
+        """Reads what `to_dict` wrote, in this version or an earlier one.
 
+        Up to version 2 activations are rounded to nearest. In version 1 all groups have the recipe of `config`.
         Raises `CheckpointError` for a newer version, for unknown or missing keys, and for the layout of the authors.
         """
         if "format_version" not in data and "groups" not in data:
@@ -102,6 +103,8 @@ class Quantization:
                     "quantize the model again"
                 )
         config, groups = data["config"], data["groups"]
+        if version < 3:
+            config = {**config, "activation_rounding": "nearest"}
         if version == 1:
             groups = [{**group, "recipe": {}} for group in groups]
             if "lm_head" not in config.get("ignore", ()):  # in version 1 `ignore` replaced its default

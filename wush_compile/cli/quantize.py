@@ -43,6 +43,9 @@ def quantize(
         str,
         typer.Option(help="Activations: same (4 bits, as the weights), fp8 (e4m3, a scale a token) or none (16 bits)."),
     ] = "same",
+    activation_rounding: Annotated[
+        str, typer.Option(help="4-bit activations: feedback (a step takes up the errors before it) or nearest.")
+    ] = "feedback",
     transform_block_size: Annotated[int | None, typer.Option(help="Default: the format's group.")] = None,
     share_transform: Annotated[bool, typer.Option(help="One transform for linears with the same input.")] = True,
     head: Annotated[str | None, typer.Option(show_default="16 bits", help="int8: lm_head's weight in 8 bits.")] = None,
@@ -123,6 +126,7 @@ def quantize(
             weight_scale_rule=weight_scale_rule,
             activation_scale_rule=activation_scale_rule,
             activation_format=None if activation_format == "none" else activation_format,
+            activation_rounding=activation_rounding,
             transform_block_size=transform_block_size,
             share_transform=share_transform,
             head=head,

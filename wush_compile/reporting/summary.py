@@ -14,7 +14,12 @@ from ..modules import WushGroup, named_groups
 
 # Settings that a summary always names; of the others only those that are not the default.
 ALWAYS = ("format", "transform", "solver")
-PARTS = {"weight_packed": "codes", "input_transform": "transforms", "bias": "biases"}  # all others are scales
+PARTS = {  # all others are scales
+    "weight_packed": "codes",
+    "input_transform": "transforms",
+    "input_feedback": "feedback",
+    "bias": "biases",
+}
 NAMES = 3
 WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 

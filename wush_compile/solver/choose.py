@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..recipe import Recipe
+from .feedback import column_order, feedback_of
 from .sensitivity import Sensitivity, uses_sensitivity
 from .transforms import (
     damped_cholesky,
@@ -36,7 +37,10 @@ def block_gram(w: Tensor, block: int) -> Tensor:
 
 
 class Transforms:
-    """The transforms of one group: each rounded to the model dtype, with the float64 inverse of the rounded one."""
+    """The transforms of one group: each rounded to the model dtype, with the float64 inverse of the rounded one.
+
+    cost   S̃ = T⁻ᵀ S_b T⁻¹ of each block, float64 [K/B, B, B], for rounding with feedback; None without it
+    """
 
     def __init__(
         self,
@@ -51,9 +55,16 @@ class Transforms:
         self.sensitivity = sensitivity if uses_sensitivity(recipe) else None
         self.recipe, self.block, self.dtype, self.name = recipe, block, dtype, name
         self.damping_tries = 0
+        self.cost: Tensor | None = None
         if recipe.transform in CLOSED_FORM:
             self.h = diagonal_blocks(h, block)  # [K/B, B, B]
             self.dead = self.h.diagonal(dim1=-2, dim2=-1).sum(-1) == 0  # [K/B]
+            if recipe.rounds_with_feedback:
+                self.cost = torch.zeros_like(self.h)
+
+    def feedback(self) -> Tensor | None:
+        """The numbers of rounding with feedback, bf16 [K/G, 6, G/4], for the transforms that were found last."""
+        return None if self.cost is None else feedback_of(self.cost, self.recipe.group_size)
 
     def all(self, w: Tensor, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The transforms of all blocks, from the original weights.
@@ -94,7 +105,11 @@ class Transforms:
             gram = self.sensitivity.instead_of(gram, blocks)
         gram = torch.where(self.dead[blocks, None, None], 0.0, gram)
         hadamard, power = self.recipe.transform == "wush", POWER[self.recipe.activation_format]
-        t = wush_transform(roots, gram, self.recipe.damping, hadamard, power)
+        order = None if self.cost is None else column_order(self.block)
+        t = wush_transform(roots, gram, self.recipe.damping, hadamard, power, order)
         if self.sensitivity is not None:
-            t = self.sensitivity.factored(t, self.recipe, self.dtype, blocks)
-        return round_transform(t, self.dtype, self.name)
+            t = self.sensitivity.factored(t, gram, self.recipe, self.dtype, blocks)
+        t, inverse = round_transform(t, self.dtype, self.name)
+        if self.cost is not None:
+            self.cost[blocks] = inverse.mT @ gram @ inverse
+        return t, inverse

@@ -48,18 +48,19 @@ def solve_experts(
     by its number: `name[3]`.
     """
     pooled = None if moment is None else pooled_moment(moment, count, name)
-    t, g_x, report = solve_shared(weights, recipe, pooled=pooled, sample=sample, name=name)
+    t, feedback, g_x, report = solve_shared(weights, recipe, pooled=pooled, sample=sample, name=name)
     rows = None if count is None else count.tolist()
     solution = solve_share(weights, recipe, t, range(len(weights)), moment=moment, rows=rows, pooled=pooled, name=name)
-    solution.input_global_scale = g_x
+    solution.input_global_scale, solution.input_feedback = g_x, feedback
     solution.report = join_reports(report, [solution.report])
     return solution
 
 
 def solve_shared(
     weights: Tensor, recipe: Recipe, *, pooled: Tensor | None, sample: Tensor | None, name: str
-) -> tuple[Tensor | None, Tensor | None, dict]:
-    """(T, the global scale of activations, report): what all experts of a product share.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, dict]:
+    """What all experts of a product share: (T, the numbers of rounding with feedback, the global scale of activations,
+    report).
 
     pooled: the mean moment of all rows, float64. `solve_experts` says what the others are.
     """
@@ -67,13 +68,13 @@ def solve_shared(
     if pooled is None and (recipe.solver == "gptq" or recipe.transform in CLOSED_FORM):
         raise DataError(f"{name}: {recipe.solver} with transform {recipe.transform} needs calibration data: pass data")
     with phase("transforms"):
-        t, tries = _transform(weights, recipe, pooled, block, name)
+        t, feedback, tries = _transform(weights, recipe, pooled, block, name)
     report, h = {"damping_tries": tries}, None
     if pooled is not None:
         h = diagonal_blocks(pooled, block)
         report["input_power"] = moment_curves(h, t, block)
     g_x = input_global_scale(recipe, h, sample, t, block, device, name, report)
-    return t, g_x, report
+    return t, feedback, g_x, report
 
 
 def expert_bytes(n: int, k: int) -> int:
@@ -174,8 +175,8 @@ def pooled_moment(moment: Tensor, count: Tensor, name: str) -> Tensor:
 
 def _transform(
     weights: Tensor, recipe: Recipe, pooled: Tensor | None, block: int, name: str
-) -> tuple[Tensor | None, int]:
-    """(T for all experts, how often damping was added)."""
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """(T for all experts, its numbers of rounding with feedback, how often damping was added)."""
     factor, tries = None, 0
     if uses_conditional_moments(recipe):
         factor, tries = damped_cholesky(
@@ -187,7 +188,7 @@ def _transform(
         return sum(block_gram(w.T.to(torch.float64), block) for w in weights) / len(weights)
 
     t, _ = transforms.of_gram(weights.shape[-1], weights.device, gram, factor)
-    return t, max(tries, transforms.damping_tries)
+    return t, transforms.feedback(), max(tries, transforms.damping_tries)
 
 
 def experts_loss(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import formats
+from ..feedback import quantize
 from ..recipe import Recipe
 from .transforms import apply_blockwise
 
@@ -55,7 +56,7 @@ def operands(x: Tensor, weight: Tensor, solution: "GroupSolution", recipe: Recip
     if recipe.operand == "none":
         return x, values.to(weight.dtype).to(torch.float32)
     g = solution.input_global_scale
-    packed, scale = formats.quantize(values, recipe.format, recipe.activation_scale_rule, g)
+    packed, scale = quantize(values, recipe.format, recipe.activation_scale_rule, g, solution.input_feedback)
     return x, formats.dequantize(packed, scale, recipe.format, g)
 
 

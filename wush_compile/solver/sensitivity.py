@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import formats
+from ..feedback import quantize
 from ..recipe import Recipe
+from .feedback import feedback_of
 
 # Rows that are kept of all tokens.
 ROWS = 64
@@ -70,10 +72,13 @@ class Sensitivity:
         share = self.tokens / (self.tokens + SHRINKAGE_TOKENS)
         return torch.where(ratio.isfinite(), gram.lerp(own * ratio, share), gram)
 
-    def factored(self, t: Tensor, recipe: Recipe, dtype: torch.dtype, blocks: slice = slice(None)) -> Tensor:
+    def factored(
+        self, t: Tensor, gram: Tensor, recipe: Recipe, dtype: torch.dtype, blocks: slice = slice(None)
+    ) -> Tensor:
         """T float64 [b, B, B], each block times the power of 2^(1/8), below 2, for which the kept rows cost least.
 
-        `dtype` is the one that T will have. Only scales that are powers of two feel such a factor.
+        `dtype` is the one that T will have; gram [b, B, B] is what stands for S_b. Only scales that are powers of two
+        feel such a factor, and feedback does not.
         """
         if recipe.format != "mxfp4" or recipe.activation_scale_rule == "paper":
             return t
@@ -81,13 +86,17 @@ class Sensitivity:
             rows.to(t.device, torch.float64).unflatten(-1, (-1, t.shape[-1])).transpose(0, 1)[blocks]
             for rows in (self.x, self.gradient)
         )  # [b, R, B]
+        feedback = None
+        if recipe.rounds_with_feedback:
+            inverse = torch.linalg.inv_ex(t).inverse
+            feedback = feedback_of(inverse.mT @ gram @ inverse, recipe.group_size)
         tried = torch.stack([t * 2 ** (k / FACTORS) for k in range(FACTORS)])  # [8, b, B, B]
         costs = []
         for own in tried.to(dtype).to(torch.float64):
             values = (x @ own.mT).to(torch.float32)
-            rounded = formats.dequantize(
-                *formats.quantize(values, recipe.format, recipe.activation_scale_rule), recipe.format
-            )
+            rows = values.transpose(0, 1).flatten(1)  # [R, b·B]
+            codes, scales = quantize(rows, recipe.format, recipe.activation_scale_rule, None, feedback)
+            rounded = formats.dequantize(codes, scales, recipe.format).unflatten(-1, (len(t), -1)).transpose(0, 1)
             # γ of the transformed input is T⁻ᵀ γ.
             price = torch.linalg.solve_ex(own, gradient, left=False).result
             costs.append(((rounded - values).to(torch.float64) * price).sum(-1).square().sum(-1))

@@ -20,6 +20,7 @@ class GroupSolution:
     weight_global_scale: Tensor | None  # fp32 [1]; None for 1
     input_global_scale: Tensor | None  # fp32 [1]; None for 1
     report: dict  # plain numbers
+    input_feedback: Tensor | None = None  # bf16 [K/G, 6, G/4]; None: activations are rounded to nearest
 
 
 def block_size(recipe: Recipe, width: int) -> int:

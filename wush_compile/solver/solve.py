@@ -119,7 +119,7 @@ def solve(
     if h is not None:
         report["input_power"] = moment_curves(h, t, block)
     g_x = input_global_scale(recipe, h, sample, t, block, weight.device, name, report)
-    return GroupSolution(t, block, packed, scale, g, g_x, report)
+    return GroupSolution(t, block, packed, scale, g, g_x, report, transforms.feedback())
 
 
 def check_weight(weight: Tensor, name: str) -> None:

@@ -105,7 +105,7 @@ class WushExpertsMethod(FusedMoEMethodBase):
         rank = self.moe.tp_rank
         if tensor.shape == target.shape:
             return tensor
-        if key == "input_transform":
+        if key in ("input_transform", "input_feedback"):
             return tensor.narrow(0, rank * target.shape[0], target.shape[0])
         if product == PRODUCTS[1]:
             return tensor.narrow(-1, rank * target.shape[-1], target.shape[-1])

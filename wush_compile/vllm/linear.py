@@ -17,12 +17,12 @@ from vllm.model_executor.parameter import BasevLLMParameter
 from ..errors import CheckpointError
 from ..formats import dequantize
 from ..kernels import facts
-from ..modules import buffer_layout
+from ..modules import buffer_layout, feedback_arguments
 from ..recipe import Recipe
 from .parameters import GlobalScales, Rows, check_cut, forwarded, load_whole, replace
 
 BY_ROWS = ("weight_packed", "weight_scale")
-OF_INPUT = ("input_transform", "input_global_scale")
+OF_INPUT = ("input_transform", "input_global_scale", "input_feedback")
 BUFFERS = (*BY_ROWS, "weight_global_scale", *OF_INPUT)
 
 
@@ -176,7 +176,7 @@ class WushLinearMethod(LinearMethodBase):
                 holder.quant_method.lend(holder, part.group, layer, part.suffix)
 
     def lend(self, layer: nn.Module, group: int, borrower: nn.Module, suffix: str, names=OF_INPUT) -> Part:
-        """Gives another layer what this one holds of a group, by default the transform and the scale of its input.
+        """Gives another layer what this one holds of a group, by default what its input is quantized with.
 
         Both get the same parameters, so that a compiled graph sees that both quantize alike.
         """
@@ -228,11 +228,11 @@ class WushLinearMethod(LinearMethodBase):
 
     def _product(self, layer: nn.Module, part: Part, x: Tensor, bias: Tensor | None) -> Tensor:
         recipe = part.recipe
-        weight, weight_scale, weight_global_scale, transform, global_scale = [
+        weight, weight_scale, weight_global_scale, transform, global_scale, feedback = [
             getattr(layer, name + part.suffix, None) for name in BUFFERS
         ]
         codes, scales = torch.ops.wush.transform_quantize(
-            x, transform, global_scale, recipe.operand, recipe.operand_rule
+            x, transform, global_scale, recipe.operand, recipe.operand_rule, *feedback_arguments(feedback)
         )
         return torch.ops.wush.fp4_linear(
             codes,

@@ -66,7 +66,8 @@ class GlobalScales(PerTensorScaleParameter):
 
 
 def load_whole(rank: int) -> Callable[..., None]:
-    """The loader of a transform [K/B or 1, B, B] or scale [1] of an input. Its dtype becomes that on disk.
+    """The loader of a transform [K/B or 1, B, B], feedback [K/G, 6, G/4] or scale [1] of an input. Its dtype becomes
+    that on disk.
 
     A parameter with fewer blocks than the tensor on disk is that of a row-parallel linear, and takes the rank's blocks.
     """

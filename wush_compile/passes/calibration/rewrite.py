@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ...experts import DEFAULTS
-from ...modules import WushGroup
+from ...modules import WushGroup, feedback_arguments
 from .experts import products
 from .group import LinearGroup
 from .linears import erase_unused, operands
@@ -47,7 +47,7 @@ def _rewrite(graph_module: fx.GraphModule, group: LinearGroup, solved: WushGroup
 
     with graph.inserting_before(nodes[0]):
         present = {name for name, _ in solved.named_buffers(recurse=False)}
-        weight, weight_scale, weight_global, transform, input_global, bias = (
+        weight, weight_scale, weight_global, transform, input_global, feedback, bias = (
             graph.get_attr(f"{label}.{name}") if name in present else None
             for name in (
                 "weight_packed",
@@ -55,11 +55,18 @@ def _rewrite(graph_module: fx.GraphModule, group: LinearGroup, solved: WushGroup
                 "weight_global_scale",
                 "input_transform",
                 "input_global_scale",
+                "input_feedback",
                 "bias",
             )
         )
         quantized = call(
-            wush.transform_quantize.default, source, transform, input_global, solved.operand, solved.scale_rule
+            wush.transform_quantize.default,
+            source,
+            transform,
+            input_global,
+            solved.operand,
+            solved.scale_rule,
+            *feedback_arguments(feedback),
         )
         codes, scales = call(operator.getitem, quantized, 0), call(operator.getitem, quantized, 1)
 
