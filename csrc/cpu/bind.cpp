@@ -54,8 +54,8 @@ void parallel(int64_t count, int64_t grain, F f) {
 // Work below this many operations a thread costs less than waking the thread.
 constexpr int64_t kGrain = 1 << 15;
 
-void transform_quantize(const Tensor& x, const std::optional<Tensor>& transform, double global_scale, bool nvfp4,
-                        int64_t rule, const Tensor& codes, const Tensor& scales) {
+void transform_quantize(const Tensor& x, const std::optional<Tensor>& transform, const std::optional<Tensor>& feedback,
+                        double global_scale, bool nvfp4, int64_t rule, const Tensor& codes, const Tensor& scales) {
   Quantize q{};
   q.x = x.const_data_ptr();
   q.type = type_of(x.scalar_type());
@@ -67,6 +67,7 @@ void transform_quantize(const Tensor& x, const std::optional<Tensor>& transform,
     q.transform_type = type_of(transform->scalar_type());
     q.blocks = transform->size(0), q.block = transform->size(1);
   }
+  if (feedback.has_value()) q.feedback = static_cast<const uint16_t*>(feedback->const_data_ptr());
   q.global_scale = float(global_scale);
   q.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   q.scales = static_cast<uint8_t*>(scales.mutable_data_ptr());
@@ -115,8 +116,8 @@ void fp4_linear(const Tensor& codes, const std::optional<Tensor>& scales, const 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(wush_cpu, m) {
   m.def(
-      "transform_quantize(Tensor x, Tensor? transform, float global_scale, bool nvfp4, int rule, Tensor(a!) codes, "
-      "Tensor(b!) scales) -> ()");
+      "transform_quantize(Tensor x, Tensor? transform, Tensor? feedback, float global_scale, bool nvfp4, int rule, "
+      "Tensor(a!) codes, Tensor(b!) scales) -> ()");
   m.def(
       "fp4_linear(Tensor codes, Tensor? scales, Tensor weight_codes, Tensor weight_scales, float factor, Tensor? bias, "
       "Tensor? residual, int format, str activation, Tensor(a!) out) -> ()");

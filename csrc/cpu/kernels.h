@@ -18,6 +18,7 @@ struct Quantize {
   const void* transform;                                 // [blocks, block, block] in row-major order, or nullptr
   Type transform_type;
   int64_t blocks, block;
+  const uint16_t* feedback;                              // bf16 [width/group, 6, group/4], or nullptr: round to nearest
   float global_scale;                                    // 1 where there is none
   Format format;
   Rule rule;

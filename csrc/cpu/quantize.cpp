@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "convert.h"
+#include "feedback.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -18,8 +19,6 @@ namespace {
 
 template <int G>
 constexpr int kVectors = G / kLanes;                     // of a group
-
-inline Floats magnitude(Floats v) { return floats(both(bits(v), every(0x7fffffff))); }
 
 // A power of two whose sum with `a`, from 0 to 8, is rounded to e2m1's spacing there.
 inline Floats rounder(Floats a) {
@@ -103,8 +102,10 @@ int nvfp4_scale(const Floats* x, float amax, Rule rule, float g) {
   return squared_error<G>(x, g / s1, s1) < squared_error<G>(x, g / s0, s0) ? narrow : best;
 }
 
+// With `batch` the group's codes follow when the batch is rounded.
 template <int G>
-void quantize_group(const float* values, const Quantize& q, uint8_t* codes, uint8_t* scale) {
+void quantize_group(const float* values, const Quantize& q, int64_t at, int64_t index, Batch<G>* batch) {
+  uint8_t *codes = q.codes + at / 2, *scale = q.scales + at / G;
   Floats x[kVectors<G>];
   // The bits of non-negative floats are ordered as the floats are; those of Inf and NaN are above all others.
   Integers top = every(0);
@@ -119,14 +120,15 @@ void quantize_group(const float* values, const Quantize& q, uint8_t* codes, uint
     return;
   }
   const float amax = from_bits(b);
-  float inverse;
+  float unit, inverse;
   if constexpr (G == 32) {
     *scale = mxfp4_scale<G>(x, amax, q.rule);
-    inverse = exp2_of(127 - *scale) * q.global_scale;
+    unit = exp2_of(*scale - 127), inverse = exp2_of(127 - *scale) * q.global_scale;
   } else {
     *scale = nvfp4_scale<G>(x, amax, q.rule, q.global_scale);
-    inverse = q.global_scale / e4m3_value(*scale);
+    unit = e4m3_value(*scale), inverse = q.global_scale / unit;
   }
+  if (batch) return batch->push(x, inverse, unit, amax, q.feedback + index * Batch<G>::kNumbers, codes);
   for (int i = 0; i < kVectors<G>; i++) {
     const Floats v = mul(x[i], all(inverse)), a = least(magnitude(v), all(6.f));
     const Integers sum = bits(add(a, rounder(a)));       // (149 + e) << 23 | the number of steps, for 2^e <= max(a, 1)
@@ -159,11 +161,12 @@ void read_transposed(const Quantize& q, int64_t index, float* out) {
 
 constexpr int kRows = 8;                                 // rows that are transformed together
 
-}  // namespace
-
 // Units run over the rows of one range of channels, then over those of the next. So a transform is read once.
-void quantize(const Quantize& q, int64_t begin, int64_t end) {
-  const int64_t unit = q.unit(), group = q.group();
+template <int G>
+void quantize_units(const Quantize& q, int64_t begin, int64_t end) {
+  const int64_t unit = q.unit();
+  // One for each group of a unit: many rows, one after the other, then have the same F.
+  std::vector<Batch<G>> batches(q.feedback ? unit / G : 0, Batch<G>(q.global_scale));
   std::vector<float> x(kRows * unit), y(kRows * unit), transposed(q.transform ? unit / q.block * q.block * q.block : 0);
   int64_t loaded = -1;
   for (int64_t index = begin; index < end;) {
@@ -190,17 +193,19 @@ void quantize(const Quantize& q, int64_t begin, int64_t end) {
       }
       values = y.data();
     }
-    for (int64_t r = 0; r < rows; r++) {
-      for (int64_t k = 0; k < unit; k += group) {
-        const int64_t at = (row + r) * q.width + channel + k;
-        if (group == 32)
-          quantize_group<32>(values + r * unit + k, q, q.codes + at / 2, q.scales + at / 32);
-        else
-          quantize_group<16>(values + r * unit + k, q, q.codes + at / 2, q.scales + at / 16);
-      }
-    }
+    for (int64_t k = 0; k < unit; k += G)
+      for (int64_t r = 0; r < rows; r++)
+        quantize_group<G>(values + r * unit + k, q, (row + r) * q.width + channel + k, (channel + k) / G,
+                          q.feedback ? &batches[k / G] : nullptr);
     index += rows;
   }
+  for (auto& batch : batches) batch.finish();
+}
+
+}  // namespace
+
+void quantize(const Quantize& q, int64_t begin, int64_t end) {
+  (q.format == Format::mxfp4 ? quantize_units<32> : quantize_units<16>)(q, begin, end);
 }
 
 }  // namespace wush::cpu::WUSH_LEVEL

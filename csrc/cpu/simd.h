@@ -64,6 +64,21 @@ inline Integers either(Integers a, Integers b) { return _mm512_or_si512(a, b); }
 template <int N>
 inline Integers shift_right(Integers v) { return _mm512_srli_epi32(v, N); }
 inline Integers most(Integers a, Integers b) { return _mm512_max_epi32(a, b); }
+template <int N>
+inline Integers shift_left(Integers v) { return _mm512_slli_epi32(v, N); }
+// The bits of a where the mask has ones, else those of b.
+inline Integers select(Integers mask, Integers a, Integers b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xca); }
+// Four 32-bit numbers of each of the rows 0, 4, 8, ..: 128 bits a row.
+inline Floats load_quarters(const char* const rows[], int64_t at) {
+  Floats v = _mm512_castps128_ps512(_mm_loadu_ps(reinterpret_cast<const float*>(rows[0] + at)));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(reinterpret_cast<const float*>(rows[4] + at)), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(reinterpret_cast<const float*>(rows[8] + at)), 2);
+  return _mm512_insertf32x4(v, _mm_loadu_ps(reinterpret_cast<const float*>(rows[12] + at)), 3);
+}
+inline Floats low_pairs(Floats a, Floats b) { return _mm512_unpacklo_ps(a, b); }
+inline Floats high_pairs(Floats a, Floats b) { return _mm512_unpackhi_ps(a, b); }
+inline Floats low_halves(Floats a, Floats b) { return _mm512_shuffle_ps(a, b, 0x44); }
+inline Floats high_halves(Floats a, Floats b) { return _mm512_shuffle_ps(a, b, 0xee); }
 inline int largest(Integers v) { return _mm512_reduce_max_epi32(v); }
 // Neighbours first, then neighbours of these, until one sum is left.
 inline float tree_sum(Floats v) {
@@ -148,6 +163,19 @@ inline Integers both(Integers a, Integers b) { return _mm256_and_si256(a, b); }
 inline Integers either(Integers a, Integers b) { return _mm256_or_si256(a, b); }
 template <int N>
 inline Integers shift_right(Integers v) { return _mm256_srli_epi32(v, N); }
+template <int N>
+inline Integers shift_left(Integers v) { return _mm256_slli_epi32(v, N); }
+inline Integers select(Integers mask, Integers a, Integers b) {
+  return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
+}
+inline Floats load_quarters(const char* const rows[], int64_t at) {
+  const __m128 low = _mm_loadu_ps(reinterpret_cast<const float*>(rows[0] + at));
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(low), _mm_loadu_ps(reinterpret_cast<const float*>(rows[4] + at)), 1);
+}
+inline Floats low_pairs(Floats a, Floats b) { return _mm256_unpacklo_ps(a, b); }
+inline Floats high_pairs(Floats a, Floats b) { return _mm256_unpackhi_ps(a, b); }
+inline Floats low_halves(Floats a, Floats b) { return _mm256_shuffle_ps(a, b, 0x44); }
+inline Floats high_halves(Floats a, Floats b) { return _mm256_shuffle_ps(a, b, 0xee); }
 inline Integers most(Integers a, Integers b) { return _mm256_max_epi32(a, b); }
 inline int largest(Integers v) {
   __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -205,6 +233,14 @@ inline void sum_four(const Floats v[4], float* out) {
   __m128 a = quarter_sum(v[0]), b = quarter_sum(v[1]), c = quarter_sum(v[2]), d = quarter_sum(v[3]);
   _MM_TRANSPOSE4_PS(a, b, c, d);
   _mm_store_ps(out, _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d)));
+}
+
+// Four columns of 32-bit numbers, byte `at` of kLanes rows and on: out[i] has number i of each row.
+inline void load_columns(const char* const rows[], int64_t at, Floats out[4]) {
+  Floats v[4];
+  for (int i = 0; i < 4; i++) v[i] = load_quarters(rows + i, at);
+  const Floats a = low_pairs(v[0], v[1]), b = low_pairs(v[2], v[3]), c = high_pairs(v[0], v[1]), d = high_pairs(v[2], v[3]);
+  out[0] = low_halves(a, b), out[1] = high_halves(a, b), out[2] = low_halves(c, d), out[3] = high_halves(c, d);
 }
 
 }  // namespace wush::cpu::WUSH_LEVEL

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..feedback import shape as feedback_shape
 from ..formats import channels, get_format, operand_layout
 from ..ops.grouped import by_expert
 from ..ops.layouts import in_rows, lay_out, scale_shape
@@ -49,8 +50,6 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 def refuses_transform_quantize(
     x, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None
 ) -> str | None:
-    if feedback is not None:
-        return "no CPU kernel rounds with feedback yet"
     if format not in FORMATS:
         return f"{format} has no CPU kernel"
     if scale_layout == "lanes":
@@ -74,6 +73,10 @@ def transform_quantize(
         _check("transform", transform, (blocks, size, size), transform.dtype)
         if width % math.lcm(size, group) or blocks not in (1, width // size):
             raise ValueError(f"{blocks} blocks of {size} do not cover width {width}")
+    if feedback is not None:
+        if scale_rule == "paper":
+            raise ValueError("the scale rule paper rounds to nearest: it takes no feedback")
+        _check("feedback", feedback, feedback_shape(format, width), torch.bfloat16)
     rows = x.reshape(-1, width)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
@@ -82,6 +85,7 @@ def transform_quantize(
     load("cpu").transform_quantize(
         rows,
         None if transform is None else transform.contiguous(),
+        None if feedback is None else feedback.contiguous(),
         _number(global_scale),
         format == "nvfp4",
         RULES.index(scale_rule),
