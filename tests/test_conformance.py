@@ -2,13 +2,15 @@
 
 import itertools
 import json
+import types
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from wush_compile import feedback
 from wush_compile.cli import app
-from wush_compile.diagnostics import conformance, deep, timing
+from wush_compile.diagnostics import conformance, deep, fuzz, timing
 from wush_compile.diagnostics.timing import Time
 from wush_compile.formats import FORMATS
 from wush_compile.kernels.provider import Implementation
@@ -53,20 +55,41 @@ def ignores_the_rule(x, transform, g, format, rule, *layout):
     return ops._transform_quantize(x, transform, g, format, "absmax", *layout)
 
 
-def ignores_the_layout(x, transform, g, format, rule, *layout):
-    return ops._transform_quantize(x, transform, g, format, rule)
+def ignores_the_layout(x, transform, g, format, rule, layout="rows", feedback=None):
+    return ops._transform_quantize(x, transform, g, format, rule, feedback=feedback)
 
 
 def writes_no_padding(*args):
     """Like a kernel that does not write the padding of swizzled scales."""
     codes, scales = ops._transform_quantize(*args)
-    if args[-1] == "swizzled" and scales.dtype == torch.uint8:
+    if args[5] == "swizzled" and scales.dtype == torch.uint8:
         scales[-1, -1, -1, -1] = conformance.POISON
     return codes, scales
 
 
 def one_matrix_for_all(x, transform, g, format, rule, *layout):
     return ops._transform_quantize(x, None if transform is None else transform[:1], g, format, rule, *layout)
+
+
+def ignores_feedback(*args):
+    return ops._transform_quantize(*args[:6])
+
+
+def takes_the_next_groups_feedback(*args):
+    return ops._transform_quantize(*args[:6], None if args[6] is None else args[6].roll(1, 0))
+
+
+def swaps_steps(*args):
+    """The numbers of steps 0 and 2, and of steps 1 and 2, in each other's place."""
+    return ops._transform_quantize(*args[:6], None if args[6] is None else args[6][:, [0, 2, 1, 3, 4, 5]])
+
+
+def keeps_wide_errors(*args):
+    """Errors that are not rounded to bf16."""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feedback, "torch", types.SimpleNamespace(**vars(torch) | {"bfloat16": torch.float32}))
+        return ops._transform_quantize(*args)
 
 
 def raises(*args):
@@ -80,6 +103,10 @@ QUANTIZERS = [
     ignores_the_layout,
     writes_no_padding,
     one_matrix_for_all,
+    ignores_feedback,
+    takes_the_next_groups_feedback,
+    swaps_steps,
+    keeps_wide_errors,
     raises,
 ]
 
@@ -90,6 +117,13 @@ def test_a_wrong_quantizer_is_seen(broken):
     assert found and all(r.error > 0 for r in found)
     if broken is raises:
         assert "RuntimeError: no kernel image" in found[0].case and "more" not in found[0].case
+
+
+@pytest.mark.parametrize("broken", [ignores_feedback, swaps_steps])
+def test_wrong_feedback_is_seen_in_every_case_with_it(broken):
+    results = list(conformance.check("mine", "transform_quantize", Implementation(broken, lambda *args: None), CPU))
+    assert all(r.ok != ("feedback" in r.case) for r in results)
+    assert sum("feedback of eighths" in r.case for r in results) * 3 == sum("feedback" in r.case for r in results) * 2
 
 
 def forgets_the_bias(*args):
@@ -124,11 +158,30 @@ def test_refusals_are_recorded():
     assert results and all(r.ok and r.refused == "never" and r.error is None for r in results)
 
 
+def test_exact_sums_of_errors_are_exact(monkeypatch):
+    """fp32 gives what float64 gives, in the conformance's cases and in those of fuzzed calls."""
+    fp32, calls = torch.bmm, []
+
+    def bmm(a, b):
+        calls.append(torch.equal(fp32(a, b).double(), fp32(a.double(), b.double())))
+        return fp32(a, b)
+
+    cases = [c.args for c in conformance.quantizer_cases(CPU) if "eighths" in c.name]
+    families = [fuzz.family(0, index, CPU) for index in range(0, 600, len(fuzz.FAMILIES))]
+    cases += [c.args for f in families for c in f if c.words.endswith("feedback=eighths")]
+    assert len(cases) > 40
+    monkeypatch.setattr(feedback.torch, "bmm", bmm)
+    for x, t, g, format, rule, _, f in cases:
+        feedback.quantize(ops.block_transform(x, t), format, rule, g, f)
+    assert all(calls)
+
+
 def test_fused_references_are_not_the_provider_under_test():
     """The reference of a fused op runs on the CPU, where no provider is used."""
     for op in ("silu_mul_transform_quantize", "rms_norm_transform_quantize", "add_rms_norm_transform_quantize"):
-        for _, _, args, reference in itertools.islice(conformance.CASES[op](CPU), 3):
-            codes, scales, *sums = reference()
+        for case in itertools.islice(conformance.CASES[op](CPU), 3):
+            codes, scales, *sums = case.want()
+            args = case.args
             assert all(s.shape == args[0].shape for s in sums)
             assert codes.shape[-1] * 2 == args[0].shape[-1] and scales.device == CPU
 

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wush_compile import errors, formats
+from wush_compile.diagnostics.conformance import share_of_codes
+from wush_compile.diagnostics.draw import feedback_limit, feedback_numbers, signed_permutations
 from wush_compile.formats import FORMATS
 from wush_compile.kernels import cpu, dispatch, libraries
 from wush_compile.ops import core
@@ -63,6 +65,94 @@ def test_a_transform_of_integers_is_exact(format, block):
             t = torch.randint(-3, 4, (blocks, block, block), generator=generator).to(torch.bfloat16)
             found = cpu.transform_quantize(x, t, None, format, "mse")
             assert all(map(torch.equal, found, core.REFERENCE["transform_quantize"](x, t, None, format, "mse")))
+
+
+FEEDBACK_RULES = [(f, rule) for f, rule in RULES if rule != "paper"]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def quantized(x, t, g, format, rule, f) -> torch.Tensor:
+    return cpu.transform_quantize(x, t, g, format, rule, "rows", f)[0]
+
+
+def same(x, t, g, format, rule, f) -> bool:
+    args = (x, t, g, format, rule, "rows", f)
+    return all(map(torch.equal, cpu.transform_quantize(*args), core.REFERENCE["transform_quantize"](*args)))
+
+
+@pytest.mark.parametrize("format, rule", FEEDBACK_RULES)
+@pytest.mark.parametrize("block", [None, 0, 64])  # no transform, the group's size, more
+def test_feedback_of_exact_sums_has_the_references_bits(format, rule, block):
+    """Rows that fill no vector, share their numbers with all other rows, or with none."""
+    generator = torch.Generator().manual_seed(0)
+    width, group, changed = 192, FORMATS[format].group_size, 0
+    for rows in (0, 1, 3, 17, 129):
+        for dtype in FLOATS:
+            x = torch.randint(-24, 25, (rows, width), generator=generator).to(dtype)
+            x[torch.rand(x.shape, generator=generator) < 0.1] *= -0.0
+            f = feedback_numbers("eighths", format, width, generator)
+            for blocks in (1,) if block is None else (1, width // (block or group)):
+                size = block or group
+                t = torch.randint(0, 2, (blocks, size, size), generator=generator) * 2 - 1
+                args = (x, None if block is None else t.to(dtype), torch.tensor([0.5]) if rows % 2 else None)
+                assert same(*args, format, rule, f), (rows, dtype, blocks)
+                changed += int(
+                    (cpu.transform_quantize(*args, format, rule)[0] != quantized(*args, format, rule, f)).sum()
+                )
+    assert changed > 10000
+
+
+@pytest.mark.parametrize("format, rule", FEEDBACK_RULES)
+def test_feedback_of_any_values(format, rule):
+    """Real numbers and global scales; groups that are not finite, large or tiny. Scales are exact, and so are codes but
+    where the last bit of a sum decides."""
+    for g in (None, torch.tensor([0.37])):
+        for rows, dtype in ((17, torch.float16), (129, torch.bfloat16), (129, torch.float32)):
+            x = wide_range(rows, 576, seed=rows).to(dtype)
+            generator = torch.Generator().manual_seed(rows)
+            t = signed_permutations(576 // 64, 64, generator).to(dtype)
+            args = (x, t, g, format, rule, "rows", feedback_numbers("any", format, 576, generator))
+            found, wanted = cpu.transform_quantize(*args), core.REFERENCE["transform_quantize"](*args)
+            assert share_of_codes(found, wanted) <= feedback_limit(rows, 576, format)
+
+
+@pytest.mark.parametrize("format", WIDTHS)
+def test_feedback_of_zeros_rounds_to_nearest(format):
+    x = wide_range(129, 576, seed=0)
+    zeros = feedback_numbers("zeros", format, 576, torch.Generator())
+    for f in (zeros, -zeros):
+        assert torch.equal(quantized(x, None, None, format, "mse", f), quantized(x, None, None, format, "mse", None))
+
+
+@pytest.mark.parametrize("format", WIDTHS)
+def test_large_groups_take_no_feedback(format):
+    """From 2^100 on. The group's other half decides nothing: its neighbours keep theirs."""
+    generator = torch.Generator().manual_seed(0)
+    group = FORMATS[format].group_size
+    x = torch.randint(-24, 25, (5, 4, group), generator=generator).float()
+    x[:, 1] *= 2.0**98
+    x[:, 1, 7], x[:, 2, 3], x[:, 3, 5] = -(2.0**100), float("nan"), float("inf")
+    f = feedback_numbers("eighths", format, 4 * group, generator)
+    x = x.flatten(1)
+    g = None if format == "mxfp4" else torch.tensor([2.0**-99])
+    nearest, found = (quantized(x, None, g, format, "mse", v).view(5, 4, -1) for v in (None, f))
+    assert same(x, None, g, format, "mse", f)
+    assert torch.equal(nearest[:, 1:], found[:, 1:]) and not found[:, 2:].any() and found[:, 1].any()
+    x[:, group + 7] = 2.0**99
+    assert not torch.equal(quantized(x, None, g, format, "mse", f).view(5, 4, -1)[:, 1], nearest[:, 1])
+
+
+def test_feedback_reads_the_row_and_group_of_each_code():
+    """Rows and groups one by one give what they give together."""
+    generator = torch.Generator().manual_seed(0)
+    for format, group in (("mxfp4", 32), ("nvfp4", 16)):
+        x = torch.randint(-24, 25, (37, 5 * group), generator=generator).to(torch.bfloat16)
+        f = feedback_numbers("eighths", format, 5 * group, generator)
+        whole = quantized(x, None, None, format, "mse", f).view(37, 5, -1)
+        for b in range(5):
+            part = x[:, b * group : (b + 1) * group]
+            assert torch.equal(quantized(part, None, None, format, "mse", f[b : b + 1]), whole[:, b])
+            assert torch.equal(quantized(part[30:31], None, None, format, "mse", f[b : b + 1]), whole[30:31, b])
 
 
 def product(rows: int, columns: int, width: int, format: str, activations: str, dtype: torch.dtype, seed: int = 0):
@@ -143,6 +233,15 @@ def test_experts_are_products_of_their_rows(format, activation, by_index):
         torch.ops.wush.fp4_grouped_linear(*args[:6], offs.flip(0), *args[7:])
 
 
+def test_feedback_need_not_be_contiguous():
+    generator = torch.Generator().manual_seed(0)
+    x, f = torch.randn(9, 96, generator=generator), feedback_numbers("any", "mxfp4", 96, generator)
+    apart = torch.stack([f, -f], -1)[..., 0]
+    assert not apart.is_contiguous()
+    args = (x, None, None, "mxfp4", "mse")
+    assert torch.equal(quantized(*args, apart), quantized(*args, f))
+
+
 def test_the_residual_is_added_after_the_rounding():
     args, _ = product(7, 12, 96, "mxfp4", "same", torch.bfloat16)
     residual = torch.randn(7, 12, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
@@ -176,6 +275,12 @@ def test_arguments_at_fault_reach_no_kernel():
         cpu.fp4_linear(codes, scales, g, weight_codes, weight_scales, None, bias, bias, *end)
     with pytest.raises(ValueError, match="do not cover"):
         cpu.transform_quantize(torch.randn(2, 96), torch.randn(2, 32, 32), None, "mxfp4", "mse")
+    x, f = torch.randn(2, 96), torch.zeros(3, 6, 8, dtype=torch.bfloat16)
+    for bad in (f.float(), f[:2], f[..., :4], torch.zeros(6, 6, 4, dtype=torch.bfloat16), f.flatten(1), f.to("meta")):
+        with pytest.raises(ValueError, match="feedback is torch"):
+            cpu.transform_quantize(x, None, None, "mxfp4", "mse", "rows", bad)
+    with pytest.raises(ValueError, match="takes no feedback"):
+        cpu.transform_quantize(x, None, None, "mxfp4", "paper", "rows", f)
     with pytest.raises(ValueError, match="no scale rule 'ocp'"):
         cpu.transform_quantize(torch.randn(2, 96), None, None, "nvfp4", "ocp")
 

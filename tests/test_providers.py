@@ -78,8 +78,8 @@ def test_a_provider_that_refuses_is_passed_by(monkeypatch):
 
 
 @pytest.mark.parametrize("prologue", ["", "rms_norm_", "add_rms_norm_", "silu_mul_"])
-def test_the_cuda_kernels_leave_search_to_triton(prologue, monkeypatch):
-    """With a reason that names the rule; `mse` they compute."""
+def test_the_cuda_kernels_leave_search_and_feedback_to_triton(prologue, monkeypatch):
+    """With a reason that names the rule, or feedback; `mse` they compute."""
     from wush_compile.kernels import cuda
 
     class OnGpu(torch.Tensor):
@@ -99,6 +99,9 @@ def test_the_cuda_kernels_leave_search_to_triton(prologue, monkeypatch):
         assert kernels.dispatch(op, lambda *args: "reference", *call) == expected
         assert kernels.chosen(op, 0, call) == expected
     assert computed.refuses(*call) == "no CUDA kernel has the scale rule search"
+    call = (*args, None, None, "nvfp4", "mse", "rows", torch.zeros(4, 6, 4, dtype=torch.bfloat16))
+    assert kernels.dispatch(op, lambda *args: "reference", *call) == "triton"
+    assert computed.refuses(*call) == "no CUDA kernel rounds with feedback"
 
 
 def test_a_callers_mistake_costs_no_provider(monkeypatch):
@@ -176,11 +179,11 @@ def test_shipped_providers_fit_their_ops(provider):
     assert implementations(provider)
 
 
-def good(x, transform, global_scale, format, scale_rule, scale_layout="rows", tile=None):
+def good(x, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None, tile=None):
     """`transform_quantize`, with a parameter of its own."""
 
 
-def swapped(x, global_scale, transform, format, scale_rule, scale_layout="rows"):
+def swapped(x, global_scale, transform, format, scale_rule, scale_layout="rows", feedback=None):
     """As `good`, two arguments in the other order."""
 
 
@@ -188,7 +191,7 @@ def short(x, transform, global_scale, format):
     """As `good`, one argument too few."""
 
 
-def demanding(x, transform, global_scale, format, scale_rule, scale_layout="rows", *, tile):
+def demanding(x, transform, global_scale, format, scale_rule, scale_layout="rows", feedback=None, *, tile):
     """As `good`, but with a parameter that no caller passes."""
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import formats
+from .. import feedback, formats
 from ..formats import FORMATS
 from ..kernels.dispatch import PROVIDERS
 from ..kernels.provider import Implementation, implementations
@@ -21,6 +21,7 @@ from ..ops import core as ops
 from ..ops import fused as fused_ops
 from ..ops import layouts
 from ..ops.schema import bind
+from .draw import FEEDBACK_SHARE, feedback_limit, feedback_numbers, signed_permutations
 
 # (rows, K): a single group, odd numbers of groups, sizes that are no multiple of a tile, sizes that fill a GPU.
 SHAPES = ((1, 32), (3, 96), (37, 576), (128, 1024), (257, 4096))
@@ -35,6 +36,10 @@ PRODUCTS = (
     (300, 1040, 1024),
 )
 POISON = 0xEE
+# Share of codes that a norm may move. An implementation may divide or take the root in another way: its last bit then
+# differs, and with it few codes. The last bit of 1 / root changes 1.3e-5 of the normed bf16 values; as good as none of
+# them moves a code by itself, but with feedback 1e-5 of the bytes of codes follow.
+NORM_SHARE = 1e-3
 
 
 class Result(NamedTuple):
@@ -73,6 +78,11 @@ def share_different(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
     return max((((a != b) & ~(a.isnan() & b.isnan())).float().mean().item() for a, b in pairs), default=0.0)
 
 
+def share_of_codes(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
+    """`share_different` of the codes; 1 where the scales, which feedback does not change, are not equal."""
+    return 1.0 if share_different(got[1:], want[1:]) else share_different(got[:1], want[:1])
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Relative error over the finite entries of `want` (float64); infinite if other entries are finite in `got`."""
     finite = want.isfinite()
@@ -103,13 +113,32 @@ def whole(shape: tuple[int, ...], largest: int, dtype: torch.dtype, device: torc
     return torch.randint(-largest, largest + 1, shape, generator=generator).to(dtype).to(device)
 
 
+def feedback_of(kind: str, format: str, k: int, device: torch.device) -> Tensor:
+    return feedback_numbers(kind, format, k, torch.Generator().manual_seed(k)).to(device)
+
+
+def permutations_of(format: str, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    group = FORMATS[format].group_size
+    return signed_permutations(k // group, group, torch.Generator().manual_seed(k)).to(device, dtype)
+
+
 def number(value: float | None, device: torch.device) -> Tensor | None:
     return None if value is None else torch.tensor([value], device=device)
 
 
-# -- cases: (format, name, arguments, reference's result) --------------------------------------------------------------
+# -- cases -----------------------------------------------------------------------------------------------------------
 
-Case = tuple[str, str, tuple, Callable[[], object]]
+
+class Case(NamedTuple):
+    """A call of an op: `want` computes the reference's result, `share` of the values may differ (of products see
+    `_compare`), `error` counts them."""
+
+    format: str
+    name: str
+    args: tuple
+    want: Callable[[], object]
+    share: float = 0.0
+    error: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], float] = share_different
 
 
 def quantizer_cases(device: torch.device) -> Iterator[Case]:
@@ -123,54 +152,88 @@ def quantizer_cases(device: torch.device) -> Iterator[Case]:
         for rows, k in SHAPES:
             fully = rows == 37
             for dtype in (torch.bfloat16, torch.float16, torch.float32) if fully else (torch.bfloat16,):
-                for rule in fmt.scale_rules if fully else ("absmax", "mse"):
+                rules = fmt.scale_rules if fully else ("absmax", "mse")
+                for rule in rules:
                     g = number(None if format == "int4" else 3.0 if rule == "paper" else 0.37, device)
                     args = (spread(rows, k, dtype, device), None, g, format, rule)
-                    yield format, f"{rows}x{k} {_name(dtype)} {rule}", args, functools.partial(reference, *args)
+                    name = f"{rows}x{k} {_name(dtype)} {rule}"
+                    yield Case(format, name, args, functools.partial(reference, *args))
+                    if format in feedback.FORMATS and rule != "paper":
+                        yield from _with_feedback(rows, k, dtype, format, rule, g, device)
                 for blocks, rule in ((k // group, "absmax"), (k // group, "mse"), (1, "absmax")):
                     if fully or blocks > 1:
                         t = whole((blocks, group, group), 3, dtype, device)
                         args = (whole((rows, k), 24, dtype, device), t, None, format, rule)
-                        yield (
-                            format,
-                            f"{rows}x{k} {_name(dtype)} {rule}, {blocks} matrices",
-                            args,
-                            functools.partial(reference, *args),
-                        )
+                        name = f"{rows}x{k} {_name(dtype)} {rule}, {blocks} matrices"
+                        yield Case(format, name, args, functools.partial(reference, *args))
+
+
+def _with_feedback(
+    rows: int, k: int, dtype: torch.dtype, format: str, rule: str, g: Tensor | None, device: torch.device
+) -> Iterator[Case]:
+    """Integers whose sums of errors are exact, with a matrix for each block and one for all; then real numbers."""
+    reference, group = ops.REFERENCE["transform_quantize"], FORMATS[format].group_size
+    name = f"{rows}x{k} {_name(dtype)} {rule}, feedback"
+    for blocks in (k // group, 1):
+        t = 2 * whole((blocks, group, group), 1, dtype, device).clamp(min=0) - 1
+        f = feedback_of("eighths", format, k, device)
+        args = (whole((rows, k), 24, dtype, device), t, None, format, rule, "rows", f)
+        yield Case(format, f"{name} of eighths, {blocks} matrices", args, functools.partial(reference, *args))
+    t, f = permutations_of(format, k, dtype, device), feedback_of("any", format, k, device)
+    args = (spread(rows, k, dtype, device), t, g, format, rule, "rows", f)
+    limit = feedback_limit(rows, k, format)
+    yield Case(format, name, args, functools.partial(reference, *args), limit, share_of_codes)
+
+
+def _fused(op: str, format: str, name: str, inputs: tuple, device: torch.device, share: float = 0.0) -> Iterator[Case]:
+    """A fused op without a transform; where the format takes feedback, with it and a transform too."""
+    reference, (rows, k) = fused_ops.FUSED_REFERENCE[op], inputs[0].shape
+    args = (*inputs, None, None, format, "absmax")
+    yield Case(format, name, args, functools.partial(_reference_of_fused, reference, args), share)
+    if format in feedback.FORMATS:
+        t, f = permutations_of(format, k, inputs[0].dtype, device), feedback_of("any", format, k, device)
+        args = (*inputs, t, None, format, "absmax", "rows", f)
+        want = functools.partial(_reference_of_fused, reference, args)
+        limit, error = (
+            feedback_limit(rows, k, format, share or FEEDBACK_SHARE),
+            share_different if share else share_of_codes,
+        )
+        yield Case(format, f"{name}, feedback", args, want, limit, error)
 
 
 def silu_mul_cases(device: torch.device) -> Iterator[Case]:
-    reference = fused_ops.FUSED_REFERENCE["silu_mul_transform_quantize"]
     for format in FORMATS:
         for rows, k in SHAPES:
             halves = spread(rows, 2 * k, torch.bfloat16, device)
-            args = (halves[:, :k], halves[:, k:], None, None, format, "absmax")
-            yield format, f"{rows}x{k}", args, functools.partial(_reference_of_fused, reference, args)
+            inputs = (halves[:, :k], halves[:, k:])
+            yield from _fused("silu_mul_transform_quantize", format, f"{rows}x{k}", inputs, device)
 
 
 def rms_norm_cases(device: torch.device) -> Iterator[Case]:
     """Integers: every order of summation gives the same sum of squares."""
-    reference = fused_ops.FUSED_REFERENCE["rms_norm_transform_quantize"]
     for format in FORMATS:
         for rows, k in SHAPES:
             for gain in fused_ops.GAINS:
                 x = whole((rows, k), 4, torch.bfloat16, device)
                 weight = None if gain == "none" else spread(1, k, torch.bfloat16, device)[0]
-                args = (x, weight, 1e-5, None, gain, None, None, format, "absmax")
-                yield format, f"{rows}x{k} {gain}", args, functools.partial(_reference_of_fused, reference, args)
+                inputs = (x, weight, 1e-5, None, gain)
+                yield from _fused(
+                    "rms_norm_transform_quantize", format, f"{rows}x{k} {gain}", inputs, device, NORM_SHARE
+                )
 
 
 def add_rms_norm_cases(device: torch.device) -> Iterator[Case]:
     """Real numbers: a norm that reads the rounded sum gives more other codes than the order of its sum does."""
-    reference = fused_ops.FUSED_REFERENCE["add_rms_norm_transform_quantize"]
     generator = torch.Generator().manual_seed(0)
     for format in FORMATS:
         for rows, k in SHAPES:
             for gain in fused_ops.GAINS:
                 x, residual = torch.randn(2, rows, k, generator=generator).to(device, torch.bfloat16)
                 weight = None if gain == "none" else spread(1, k, torch.bfloat16, device)[0]
-                args = (x, residual, weight, 1e-5, None, gain, None, None, format, "absmax")
-                yield format, f"{rows}x{k} {gain}", args, functools.partial(_reference_of_fused, reference, args)
+                inputs = (x, residual, weight, 1e-5, None, gain)
+                yield from _fused(
+                    "add_rms_norm_transform_quantize", format, f"{rows}x{k} {gain}", inputs, device, NORM_SHARE
+                )
 
 
 def _reference_of_fused(reference: Callable, args: tuple) -> tuple[Tensor, ...]:
@@ -197,11 +260,11 @@ def product_cases(device: torch.device) -> Iterator[Case]:
             gx, gw = (number(v, device) if scaled else None for v in (0.5, 4.0))
             for dtype in (torch.bfloat16, torch.float32):
                 args = (*x, None, *w, None, None, None, format, dtype)
-                yield format, f"{rows}x{n}x{k} to {_name(dtype)}", args, functools.partial(torch.clone, exact)
+                yield Case(format, f"{rows}x{n}x{k} to {_name(dtype)}", args, functools.partial(torch.clone, exact))
             args = (*x, gx, *w, gw, bias, residual, format, torch.bfloat16)
             want = exact / (2.0 if scaled else 1.0) + bias.double()
             want = want.bfloat16().double() + residual.double()
-            yield format, f"{rows}x{n}x{k}, bias, residual", args, functools.partial(torch.clone, want)
+            yield Case(format, f"{rows}x{n}x{k}, bias, residual", args, functools.partial(torch.clone, want))
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -215,16 +278,14 @@ CASES = {
     "add_rms_norm_transform_quantize": add_rms_norm_cases,
     "fp4_linear": product_cases,
 }
-# An implementation may divide or take the root in another way: a norm's last bit then differs, and with it few codes.
-TOLERATED = {"rms_norm_transform_quantize": 1e-3, "add_rms_norm_transform_quantize": 1e-3}
 
 
 # -- run -------------------------------------------------------------------------------------------------------------
 
 
-def _compare(op: str, implementation: Implementation, args: tuple, want, device: torch.device) -> tuple[float, float]:
+def _compare(op: str, implementation: Implementation, case: Case, device: torch.device) -> tuple[float, float]:
     """(error, limit) of one call; where swizzled scales are taken too, the larger error of both layouts."""
-    call = bind(op, args)
+    call, want = bind(op, case.args), case.want()
     swizzled = call | {"scale_layout": "swizzled"}
     if op == "fp4_linear":
         dtype = call["out_dtype"]
@@ -235,7 +296,7 @@ def _compare(op: str, implementation: Implementation, args: tuple, want, device:
         limit = roundings * ops.PRODUCT_ERROR[dtype]
     else:
         outputs = [want, (want[0], layouts.lay_out(want[1], "swizzled"), *want[2:])]
-        compare, limit = share_different, TOLERATED.get(op, 0.0)
+        compare, limit = case.error, case.share
     error = 0.0
     for named, expected in zip((call, swizzled), outputs):
         given = tuple(named.values())
@@ -253,19 +314,19 @@ def check(
     mine: Callable[[int], bool] = lambda index: True,
 ) -> Iterator[Result]:
     """Runs an op's cases through one implementation. Refusals and failures are results too."""
-    for index, (format, case, args, reference) in enumerate(CASES[op](device)):
+    for index, case in enumerate(CASES[op](device)):
         if not mine(index):
             continue
-        start = time.perf_counter()
-        refused = implementation.refuses(*args)
+        start, name = time.perf_counter(), case.name
+        refused = implementation.refuses(*case.args)
         if refused is not None:
-            yield Result(provider, op, format, case, True, None, refused, 0.0)
+            yield Result(provider, op, case.format, name, True, None, refused, 0.0)
             continue
         try:
-            error, limit = _compare(op, implementation, args, reference(), device)
+            error, limit = _compare(op, implementation, case, device)
         except Exception as failure:
-            case, error, limit = f"{case}: {type(failure).__name__}: {str(failure).splitlines()[0]}", float("inf"), 0.0
-        yield Result(provider, op, format, case, error <= limit, error, None, time.perf_counter() - start)
+            name, error, limit = f"{name}: {type(failure).__name__}: {str(failure).splitlines()[0]}", float("inf"), 0.0
+        yield Result(provider, op, case.format, name, error <= limit, error, None, time.perf_counter() - start)
 
 
 def available(device: torch.device) -> dict[str, dict[str, Implementation]]:

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from .. import formats
+from .. import feedback, formats
 from ..formats import FORMATS
 from ..kernels.dispatch import CPU_PROVIDERS, PROVIDERS, arithmetic, forced, resolve
 from ..ops import core as ops
+from .draw import feedback_numbers
 
 VERSIONS = ("torch", "triton", "transformers", "wush-compile")
 # Numbers of rows that reach every kind of kernel, and the width of the operands.
@@ -47,20 +48,25 @@ def _checked(op: str, format: str, case: str, limit: float, error: Callable[[], 
 
 
 def check_transform_quantize(device: torch.device) -> Iterator[Check]:
-    """Codes and scales of small integers, bit for bit: every order of summation gives the same sums."""
+    """Codes and scales of small integers, bit for bit: every order of summation gives the same sums, of errors too."""
     generator = torch.Generator().manual_seed(0)
     for format, fmt in FORMATS.items():
         group = fmt.group_size
         x = torch.randint(-24, 25, (37, WIDTH), generator=generator).to(device, torch.bfloat16)
         t = torch.randint(-3, 4, (WIDTH // group, group, group), generator=generator).to(device, torch.bfloat16)
 
-        def wrong(rule: str) -> float:
-            got = torch.ops.wush.transform_quantize(x, t, None, format, rule)
-            want = ops.REFERENCE["transform_quantize"](x, t, None, format, rule)
+        def wrong(*args) -> float:
+            got = torch.ops.wush.transform_quantize(*args)
+            want = ops.REFERENCE["transform_quantize"](*args)
             return max((a != b).float().mean().item() for a, b in zip(got, want, strict=True))
 
         for rule in fmt.scale_rules:
-            yield _checked("transform_quantize", format, rule, 0.0, lambda: wrong(rule))
+            yield _checked("transform_quantize", format, rule, 0.0, lambda: wrong(x, t, None, format, rule))
+        if format in feedback.FORMATS:
+            f = feedback_numbers("eighths", format, WIDTH, generator).to(device)
+            for rule in (r for r in fmt.scale_rules if r != "paper"):
+                args = (x, 2 * t.clamp(0, 1) - 1, None, format, rule, "rows", f)
+                yield _checked("transform_quantize", format, f"{rule}, feedback", 0.0, lambda: wrong(*args))
 
 
 def check_fp4_linear(device: torch.device) -> Iterator[Check]:

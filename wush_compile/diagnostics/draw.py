@@ -6,8 +6,43 @@ import random
 import torch
 from torch import Tensor
 
+from .. import feedback
+from ..formats import FORMATS
+
 ROWS = 10  # numbers of rows in a family
 MOST_VALUES = 2**23  # of an operand
+# Share of bytes of codes that rounding with feedback may change where its sums of errors are added up in another order.
+# A code flips where such a sum's last bits decide, and takes later codes of its group along: up to the whole group.
+# 2·10^6 random values: none to 2.5e-6 of the bytes differ between float64, reversed sums, and sums of fp32 parts;
+# 1.4e-5 where sums are cut to 18 bits. Errors that are not rounded to bf16 change 2e-3 and more.
+FEEDBACK_SHARE = 2e-5
+
+
+def feedback_limit(rows: int, width: int, format: str, share: float = FEEDBACK_SHARE) -> float:
+    """The share of bytes of codes [rows, width/2] that may differ: `share`, and of a few the bytes of one group."""
+    return max(share, FORMATS[format].group_size / (rows * width))
+
+
+def signed_permutations(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """fp32 [count, size, size], times powers of two: every sum of a transform has one term."""
+    order = torch.rand(count, size, generator=generator).argsort(1)
+    signs = torch.randint(0, 2, (count, size, 1), generator=generator) * 2.0 - 1.0
+    scale = torch.exp2(torch.randint(-2, 3, (count, size, 1), generator=generator).float())
+    return torch.eye(size)[order] * signs * scale
+
+
+def feedback_numbers(kind: str, format: str, width: int, generator: torch.Generator) -> Tensor:
+    """`feedback` bf16 [K/G, 6, G/4] of numbers up to 0.9, of `zeros`, or of `eighths`.
+
+    Eighths, small integers and a transform of ±1, or of powers of two, have exact sums of errors: relative to a group's
+    largest value they have less than 24 bits.
+    """
+    shape = feedback.shape(format, width)
+    if kind == "zeros":
+        return torch.zeros(shape, dtype=torch.bfloat16)
+    if kind == "eighths":
+        return (torch.randint(-7, 8, shape, generator=generator) / 8).to(torch.bfloat16)
+    return (torch.rand(shape, generator=generator) * 1.8 - 0.9).to(torch.bfloat16)
 
 
 class Draw:
@@ -55,17 +90,25 @@ class Draw:
         return self.strided(x.to(dtype).to(self.device))
 
     def transform(self, k: int, unit: int, dtype: torch.dtype) -> Tensor | None:
-        """Signed permutations, with powers of two: every sum has one term."""
+        """`signed_permutations`, or None."""
         sizes = [b for b in (unit, 2 * unit, 64, 128) if k % b == 0 and b % unit == 0]
         kind = self.of("none", "shared", "blocks", "blocks")
         if kind == "none" or not sizes:
             return None
         size = self.of(*sizes)
         count = 1 if kind == "shared" else k // size
-        order = torch.rand(count, size, generator=self.generator).argsort(1)
-        signs = torch.randint(0, 2, (count, size, 1), generator=self.generator) * 2.0 - 1.0
-        scale = torch.exp2(torch.randint(-2, 3, (count, size, 1), generator=self.generator).float())
-        return (torch.eye(size)[order] * signs * scale).to(dtype).to(self.device)
+        return signed_permutations(count, size, self.generator).to(dtype).to(self.device)
+
+    def feedback(self, format: str, rule: str, k: int) -> tuple[str, Tensor | None]:
+        """(kind, `feedback`): none in half of the calls, and where the format takes none."""
+        kind = self.of("none", "none", "none", "any", "eighths", "zeros")
+        if kind == "none" or format not in feedback.FORMATS or rule == "paper":
+            return "none", None
+        return kind, feedback_numbers(kind, format, k, self.generator).to(self.device)
+
+    def whole(self, rows: int, k: int, dtype: torch.dtype) -> Tensor:
+        """Small integers."""
+        return self.strided(torch.randint(-24, 25, (rows, k), generator=self.generator).to(dtype).to(self.device))
 
     def scalar(self, *choices: float | None) -> Tensor | None:
         g = self.of(*choices)

@@ -27,12 +27,10 @@ from ..ops import core as ops
 from ..ops import fused as fused_ops
 from ..ops import grouped as grouped_ops
 from ..ops.schema import bind
-from .conformance import available, poison, relative_error, share_different
-from .draw import Draw
+from .conformance import NORM_SHARE, available, poison, relative_error, share_different, share_of_codes
+from .draw import Draw, feedback_limit
 
 PROCESSES = 8  # that compile and run at a time on a GPU
-# Share of codes that a norm may move: a kernel may divide or take the root in another way than PyTorch.
-NORM_SHARE = 1e-3
 # A kernel may round a weight of 8 bits to the model's dtype, in front of a product.
 ROUNDED_WEIGHT = 2**-9
 FORMATS_OF_X = (*FORMATS, *ACTIVATION_FORMATS)
@@ -84,6 +82,11 @@ def _shape(d: Draw, x: Tensor) -> Tensor:
     return x.unflatten(0, (2, -1)) if x.shape[0] % 2 == 0 and d.of(True, False) else x
 
 
+def _bound(kind: str, m: int, k: int, format: str) -> tuple[Callable, float]:
+    """(error, limit) of codes with this kind of feedback: of all but one the sums of errors are exact."""
+    return (share_of_codes, feedback_limit(m, k, format)) if kind == "any" else (share_different, 0.0)
+
+
 def _quantizer(d: Draw) -> Iterator[Case]:
     format = d.of(*FORMATS_OF_X)
     rule, g = _rule(d, format)
@@ -92,14 +95,16 @@ def _quantizer(d: Draw) -> Iterator[Case]:
     k = d.width(unit, 2048 if d.small else 16384)
     t = d.transform(k, unit, dtype)
     layout = d.of("rows", "rows", "swizzled") if format in FORMATS else "rows"
+    kind, f = d.feedback(format, rule, k)
+    g = d.scalar(None, 0.5, 4.0) if kind == "eighths" else g
     for m in d.rows(k):
-        x = d.values(m, k, dtype)
+        x = d.whole(m, k, dtype) if kind == "eighths" else d.values(m, k, dtype)
         if format == "none" and t is not None:
             x = torch.where(x.isfinite(), x, 1.0).to(dtype)  # a NaN may reach other blocks of its row there
-        args = (_shape(d, x), t, g, format, rule, layout)
+        args = (_shape(d, x), t, g, format, rule, layout, f)
         want = lambda args=args: ops.REFERENCE["transform_quantize"](*args)  # noqa: E731
         words = f"{m}x{k} {dtype} {rule} g={g is not None} transform={None if t is None else tuple(t.shape)} {layout}"
-        yield Case("transform_quantize", format, words, args, want, share_different, 0.0)
+        yield Case("transform_quantize", format, f"{words} feedback={kind}", args, want, *_bound(kind, m, k, format))
 
 
 def _activation(d: Draw) -> Iterator[Case]:
@@ -111,9 +116,12 @@ def _activation(d: Draw) -> Iterator[Case]:
     unit = FORMATS[format].group_size if format in FORMATS else 16
     k = d.width(unit, 1024 if d.small else 16384)
     approximate = d.of("none", "tanh")
+    rounding, f = d.feedback(format, rule, k)
+    rounding = "any" if rounding == "eighths" else rounding  # the values are no integers
+    t = None if f is None else d.transform(k, unit, dtype)
     for m in d.rows(k):
         x, up = d.values(m, k, dtype), d.values(m, k, dtype)
-        tail = (None, g, format, rule)
+        tail = (t, g, format, rule, "rows", f)
         if kind == "silu_mul":
             op, args, y = "silu_mul_transform_quantize", (x, up, *tail), torch.nn.functional.silu(x) * up
         elif kind == "gelu_mul":
@@ -126,7 +134,8 @@ def _activation(d: Draw) -> Iterator[Case]:
         else:
             op, args, y = "activation_transform_quantize", (x, kind, *tail), fused_ops.ACTIVATIONS[kind](x)
         want = lambda y=y, tail=tail: ops.REFERENCE["transform_quantize"](y, *tail)  # noqa: E731
-        yield Case(op, format, f"{m}x{k} {dtype} {kind} {rule}", args, want, share_different, 0.0)
+        words = f"{m}x{k} {dtype} {kind} {rule} transform={t is not None} feedback={rounding}"
+        yield Case(op, format, words, args, want, *_bound(rounding, m, k, format))
 
 
 def _norm(d: Draw) -> Iterator[Case]:
@@ -141,9 +150,10 @@ def _norm(d: Draw) -> Iterator[Case]:
     gain = d.of(*fused_ops.GAINS)
     t = d.transform(k, group, dtype)
     weight = (1 + d.normal(k) / 4).to(dtype)
+    _, f = d.feedback(format, rule, k)
     for m in d.rows(k):
         x, r = (torch.randint(-4, 5, (m, k), generator=d.generator).to(dtype).to(d.device) for _ in range(2))
-        x, tail = d.strided(x), (t, g, format, rule)
+        x, tail = d.strided(x), (t, g, format, rule, "rows", f)
         if "layer" in op:
             args = (x, weight, d.normal(k, dtype=dtype), 1e-5, None, *tail)
         else:
@@ -151,8 +161,8 @@ def _norm(d: Draw) -> Iterator[Case]:
             args = (x, r, *norm, *tail) if op == "add_rms_norm" else (x, *norm, *tail)
         reference = fused_ops.FUSED_REFERENCE[f"{op}_transform_quantize"]
         want = lambda args=args, reference=reference: _by_reference(reference, args)  # noqa: E731
-        limit = max(NORM_SHARE, 2 / (m * k // 2))
-        words = f"{m}x{k} {dtype} {op} {gain} {rule} transform={t is not None}"
+        limit = max(NORM_SHARE, 2 / (m * k // 2)) if f is None else feedback_limit(m, k, format, NORM_SHARE)
+        words = f"{m}x{k} {dtype} {op} {gain} {rule} transform={t is not None} feedback={f is not None}"
         yield Case(f"{op}_transform_quantize", format, words, args, want, share_different, limit)
 
 
