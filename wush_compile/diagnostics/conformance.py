@@ -37,8 +37,8 @@ PRODUCTS = (
 )
 POISON = 0xEE
 # Share of codes that a norm may move. An implementation may divide or take the root in another way: its last bit then
-# differs, and with it few codes. The last bit of 1 / root changes 1.3e-5 of the normed bf16 values; as good as none of
-# them moves a code by itself, but with feedback 1e-5 of the bytes of codes follow.
+# differs, and with it few codes. The last bit of 1 / root changes 2.2e-5 of the normed bf16 values, and of the bytes of
+# codes 3e-6, with feedback 1.3e-5 (benchmarks/trial_feedback_sums.py).
 NORM_SHARE = 1e-3
 
 
