@@ -12,7 +12,7 @@ from wush_compile.calibration import loop, solve_group
 from wush_compile.ops.core import block_transform
 from wush_compile.passes.calibration import rewrite
 from wush_compile.passes.calibration.linears import erase_unused, operands
-from wush_compile.solver import choose, gptq, solve, transforms
+from wush_compile.solver import choose, gptq, order, solve, transforms
 from wush_compile.solver.transforms import round_transform
 
 # NVFP4's scales as bytes above that of `absmax`. Of 12 on normal groups, whose amplitudes vary, the 3, 4 and 6 with the
@@ -273,34 +273,9 @@ def gptq_of_best_factor(w: Tensor, unit: Tensor, diagonal: Tensor, format: str, 
     return codes[at].contiguous(), scales[at].contiguous(), error[:, at].contiguous()
 
 
-def solve_in_order(weight: Tensor, recipe, *, moment, count, sample, name: str, sensitivity=None):
-    """`solve` with the blocks of least power first, since GPTQ goes from the last to the first."""
-    if not ROW.order:
-        return solve.solve(
-            weight, recipe, moment=moment, count=count, sample=sample, name=name, sensitivity=sensitivity
-        )
-    size = recipe.group_size
-    order = moment.diagonal().unflatten(0, (-1, size)).sum(-1).argsort()  # [K/B]
-    back = order.argsort()
-    channels = (order[:, None] * size + torch.arange(size, device=order.device)).flatten()
-    if sensitivity is not None:
-        at = channels.to(sensitivity.x.device)
-        fields = sensitivity.moment[order.to(sensitivity.moment.device)], sensitivity.tokens
-        sensitivity = type(sensitivity)(*fields, sensitivity.x[:, at], sensitivity.gradient[:, at])
-    found = solve.solve(
-        weight[:, channels],
-        recipe,
-        moment=moment[channels][:, channels],
-        count=count,
-        sample=sample[:, channels],
-        name=name,
-        sensitivity=sensitivity,
-    )
-    found.transform = found.transform[back].contiguous()
-    found.weight_packed = found.weight_packed.unflatten(1, (len(back), -1))[:, back].flatten(1)
-    found.weight_scale = found.weight_scale[:, back].contiguous()
-    FOUND["cost"] = FOUND["cost"][back]
-    return found
+def order_of_blocks(recipe, h: Tensor) -> Tensor | None:
+    """The library's, where a row asks for it."""
+    return order.order_of_blocks(recipe, h) if ROW.order else None
 
 
 def solve_one(group, tensors, seen):
@@ -327,5 +302,5 @@ def patch() -> None:
     rewrite._rewrite = _rewrite
     modules.WushGroup.forward = forward
     choose.wush_transform = spread_transform
-    solve.Transforms, solve.gptq = Transforms, gptq_of_best_factor
-    solve_group.solve, loop.solve_group = solve_in_order, solve_one
+    solve.Transforms, solve.gptq, solve.order_of_blocks = Transforms, gptq_of_best_factor, order_of_blocks
+    loop.solve_group = solve_one

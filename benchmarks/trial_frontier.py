@@ -1,5 +1,5 @@
 """Trial: what else could lower the loss of four bits, alone and together: quantizers of activations, factors of rows,
-GPTQ's order, learned transforms. Nothing here is in the library.
+GPTQ's order, learned transforms. The library has feedback in four steps and the order.
 
     python benchmarks/trial_frontier.py --data FOLDER --out trial.json --formats mxfp4 --rows default feedback-2
 
@@ -15,7 +15,7 @@ references in fp32, in calibration and in the test, so that a row may change the
     spread-N      feedback in N steps, whose pairs of singular values are as unlike as can be
     noise-N       weights for inputs with rounding errors of N of their power: (W H)(H + N)^-1 is rounded by GPTQ
     bias          the mean error of each output, on the observer's sample, as a bias
-    order         GPTQ begins with the blocks of largest power
+    order         GPTQ begins with the blocks of largest power, as the library does; other rows keep the model's
     own           a transform for each linear
     learned-N     N gradient steps on all transforms by the whole model's KL (learn_transforms.py), then solved anew
 """

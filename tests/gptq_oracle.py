@@ -39,3 +39,10 @@ def block_diagonal(transform, width):
         return torch.eye(width, dtype=torch.float64)
     t = transform.to(torch.float64)
     return torch.block_diag(*t.expand(width // t.shape[-1], -1, -1))
+
+
+def order_of_channels(x, block):
+    """Where GPTQ lays the channels of inputs x [n, K]: blocks by the sum of their squares, the least first."""
+    power = x.to(torch.float64).square().sum(0).view(-1, block).sum(1).tolist()
+    blocks = sorted(range(len(power)), key=power.__getitem__)
+    return torch.cat([torch.arange(b * block, (b + 1) * block) for b in blocks])

@@ -224,6 +224,20 @@ def test_a_damaged_shard_is_done_again(whole, tmp_path, failing):
     assert files(tmp_path) == files(whole[0])
 
 
+def test_stages_of_another_solver_are_refused(whole, tmp_path, failing):
+    failing(solving, "solve", 6, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        quantize(net(), tmp_path)
+    path = tmp_path / ".wush" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for other in ({}, {"solver": manifest.pop("solver") + 1}):  # before it was recorded, and a later one
+        path.write_text(json.dumps(manifest | other))
+        with pytest.raises(ConfigError, match="another version's solver.*--restart"):
+            quantize(net(), tmp_path)
+    quantize(net(), tmp_path, restart=True)
+    assert files(tmp_path) == files(whole[0])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

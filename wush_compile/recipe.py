@@ -31,7 +31,8 @@ class Recipe:
         `rtn` rounds to nearest. `gptq` passes the error of each channel to the channels not yet quantized.
     moments
         `marginal`: a transform follows from the second moment of its block alone. `conditional`: it follows from the
-        moment given the channels not yet quantized, as in the authors' Algorithm 2.
+        moment given the channels not yet quantized, as in the authors' Algorithm 2. GPTQ goes over blocks in the order
+        of their inputs' power with `marginal`, and in the model's with `conditional` (docs/spec.md §3).
     weight_scale_rule, activation_scale_rule
         How the scale of a group follows from its values (docs/spec.md §4). `absmax` clips nothing; `mse` takes the
         candidate of two with the least squared error, `search` (nvfp4) that of four; `ocp` (mxfp4) is the Microscaling

@@ -46,7 +46,8 @@ class Method:
 _EQUAL = {"token_weights": "uniform", "sweeps": 0}
 _ABSMAX = {"weight_scale_rule": "absmax", "activation_scale_rule": "absmax"}
 _MSE = {"weight_scale_rule": "mse", "activation_scale_rule": "mse"}
-_RTN, _GPTQ = {**_EQUAL, "solver": "rtn"}, {**_EQUAL, "solver": "gptq"}
+# Conditional moments leave channels in the model's order, as published.
+_RTN, _GPTQ = {**_EQUAL, "solver": "rtn"}, {**_EQUAL, "solver": "gptq", "moments": "conditional"}
 _IDENTITY, _HADAMARD = {"transform": "identity"}, {"transform": "hadamard"}
 _PAPER = {"weight_scale_rule": "paper", "activation_scale_rule": "paper", "moments": "conditional"}
 _PAPER_WUSH = {**_PAPER, "activation_rounding": "nearest", "share_transform": False}

@@ -1,6 +1,6 @@
 """The output directory of a run: a journal while the run works, the checkpoint once it has finished.
 
-    DIR/.wush/manifest.json       the run: configuration, sha256 of data and model, micro-batch, environment
+    DIR/.wush/manifest.json       the run: configuration, sha256 of data and model, solver, micro-batch, environment
     DIR/.wush/stage-00003.json    a finished stage: its groups, their reports, the name and the sha256 of its shard
     DIR/.wush/model-00003-of-*    the stage's shard: its quantized linears, and its other tensors unchanged
     DIR/.wush/final/              config.json and the other settings, written when every stage is finished
@@ -33,6 +33,7 @@ from ..config import WushConfig
 from ..errors import CheckpointError, ConfigError
 from ..modules import WushGroup
 from ..passes.calibration.group import LinearGroup
+from ..solver.solution import REVISION
 from .ranks import SingleProcess
 from .tensors import ModelTensors
 
@@ -164,7 +165,7 @@ class Journal:
         environment  what may change the last bit of a result; a difference is logged as a warning
         """
         self._model, self._config, self._names = model, config, names
-        identity = {"config": config.to_dict(), **identity}
+        identity = {"config": config.to_dict(), "solver": REVISION, **identity}
         found = self._read(self.path / MANIFEST)
         if found is None:
             self._manifest = {
@@ -198,8 +199,10 @@ class Journal:
         for name, value in now["config"].items():
             if found["config"].get(name) != value:
                 yield f"{name} {found['config'].get(name)!r}, not {value!r}"
+        if found.get("solver") != now["solver"]:
+            yield "another version's solver, whose codes differ"
         for name in now:
-            if name != "config" and found.get(name) != now[name]:
+            if name not in ("config", "solver") and found.get(name) != now[name]:
                 yield f"other {name} (sha256 {str(found.get(name))[:12]}, not {now[name][:12]})"
         if batch_size is not None and batch_size not in (found["batch_size"], found["micro_batch"]):
             yield f"batch size {found['micro_batch'] or 'as given'}, not {batch_size}"

@@ -5,6 +5,7 @@ solution.py     what the solver returns, and the shapes that follow from a recip
 transforms.py   T_b in float64, and its rounding to the model's dtype
 choose.py       the transform that each block gets, and the moments it follows from
 scales.py       the global scales of weights and activations
+order.py        which blocks GPTQ rounds first
 gptq.py         rounding with error propagation
 experts.py      a product of all experts of a layer: one transform, GPTQ an expert
 side_by_side.py weights with a given transform, several at once

@@ -3,7 +3,7 @@
 A token goes to several experts. With one transform it is transformed and quantized once, before it is copied to them.
 The transform follows from the moment of all rows and from the weights of all experts. GPTQ of an expert uses the moment
 of the expert's own rows, shrunk towards the moment of all rows: (Σ_e xxᵀ + τ H̄) / (n_e + τ), H̄ the mean over all rows.
-An expert without rows has H̄.
+An expert without rows has H̄. Blocks are rounded in the order of their power in H̄.
 """
 
 import copy
@@ -19,6 +19,7 @@ from ..recipe import Recipe
 from .choose import CLOSED_FORM, Transforms, block_gram, uses_conditional_moments
 from .facts import moment_curves
 from .loss import loss_sums
+from .order import order_of_blocks
 from .side_by_side import solve_side_by_side
 from .solution import GroupSolution, block_size
 from .solve import input_global_scale, solve
@@ -111,6 +112,9 @@ def solve_share(
 ) -> GroupSolution:
     """Solves the experts of a share, with the T of all. weights, moment and rows (their counts) are those of all."""
     inverse = None if transform is None else torch.linalg.inv_ex(transform.to(torch.float64)).inverse
+    order, block = None, block_size(recipe, weights.shape[-1])
+    if pooled is not None:
+        order = order_of_blocks(recipe, diagonal_blocks(pooled, block))
     solutions = []
     for some in batches(share, _together(weights, recipe)):
         moments, counts = [None] * len(some), [0.0] * len(some)
@@ -123,7 +127,7 @@ def solve_share(
             given = zip(own, moments, counts, given["names"], strict=True)
             solutions += [solve(w, recipe, moment=m, count=n, sample=None, name=each) for w, m, n, each in given]
             continue
-        solutions += solve_side_by_side(own, recipe, transform=transform, inverse=inverse, **given)
+        solutions += solve_side_by_side(own, recipe, transform=transform, inverse=inverse, order=order, **given)
     report = {
         "damping_tries": max(s.report["damping_tries"] for s in solutions),
         "weight_error": [s.report["weight_error"] for s in solutions],
@@ -134,7 +138,7 @@ def solve_share(
     g = solutions[0].weight_global_scale
     return GroupSolution(
         transform,
-        block_size(recipe, weights.shape[-1]),
+        block,
         torch.stack([s.weight_packed for s in solutions]),
         torch.stack([s.weight_scale for s in solutions]),
         None if g is None else torch.cat([s.weight_global_scale for s in solutions]),

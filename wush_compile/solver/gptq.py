@@ -10,6 +10,8 @@ In the transformed basis W̃ = W T⁻¹ the error is D = D̃ T. T L is block low
 lower and Q orthogonal. With the Q of all blocks, T L Q is the lower factor of T H Tᵀ: GPTQ of W̃ with this factor is
 GPTQ of W with H.
 
+Which block lies where, the solver chooses (`order.py`); here channels lie as they are given.
+
 A conditional transform is known only when its block is reached. Then the channels of a block are rounded in these
 rotated coordinates, and errors pass between blocks in the original ones. All arithmetic is float64. Matrices are
 transposed to [channels, rows].

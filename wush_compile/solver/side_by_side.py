@@ -12,6 +12,7 @@ from .. import formats
 from ..phases import phase
 from ..recipe import Recipe
 from .gptq import gptq, rotate_
+from .order import in_order, out_of_order
 from .scales import calibrates_global_scale, global_scale
 from .solution import GroupSolution, block_size, weight_rule
 from .solve import check_weight, largest_of_groups, moment_over_rows, round_to_nearest
@@ -38,15 +39,17 @@ def _prepare(
     name: str,
     t: Tensor | None,
     inverse: Tensor | None,
+    order: Tensor | None,
 ) -> _Prepared:
+    """T and T⁻¹ have their blocks in `order` already."""
     block, rule, unit, diagonal, tries = block_size(recipe, weight.shape[1]), weight_rule(recipe), None, None, 0
     check_weight(weight, name)
-    w = weight.T.contiguous().to(torch.float64)  # Wᵀ [K, N]
+    w = in_order(weight.T, order).contiguous().to(torch.float64)  # Wᵀ [K, N]
     power = w.square().sum()
     if recipe.solver == "gptq":
 
         def again() -> Tensor:
-            return moment_over_rows(moment, count, weight.device, name)  # H [K, K]
+            return moment_over_rows(moment, count, weight.device, name, order)  # H [K, K]
 
         with phase("Cholesky"):
             factor, tries = damped_cholesky(again(), recipe.damping, name, again=again, panel=max(PANEL, block))
@@ -85,14 +88,16 @@ def solve_side_by_side(
     names: list[str],
     transform: Tensor | None,
     inverse: Tensor | None,
+    order: Tensor | None,
 ) -> list[GroupSolution]:
     """Solves weights [N, K] on their device, with a given T and T⁻¹ (float64); `solve` says what the others are.
 
-    Of the moments, each the sum over its `counts` rows, GPTQ alone makes use.
+    order: of blocks in GPTQ. Of the moments, each the sum over its `counts` rows, GPTQ alone makes use.
     """
-    wide = None if transform is None else transform.to(torch.float64)
+    wide = None if transform is None else in_order(transform, order).to(torch.float64)
+    inverse = in_order(inverse, order)
     given = zip(weights, moments, counts, names, strict=True)
-    prepared = [_prepare(weight, recipe, m, n, name, wide, inverse) for weight, m, n, name in given]
+    prepared = [_prepare(weight, recipe, m, n, name, wide, inverse, order) for weight, m, n, name in given]
     powers, tries, gs = [p.power for p in prepared], [p.tries for p in prepared], [p.g for p in prepared]
     rule, each = weight_rule(recipe), weights[0].shape[0]
     if recipe.solver == "rtn":
@@ -121,6 +126,7 @@ def solve_side_by_side(
         if recipe.format == "nvfp4":
             report["weight_scales_saturated"] = int((scale == 0x7E).sum())
             report["weight_scales_subnormal"] = int((scale < 0x08).sum())
+        packed, scale = out_of_order(packed, order, 1), out_of_order(scale, order, 1)
         block = block_size(recipe, weights[0].shape[1])
         solutions.append(GroupSolution(transform, block, packed, scale, g, None, report))
     return solutions

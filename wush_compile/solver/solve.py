@@ -10,6 +10,7 @@ from ..recipe import Recipe
 from .choose import CLOSED_FORM, Transforms, uses_conditional_moments
 from .facts import moment_curves
 from .gptq import gptq, gptq_conditional, rotate_
+from .order import in_order, moment_in_order, order_of_blocks, out_of_order
 from .scales import calibrates_global_scale, global_scale
 from .sensitivity import Sensitivity
 from .solution import GroupSolution, block_size, weight_rule
@@ -45,32 +46,34 @@ def solve(
         return _round(weight, recipe, block, moment_over_rows(moment, count, weight.device, name))
     if moment is None and (recipe.solver == "gptq" or recipe.transform in CLOSED_FORM):
         raise DataError(f"{name}: {recipe.solver} with transform {recipe.transform} needs calibration data: pass data")
-    w = weight.T.contiguous().to(torch.float64)  # Wᵀ [K, N]
     report = {"damping_tries": 0}
     rule, conditional = weight_rule(recipe), uses_conditional_moments(recipe)
-
-    def mean_moment() -> Tensor | None:  # H: [K, K], [K/B, B, B] or None
-        return moment_over_rows(moment, count, weight.device, name)
-
-    h, factor = mean_moment(), None  # H = L Lᵀ, damped once
+    blocks = None if moment is None else diagonal_blocks(moment, block)
+    h = moment_over_rows(blocks, count, weight.device, name)  # [K/B, B, B]
+    order = factor = None
     if recipe.solver == "gptq" or conditional:
-        whole, h = h, diagonal_blocks(h, block).clone()  # the factor overwrites the [K, K] moment
-        with phase("Cholesky"):
+        order = order_of_blocks(recipe, h)
+
+        def mean_moment() -> Tensor:  # H [K, K]
+            return moment_over_rows(moment, count, weight.device, name, order)
+
+        with phase("Cholesky"):  # H = L Lᵀ, damped once; L overwrites H
             factor, report["damping_tries"] = damped_cholesky(
-                whole, recipe.damping, name, again=mean_moment, panel=max(PANEL, block)
+                mean_moment(), recipe.damping, name, again=mean_moment, panel=max(PANEL, block)
             )
-        del whole
+    w = in_order(weight.T, order).contiguous().to(torch.float64)  # Wᵀ [K, N]
     transforms = Transforms(recipe, h, block, weight.dtype, name, sensitivity)
     # GPTQ finds conditional transforms as it goes. The global scale of the weights is fixed before, from marginal ones.
     on_the_way = recipe.solver == "gptq" and conditional
     t = inverse = None
     if not on_the_way or calibrates_global_scale(recipe.format, rule):
         with phase("transforms"):
-            t, inverse = transforms.all(w, factor if conditional and not on_the_way else None)
+            t, inverse = transforms.all(w, factor if conditional and not on_the_way else None, order)
     power = w.square().sum()
     w_tilde = group_max = rms = None
     if not on_the_way or calibrates_global_scale(recipe.format, rule):
-        w_tilde = apply_blockwise(w, None if inverse is None else inverse.mT)  # W̃ᵀ [K, N]
+        own = in_order(inverse, order)
+        w_tilde = apply_blockwise(w, None if own is None else own.mT)  # W̃ᵀ [K, N]
     if calibrates_global_scale(recipe.format, rule):
         group_max, rms = largest_of_groups(w_tilde, recipe), w_tilde.square().mean().sqrt()
     g = global_scale(recipe.format, rule, group_max, rms, w.device)
@@ -99,7 +102,7 @@ def solve(
         packed = formats.pack(codes)
     else:
         del w
-        wide = None if t is None else t.to(torch.float64)
+        wide = None if t is None else in_order(t, order).to(torch.float64)
         if recipe.solver == "rtn":
             with phase("packing"):
                 packed, scale, error = round_to_nearest(w_tilde, recipe.format, rule, g)
@@ -109,7 +112,7 @@ def solve(
                 codes, scale, error = gptq(w_tilde, unit, diagonal, recipe.format, rule, g)
             if recipe.sweeps:
                 sweep(w_tilde, unit, diagonal, codes, scale, error)
-            packed = formats.pack(codes)
+            packed, scale = out_of_order(formats.pack(codes), order, 1), out_of_order(scale, order, 1)
         error = apply_blockwise(error, None if wide is None else wide.mT)
     report["damping_tries"] = max(report["damping_tries"], transforms.damping_tries)
     report["weight_error"] = float(error.square().sum() / power.clamp(min=1e-300))
@@ -145,8 +148,10 @@ def _round(weight: Tensor, recipe: Recipe, block: int, h: Tensor | None) -> Grou
     return GroupSolution(None, block, torch.cat(packed), torch.cat(scales), None, None, report)
 
 
-def moment_over_rows(moment: Tensor | None, count: float, device: torch.device, name: str) -> Tensor | None:
-    """The mean moment over `count` rows, float64, a copy; None without a moment."""
+def moment_over_rows(
+    moment: Tensor | None, count: float, device: torch.device, name: str, order: Tensor | None = None
+) -> Tensor | None:
+    """The mean moment over `count` rows, float64, a copy, with its blocks in this order; None without a moment."""
     if moment is None:
         return None
     if count <= 0:
@@ -156,7 +161,8 @@ def moment_over_rows(moment: Tensor | None, count: float, device: torch.device, 
             f"{name}: its calibration inputs hold NaN or Inf, or overflow fp32 when squared; "
             "repair the data or the model, or put the layer in ignore"
         )
-    return moment.to(device, torch.float64, copy=True).div_(count)
+    copy = moment.to(device, torch.float64, copy=True) if order is None else moment_in_order(moment, order)
+    return copy.div_(count)
 
 
 def round_to_nearest(w_tilde: Tensor, format: str, rule: str, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
