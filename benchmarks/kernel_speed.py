@@ -29,6 +29,7 @@ import grouped_speed
 import torch
 from common import read_tuning
 
+from wush_compile import feedback
 from wush_compile.diagnostics.timing import copies, time_us
 from wush_compile.formats import FORMATS
 from wush_compile.kernels.triton.linear import choose as triton_choose
@@ -61,6 +62,11 @@ def random_transform(k: int, block: int) -> torch.Tensor:
     return (torch.randn(k // block, block, block, device="cuda") / block**0.5).bfloat16()
 
 
+@functools.cache
+def random_feedback(k: int, format: str) -> torch.Tensor:
+    return (torch.rand(feedback.shape(format, k), device="cuda") * 0.3).bfloat16()
+
+
 # -- linear ----------------------------------------------------------------------------------------------------------
 
 
@@ -77,11 +83,13 @@ def in_lanes(x: torch.Tensor, format: str, activation: str) -> bool:
 
 
 def quantized(x: torch.Tensor, t: torch.Tensor, g: torch.Tensor | None, format: str, activation: str) -> tuple:
+    """x as a model with the default settings quantizes it: 4 bits by the rule `mse`, with feedback."""
     lanes = in_lanes(x, format, activation)
+    f = random_feedback(x.shape[-1], format) if activation == "same" else None
     if activation == "same" and not lanes:
-        return triton_quantize.transform_quantize(x, t, g, format, "absmax")
+        return triton_quantize.transform_quantize(x, t, g, format, "mse", feedback=f)
     if activation == "same":  # NVFP4
-        return quantize_tokens(x, t, format, lanes=True, global_scale=g, rule="absmax")
+        return quantize_tokens(x, t, format, lanes=True, global_scale=g, rule="mse", feedback=f)
     return quantize_tokens(x, t, activation, lanes=lanes)
 
 

@@ -13,7 +13,7 @@ import pathlib
 
 import torch
 import triton
-from kernel_speed import compile_all, random_transform, write
+from kernel_speed import compile_all, random_feedback, random_transform, write
 
 from wush_compile.diagnostics.timing import copies, time_us
 from wush_compile.formats import FORMATS
@@ -50,9 +50,14 @@ def operands(k: int, format: str, kind: str) -> tuple[torch.Tensor | None, torch
     return t, torch.ones(1, device="cuda") if format == "nvfp4" else None
 
 
-def quantize_time(m: int, k: int, format: str, rule: str, kind: str, tile: Tile | None = None) -> float:
+def quantize_time(
+    m: int, k: int, format: str, rule: str, kind: str, tile: Tile | None = None, feeds_back: bool = False
+) -> float:
     t, g = operands(k, format, kind)
-    return time_us([lambda x=x: triton_quantize.transform_quantize(x, t, g, format, rule, tile) for x in inputs(m, k)])
+    more = dict(tile=tile, feedback=random_feedback(k, format) if feeds_back else None)
+    return time_us(
+        [lambda x=x: triton_quantize.transform_quantize(x, t, g, format, rule, **more) for x in inputs(m, k)]
+    )
 
 
 def bench_quantize() -> list[dict]:
@@ -73,6 +78,8 @@ def bench_quantize() -> list[dict]:
             for kind, rule in (("none", "absmax"), ("shared", "absmax"), *(("blocks", rule) for rule in rules)):
                 us = quantize_time(m, k, format, rule, kind)
                 row[f"{kind} {rule} us"], row[f"{kind} {rule} share"] = us, ideal / us
+            us = quantize_time(m, k, format, "mse", "blocks", feeds_back=True)
+            row["blocks feedback us"], row["blocks feedback share"] = us, ideal / us
             rows.append(row)
     return rows
 

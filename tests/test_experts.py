@@ -330,7 +330,7 @@ def test_experts_are_solved_side_by_side_on_a_gpu(format, monkeypatch):
     x = torch.randn(6, 700, 256, device="cuda", generator=generator)
     given = dict(moment=x.mT @ x, rows=[700] * 6, name="x")
     given["pooled"] = pooled_moment(given["moment"], torch.full((6,), 700, device="cuda"), "x")
-    t, _, _ = solve_shared(weights, recipe, pooled=given["pooled"], sample=x[0, :64], name="x")
+    t, *_ = solve_shared(weights, recipe, pooled=given["pooled"], sample=x[0, :64], name="x")
     found = []
     for together, shares in ((1, [range(6)]), (4, [range(6)]), (4, [range(3), range(3, 6)])):
         monkeypatch.setattr(solver_of_experts, "_together", lambda *args, together=together: together)

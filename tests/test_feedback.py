@@ -10,17 +10,22 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from models import plain, tokens
+from moe_models import moe
 from pass_harness import run
 from torch import nn
 from torch.library import opcheck
 
 import wush_compile as wc
 from wush_compile import feedback, formats
+from wush_compile.checkpoint.record import quantization_of
 from wush_compile.config import WushConfig
+from wush_compile.experts import ExpertGroup
 from wush_compile.formats import get_format
+from wush_compile.graphs.printing import count_ops
 from wush_compile.modules import named_groups
 from wush_compile.ops.core import FAKE
 from wush_compile.recipe import MOMENTS, SOLVERS
+from wush_compile.solver.experts import experts_loss, solve_experts
 from wush_compile.solver.feedback import DAMPING, column_order, feedback_of
 from wush_compile.solver.loss import layer_loss
 from wush_compile.solver.solve import solve
@@ -270,6 +275,24 @@ def test_layer_losses_fall(format, solver, moments):
     assert losses["feedback"] < 0.97 * losses["nearest"]
 
 
+def test_experts_have_the_numbers_of_their_transform():
+    """Of the mean over all their rows; each expert's rows are rounded with them in its loss."""
+    x, _ = problem(count=1200)
+    weights = torch.stack([problem(seed=e)[1] for e in range(3)])
+    rows = x.view(3, 400, -1)
+    found = {}
+    for rounding in ("nearest", "feedback"):
+        recipe = WushConfig(activation_rounding=rounding).recipe
+        given = dict(moment=rows.mT @ rows, count=torch.full((3,), 400), sample=x[:64], name="a")
+        solution = solve_experts(weights, recipe, **given)
+        error, power = experts_loss(x, torch.arange(3).repeat_interleave(400), weights, solution, recipe)
+        found[rounding] = error / power
+    inverse = torch.linalg.inv(solution.transform.double())
+    gram = sum(w.mT @ w for w in weights.double().unflatten(2, (3, 32)).transpose(1, 2)) / 24 / 3
+    assert torch.equal(solution.input_feedback, feedback_of(inverse.mT @ gram @ inverse, 32))
+    assert found["feedback"] < 0.97 * found["nearest"]
+
+
 def test_dead_blocks_have_zeros():
     x, w = problem()
     x[:, :32] = 0
@@ -367,6 +390,15 @@ def test_what_the_op_refuses(given, format, rule, message):
         FAKE["transform_quantize"](torch.randn(3, 64), None, global_scale(format), format, rule, "rows", given)
 
 
+class Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids):
+        return self.model(input_ids, use_cache=False).logits
+
+
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
@@ -389,7 +421,48 @@ def test_every_quantizer_of_a_compiled_model_has_its_feedback(format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_model_loses_less_by_default(format, tmp_path):
+def test_inlined_programs_round_with_feedback(format):
+    """Without an op of ours and without constants; the reference goes on as before."""
+    model = wc.quantize(plain("llama", layers=1), [tokens(2, 16, seed=1)], format=format, solver="rtn", progress=False)
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        program = wc.fuse(torch.export.export(Logits(model), (ids,)), inline=True)
+        assert not count_ops(program.graph)
+        assert torch.equal(program.module()(ids), Logits(model)(ids))
+
+
+def test_groups_of_one_model_may_differ():
+    """In eager mode, compiled, and loaded."""
+    torch.manual_seed(0)
+    overrides = {"o_proj": {"activation_rounding": "nearest"}, "down_proj": {"format": "nvfp4"}}
+    model = plain("llama", layers=1)
+    wc.quantize(model, [tokens(2, 16, seed=1)], overrides=overrides, solver="rtn", progress=False)
+    seen = run(model, tokens(2, 9), use_cache=False)
+    lines = [line for line in seen.after.splitlines() if "transform_quantize(" in line]
+    assert ["input_feedback" in line for line in lines] == [True, False, True, True]
+    assert "'rows'" not in lines[1]  # a graph of rounding to nearest names neither of the last arguments
+    shapes = [None if g.input_feedback is None else tuple(g.input_feedback.shape) for _, g in named_groups(model)]
+    assert shapes == [(2, 6, 8), None, (2, 6, 8), (8, 6, 4)]
+
+
+def test_experts_share_their_feedback(tmp_path):
+    losses = {}
+    for rounding in ("nearest", "feedback"):
+        model = wc.quantize(moe("qwen3_moe"), [tokens(8, 64)], activation_rounding=rounding, progress=False)
+        losses[rounding] = {name: one["relative_loss"] for name, one in quantization_of(model).report.items()}
+    groups = {name: group for name, group in named_groups(model) if isinstance(group, ExpertGroup)}
+    assert len(groups) == 2
+    for name, group in groups.items():
+        assert group.input_feedback.shape == (2, 6, 8) and group.input_feedback.any()
+        assert losses["feedback"][group.members[0].name] < losses["nearest"][group.members[0].name], name
+    wc.save(model, tmp_path)
+    again = wc.load(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_loses_less_by_default(format):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 64)).bfloat16()
     mix = torch.randn(128, 128) / 8
@@ -397,8 +470,7 @@ def test_a_model_loses_less_by_default(format, tmp_path):
     losses = []
     for settings in ({"activation_rounding": "nearest"}, {}):
         quantized = wc.quantize(copy.deepcopy(model), data, format=format, progress=False, **settings)
-        record = wc.checkpoint.record.quantization_of(quantized)
-        losses.append([report["relative_loss"] for report in record.report.values()])
+        losses.append([report["relative_loss"] for report in quantization_of(quantized).report.values()])
         for _, group in named_groups(quantized):
             assert (group.input_feedback is None) == bool(settings)
     assert all(b < 0.99 * a for a, b in zip(*losses, strict=True))

@@ -196,7 +196,8 @@ def compile_quantize(
         pdl=cc >= 90 if pdl is None else pdl,
     )
     absent = ("t", "feedback", "global_scale", "up", "weight", "bias", "mean", "scale", "kept")
-    constants = dict.fromkeys(absent) | dict(up_pitch=0)
+    constants = dict.fromkeys(absent) | dict(up_pitch=0, late=1)
+    pointers |= {} if pdl is False else dict(late="i32")
     constants |= spec._asdict() if flat else dict(SPEC=spec)
     kernel = flat or triton_quantize.transform_quantize_kernel
     return compile_kernel(kernel, pointers, constants, cc, tile.warps, fusion=False)
@@ -204,7 +205,9 @@ def compile_quantize(
 
 def compile_norm(k, plan, cc, keep=False):
     tile, own = plan.tile, plan.way == "own"
-    pointers = dict(x="*bf16", weight="*bf16", t="*bf16", codes="*u8", scales="*u8", M="i32", lead="i32", pitch="i32")
+    pointers = dict(
+        x="*bf16", weight="*bf16", t="*bf16", codes="*u8", scales="*u8", M="i32", lead="i32", pitch="i32", late="i32"
+    )
     pointers |= dict(eps="fp32") | ({} if own else dict(scale="*fp32", counters="*i32"))
     pointers |= dict(kept="*bf16") if keep else {}
     rows = torch.empty(1, k, dtype=torch.bfloat16, device="meta")
@@ -426,6 +429,13 @@ def test_rounding_with_feedback_stays_in_registers(cc, format):
     if not code:
         pytest.skip(f"Triton's disassembler does not know sm_{cc}")
     assert re.search(r"\b(HMMA|HGMMA|UTCHMMA)\b", code) and not re.search(r"\b(STL|LDL)\b", code)
+
+
+def test_weights_are_read_before_the_kernel_in_front_has_ended():
+    """Between two waits, the first of which a launch may skip; x comes behind the second."""
+    code = sass(compile_quantize("mxfp4", 90, 32, triton_tiles.Tile(16, 64, 1, 1, 1), "mse", feeds_back=True))
+    before, between, behind = (part.count("LDG.E") for part in code.split("ACQBULK"))
+    assert before == 0 and between == 16 + 48 and behind > 0
 
 
 @both

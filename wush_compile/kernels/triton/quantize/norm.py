@@ -19,7 +19,7 @@ from torch import Tensor
 from ..common.memory import workspace
 from ..common.overlap import arrive, overlaps, start_next, wait_inputs
 from .prologue import Prologue
-from .rows import quantize_rows
+from .rows import load_weights, quantize_rows
 from .statistics import LOADS, Sums, row_statistics, row_statistics_kernel, steps, store_statistics
 from .tiles import Tile, choose_tile, device_instructions
 from .transform_quantize import dense_rows, prepare, transform_quantize
@@ -32,7 +32,7 @@ def tile_rows(values, ROWS: tl.constexpr, R: tl.constexpr):
     return tl.sum(tl.where(own, values[None, :], 0.0), axis=1)[:, None]
 
 
-@triton.jit(do_not_specialize=["M", "lead"])
+@triton.jit(do_not_specialize=["M", "lead", "late"])
 def norm_quantize_kernel(
     x,
     up,
@@ -52,6 +52,7 @@ def norm_quantize_kernel(
     lead,
     pitch,
     up_pitch,
+    late,
     SPEC: tl.constexpr,
     SUMS: tl.constexpr,
 ):
@@ -62,13 +63,18 @@ def norm_quantize_kernel(
     Else counters is int32 [bands], all 0; a band is the R*TILES rows of a program. Statistics go through mean (None:
     not centered) and scale, fp32 [M], SUMS.rows rows a program. `lead` programs of statistics, those of whole bands,
     come before any tile. Grid (M/SUMS.rows statistics + bands * K/W tiles)."""
+    program = tl.program_id(0)
+    weights = (0.0, (0.0, 0.0, 0.0), 0.0)
+    if late:
+        wait_inputs(SPEC.pdl)
+    if counters is None:
+        weights = load_weights(program, t, feedback, global_scale, SPEC)
     wait_inputs(SPEC.pdl)
     start_next(SPEC.pdl)
     ROWS: tl.constexpr = SUMS.rows
     HEIGHT: tl.constexpr = SPEC.rows * SPEC.tiles
     COLUMNS: tl.constexpr = (SPEC.width + SPEC.columns - 1) // SPEC.columns
     stride = SPEC.stride if SPEC.stride > 0 else pitch
-    program = tl.program_id(0)
     if counters is None:
         rows = (program // COLUMNS).to(tl.int64) * HEIGHT + tl.arange(0, ROWS)
         rows = tl.minimum(rows, M - 1)
@@ -80,6 +86,7 @@ def norm_quantize_kernel(
         factors = tile_rows(factors, ROWS, SPEC.rows)
         quantize_rows(
             program,
+            weights,
             None,
             x,
             up,
@@ -88,9 +95,6 @@ def norm_quantize_kernel(
             means,
             factors,
             kept,
-            t,
-            feedback,
-            global_scale,
             codes,
             scales,
             M,
@@ -117,6 +121,7 @@ def norm_quantize_kernel(
             expected = tl.minimum(total - band * SHARE, SHARE)
             quantize_rows(
                 tile,
+                load_weights(tile, t, feedback, global_scale, SPEC),
                 (counters + band, expected, COLUMNS),
                 x,
                 up,
@@ -125,9 +130,6 @@ def norm_quantize_kernel(
                 mean,
                 scale,
                 kept,
-                t,
-                feedback,
-                global_scale,
                 codes,
                 scales,
                 M,

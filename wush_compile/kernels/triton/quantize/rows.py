@@ -93,8 +93,35 @@ def quantize_tile(
 
 
 @triton.jit
+def load_weights(program, t, feedback, global_scale, SPEC: tl.constexpr):
+    """What program number `program` of `transform_quantize_kernel` reads beside x: the transform's operand, the
+    matrices of `load_steps`, and the global scale."""
+    W: tl.constexpr = SPEC.columns
+    N: tl.constexpr = _scales_of_a_row(SPEC)
+    EVEN: tl.constexpr = SPEC.width % W == 0 and N * SPEC.group == SPEC.width
+    first = program % ((N * SPEC.group + W - 1) // W) * W
+    g = tl.full((), 1.0, tl.float32)
+    if SPEC.scaled:
+        g = tl.load(global_scale)
+    operand = 0.0
+    if SPEC.block > 0:
+        operand = load_operand(t, first, SPEC, EVEN)
+    matrices = (0.0, 0.0, 0.0)
+    if SPEC.feeds_back:
+        matrices = load_steps(feedback, first, SPEC, EVEN)
+    return operand, matrices, g
+
+
+@triton.constexpr_function
+def _scales_of_a_row(spec):
+    groups = spec.width // spec.group
+    return (groups + 3) // 4 * 4 if spec.swizzled else groups
+
+
+@triton.jit
 def quantize_rows(
     program,
+    weights,
     arrivals,
     x,
     up,
@@ -103,9 +130,6 @@ def quantize_rows(
     mean,
     scale,
     kept,
-    t,
-    feedback,
-    global_scale,
     codes,
     scales,
     M,
@@ -113,7 +137,7 @@ def quantize_rows(
     up_pitch,
     SPEC: tl.constexpr,
 ):
-    """The part of program number `program` of `transform_quantize_kernel`.
+    """The part of program number `program` of `transform_quantize_kernel`; weights: of `load_weights`.
 
     mean, scale: a norm's statistics, as pointers to those of all rows, or as tiles [R, 1]. kept: None, or where the
     norm, with `up` the sum, is written, dense [M, K]. arrivals: None, or what to
@@ -123,7 +147,7 @@ def quantize_rows(
     G: tl.constexpr = SPEC.group
     K: tl.constexpr = SPEC.width
     TILES: tl.constexpr = SPEC.tiles
-    N: tl.constexpr = (K // G + 3) // 4 * 4 if SPEC.swizzled else K // G  # scales in a row
+    N: tl.constexpr = _scales_of_a_row(SPEC)
     COLUMNS: tl.constexpr = (N * G + W - 1) // W
     EVEN: tl.constexpr = K % W == 0 and N * G == K
     stride = SPEC.stride if SPEC.stride > 0 else pitch
@@ -155,18 +179,10 @@ def quantize_rows(
     if bias is not None:
         bias = tl.load(bias + columns, mask=columns < K, other=0.0)
     source = (x, up, weight, bias, mean, scale, kept, stride, up_pitch)
-    g = tl.full((), 1.0, tl.float32)
-    if SPEC.scaled:
-        g = tl.load(global_scale)
+    operand, matrices, g = weights
     if TILES > 1 and EVEN:
         # The first rows travel while the matrices do.
         prefetch(x + tl.minimum(tl.arange(0, 2 * R), left - 1) * stride, SPEC.sm)
-    operand = 0.0
-    if SPEC.block > 0:
-        operand = load_operand(t, first, SPEC, EVEN)
-    matrices = (0.0, 0.0, 0.0)
-    if SPEC.feeds_back:
-        matrices = load_steps(feedback, first, SPEC, EVEN)
     # NaN, Inf, huge values and saturated scales are rare. They reach the limit, and then a second pass, which is right
     # for any values, overwrites what the first one wrote.
     limit = MX_LIMIT

@@ -21,14 +21,15 @@ from torch import Tensor
 
 from ....formats import FORMATS
 from ....ops.layouts import swizzled_shape
+from ...facts import mark_used_and_were_settled
 from ..common.overlap import overlaps, start_next, wait_inputs
 from .prologue import Prologue
-from .rows import quantize_rows
+from .rows import load_weights, quantize_rows
 from .spec import gather_spec, make_spec
 from .tiles import MOST_ROWS, Tile, choose_tile, device_instructions, words
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "late"])
 def transform_quantize_kernel(
     x,
     up,
@@ -45,17 +46,23 @@ def transform_quantize_kernel(
     M,
     pitch,
     up_pitch,
+    late,
     SPEC: tl.constexpr,
 ):
     """x [M, K], its rows `pitch` apart, t [K/B or 1, B, B] -> codes uint8 [M, K/2], scales uint8 [M, K/G].
 
     A program takes W columns and R*TILES rows; neighbours take the next columns. `up` [M, K], its rows `up_pitch`
     apart, and the vectors of a norm belong to the prologue, and are None where the prologue has none. kept [M, K], if
-    there is one, is written: the norm in x's dtype."""
+    there is one, is written: the norm in x's dtype. late: 1 where the kernel in front may have written t, feedback or
+    the global scale, else 0: then they are read before it has ended."""
+    if late:
+        wait_inputs(SPEC.pdl)
+    weights = load_weights(tl.program_id(0), t, feedback, global_scale, SPEC)
     wait_inputs(SPEC.pdl)
     start_next(SPEC.pdl)
     quantize_rows(
         tl.program_id(0),
+        weights,
         None,
         x,
         up,
@@ -64,9 +71,6 @@ def transform_quantize_kernel(
         mean,
         scale,
         kept,
-        t,
-        feedback,
-        global_scale,
         codes,
         scales,
         M,
@@ -76,7 +80,7 @@ def transform_quantize_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "late"])
 def flat_transform_quantize_kernel(
     x,
     t,
@@ -132,7 +136,7 @@ def flat_transform_quantize_kernel(
         pdl,
     )
     transform_quantize_kernel(
-        x, None, None, None, None, None, None, t, feedback, global_scale, codes, scales, M, pitch, 0, SPEC
+        x, None, None, None, None, None, None, t, feedback, global_scale, codes, scales, M, pitch, 0, 1, SPEC
     )
 
 
@@ -168,6 +172,8 @@ def prepare(
     pdl = x.is_cuda and overlaps(x.device.index)
     given = dict(prologue=prologue, limit=limit, swizzled=swizzled, pdl=pdl, feeds_back=feedback is not None)
     spec = make_spec(rows, transform, global_scale, format, scale_rule, tile, sm, **given)
+    transform, feedback = (w if w is None else w.contiguous() for w in (transform, feedback))
+    read = transform, feedback, global_scale
     if sm > 0:
         spec = spec._replace(words=words(tile, spec.fp32_dot, spec.block, width))
     return (
@@ -175,13 +181,14 @@ def prepare(
         scales,
         dict(
             x=rows,
-            t=transform if transform is None else transform.contiguous(),
-            feedback=feedback if feedback is None else feedback.contiguous(),
+            t=transform,
+            feedback=feedback,
             global_scale=global_scale,
             codes=codes,
             scales=scales,
             M=count,
             pitch=rows.stride(0),
+            late=int(not (pdl and mark_used_and_were_settled(*(w for w in read if w is not None)))),
             SPEC=spec,
             num_warps=tile.warps,
             enable_fp_fusion=False,
