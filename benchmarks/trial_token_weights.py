@@ -30,7 +30,7 @@ from wush_compile.ops import core as ops
 from wush_compile.solver import choose, sensitivity
 
 ACTIVATIONS = {"same": "same", "fp8": "fp8", "none": None}
-POWER, SCALED = dict(choose.POWER), ops.scaled_rows
+POWER, FEEDBACK_POWER, SCALED = dict(choose.POWER), dict(choose.FEEDBACK_POWER), ops.scaled_rows
 USES, FACTORS = choose.uses_sensitivity, sensitivity.FACTORS
 
 
@@ -50,10 +50,11 @@ class Row(NamedTuple):
     sensitivity: bool = False
     factors: int = FACTORS
     text: int = 0
+    rounding: str = "nearest"
     changes: dict = {}
 
 
-DEFAULT = Row("gradient", "best", exponent=1.5, sweeps=2, sensitivity=True)
+DEFAULT = Row("gradient", "best", exponent=1.5, sweeps=2, sensitivity=True, rounding="feedback")
 
 
 ROWS = {
@@ -76,6 +77,7 @@ ROWS = {
     "before": Row("gradient", "best", exponent=1.5),
     "sweeps": DEFAULT._replace(sensitivity=False),
     "sensitivity": DEFAULT._replace(sweeps=0),
+    "nearest": DEFAULT._replace(rounding="nearest"),
     "default": DEFAULT,
     "default-one-factor": DEFAULT._replace(factors=1),
     "sweeps-4": DEFAULT._replace(sweeps=4),
@@ -109,6 +111,7 @@ def quantize(model, data, format: str, activations: str, name: str):
     """A quantized copy, by one setting."""
     row, activation = ROWS[name], ACTIVATIONS[activations]
     choose.POWER[activation] = POWER[activation] + row.power
+    choose.FEEDBACK_POWER.update({format: power + row.power for format, power in FEEDBACK_POWER.items()})
     choose.uses_sensitivity = USES if row.sensitivity else lambda recipe: False
     sensitivity.FACTORS = row.factors
     token_weights.POWER = row.exponent
@@ -121,6 +124,7 @@ def quantize(model, data, format: str, activations: str, name: str):
         token_weights=row.weights,
         weight_scale_rule=row.rule,
         sweeps=row.sweeps,
+        activation_rounding=row.rounding,
         progress=False,
         **row.changes,
     )
@@ -136,7 +140,7 @@ def measure(model, data, ids, window: int, format: str, activations: str, name: 
         "format": format,
         "activations": activations,
         "row": name,
-        "power": choose.POWER[ACTIVATIONS[activations]],
+        "power": choose.power_of_s(quantized.wush_quantization.config.recipe),
         "perplexity": round(measured.perplexity, 3),
         "kl": round(measured.kl, 4),
         "top1": round(measured.top1, 4),

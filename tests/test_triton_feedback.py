@@ -86,7 +86,9 @@ def test_lanes(rule, m, k):
     g = scalar(0.125)
     got = quantize_tokens(x, t, "nvfp4", lanes=True, global_scale=g, rule=rule, feedback=f)
     want = ops._transform_quantize(x, t, g, "nvfp4", rule, "lanes", f)
-    assert torch.equal(got[0].nan_to_num(777), want[0].nan_to_num(777))
+    finite = x.isfinite().all(-1)  # a NaN may reach other blocks of its row, as in the product behind
+    assert torch.equal(got[0][finite], want[0][finite])
+    assert got[0][~finite].isnan().any(-1).all()
 
 
 @gpu
