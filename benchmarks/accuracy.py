@@ -76,7 +76,7 @@ ROWS = {
     "gptq-wush-mse-blocks": Row("… with transform blocks of two groups", 55, MSE),
     "gptq-wush-mse-not-shared": Row("… with a transform for each linear", 70, MSE | {"share_transform": False}),
     "paper": Row("`WushConfig.paper`: the authors' schedule and rules, a transform for each linear", 60, {}),
-    "default": Row("tokens weighed by gradients; NVFP4's scales by GPTQ's loss (the default)", 62, {}),
+    "default": Row("tokens weighed by gradients, activations rounded with feedback (the default)", 62, {}),
     "default-not-shared": Row("… with a transform for each linear", 70, {"share_transform": False}),
 }
 

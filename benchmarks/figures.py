@@ -5,7 +5,7 @@
 
 A document names a figure in a comment, and the text up to the closing comment is written from the results:
 
-    <!-- figures: linear_summary linear_h100 rows=1,16,64 -->         a renderer of figure_tables/ and its arguments
+    <!-- figures: linear_summary linear_h200 rows=1,16,64 -->         a renderer of figure_tables/ and its arguments
     | rows | 1 | 16 | 64 |  ...
     <!-- /figures -->
     bf16: <!-- figures: number accuracy_h200 reference_perplexity 2 -->20.81<!-- /figures -->.
@@ -31,16 +31,16 @@ MARKER = re.compile(r"(<!-- figures: (.+?) -->)(.*?)(<!-- /figures -->)", re.DOT
 
 
 def plot_data() -> dict:
-    rows = layers_of("linear_h100")
+    rows = layers_of("linear_h200")
     gains = {
         format: [round(r["bf16 us"] / r[f"{format} us"], 4) for r in rows.values()] for format in ("mxfp4", "nvfp4")
     }
-    return {"device": result("linear_h100")["device"], "rows": list(rows), **gains}
+    return {"device": result("linear_h200")["device"], "rows": list(rows), **gains}
 
 
 def digest() -> str:
     """Stands in the plot's description: a plot of other data is found without drawing it."""
-    return "linear_h100 " + hashlib.sha256(json.dumps(plot_data()).encode()).hexdigest()[:16]
+    return "linear_h200 " + hashlib.sha256(json.dumps(plot_data()).encode()).hexdigest()[:16]
 
 
 def draw(path: Path) -> None:
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     plot = args.root / PLOT
     if not plot.exists() or digest() not in plot.read_text(encoding="utf-8"):
         stale += 1
-        print(f"{PLOT} shows other data than linear_h100.json")
+        print(f"{PLOT} shows other data than linear_h200.json")
         if not args.check:
             draw(plot)
     return int(args.check and stale > 0)

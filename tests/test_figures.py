@@ -46,7 +46,7 @@ def test_a_changed_digit_is_found(copy, document, capsys):
 
 def test_a_plot_of_other_data_is_found(copy, capsys):
     path = copy / figures.PLOT
-    path.write_text(path.read_text().replace(figures.digest(), "linear_h100 0123456789abcdef"))
+    path.write_text(path.read_text().replace(figures.digest(), "linear_h200 0123456789abcdef"))
     assert check(copy) == 1
     assert "speedup.svg" in capsys.readouterr().out
 

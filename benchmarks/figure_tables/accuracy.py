@@ -128,6 +128,20 @@ def frontier(name: str) -> str:
 
 
 @figure
+def frontier_sets(name: str) -> str:
+    """KL by setting, the mean of several calibration sets and their range."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for r in result(name)["rows"]:
+        found.setdefault(r["row"], {}).setdefault(r["format"], []).append(r["kl"])
+    lines = []
+    for row in sorted(found, key=len):
+        kls = [found[row].get(format) for format in ("mxfp4", "nvfp4")]
+        cells = ["" if k is None else f"{shown(sum(k) / len(k), 4)} ({min(k):.4f} to {max(k):.4f})" for k in kls]
+        lines.append([f"`{row}`", *cells])
+    return table(["setting", "MXFP4", "NVFP4"], lines)
+
+
+@figure
 def encoder(name: str) -> str:
     """Errors of an encoder's embeddings and hidden states by setting."""
     rows = result(name)["rows"]
@@ -175,13 +189,14 @@ def llama_gib(format: str, head: str) -> float:
 
 
 @figure
-def ladder(accuracy: str, layers: str, whole: str, rows: str) -> str:
+def ladder(accuracy: str, layers: str, same: str, whole: str, rows: str) -> str:
     """A row a rung: what multiplies on which GPU, KL, the linears of a layer over bf16 by rows, decoding of one
-    sequence over bf16, and memory. The head has 8 bits where decoding was measured so. Cells that were not measured are
-    empty."""
+    sequence over bf16, and memory. `same` has the linears with 4-bit activations, `layers` the others. The head has
+    8 bits where decoding was measured so. Cells that were not measured are empty."""
     kl = {(row["format"], row["activations"], row["head"]): row["kl"] for row in result(accuracy)["rows"]}
     decode = {row["model"]: row for row in result(whole)["rows"] if row["what"] == "decode"}
-    counts, timed, lines = rows.split(","), layers_of(layers), []
+    counts, lines = rows.split(","), []
+    timed, timed_same = layers_of(layers), layers_of(same)
     for (format, activation), head in itertools.product(RUNGS, ("16 bits", "int8")):
         model = format if activation == "same" else f"{format}-{activation}"
         row = decode.get(model + ("+head" if head == "int8" else ""))
@@ -195,8 +210,9 @@ def ladder(accuracy: str, layers: str, whole: str, rows: str) -> str:
         ]
         known = kl.get((format, activation, head))
         cells.append("" if known is None else shown(known, 4))
-        measured = head == "16 bits" and f"{column} us" in timed[int(counts[0])]
-        cells += [f"{gain(timed[int(count)], column)}×" if measured else "" for count in counts]
+        found = timed_same if activation == "same" else timed
+        measured = head == "16 bits" and f"{column} us" in found[int(counts[0])]
+        cells += [f"{gain(found[int(count)], column)}×" if measured else "" for count in counts]
         cells.append("" if row is None else f"{shown(decode['bf16']['queued ms'] / row['queued ms'], 2)}×")
         lines.append([*cells, shown(llama_gib(format, head), 2)])
     columns = [*(f"{count} row{'s' * (count != '1')}" for count in counts), "one sequence", "GiB"]

@@ -9,15 +9,15 @@ def shape(row: dict) -> str:
 
 @figure
 def quantizer(name: str) -> str:
-    columns = (("mxfp4", "none absmax"), ("mxfp4", "blocks absmax"), ("mxfp4", "blocks mse"))
-    columns += (("nvfp4", "blocks absmax"), ("nvfp4", "blocks mse"))
+    kinds = ("blocks absmax", "blocks mse", "blocks feedback")
+    columns = [("mxfp4", "none absmax"), *(("mxfp4", kind) for kind in kinds), *(("nvfp4", kind) for kind in kinds)]
     lines: dict[str, list[str]] = {}
     for row in result(name)["rows"]:
         for format, column in columns:
             if row["format"] == format:
                 share = f" ({percent(row[f'{column} share'])})" if row["M"] >= 4096 else ""
                 lines.setdefault(shape(row), []).append(f"{shown(row[f'{column} us'], 1)} µs{share}")
-    titles = ["none, MXFP4", "MXFP4 `absmax`", "MXFP4 `mse`", "NVFP4 `absmax`", "NVFP4 `mse`"]
+    titles = ["none, MXFP4", *(f"{f} {what}" for f in ("MXFP4", "NVFP4") for what in ("`absmax`", "`mse`", "feedback"))]
     return table(["rows × K", *titles], [[key, *cells] for key, cells in lines.items()])
 
 
