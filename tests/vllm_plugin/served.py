@@ -86,6 +86,17 @@ class Agreement(NamedTuple):
     same: int
     largest: float
     mean: float
+    moved: int  # of more than 5e-5
+
+    @property
+    def close(self) -> bool:
+        """All tokens are the first choice, and of 50 log-probabilities one at most has moved.
+
+        vLLM's attention adds up in another order. Where a value lies at a tie its code flips. With feedback errors are
+        rounded to bf16 on the way, which makes of a difference in the last place one of 1/256 where they lie at a tie:
+        in these models one token in several hundred.
+        """
+        return self.same == self.tokens and self.moved <= self.tokens // 50
 
 
 def prompts() -> list[list[int]]:
@@ -164,7 +175,8 @@ def agreement(directory: Path, rows: list[Row], model: nn.Module | None = None) 
         same += int((logits.argmax(-1) == torch.tensor(new)).sum())
         own = logits.log_softmax(-1)[range(len(new)), new]
         differences += (own - torch.tensor(log_probabilities)).abs().tolist()
-    return Agreement(len(differences), same, max(differences), sum(differences) / len(differences))
+    moved = sum(difference > 5e-5 for difference in differences)
+    return Agreement(len(differences), same, max(differences), sum(differences) / len(differences), moved)
 
 
 def tokenizer(directory: Path) -> None:

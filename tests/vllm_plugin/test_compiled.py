@@ -18,7 +18,7 @@ def test_compiled_in_fp32(tmp_path, cache_root, caplog, settings):
     with caplog.at_level(logging.INFO, logger="wush_compile"):
         rows = greedy(directory, enforce_eager=False)
     found = agreement(directory, rows)
-    assert found.same == found.tokens and found.largest < 5e-5, found
+    assert found.close, found
     [counts] = {record.message for record in caplog.records if record.message.startswith("execution passes")}
     assert "fuse_activation: 2" in counts and "fuse_norm: 4" in counts  # of two layers: all
 

@@ -41,7 +41,7 @@ def test_a_prefix_is_cached(directory):
         ]
     assert [r[0].num_cached_tokens for r in results] == [0, 32, 32]
     found = agreement(directory, rows_of([r[0] for r in results]))
-    assert found.same == found.tokens == 3 * NEW and found.largest < 5e-5, found
+    assert found.tokens == 3 * NEW and found.close, found
 
 
 def test_an_adapter(directory, tmp_path):
@@ -77,7 +77,7 @@ def test_an_adapter(directory, tmp_path):
             linear.register_forward_hook(lambda _, args, y, a=a, b=b: y + 2.0 * (args[0] @ a.T @ b.T))
     for rows, by in ((plain, None), (adapted, model)):
         found = agreement(directory, rows, by)
-        assert found.same == found.tokens and found.largest < 5e-5, found
+        assert found.close, found
     assert [row[1] for row in plain] != [row[1] for row in adapted]
 
 
@@ -94,7 +94,7 @@ def test_speculative_decoding(directory, tmp_path):
     status, output, rows = greedy_apart(directory, tmp_path, speculative_config=settings)
     assert status == 0, output[-3000:]
     found = agreement(directory, rows)
-    assert found.same == found.tokens == 6 * NEW and found.largest < 5e-5, found
+    assert found.tokens == 6 * NEW and found.close, found
 
 
 @pytest.mark.parametrize("draft", ["quantized", "bf16"])
@@ -111,7 +111,7 @@ def test_a_draft_model(directory, tmp_path, draft):
         rows = rows_of(llm.generate(asked, sampling(), use_tqdm=False))
         counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     found = agreement(directory, rows)
-    assert found.same == found.tokens and found.largest < 5e-5, found
+    assert found.close, found
     drafted, accepted = (counts[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
     assert 0 < accepted <= drafted, counts
 

@@ -13,7 +13,7 @@ def test_one_process_of_its_own(tmp_path, settings):
     status, output, rows = greedy_apart(directory, tmp_path)
     assert status == 0, output[-3000:]
     found = agreement(directory, rows)
-    assert found.tokens == 144 and found.same == found.tokens and found.largest < 5e-5, found
+    assert found.tokens == 144 and found.close, found
 
 
 TWO = dict(tensor_parallel_size=2)
@@ -45,7 +45,7 @@ def test_two_processes(tmp_path, cache_root, settings):
     status, output, rows = greedy_apart(directory, tmp_path, **TWO | of_vllm)
     assert status == 0, output[-3000:]
     found = agreement(directory, rows)
-    assert found.tokens == 144 and found.same == found.tokens and found.largest < 5e-5, found
+    assert found.tokens == 144 and found.close, found
 
 
 def test_two_processes_compiled(tmp_path, cache_root):
@@ -53,4 +53,4 @@ def test_two_processes_compiled(tmp_path, cache_root):
     status, output, rows = greedy_apart(directory, tmp_path, **TWO, enforce_eager=False)
     assert status == 0, output[-3000:]
     found = agreement(directory, rows)
-    assert found.tokens == 144 and found.same == found.tokens and found.largest < 5e-5, found
+    assert found.tokens == 144 and found.close, found
