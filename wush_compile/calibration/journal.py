@@ -196,11 +196,11 @@ class Journal:
 
     @staticmethod
     def _differences(found: Mapping, now: Mapping, batch_size: int | None) -> Iterator[str]:
+        if found.get("solver") != now["solver"]:  # first: the other version may lack a setting
+            yield "another version's solver, whose codes differ"
         for name, value in now["config"].items():
             if found["config"].get(name) != value:
                 yield f"{name} {found['config'].get(name)!r}, not {value!r}"
-        if found.get("solver") != now["solver"]:
-            yield "another version's solver, whose codes differ"
         for name in now:
             if name not in ("config", "solver") and found.get(name) != now[name]:
                 yield f"other {name} (sha256 {str(found.get(name))[:12]}, not {now[name][:12]})"

@@ -17,6 +17,7 @@ from .files import Spec
 from .record import Quantization
 
 OTHER_MODEL = "load it into the kind of model it was made from"
+OTHER_TENSORS = f"{OTHER_MODEL}; if it is, config.json and the tensors do not belong together: quantize the model again"
 # Each member stores its rows of these. Of weight_global_scale it stores a copy. A product of experts is stored whole.
 BY_ROWS = ("weight_packed", "weight_scale", "bias")
 
@@ -257,7 +258,7 @@ def check_specs(
         if found[name] != spec:
             raise CheckpointError(
                 f"{name} is {found[name].dtype} {list(found[name].shape)}, the model needs "
-                f"{spec.dtype} {list(spec.shape)}: {OTHER_MODEL}"
+                f"{spec.dtype} {list(spec.shape)}: {OTHER_TENSORS}"
             )
     for name, shape in rest.items():
         if name in found and found[name].shape != tuple(shape):
@@ -267,7 +268,7 @@ def check_specs(
     if missing := sorted(set(rest) - set(found) - set(optional)):
         raise CheckpointError(f"the checkpoint lacks {_some(missing)}: {OTHER_MODEL}")
     if unknown := sorted(set(found) - set(expected) - set(rest)):
-        raise CheckpointError(f"the model has no {_some(unknown)}: {OTHER_MODEL}")
+        raise CheckpointError(f"the model has no {_some(unknown)}: {OTHER_TENSORS}")
 
 
 def _some(names: list[str]) -> str:

@@ -90,8 +90,9 @@ def _members(model: nn.Module) -> dict[WushGroup, tuple[Member, ...]]:
 def _renamed(group: WushGroup, names: dict[int, str]) -> tuple[Member, ...]:
     lost = [member.name for member in group.members if member.start not in names]
     if lost:
+        kept = ", ".join(name or "the module itself" for name in names.values())
         raise CheckpointError(
-            f"{', '.join(lost)} left the model, but {', '.join(names.values())} shares a transform with it: put it "
+            f"{', '.join(lost)} left the model, but {kept} shares a transform with it: put it "
             "back, or take out all linears with the same input"
         )
     return tuple(member._replace(name=names[member.start]) for member in group.members)

@@ -44,7 +44,8 @@ def quantize(
         typer.Option(help="Activations: same (4 bits, as the weights), fp8 (e4m3, a scale a token) or none (16 bits)."),
     ] = "same",
     activation_rounding: Annotated[
-        str, typer.Option(help="4-bit activations: feedback (a step takes up the errors before it) or nearest.")
+        str,
+        typer.Option(help="4-bit activations: feedback (with wush: a step takes up the errors before it) or nearest."),
     ] = "feedback",
     transform_block_size: Annotated[int | None, typer.Option(help="Default: the format's group.")] = None,
     share_transform: Annotated[bool, typer.Option(help="One transform for linears with the same input.")] = True,
