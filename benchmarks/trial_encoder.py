@@ -31,6 +31,7 @@ ROWS = (
     "before",
     "sweeps",
     "sensitivity",
+    "nearest",
     "default",
 )
 
