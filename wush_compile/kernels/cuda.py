@@ -127,24 +127,10 @@ def rms_norm_transform_quantize(
     )
 
 
-def refuses_add_rms_norm(
-    x,
-    residual,
-    weight,
-    eps,
-    eps_tensor,
-    gain,
-    transform,
-    global_scale,
-    format,
-    scale_rule,
-    scale_layout="rows",
-    feedback=None,
-) -> str | None:
+def refuses_add_rms_norm(x, residual, weight, eps, eps_tensor, gain, *quantizer) -> str | None:
     if residual.dtype != x.dtype:
         return f"input is {x.dtype}, its residual {residual.dtype}"
-    tail = (transform, global_scale, format, scale_rule, scale_layout, feedback)
-    return refuses_rms_norm(x, weight, eps, eps_tensor, gain, *tail)
+    return refuses_rms_norm(x, weight, eps, eps_tensor, gain, *quantizer)
 
 
 def add_rms_norm_transform_quantize(

@@ -273,26 +273,12 @@ def _rms_norm_fake(
     return _norm_fake(x, (weight,), transform, global_scale, format, scale_rule, scale_layout, feedback)
 
 
-def _add_rms_norm_fake(
-    x,
-    residual,
-    weight,
-    eps,
-    eps_tensor,
-    gain,
-    transform,
-    global_scale,
-    format,
-    scale_rule,
-    scale_layout="rows",
-    feedback=None,
-):
+def _add_rms_norm_fake(x, residual, weight, eps, eps_tensor, gain, *quantizer):
     torch._check(residual.device == x.device, lambda: f"x is on {x.device}, its residual on {residual.device}")
     torch._check(residual.dtype == x.dtype, lambda: f"x is {x.dtype}, its residual {residual.dtype}")
     torch._check(residual.dim() == x.dim(), lambda: "x and its residual differ in rank")
     for a, b in zip(x.shape, residual.shape):
         torch._check(a == b, lambda: "x and its residual differ in shape")
-    quantizer = (transform, global_scale, format, scale_rule, scale_layout, feedback)
     return *_rms_norm_fake(x, weight, eps, eps_tensor, gain, *quantizer), x.new_empty(x.shape)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..feedback import PAIRS, STEPS, by_step
+from ..feedback import STEPS, by_step
 from .transforms import hadamard_matrix
 
 # Of the mean of d, added to d: a direction in which errors cost nothing could take up any error.
@@ -38,6 +38,5 @@ def feedback_of(cost: Tensor, group: int) -> Tensor:
     root = torch.linalg.cholesky(matrix).mT  # upper R, matrix = Rᵀ R
     ratio = root / root.diagonal(dim1=-2, dim2=-1)[..., None]  # F_su of each frequency
     f = torch.stack([ratio[..., s, u] for u in range(1, STEPS) for s in range(u)], 1)  # [K/G, 6, n]
-    assert f.shape[1] == PAIRS
     # The first row of Had_n diag(f) Had_n.
     return (f @ hadamard_matrix(count).to(f) / count**0.5).to(torch.bfloat16).contiguous()

@@ -86,23 +86,9 @@ def refuses_rms_norm(
     return _refuses_norm(x, (weight,), eps_tensor, transform, global_scale, format, scale_rule, feedback)
 
 
-def refuses_add_rms_norm(
-    x,
-    residual,
-    weight,
-    eps,
-    eps_tensor,
-    gain,
-    transform,
-    global_scale,
-    format,
-    scale_rule,
-    scale_layout="rows",
-    feedback=None,
-) -> str | None:
+def refuses_add_rms_norm(x, residual, weight, eps, eps_tensor, gain, *quantizer) -> str | None:
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
         return "x and its residual differ"
-    quantizer = (transform, global_scale, format, scale_rule, scale_layout, feedback)
     return refuses_rms_norm(x, weight, eps, eps_tensor, gain, *quantizer)
 
 
