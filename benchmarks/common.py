@@ -45,6 +45,26 @@ def load_smollm2(path: Path | None, where: torch.device) -> tuple[torch.nn.Modul
     return model.to(where), tokenizer
 
 
+def smollm2_texts(
+    data: Path | None, tokenizer, where: torch.device, calibration: int = 128, test: int = 64, first: int = 0
+) -> tuple[list[torch.Tensor], torch.Tensor, int]:
+    """(batches of calibration int64 [n, window], ids of the test [1, N], the test's window) of a trial on SmolLM2.
+
+    `calibration` windows of 512 tokens of WikiText-2 valid, from the `first` on, and `test` windows of 2048 of test;
+    without a folder `data` the text of `make demo`, for a CPU.
+    """
+    from wush_compile.data import python_topics, windows
+    from wush_compile.demo import run as demo
+
+    if data is None:
+        pieces = windows(python_topics(), tokenizer, demo.WINDOW, demo.CALIBRATION_WINDOWS + demo.EVALUATION_WINDOWS)
+        batches = torch.cat(pieces[: demo.CALIBRATION_WINDOWS]).to(where).split(4)
+        return list(batches), torch.cat(pieces[demo.CALIBRATION_WINDOWS :], dim=1), demo.WINDOW
+    pieces = windows(wikitext(data, "valid"), tokenizer, 512, first + calibration)
+    ids = torch.cat(windows(wikitext(data, "test"), tokenizer, 2048, test), dim=1)
+    return list(torch.cat(pieces[first:]).to(where).split(8)), ids, 2048
+
+
 def environment(where: torch.device) -> dict[str, str]:
     """The head of a result: device, date, command and versions."""
     import transformers

@@ -28,14 +28,11 @@ from pathlib import Path
 
 import common
 import frontier_patches as patches
-import torch
 import trial_token_weights as trial
 from frontier_patches import Row
 from learn_transforms import learn
 
 import wush_compile as wc
-from wush_compile.data import python_topics, windows
-from wush_compile.demo import run as demo
 from wush_compile.evaluation.language import compare
 from wush_compile.solver import choose
 
@@ -139,21 +136,12 @@ def main() -> None:
     args = parser.parse_args()
     device = common.device("auto")
     model, tokenizer = common.load_smollm2(args.model, device)
-    if args.data is None:
-        window = demo.WINDOW
-        pieces = windows(python_topics(), tokenizer, window, demo.CALIBRATION_WINDOWS + demo.EVALUATION_WINDOWS)
-        data = torch.cat(pieces[: demo.CALIBRATION_WINDOWS]).to(device).split(4)
-        ids = torch.cat(pieces[demo.CALIBRATION_WINDOWS :], dim=1)
-    else:
-        window = 2048
-        valid, test = (common.wikitext(args.data, split) for split in ("valid", "test"))
-        pieces = windows(valid, tokenizer, 512, args.first_window + args.calibration_windows)
-        data = torch.cat(pieces[args.first_window :]).to(device).split(8)
-        ids = torch.cat(windows(test, tokenizer, window, args.test_windows), dim=1)
+    counts = args.calibration_windows, args.test_windows, args.first_window
+    data, ids, window = common.smollm2_texts(args.data, tokenizer, device, *counts)
     patches.patch()
     result = {**common.environment(device), "rows": []}
     for name, format in itertools.product(args.rows, args.formats):
-        result["rows"].append(measure(model, list(data), ids, window, format, name))
+        result["rows"].append(measure(model, data, ids, window, format, name))
         print(result["rows"][-1], flush=True)
         common.write_json(args.out, result)
 

@@ -19,8 +19,6 @@ import torch
 import trial_token_weights as trial
 from torch import Tensor
 
-from wush_compile.data import python_topics, windows
-from wush_compile.demo import run as demo
 from wush_compile.feedback import STEPS, by_step
 from wush_compile.solver import choose
 from wush_compile.solver.feedback import DAMPING
@@ -101,15 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     device = common.device("auto")
     model, tokenizer = common.load_smollm2(args.model, device)
-    if args.data is None:
-        window = demo.WINDOW
-        pieces = windows(python_topics(), tokenizer, window, demo.CALIBRATION_WINDOWS + demo.EVALUATION_WINDOWS)
-        data, test = torch.cat(pieces[: demo.CALIBRATION_WINDOWS]).split(4), pieces[demo.CALIBRATION_WINDOWS :]
-    else:
-        window = 2048
-        data = torch.cat(windows(common.wikitext(args.data, "valid"), tokenizer, 512, 128)).split(8)
-        test = windows(common.wikitext(args.data, "test"), tokenizer, window, 64)
-    data, ids = [batch.to(device) for batch in data], torch.cat(test, dim=1)
+    data, ids, window = common.smollm2_texts(args.data, tokenizer, device)
     result = {**common.environment(device), "rows": []}
     for format in args.formats:
         for name, parts in (("hadamard", HADAMARD), ("rotation", (rotated_transform, feedback_of))):

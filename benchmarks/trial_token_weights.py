@@ -23,8 +23,7 @@ import torch
 
 import wush_compile as wc
 from wush_compile.calibration import token_weights
-from wush_compile.data import python_topics, sample_calibration_text, windows
-from wush_compile.demo import run as demo
+from wush_compile.data import sample_calibration_text
 from wush_compile.evaluation.language import compare
 from wush_compile.ops import core as ops
 from wush_compile.solver import choose, sensitivity
@@ -164,16 +163,8 @@ def main() -> None:
     args = parser.parse_args()
     device = common.device("auto")
     model, tokenizer = common.load_smollm2(args.model, device)
-    if args.data is None:
-        window = demo.WINDOW
-        pieces = windows(python_topics(), tokenizer, window, demo.CALIBRATION_WINDOWS + demo.EVALUATION_WINDOWS)
-        texts = {0: torch.cat(pieces[: demo.CALIBRATION_WINDOWS]).to(device).split(4)}
-        ids = torch.cat(pieces[demo.CALIBRATION_WINDOWS :], dim=1)
-    else:
-        window = 2048
-        valid, test = (common.wikitext(args.data, split) for split in ("valid", "test"))
-        texts = {0: torch.cat(windows(valid, tokenizer, 512, args.calibration_windows)).to(device).split(8)}
-        ids = torch.cat(windows(test, tokenizer, window, args.test_windows), dim=1)
+    data, ids, window = common.smollm2_texts(args.data, tokenizer, device, args.calibration_windows, args.test_windows)
+    texts = {0: data}
     result = {**common.environment(device), "rows": []}
     for name, format, activations in itertools.product(args.rows, args.formats, args.activations):
         own = ROWS[name].text
