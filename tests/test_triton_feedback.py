@@ -23,7 +23,7 @@ from wush_compile.kernels.triton.quantize.tokens import quantize_tokens
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
-RULES = [("mxfp4", rule, None) for rule in ("absmax", "mse", "ocp")]
+RULES = [("mxfp4", rule, g) for rule in ("absmax", "mse", "ocp") for g in (None, 0.5)]
 RULES += [("nvfp4", rule, g) for rule in ("absmax", "mse", "search") for g in (None, 0.125)]
 rules = pytest.mark.parametrize("format, rule, g", RULES)
 both = pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
@@ -156,7 +156,8 @@ from wush_compile.kernels.triton.quantize import fused, transform_quantize as tq
 from wush_compile.kernels.triton.quantize.tokens import quantize_tokens
 from wush_compile.ops import core as ops
 generator = torch.Generator().manual_seed(0)
-for format, group, g in (("mxfp4", 32, None), ("nvfp4", 16, torch.tensor([0.125]))):
+half, eighth = torch.tensor([0.5]), torch.tensor([0.125])
+for format, group, g in (("mxfp4", 32, None), ("mxfp4", 32, half), ("nvfp4", 16, eighth)):
     cases = ((1, 64, group, False), (17, 96, group, True), (70, 256, 64, False), (3, 256, 128, True))
     for m, k, block, shared in cases:
         x = torch.randint(-24, 25, (m, k), generator=generator).bfloat16()

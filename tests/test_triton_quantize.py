@@ -20,7 +20,7 @@ from wush_compile.ops import layouts
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
 RULES = [("mxfp4", rule, 3.0 if rule == "paper" else None) for rule in FORMATS["mxfp4"].scale_rules]
-RULES += [("nvfp4", rule, g) for rule in FORMATS["nvfp4"].scale_rules for g in (None, 0.37, 512.0)]
+RULES += [("nvfp4", rule, g) for rule in FORMATS["nvfp4"].scale_rules for g in (None, 0.37, 10.0, 512.0)]
 rules = pytest.mark.parametrize("format, rule, g", RULES)
 both = pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 

@@ -113,8 +113,8 @@ def values_to_round(y, amax, byte, factor, g, matrices, SPEC: tl.constexpr, CLEA
         unit = bits_float(byte << 23)
     else:
         unit = e4m3_decode(byte)
-        if SPEC.scaled:
-            unit = unit * tl.div_rn(1.0, g)
+    if SPEC.scaled:
+        unit = unit * tl.div_rn(1.0, g)
     small = None
     if CLEAN:
         small = amax < MX_LIMIT
