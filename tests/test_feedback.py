@@ -25,8 +25,9 @@ from wush_compile.graphs.printing import count_ops
 from wush_compile.modules import named_groups
 from wush_compile.ops.core import FAKE
 from wush_compile.recipe import MOMENTS, SOLVERS
+from wush_compile.solver.choose import FEEDBACK_POWER
 from wush_compile.solver.experts import experts_loss, solve_experts
-from wush_compile.solver.feedback import DAMPING, column_order, feedback_of
+from wush_compile.solver.feedback import DAMPING, ROTATION_DAMPING, equal_steps, feedback_of, rotation
 from wush_compile.solver.loss import layer_loss
 from wush_compile.solver.solve import solve
 from wush_compile.solver.transforms import diagonal_blocks, hadamard_matrix, wush_transform
@@ -165,25 +166,67 @@ def blocks(size, count=3, seed=0):
     x = x @ torch.randn(count, size, size, dtype=torch.float64, generator=generator)
     w = torch.randn(count, 70, size, dtype=torch.float64, generator=generator)
     root, gram = torch.linalg.cholesky(x.mT @ x / 400), w.mT @ w / 70
-    t = wush_transform(root, gram, 0.01, order=column_order(size))
+    t = wush_transform(root, gram, 0.01, rotation=rotation)
     inverse = torch.linalg.inv(t)
     return t, inverse.mT @ gram @ inverse
 
 
+def costs(*shape, spread, seed=0):
+    """Positive numbers whose logarithms are normal, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.exp(spread * torch.randn(shape, dtype=torch.float64, generator=generator))
+
+
+@pytest.mark.parametrize("spread", [0, 1e-9, 0.1, 1, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_a_rotation_makes_steps_equally_dear(size, spread):
+    """Q diag(d) Qᵀ = RᵀR, and each R_ss² is the geometric mean of d."""
+    d = costs(5, 40, size, spread=spread)
+    q = equal_steps(d)
+    eye = torch.eye(size, dtype=torch.float64).expand_as(q)
+    torch.testing.assert_close(q @ q.mT, eye, rtol=0, atol=1e-14)
+    root = torch.linalg.cholesky((q * d[..., None, :]) @ q.mT)
+    want = d.log().mean(-1, keepdim=True).div(2).exp().expand_as(d)
+    torch.testing.assert_close(root.diagonal(dim1=-2, dim2=-1), want, rtol=1e-7, atol=0)
+
+
+def test_values_on_the_mean_are_left_there():
+    d = torch.tensor([[1.0, 4.0, 0.25, 1.0], [1, 1, 1, 1], [4, 1, 1, 0.25], [1e-4, 1e-4, 1e-4, 1.0]]).double()
+    q = equal_steps(d)
+    root = torch.linalg.cholesky((q * d[:, None, :]) @ q.mT)
+    want = d.log().mean(-1, keepdim=True).div(2).exp().expand_as(d)
+    torch.testing.assert_close(root.diagonal(dim1=1, dim2=2), want, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("size", [16, 32, 64, 256])
-def test_the_order_of_columns(size):
-    """The largest values of four shares are as far apart as steps are: the rank's two highest bits, then the others."""
-    order = column_order(size)
-    assert torch.equal(order.sort().values, torch.arange(size))
-    assert torch.equal(order // 4 % 4, torch.arange(size) // (size // 4))
-    for share in order.view(4, -1):
-        assert share.tolist() == sorted(share.tolist())
+def test_all_steps_cost_the_same_after_the_transform(size):
+    """Each frequency of a step has an R with an equal diagonal."""
     _, cost = blocks(size)
-    had = hadamard_matrix(size)
-    d = had @ cost @ had
-    by_rank = d.diagonal(dim1=1, dim2=2)[:, order]
-    assert (by_rank.diff() <= 1e-9 * by_rank[:, :1]).all() and (by_rank[:, -1] < 0.5 * by_rank[:, 0]).all()
-    torch.testing.assert_close(d, torch.diag_embed(d.diagonal(dim1=1, dim2=2)), rtol=0, atol=1e-9 * d.max().item())
+    assert rotation(costs(0, size, spread=1)).shape == (0, size, size)
+    had, at = hadamard_matrix(size // 4), feedback.by_step(torch.arange(size))
+    matrix = torch.einsum("wk,bswtv,vl->bkslt", had, cost[:, at[:, :, None, None], at], had)  # [3, n, 4, n, 4]
+    others = matrix * (1 - torch.eye(size // 4))[:, None, :, None]
+    assert others.abs().max() < 1e-9 * cost.abs().max()  # frequencies do not mix
+    small = matrix.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # [3, n, 4, 4]
+    mean = small.diagonal(dim1=-2, dim2=-1).mean((1, 2))[:, None, None, None]
+    diagonal = torch.linalg.cholesky(small / mean + ROTATION_DAMPING * torch.eye(4)).diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(diagonal, diagonal.mean(-1, keepdim=True).expand_as(diagonal), rtol=1e-6, atol=0)
+    # Ranks are dealt so that the frequencies are alike: with the values of one share in each they are not.
+    d = torch.linalg.eigvalsh(cost).flip(-1)
+    plain = (d / d.mean(-1, keepdim=True) + ROTATION_DAMPING).log().view(3, 4, -1).mean(1).div(2).std(-1)
+    assert (diagonal[..., 0].log().std(-1) < 0.8 * plain).all()
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("n", [1, 8, 24, 32, 40, 200])
+def test_errors_cost_less_where_few_outputs_read_them(n, size):
+    """S̃ of `n` outputs has the rank n: in the other directions errors cost nothing."""
+    x, w = problem(n=n, k=128, seed=1)
+    losses = {}
+    for rounding in ("nearest", "feedback"):
+        found = solved(x, w, transform_block_size=size, activation_rounding=rounding)
+        losses[rounding] = layer_loss(x, w, *found)[1]
+    assert losses["feedback"] < 0.8 * losses["nearest"]
 
 
 @pytest.mark.parametrize("group", [16, 32])
@@ -213,7 +256,7 @@ def test_errors_cost_less(format):
     size = get_format(format).group_size
     t, cost = blocks(size, count=40)
     generator = torch.Generator().manual_seed(1)
-    # Inputs of the second moment that T makes of theirs: Had diag(s) Hadᵀ.
+    # Inputs of the second moment that T makes of theirs.
     root = torch.linalg.cholesky(cost)
     x = torch.randn(40, 500, size, dtype=torch.float64, generator=generator) @ root.mT
     x, g = x.transpose(0, 1).flatten(1).float(), global_scale(format, 16.0)  # [500, 40·G]
@@ -338,14 +381,14 @@ def test_where_the_setting_has_no_effect(settings):
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "feedback"])
-def test_the_columns_of_the_solved_transform(rounding):
+def test_the_rotation_of_the_solved_transform(rounding):
     x, w = problem(n=60)
     solution, _ = solved(x, w, activation_rounding=rounding)
     h = diagonal_blocks((x.T @ x).double() / len(x), 32)
     root = torch.linalg.cholesky(h + 0.01 * h.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(32))
     wide = w.double().unflatten(1, (3, 32)).transpose(0, 1)
-    power, order = (7 / 16, column_order(32)) if rounding == "feedback" else (1 / 2, None)
-    want = wush_transform(root, wide.mT @ wide / len(w), 0.01, power=power, order=order)
+    power, turn = (FEEDBACK_POWER["mxfp4"], rotation) if rounding == "feedback" else (1 / 2, None)
+    want = wush_transform(root, wide.mT @ wide / len(w), 0.01, power=power, rotation=turn)
     torch.testing.assert_close(solution.transform, want.float(), rtol=1e-5, atol=1e-6)
 
 

@@ -14,8 +14,9 @@ from wush_compile import feedback, formats
 from wush_compile.config import WushConfig
 from wush_compile.errors import ConfigError, DataError, NonFiniteError
 from wush_compile.recipe import ACTIVATION_ROUNDINGS, MOMENTS, SOLVERS, TRANSFORMS
+from wush_compile.solver.choose import FEEDBACK_POWER
 from wush_compile.solver.facts import moment_curves
-from wush_compile.solver.feedback import column_order
+from wush_compile.solver.feedback import rotation
 from wush_compile.solver.gptq import (
     _results,
     _round_each,
@@ -162,7 +163,8 @@ def test_a_sensitivity_stands_for_the_weights():
     root = torch.linalg.cholesky(h + DAMPING * h.diagonal().mean() * torch.eye(16))
     found = Sensitivity(given, 400, rows, rows)
     got = sensitive_transform(x, w, found, format="nvfp4")[0].double()
-    torch.testing.assert_close(got, wush_transform(root[None], stands[None], DAMPING)[0], rtol=1e-3, atol=1e-4)
+    want = wush_transform(root[None], stands[None], DAMPING, power=FEEDBACK_POWER["nvfp4"], rotation=rotation)[0]
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     fp8 = dict(format="nvfp4", activation_format="fp8")
     assert torch.equal(sensitive_transform(x, w, found, **fp8), sensitive_transform(x, w, None, **fp8))
 
@@ -245,7 +247,7 @@ def test_conditional_moments_are_those_of_the_paper():
         updated = w[:, here] + (error[:, later] @ h[later, remaining] @ inverse)[:, here]
         conditional = torch.linalg.inv(inverse[here, here])
         root, gram = torch.linalg.cholesky(conditional), updated.T @ updated / len(w)
-        expected = wush_transform(root[None], gram[None], DAMPING, power=7 / 16, order=column_order(32))
+        expected = wush_transform(root[None], gram[None], DAMPING, power=FEEDBACK_POWER["mxfp4"], rotation=rotation)
         torch.testing.assert_close(solution.transform[b], expected[0], rtol=1e-4, atol=1e-4)
 
 

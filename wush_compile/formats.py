@@ -219,7 +219,8 @@ def _scales_mxfp4(x: Tensor, amax: Tensor, rule: str) -> Tensor:
 def _scales_nvfp4(x: Tensor, amax: Tensor, rule: str, g: Tensor) -> Tensor:
     def byte_for(largest: float) -> Tensor:
         # On a GPU a division by a number multiplies by its reciprocal, which is another result.
-        return e4m3_encode((amax * (g / torch.full_like(g, largest))).clamp(max=E4M3_MAX)).to(torch.int32).clamp(0x01, 0x7E)
+        byte = e4m3_encode((amax * (g / torch.full_like(g, largest))).clamp(max=E4M3_MAX))
+        return byte.to(torch.int32).clamp(0x01, 0x7E)
 
     best = byte_for(6.0)
     if rule == "search":

@@ -89,14 +89,14 @@ def wush_transform(
     damping: float,
     hadamard: bool = True,
     power: float = 0.5,
-    order: Tensor | None = None,
+    rotation: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """T_b of eq. 7, float64 [b, B, B].
 
     root [b, B, B]: any L with L Lᵀ = the damped moment of the block's inputs. gram [b, B, B]: S_b = W_bᵀW_b / N.
     With Lᵀ S_b L = V diag(s²) Vᵀ and s descending, T_b = Had diag(√s) Vᵀ L⁻¹; `hadamard=False` leaves Had out (WUS).
     Another `power` p replaces √s by c · s^p, with c such that the geometric mean stays that of √s (docs/spec.md §2).
-    order int64 [B]: the column of Had that each singular value goes to, from the largest on; None for 0, 1, ..
+    rotation: d [b, B] -> what stands for Had [b, B, B]; d = s² / stretch², what errors along singular vectors cost.
     In each row of Vᵀ L⁻¹ the entry of largest magnitude is made positive, so that T is the same for every root. A block
     with gram 0 gets Had (WUS: the identity).
     """
@@ -115,8 +115,8 @@ def wush_transform(
         # A rank-deficient moment has s of 0 without damping: the mean must stay finite.
         logs = s.clamp(min=1e-12 * s[..., :1]).clamp(min=1e-300).log()
         stretch = s.pow(power) * (logs.mean(-1, keepdim=True) * (0.5 - power)).exp()
-    columns = had if order is None else had[:, order.to(had.device)]
-    t = columns @ (stretch[..., None] * rows)
+    left = had if rotation is None else rotation(square.flip(-1).clamp(min=0) / stretch.square())
+    t = left @ (stretch[..., None] * rows)
     dead = gram.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
     return torch.where(dead[:, None, None], had, t)
 
