@@ -382,9 +382,14 @@ def quantize(x: Tensor, format: str, rule: str, g: Tensor | None = None) -> tupl
 
 
 def dequantize(codes: Tensor, scales: Tensor, format: str, g: Tensor | None = None) -> Tensor:
-    """(codes [.., K/2], int8: [.., K], scales [.., K/G]) -> fp32 [.., K]; with g, in the quantized tensor's units."""
+    """(codes [.., K/2], int8: [.., K], scales [.., K/G]) -> fp32 [.., K]; with g, in the quantized tensor's units.
+
+    g: [1], or [..], one for each row.
+    """
     fmt = get_format(format)
     groups = (unpack(codes) if fmt.per_byte == 2 else codes).unflatten(-1, (-1, fmt.group_size))  # [.., K/G, G]
+    if g is not None and g.numel() > 1:
+        return decode(groups, scales, format).flatten(-2) / g.to(torch.float32)[..., None]
     return decode(groups, scales, format, g).flatten(-2)
 
 

@@ -325,7 +325,7 @@ def _fp4_linear_by(
             groups = 2 * codes.shape[-1] // get_format(format).group_size
             x = decode(codes, in_rows(scales, codes.shape[:-1], groups, scale_layout), format)
         y = product(x, weight_codes, weight_scales, format)  # [.., N]
-        factors = [g for g in (global_scale, weight_global_scale) if g is not None]
+        factors = [g.to(torch.float32) for g in (global_scale, weight_global_scale) if g is not None]
         if factors:
             y = y * (1.0 / (factors[0] if len(factors) == 1 else factors[0] * factors[1]))
         if bias is not None:
@@ -378,6 +378,13 @@ def _fp4_linear_fake(
     packed = activation_format == "same" and scale_layout != "lanes"
     width, wanted = codes.shape[-1] * (2 if packed else 1), channels(weight_codes, format)
     torch._check(width == wanted, lambda: f"activation has {width} channels, weight {wanted}")
+    if weight_global_scale is not None and weight_global_scale.dtype == torch.bfloat16:
+        torch._check(
+            weight_global_scale.shape == weight_codes.shape[:1],
+            lambda: (
+                f"factors of rows are {tuple(weight_global_scale.shape)}, the weight has {weight_codes.shape[0]} rows"
+            ),
+        )
     for other in (scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual):
         if other is not None:
             torch._check(
