@@ -189,6 +189,58 @@ def test_products(format, activations, dtype):
             assert torch.all((y.double() - exact).abs() <= step * exact.abs() + 2e-5), (width, rows)
 
 
+def exact_product(rows: int, columns: int, activations: str, dtype: torch.dtype, generator: torch.Generator):
+    """Arguments of `fp4_linear` up to the residual in MXFP4, with a factor of each row and sums that every order of
+    fp32 additions gives exactly."""
+    width = 96
+
+    def codes(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        bytes = torch.randint(256, (n, width // 2), generator=generator).to(torch.uint8)
+        return bytes, torch.randint(126, 129, (n, width // 32), generator=generator).to(torch.uint8)
+
+    values = torch.randint(-8, 9, (rows, width), generator=generator)
+    operand = {
+        "same": codes(rows),
+        "fp8": (
+            values.float().to(torch.float8_e4m3fn).view(torch.uint8),
+            torch.exp2(torch.randint(-3, 4, (rows, 1), generator=generator).float()),
+        ),
+        "none": (values.to(dtype), torch.empty(rows, 0)),
+    }[activations]
+    factors = torch.exp2(4 * torch.randn(columns, generator=generator)).to(torch.bfloat16)
+    bias, residual = (torch.randn(*s, generator=generator).to(dtype) for s in ((columns,), (rows, columns)))
+    return *operand, None, *codes(columns), factors, bias, residual
+
+
+@pytest.mark.parametrize("activations", ["same", "fp8", "none"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_factors_of_rows_have_the_references_bits(activations, dtype):
+    """Rows for every kernel, and columns that fill no vector, no panel and no tile."""
+    generator = torch.Generator().manual_seed(0)
+    for rows in (0, 1, 3, 4, 5, 17, 129):
+        for columns in (1, 3, 17, 129):
+            codes, scales, _, *weight, bias, residual = exact_product(rows, columns, activations, dtype, generator)
+            for g in (None, torch.tensor([3.0])):
+                for own, other in ((None, None), (bias, None), (None, residual), (bias, residual)):
+                    args = (codes, scales, g, *weight, own, other, "mxfp4", dtype, "rows", activations)
+                    assert cpu.refuses_fp4_linear(*args) is None
+                    assert torch.equal(cpu.fp4_linear(*args), core.REFERENCE["fp4_linear"](*args)), (rows, columns)
+
+
+@pytest.mark.parametrize("rows", [3, 17])
+def test_factors_of_rows_stay_in_their_columns(rows):
+    """Each column is what a global scale of its factor makes of it; the factors need not be contiguous."""
+    args = exact_product(rows, 37, "same", torch.bfloat16, torch.Generator().manual_seed(0))
+    *operands, factors, bias, residual = args
+    apart = torch.stack([factors, -factors], -1)[..., 0]
+    assert not apart.is_contiguous()
+    y = cpu.fp4_linear(*operands, apart, bias, residual, "mxfp4", torch.bfloat16)
+    for n in range(37):
+        one = cpu.fp4_linear(*operands, factors[n : n + 1].float(), bias, residual, "mxfp4", torch.bfloat16)
+        assert torch.equal(y[:, n], one[:, n])
+    assert len(set(factors.tolist())) > 30
+
+
 def test_nan_stays_in_its_row_and_column():
     args, _ = product(9, 6, 80, "nvfp4", "same", torch.bfloat16)
     codes, scales, g, weight_codes, weight_scales, *rest = args
@@ -273,6 +325,9 @@ def test_arguments_at_fault_reach_no_kernel():
         cpu.fp4_linear(codes, scales, g, weight_codes, weight_scales, None, bias[:4], None, *end)
     with pytest.raises(ValueError, match="the residual is"):
         cpu.fp4_linear(codes, scales, g, weight_codes, weight_scales, None, bias, bias, *end)
+    for bad in (torch.ones(1), torch.ones(4), torch.ones(5, 1)):
+        with pytest.raises(ValueError, match="the global scale of its rows is"):
+            cpu.fp4_linear(codes, scales, g, weight_codes, weight_scales, bad.bfloat16(), bias, None, *end)
     with pytest.raises(ValueError, match="do not cover"):
         cpu.transform_quantize(torch.randn(2, 96), torch.randn(2, 32, 32), None, "mxfp4", "mse")
     x, f = torch.randn(2, 96), torch.zeros(3, 6, 8, dtype=torch.bfloat16)

@@ -77,8 +77,9 @@ void transform_quantize(const Tensor& x, const std::optional<Tensor>& transform,
 }
 
 void fp4_linear(const Tensor& codes, const std::optional<Tensor>& scales, const Tensor& weight_codes,
-                const Tensor& weight_scales, double factor, const std::optional<Tensor>& bias,
-                const std::optional<Tensor>& residual, int64_t format, const std::string& activation, const Tensor& out) {
+                const Tensor& weight_scales, double global_scale, const std::optional<Tensor>& weight_global_scales,
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, int64_t format,
+                const std::string& activation, const Tensor& out) {
   Linear a{};
   a.format = Format(format);
   a.rows = out.size(0), a.columns = out.size(1), a.width = weight_codes.size(1) * (a.format == Format::int8 ? 1 : 2);
@@ -95,15 +96,18 @@ void fp4_linear(const Tensor& codes, const std::optional<Tensor>& scales, const 
   }
   a.weight_codes = static_cast<const uint8_t*>(weight_codes.const_data_ptr());
   a.weight_scales = static_cast<const uint8_t*>(weight_scales.const_data_ptr());
-  a.factor = float(factor);
+  a.global_scale = float(global_scale);
+  if (weight_global_scales.has_value())
+    a.weight_global_scales = static_cast<const uint16_t*>(weight_global_scales->const_data_ptr());
   if (bias.has_value()) a.bias = bias->const_data_ptr();
   if (residual.has_value()) a.residual = residual->const_data_ptr();
   a.out = out.mutable_data_ptr();
   if (a.rows == 0 || a.columns == 0) return;
-  const int64_t bytes = level()->operand_bytes(a), size = element_size(a.type);
-  const Tensor scratch = torch::stable::new_empty(out, {(bytes + size - 1) / size + 64});
+  const int64_t bytes = (level()->operand_bytes(a) + 63) / 64 * 64, size = element_size(a.type);
+  const Tensor scratch = torch::stable::new_empty(out, {(bytes + 4 * a.columns) / size + 64});
   auto aligned = (reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr()) + 63) & ~uintptr_t(63);
   a.operand = reinterpret_cast<void*>(aligned);
+  a.factors = reinterpret_cast<float*>(aligned + bytes);
   parallel(a.rows, kGrain / (a.width + 1), [&](int64_t begin, int64_t end) { level()->prepare(a, begin, end); });
   // A thread takes whole tiles, one after the other.
   const int64_t tile = level()->tile(a), tiles = (a.columns + tile - 1) / tile;
@@ -119,8 +123,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(wush_cpu, m) {
       "transform_quantize(Tensor x, Tensor? transform, Tensor? feedback, float global_scale, bool nvfp4, int rule, "
       "Tensor(a!) codes, Tensor(b!) scales) -> ()");
   m.def(
-      "fp4_linear(Tensor codes, Tensor? scales, Tensor weight_codes, Tensor weight_scales, float factor, Tensor? bias, "
-      "Tensor? residual, int format, str activation, Tensor(a!) out) -> ()");
+      "fp4_linear(Tensor codes, Tensor? scales, Tensor weight_codes, Tensor weight_scales, float global_scale, "
+      "Tensor? weight_global_scales, Tensor? bias, Tensor? residual, int format, str activation, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(wush_cpu, CPU, m) {

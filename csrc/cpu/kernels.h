@@ -43,13 +43,15 @@ struct Linear {
   int64_t rows, width, columns;
   const uint8_t* weight_codes;                           // [columns, width/2], int8: [columns, width]
   const uint8_t* weight_scales;                          // [columns, width/group], int8: two bytes each, of bf16
-  float factor;                                          // 1 / the product of the global scales
+  float global_scale;                                    // the product of those of one number, 1 where there is none
+  const uint16_t* weight_global_scales;                  // bf16 [columns], of each row of the weight, or nullptr
   const void* bias;                                      // [columns] or nullptr, each in the type of the output
   const void* residual;                                  // [rows, columns] or nullptr
   Type type;
   void* out;                                             // [rows, columns]
 
   void* operand;                                         // scratch: `operand_bytes`, filled by `prepare`
+  float* factors;                                        // scratch: [columns], 1 / the global scales, filled by `linear`
 
   int64_t group() const { return format == Format::nvfp4 ? 16 : 32; }
 };

@@ -178,6 +178,9 @@ void prepare(const Linear& a, int64_t begin, int64_t end) {
 int64_t tile(const Linear& a) { return few(a) ? 32 : panel_tile(a); }
 
 void linear(const Linear& a, int64_t begin, int64_t end) {
+  const uint16_t* rows = a.weight_global_scales;
+  for (int64_t n = begin; n < end; n++)
+    a.factors[n] = 1.f / (rows ? a.global_scale * from_bits(uint32_t(rows[n]) << 16) : a.global_scale);
   if (!few(a)) return panels(a, begin, end);
   switch (a.format) {
     case Format::mxfp4: return few_rows_of<32>(a, begin, end);

@@ -30,7 +30,7 @@ inline float int8_scale(const uint8_t* scales, int64_t group) {
 
 // The result of row m and column n, from its sum.
 inline void finish(const Linear& a, int64_t m, int64_t n, float sum) {
-  float y = sum * (a.row_scales ? a.row_scales[m] : 1.f) * a.factor;
+  float y = sum * (a.row_scales ? a.row_scales[m] : 1.f) * a.factors[n];
   if (a.bias) y += read(a.bias, a.type, n);
   if (a.residual) y = rounded(y, a.type) + read(a.residual, a.type, m * a.columns + n);
   write(a.out, a.type, m * a.columns + n, y);

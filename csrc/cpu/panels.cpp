@@ -104,7 +104,7 @@ void finish_vector(const Linear& a, int64_t m, int64_t n, int64_t count, Floats 
     for (int64_t i = 0; i < count; i++) finish(a, m, n + i, sums[i]);
     return;
   }
-  Floats y = mul(mul(sum, all(a.row_scales ? a.row_scales[m] : 1.f)), all(a.factor));
+  Floats y = mul(mul(sum, all(a.row_scales ? a.row_scales[m] : 1.f)), load(a.factors + n));
   if (a.bias) y = add(y, read_vector(a.bias, a.type, n));
   if (a.residual) y = add(round_vector(y, a.type), read_vector(a.residual, a.type, m * a.columns + n));
   write_vector(a.out, a.type, m * a.columns + n, y);

@@ -154,16 +154,21 @@ def fp4_linear(
         _check("the bias", bias, (columns,), out_dtype)
     if residual is not None:
         _check("the residual", residual, (*lead, columns), out_dtype)
-    # The reference's factor, rounded as there.
-    factors = [g for g in (global_scale, weight_global_scale) if g is not None]
-    factor = _number(1.0 / (factors[0] if len(factors) == 1 else factors[0] * factors[1]) if factors else None)
+    # A product of two fp32 numbers is exact here. The kernel rounds it to fp32, as the reference does.
+    g, rows = _number(global_scale), None
+    if weight_global_scale is not None and weight_global_scale.dtype == torch.bfloat16:
+        _check("the global scale of its rows", weight_global_scale, (columns,), torch.bfloat16)
+        rows = weight_global_scale.contiguous()
+    else:
+        g *= _number(weight_global_scale)
     out = codes.new_empty((*lead, columns), dtype=out_dtype)
     load("cpu").fp4_linear(
         codes.contiguous(),
         None if activation_format == "none" else scales.contiguous(),
         weight_codes.contiguous(),
         weight_scales.contiguous(),
-        factor,
+        g,
+        rows,
         None if bias is None else bias.contiguous(),
         None if residual is None else residual.contiguous(),
         WEIGHTS.index(format),
