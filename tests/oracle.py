@@ -56,7 +56,7 @@ def first_least(candidates: list[np.ndarray], errors: list[np.ndarray]) -> np.nd
 
 
 def squared_error(x: np.ndarray, inverse: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """Of v = x·inverse, the fp32 sum of ((v − e2m1(v))·unit)², in the order of `formats._squared_error`."""
+    """Of v = x·inverse, the fp32 sum of ((v − e2m1(v))·unit)², in the order of `formats.squared_error`."""
     v = x * inverse[..., None]
     d = (v - e2m1_decode(e2m1_encode(v))) * unit[..., None]
     return tree_sum(d * d)

@@ -90,7 +90,7 @@ def test_names_on_disk(saved):
     assert names == each | groups | {"k.bias", "out.bias", "norm.weight", "norm.bias", "steps"}
     settings = json.loads((directory / "config.json").read_text())["quantization_config"]
     assert set(settings) == {"quant_method", "format_version", "config", "groups", "ignored"}
-    assert settings["quant_method"] == "wush" and settings["format_version"] == 3
+    assert settings["quant_method"] == "wush" and settings["format_version"] == 4
     assert settings["groups"] == [
         {"members": ["q", "k"], "transform_block_size": 16, "recipe": {}},
         {"members": ["out"], "transform_block_size": 16, "recipe": {}},
@@ -223,7 +223,12 @@ def downgrade(directory: Path, version: int) -> None:
     def change(config: dict) -> None:
         settings = config["quantization_config"]
         settings["format_version"] = version
-        del settings["config"]["activation_rounding"]
+        assert settings["config"]["weight_scale_rule"] == "loss"
+        settings["config"]["weight_scale_rule"] = "best"
+        for group in settings["groups"]:
+            group["recipe"].pop("weight_scale_rule", None)
+        if version < 3:
+            del settings["config"]["activation_rounding"]
         if version == 1:
             del settings["config"]["overrides"]
             for group in settings["groups"]:
@@ -234,9 +239,14 @@ def downgrade(directory: Path, version: int) -> None:
     edit_config(directory, change)
 
 
-@pytest.mark.parametrize("version,settings", [(1, {}), (2, {"overrides": {"out": {"format": "mxfp4"}}})])
-def test_earlier_versions_still_load_and_are_saved_as_version_3(tmp_path, version, settings):
-    model, x = branches(format="nvfp4", activation_rounding="nearest", **settings)
+OTHER_FORMAT = {"overrides": {"out": {"format": "mxfp4", "weight_scale_rule": "mse"}}}
+
+
+@pytest.mark.parametrize("version,settings", [(1, {}), (2, OTHER_FORMAT), (3, OTHER_FORMAT)])
+def test_earlier_versions_still_load_and_are_saved_as_the_newest(tmp_path, version, settings):
+    """`best` stood for the rule `loss` of nvfp4, `mse` of mxfp4, without factors of rows."""
+    rounding = "nearest" if version < 3 else "feedback"
+    model, x = branches(format="nvfp4", weight_scale_rule="loss", activation_rounding=rounding, **settings)
     directory = tmp_path / "saved"
     wc.save(model, directory)
     before = files(directory)
@@ -246,13 +256,14 @@ def test_earlier_versions_still_load_and_are_saved_as_version_3(tmp_path, versio
     assert torch.equal(loaded(x), model(x))
     record, again = getattr(model, ATTRIBUTE), getattr(loaded, ATTRIBUTE)
     assert (record.config, record.groups, record.ignored) == (again.config, again.groups, again.ignored)
-    assert not any(again.recipe_of(entry).rounds_with_feedback for entry in again.groups)
+    recipes = [again.recipe_of(entry) for entry in again.groups]
+    assert all(recipe.rounds_with_feedback == (version == 3) and not recipe.factors_rows for recipe in recipes)
     wc.save(loaded, tmp_path / "again")
     assert files(tmp_path / "again") == before
 
 
 def test_version_1_that_quantized_the_head_says_so(tmp_path):
-    model, _ = branches(format="nvfp4", activation_rounding="nearest")
+    model, _ = branches(format="nvfp4", weight_scale_rule="loss", activation_rounding="nearest")
     wc.save(model, directory := tmp_path / "saved")
     edit_config(directory, lambda c: c["quantization_config"]["config"].update(ignore=[]))
     downgrade(directory, 1)
@@ -323,7 +334,7 @@ DAMAGE = {
     "config not JSON": (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
     "another config": (lambda d: (d / "config.json").write_text("[1]"), "is not a wush checkpoint"),
     "another method": (settings(quant_method="gptq"), "is not a wush checkpoint"),
-    "newer": (settings(format_version=4), "format_version 4.*upgrade"),
+    "newer": (settings(format_version=5), "format_version 5.*upgrade"),
     "unknown key": (settings(color="red"), "unknown keys color"),
     "missing key": (lambda d: edit_config(d, lambda c: c["quantization_config"].pop("ignored")), "lacks ignored"),
     "unknown setting": (

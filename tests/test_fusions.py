@@ -126,7 +126,7 @@ return (swiglu_oai_transform_quantize[0], swiglu_oai_transform_quantize[1])""", 
             run(lambda x: x + model(x), x_like(2, 5, 64)).after,
             """\
 transform_quantize = wush.transform_quantize(x, model.0.group.input_transform, None, 'mxfp4', 'absmax')  # (u8[2, 5, 32], u8[2, 5, 2])
-fp4_linear = wush.fp4_linear(transform_quantize[0], transform_quantize[1], None, model.0.group.weight_packed, model.0.group.weight_scale, None, model.0.group.bias, x, 'mxfp4', bf16)  # bf16[2, 5, 64]
+fp4_linear = wush.fp4_linear(transform_quantize[0], transform_quantize[1], None, model.0.group.weight_packed, model.0.group.weight_scale, model.0.group.weight_global_scale, model.0.group.bias, x, 'mxfp4', bf16)  # bf16[2, 5, 64]
 return (fp4_linear)""",  # noqa: E501
         )
 

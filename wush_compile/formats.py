@@ -175,7 +175,7 @@ def _tree_sum(x: Tensor) -> Tensor:
     return x[..., 0]
 
 
-def _squared_error(x: Tensor, inverse: Tensor, unit: Tensor) -> Tensor:
+def squared_error(x: Tensor, inverse: Tensor, unit: Tensor) -> Tensor:
     """Σ((v − e2m1(v))·unit)² of v = x·inverse; x [.., G], inverse and unit [..] -> [..]."""
     v = (x * inverse[..., None]).abs()  # signs do not matter
     d = (v - _e2m1_magnitude(v)) * unit[..., None]
@@ -229,7 +229,7 @@ def _scales_nvfp4(x: Tensor, amax: Tensor, rule: str, g: Tensor) -> Tensor:
         return best
     narrow = byte_for(4.0)
     s0, s1 = e4m3_decode(best), e4m3_decode(narrow)
-    return torch.where(_squared_error(x, g / s1, s1) < _squared_error(x, g / s0, s0), narrow, best)
+    return torch.where(squared_error(x, g / s1, s1) < squared_error(x, g / s0, s0), narrow, best)
 
 
 # What `search` adds to the byte of `absmax`, in order. Of 12 offsets these four have the least error on normal groups,
@@ -240,7 +240,7 @@ SEARCH_OFFSETS = (0, -1, 4, 5)
 def _search_nvfp4(x: Tensor, first: Tensor, g: Tensor) -> Tensor:
     def error(byte: Tensor) -> Tensor:
         s = e4m3_decode(byte)
-        return _squared_error(x, g / s, s)
+        return squared_error(x, g / s, s)
 
     best, least = first, error(first)
     for offset in SEARCH_OFFSETS[1:]:

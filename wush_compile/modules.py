@@ -53,13 +53,17 @@ def buffer_layout(
     """
     fmt = get_format(recipe.format)
     blocks = {"identity": None, "hadamard": 1}.get(recipe.transform, width // block_size)
-    weight_global = stores_global_scale(recipe.format, recipe.weight_scale_rule)
+    weight_global = None
+    if stores_global_scale(recipe.format, recipe.weight_scale_rule):
+        weight_global = (experts or 1,), torch.float32
+    elif recipe.factors_rows and experts is None:
+        weight_global = (rows,), torch.bfloat16
     input_global = stores_global_scale(recipe.operand, recipe.activation_scale_rule)
     each = () if experts is None else (experts,)
     return {
         "weight_packed": ((*each, rows, width // fmt.per_byte), torch.uint8),
         "weight_scale": ((*each, rows, width // fmt.group_size), fmt.scale_dtype),
-        "weight_global_scale": (each or (1,), torch.float32) if weight_global else None,
+        "weight_global_scale": weight_global,
         "input_transform": None if blocks is None else ((blocks, block_size, block_size), dtype),
         "input_global_scale": ((1,), torch.float32) if input_global else None,
         "input_feedback": (
@@ -143,6 +147,7 @@ class WushGroup(nn.Module):
         if not x.is_floating_point():
             return self._look_up(x, start, stop)
         weight, weight_scale, bias = self.weight_packed, self.weight_scale, self.bias
+        weight_global_scale = self.factors_of(start, stop)
         if len(self.members) > 1:
             weight, weight_scale = weight[start:stop], weight_scale[start:stop]
             bias = None if bias is None else bias[start:stop]
@@ -157,7 +162,7 @@ class WushGroup(nn.Module):
                 self.input_global_scale,
                 weight,
                 weight_scale,
-                self.weight_global_scale,
+                weight_global_scale,
                 bias,
                 self.format,
                 *self.layout,
@@ -169,7 +174,7 @@ class WushGroup(nn.Module):
             self.input_global_scale,
             weight,
             weight_scale,
-            self.weight_global_scale,
+            weight_global_scale,
             bias,
             None,
             self.format,
@@ -177,10 +182,16 @@ class WushGroup(nn.Module):
             *self.layout,
         )
 
+    def factors_of(self, start: int, stop: int) -> Tensor | None:
+        """`weight_global_scale` of a range of rows: that of the whole weight, or the rows' own factors."""
+        g = self.weight_global_scale
+        return g[start:stop] if g is not None and g.dtype == torch.bfloat16 and len(self.members) > 1 else g
+
     def _look_up(self, ids: Tensor, start: int, stop: int) -> Tensor:
         ids = ids.to(self.weight_packed.device)  # a head and its embedding may be on two devices
         codes, scales = (F.embedding(ids, t[start:stop]) for t in (self.weight_packed, self.weight_scale))
-        return dequantize(codes, scales, self.format)
+        g = self.factors_of(start, stop)
+        return dequantize(codes, scales, self.format, g[ids] if g is not None and g.dtype == torch.bfloat16 else g)
 
     def install(self, model: nn.Module) -> None:
         """Puts the members into the model, in place of the linears of the same names, which are freed."""
@@ -326,7 +337,8 @@ class WushLinear(nn.Linear):
     def dequantize(self) -> Tensor:
         """The effective weight in the original basis, fp32 [out_features, in_features]: Q(W T⁻¹) T."""
         group, rows = self.owner, slice(self.start, self.stop)
-        w = dequantize(group.weight_packed[rows], group.weight_scale[rows], group.format, group.weight_global_scale)
+        g = group.factors_of(self.start, self.stop)
+        w = dequantize(group.weight_packed[rows], group.weight_scale[rows], group.format, g)
         if group.input_transform is None:
             return w
         blocks = w.unflatten(-1, (-1, group.block_size))  # [N, K/B, B]

@@ -38,7 +38,8 @@ class Recipe:
         candidate of two with the least squared error, `search` (nvfp4) that of four; `ocp` (mxfp4) is the Microscaling
         rule; `gaussian` (int4) is optimal for a normal distribution; `paper` is the rule of the authors' code. Of
         weights alone: `loss` takes the one, of more candidates, with the least loss of GPTQ (with `rtn` it is `mse`);
-        `best` is `loss` for nvfp4 and `mse` for the others, by measurement.
+        `best` is `loss` for nvfp4 and `mse` for the others, by measurement; with it each row of an mxfp4 weight has a
+        factor besides, unless its transform follows from `conditional` moments.
     sweeps
         How often GPTQ goes over the weights again: each group is rounded anew, given all others (docs/spec.md §3).
     activation_format
@@ -153,6 +154,15 @@ class Recipe:
             and self.format in feedback.FORMATS
             and self.activation_scale_rule != "paper"
         )
+
+    @property
+    def factors_rows(self) -> bool:
+        """Whether each row of a linear's weight has a factor, since scales that are powers of two are coarse.
+
+        Not where transforms follow from conditional moments: W̃ is then known only when its block is reached.
+        """
+        on_the_way = self.moments == "conditional" and self.transform in ("wus", "wush")
+        return self.format == "mxfp4" and self.weight_scale_rule == "best" and not on_the_way
 
     @property
     def needs_data(self) -> bool:

@@ -64,6 +64,8 @@ def _product(rows: int, width: int, tokens: int, recipe: Recipe, dtype: torch.dt
     if recipe.rounds_with_feedback:
         numbers = torch.zeros(feedback.shape(recipe.format, width), dtype=torch.bfloat16, device=device)
     tail = feedback_arguments(numbers)
+    if recipe.factors_rows:
+        g[1] = torch.ones(rows, dtype=torch.bfloat16, device=device)
     codes, scales = _run("transform_quantize", x, t, g[0], recipe.operand, recipe.operand_rule, *tail)
     layout = () if recipe.operand == recipe.format else ("rows", recipe.operand)
     weight = torch.zeros(rows, width // fmt.per_byte, dtype=torch.uint8, device=device)
@@ -71,7 +73,9 @@ def _product(rows: int, width: int, tokens: int, recipe: Recipe, dtype: torch.dt
     _run("fp4_linear", codes, scales, g[0], weight, weight_scales, g[1], None, None, recipe.format, dtype, *layout)
     if recipe.solver == "rtn" and recipe.format not in formats.WEIGHT_FORMATS:
         chunk = _input(max(1, ROUNDED_ELEMENTS // width), width, torch.float32, device)
-        _run("transform_quantize", chunk, None, g[1], recipe.format, weight_rule(recipe))
+        _run(
+            "transform_quantize", chunk, None, None if recipe.factors_rows else g[1], recipe.format, weight_rule(recipe)
+        )
 
 
 def _solutions(sizes: list[tuple[int, Recipe]], tokens: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -18,7 +18,8 @@ from .record import Quantization
 
 OTHER_MODEL = "load it into the kind of model it was made from"
 OTHER_TENSORS = f"{OTHER_MODEL}; if it is, config.json and the tensors do not belong together: quantize the model again"
-# Each member stores its rows of these. Of weight_global_scale it stores a copy. A product of experts is stored whole.
+# Each member stores its rows of these, and of weight_global_scale too if each row has its own; else a copy of that. A
+# product of experts is stored whole.
 BY_ROWS = ("weight_packed", "weight_scale", "bias")
 
 
@@ -33,13 +34,14 @@ def parts(group: WushGroup) -> Iterator[tuple[str, list[tuple[str, slice | None]
             yield buffer, [(f"{first}.{buffer}", None)]
             continue
         members = [m for m in group.members if m.has_bias or buffer != "bias"]
-        yield buffer, [(f"{m.name}.{buffer}", slice(m.start, m.stop) if buffer in BY_ROWS else None) for m in members]
+        by_rows = buffer in BY_ROWS or (buffer == "weight_global_scale" and group.recipe.factors_rows)
+        yield buffer, [(f"{m.name}.{buffer}", slice(m.start, m.stop) if by_rows else None) for m in members]
 
 
 def join_rows(group: WushGroup, buffer: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """A group's buffer, joined from its tensors on disk. A member without a bias gets zeros."""
     pieces = dict(parts(group))[buffer]
-    if buffer not in BY_ROWS or pieces[0][1] is None:
+    if pieces[0][1] is None:
         return tensors[pieces[0][0]].clone()
     if buffer != "bias":
         return torch.cat([tensors[name] for name, _ in pieces])

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, WushError
 from ..recipe import Recipe
 
 log = logging.getLogger("wush_compile")
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 ATTRIBUTE = "wush_quantization"
 REPORT = "wush_report.json"
 
@@ -73,7 +73,8 @@ class Quantization:
     def from_dict(cls, data: dict) -> "Quantization":
         """Reads what `to_dict` wrote, in this version or an earlier one.
 
-        Up to version 2 activations are rounded to nearest. In version 1 all groups have the recipe of `config`.
+        Up to version 3 rows have no factors, up to version 2 activations are rounded to nearest. In version 1 all
+        groups have the recipe of `config`.
         Raises `CheckpointError` for a newer version, for unknown or missing keys, and for the layout of the authors.
         """
         if "format_version" not in data and "groups" not in data:
@@ -109,6 +110,8 @@ class Quantization:
             groups = [{**group, "recipe": {}} for group in groups]
             if "lm_head" not in config.get("ignore", ()):  # in version 1 `ignore` replaced its default
                 config = {**config, "ignore": [*config.get("ignore", ()), "!lm_head"]}
+        if version < 4:
+            config, groups = _without_factors(config, groups)
         try:
             record = cls(WushConfig.from_dict(config), groups, data["ignored"])
             for group in groups:
@@ -116,6 +119,20 @@ class Quantization:
         except (WushError, TypeError) as error:
             raise CheckpointError(f"quantization_config.config cannot be read: {error}") from error
         return record
+
+
+def _without_factors(config: dict, groups: list[dict]) -> tuple[dict, list[dict]]:
+    """With the rule of weights' scales that `best` stood for up to version 3, by the format."""
+    if config.get("weight_scale_rule", "best") != "best":
+        return config, groups
+    rule = {"nvfp4": "loss"}
+    groups = [
+        {**group, "recipe": {"weight_scale_rule": rule.get(format, "mse"), **group["recipe"]}}
+        if (format := group["recipe"].get("format"))
+        else group
+        for group in groups
+    ]
+    return {**config, "weight_scale_rule": rule.get(config.get("format"), "mse")}, groups
 
 
 def quantization_of(model: nn.Module) -> Quantization:

@@ -112,7 +112,8 @@ def _power(group: WushGroup) -> tuple[list[float], list[float]]:
     index = torch.linspace(0, rows - 1, min(ROWS, rows)).round().long()
     q = dequantize(packed[index], scale[index], group.format)
     if group.weight_global_scale is not None:
-        q = q / group.weight_global_scale.repeat_interleave(rows // len(group.weight_global_scale))[index, None]
+        g = group.weight_global_scale.to(torch.float32)
+        q = q / g.repeat_interleave(rows // len(g))[index, None]
     q = torch.nan_to_num(q)
     original = q  # [n, K]
     if group.input_transform is not None:

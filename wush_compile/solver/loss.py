@@ -62,5 +62,5 @@ def operands(x: Tensor, weight: Tensor, solution: "GroupSolution", recipe: Recip
 
 def decoded(solution: "GroupSolution", recipe: Recipe, rows: slice) -> Tensor:
     """Rows of Q(W T⁻¹): fp32 [N', K]."""
-    weight, scale = solution.weight_packed[rows], solution.weight_scale[rows]
-    return formats.dequantize(weight, scale, recipe.format, solution.weight_global_scale)
+    weight, scale, g = solution.weight_packed[rows], solution.weight_scale[rows], solution.weight_global_scale
+    return formats.dequantize(weight, scale, recipe.format, g[rows] if g is not None and g.numel() > 1 else g)

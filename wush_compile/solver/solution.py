@@ -20,7 +20,7 @@ class GroupSolution:
     transform_block_size: int  # B
     weight_packed: Tensor  # uint8 [N, K/2]
     weight_scale: Tensor  # uint8 [N, K/G]; int4: bf16
-    weight_global_scale: Tensor | None  # fp32 [1]; None for 1
+    weight_global_scale: Tensor | None  # fp32 [1], or bf16 [N], a factor of each row; None for 1
     input_global_scale: Tensor | None  # fp32 [1]; None for 1
     report: dict  # plain numbers
     input_feedback: Tensor | None = None  # bf16 [K/G, 6, G/4]; None: activations are rounded to nearest

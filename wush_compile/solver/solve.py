@@ -11,6 +11,7 @@ from .choose import CLOSED_FORM, Transforms, uses_conditional_moments
 from .facts import moment_curves
 from .gptq import gptq, gptq_conditional, rotate_
 from .order import in_order, moment_in_order, order_of_blocks, out_of_order
+from .row_factors import row_factors
 from .scales import calibrates_global_scale, global_scale
 from .sensitivity import Sensitivity
 from .solution import GroupSolution, block_size, weight_rule
@@ -77,6 +78,11 @@ def solve(
     if calibrates_global_scale(recipe.format, rule):
         group_max, rms = largest_of_groups(w_tilde, recipe), w_tilde.square().mean().sqrt()
     g = global_scale(recipe.format, rule, group_max, rms, w.device)
+    factors = None  # of rows
+    if recipe.factors_rows:
+        with phase("row factors"):
+            factors = row_factors(w_tilde, recipe.format, rule)
+            w_tilde = w_tilde * factors
 
     def sweep(w_tilde: Tensor, unit: Tensor, diagonal: Tensor, codes: Tensor, scale: Tensor, error: Tensor) -> None:
         with phase("sweeps"):
@@ -113,6 +119,7 @@ def solve(
             if recipe.sweeps:
                 sweep(w_tilde, unit, diagonal, codes, scale, error)
             packed, scale = out_of_order(formats.pack(codes), order, 1), out_of_order(scale, order, 1)
+        error = error if factors is None else error / factors
         error = apply_blockwise(error, None if wide is None else wide.mT)
     report["damping_tries"] = max(report["damping_tries"], transforms.damping_tries)
     report["weight_error"] = float(error.square().sum() / power.clamp(min=1e-300))
@@ -122,6 +129,7 @@ def solve(
     if h is not None:
         report["input_power"] = moment_curves(h, t, block)
     g_x = input_global_scale(recipe, h, sample, t, block, weight.device, name, report)
+    g = g if factors is None else factors
     return GroupSolution(t, block, packed, scale, g, g_x, report, transforms.feedback())
 
 

@@ -83,7 +83,7 @@ def _rewrite(graph_module: fx.GraphModule, group: LinearGroup, solved: WushGroup
                 input_global,
                 rows(weight),
                 rows(weight_scale),
-                weight_global,
+                rows(weight_global) if solved.recipe.factors_rows and product is None else weight_global,
                 *((None if bias is None else rows(bias), None) if product is None else (product.offs, bias)),
                 solved.format,
                 node.meta["val"].dtype,

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from ..pattern import arguments, insert, insert_op, is_wush, op_name, refresh, replace, value
 
-ROWS = ("weight_codes", "weight_scales", "bias")
+ROWS = ("weight_codes", "weight_scales", "weight_global_scale", "bias")
 
 
 def _range(node: Node | None) -> tuple[Node, int, int] | None:
@@ -31,10 +31,12 @@ def _member(node: Node) -> tuple[tuple, tuple[int, int]] | None:
     if named["residual"] is not None:
         return None
     ranges = {name: _range(named[name]) for name in ROWS if named[name] is not None}
+    if "weight_global_scale" in ranges and value(named["weight_global_scale"]).dtype == torch.float32:
+        del ranges["weight_global_scale"]  # one for all rows
     if None in ranges.values() or len({r[1:] for r in ranges.values()}) != 1:
         return None
     bases = {name: r[0] for name, r in ranges.items()}
-    common = tuple((name, bases.get(name) if name in ROWS else v) for name, v in named.items())
+    common = tuple((name, bases.get(name, v)) for name, v in named.items())
     return common, ranges["weight_codes"][1:]
 
 
