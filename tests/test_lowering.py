@@ -68,16 +68,18 @@ def sass(compiled) -> str:
         return subprocess.run([tool, file.name], capture_output=True, text=True).stdout
 
 
-def compile_linear(format, n, k, kernel, cc, promote=0, activation="same"):
-    """A product as launched. format: also mxfp4_bf16, MXFP4 weights decoded to bf16."""
+def compile_linear(format, n, k, kernel, cc, promote=0, activation="same", gw=None):
+    """A product as launched. format: also mxfp4_bf16, MXFP4 weights decoded to bf16. gw: the type of the weight's
+    global scale, if it has one."""
     mx, pdl = format == "mxfp4", cc >= 90
+    given, plain = {"gw": gw} if gw else {}, PLAIN | dict(SCALED_W=gw is not None)
     tops, unit = format not in ("nvfp4", "int8"), activation == "fp8" or activation == "same" and mx
     fp8_x = "fp8e4nv" if activation == "fp8" else "fp8e5"
     if isinstance(kernel, triton_choose.Scaled):
         scale = "*u8" if mx else "*fp8e4nv"
         pointers = dict(x="*u8", w="*u8", x_scales=scale, w_scales=scale, out="*bf16", M="i32")
         constants = dict(
-            PLAIN,
+            plain,
             N=n,
             K=k,
             G=FORMATS[format].group_size,
@@ -86,11 +88,11 @@ def compile_linear(format, n, k, kernel, cc, promote=0, activation="same"):
             BLOCK_K=kernel.block_k,
             STAGES=kernel.stages,
         )
-        return compile_kernel(scaled_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
+        return compile_kernel(scaled_gemm_kernel, pointers | given, constants, cc, kernel.warps, kernel.stages)
     if isinstance(kernel, triton_choose.Int4):
         pointers = dict(x="*u8", x_scales="*bf16", w="*u8", w_scales="*bf16", out="*bf16", M="i32")
-        constants = dict(PLAIN, N=n, K=k, BLOCK_N=kernel.block_n, BLOCK_M=kernel.block_m, STAGES=kernel.stages, PDL=pdl)
-        return compile_kernel(int4_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
+        constants = dict(plain, N=n, K=k, BLOCK_N=kernel.block_n, BLOCK_M=kernel.block_m, STAGES=kernel.stages, PDL=pdl)
+        return compile_kernel(int4_gemm_kernel, pointers | given, constants, cc, kernel.warps, kernel.stages)
     if isinstance(kernel, triton_choose.Hopper):  # chosen only where Gluon is what the kernel expects
         from triton.experimental.gluon._runtime import GluonASTSource
         from triton.experimental.gluon.language import NVMMASharedLayout
@@ -138,11 +140,11 @@ def compile_linear(format, n, k, kernel, cc, promote=0, activation="same"):
             STAGES=kernel.stages,
             GROUP_M=triton_choose.GROUP_M,
         )
-        return compile_kernel(hopper_gemm_kernel, pointers, constants, cc, 4, source=GluonASTSource)
+        return compile_kernel(hopper_gemm_kernel, pointers | given, constants, cc, 4, source=GluonASTSource)
     if isinstance(kernel, triton_choose.Gemv):
         pointers = dict(x="*i32", x_scales="*u8", w="*i32", w_scales="*u8", out="*bf16")
-        constants = dict(PLAIN, N=n, K=k, M=1, FORMAT=format, BLOCK_N=kernel.block_n, BLOCK_K=kernel.block_k, PDL=pdl)
-        return compile_kernel(gemv_kernel, pointers, constants, cc, kernel.warps)
+        constants = dict(plain, N=n, K=k, M=1, FORMAT=format, BLOCK_N=kernel.block_n, BLOCK_K=kernel.block_k, PDL=pdl)
+        return compile_kernel(gemv_kernel, pointers | given, constants, cc, kernel.warps)
     pointers = dict(
         x="*u8" if kernel.packed else f"*{fp8_x}" if mx else "*bf16",
         w="*u8",
@@ -156,7 +158,7 @@ def compile_linear(format, n, k, kernel, cc, promote=0, activation="same"):
         dict(partials="*fp32", arrivals="*i32") if kernel.split_k > 1 else {}
     )
     constants = dict(
-        PLAIN,
+        plain,
         x_scales=None,
         x_unit=None,
         w_top=None,
@@ -175,7 +177,7 @@ def compile_linear(format, n, k, kernel, cc, promote=0, activation="same"):
         PDL=pdl,
         PROMOTE=promote,
     )
-    return compile_kernel(fused_gemm_kernel, pointers, constants, cc, kernel.warps, kernel.stages)
+    return compile_kernel(fused_gemm_kernel, pointers | given, constants, cc, kernel.warps, kernel.stages)
 
 
 def compile_quantize(
@@ -394,6 +396,40 @@ def test_hopper_products_stay_in_registers(format):
                 assert nothing_runs_on(loop), kernel
         else:
             assert "IDP" in code and "STL" not in code  # dp4a
+
+
+@pytest.mark.parametrize(
+    "cc, format, kernel",
+    [
+        (90, "mxfp4", triton_choose.Gemv(8, 1024, 4)),
+        (90, "mxfp4", triton_choose.Fused(64, 16, 256, 2, 4, 4, True)),
+        (80, "mxfp4_bf16", triton_choose.Fused(64, 64, 128, 1, 4, 3, False)),
+        (90, "mxfp4", triton_choose.Hopper(128, 128, 2, 4, 6)),
+        (90, "mxfp4", triton_choose.Hopper(128, 192, 2, 1, 6)),
+        (90, "mxfp4_bf16", triton_choose.Hopper(128, 64, 2, 2, 7)),
+        (90, "nvfp4", triton_choose.Hopper(256, 32, 4, 1, 7)),
+        (90, "int8", triton_choose.HOPPER_INT8[0]),
+        (90, "int4", triton_choose.Int4(64, 16, 4, 3)),
+        (100, "mxfp4", triton_choose.Scaled(128, 64, 256, 4, 3)),
+    ],
+    ids=str,
+)
+def test_factors_of_weight_rows_are_read_behind_the_sums(cc, format, kernel):
+    """Beside a kernel with one scale there are loads of 16 bits, none of them in the main loops, which spill nothing
+    and keep the registers of products."""
+    products, counts = 1, {}
+    if isinstance(kernel, triton_choose.Hopper):
+        products = (4 if format == "mxfp4" else 8) * (1 + (kernel.block_m == 192))
+    for gw in ("*fp32", "*bf16"):
+        activation = "none" if format == "int8" else "same"
+        compiled = compile_linear(format, 4095, 4096, kernel, cc, activation=activation, gw=gw)
+        loops = main_loops(sass(compiled), products)
+        loads = [len(re.findall(r"\bLDG\.E\.U16\b", loop)) for loop in loops]
+        counts[gw] = len(re.findall(r"ld\.global\S*\.b16", compiled.asm["ptx"])), loads
+        assert not any(re.search(r"\b(STL|LDL)\b", loop) for loop in loops), gw
+        if cc == 90 and format != "int4":
+            assert all(not overwritten_too_early(2 * loop) and nothing_runs_on(loop) for loop in loops), gw
+    assert counts["*bf16"][0] > counts["*fp32"][0] and counts["*bf16"][1] == counts["*fp32"][1]
 
 
 @pytest.mark.parametrize("rule", FORMATS["nvfp4"].scale_rules)
@@ -734,7 +770,7 @@ def test_weights_of_eight_bits(cc):
     n, k = 128256, 4096
     tile = triton_choose.choose_int8(1, n, k)
     pointers = dict(x="*i64", w="*i32", w_scales="*bf16", out="*bf16")
-    common = dict(unit=None, bias=None, residual=None, N=n, K=k, UNIT=False, BIAS=False, RESIDUAL=False, PDL=cc >= 90)
+    common = PLAIN | dict(unit=None, N=n, K=k, UNIT=False, PDL=cc >= 90)
     blocks = dict(X=triton.language.bfloat16, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
     code = sass(compile_kernel(int8_gemv_kernel, pointers, common | blocks, cc, tile.warps))
     loop = code[: code.index("BRA")]

@@ -110,6 +110,7 @@ def test_a_cuda_graph_holds_the_product():
 
 
 INTERPRETED = """
+import itertools
 import torch, triton
 import triton.language as tl
 from wush_compile import formats
@@ -126,7 +127,8 @@ def wide(word):
 int8._wide = wide                       # the interpreter knows no assembly
 torch.manual_seed(0)
 SIZES = ((1, 24, 64, False), (1, 40, 576, True), (1, 33, 1024, False), (3, 70, 192, True), (18, 65, 96, False))
-for m, n, k, unit in SIZES:
+for (m, n, k, unit), scaled in itertools.product(SIZES, ("", "one", "rows")):
+    gw = {"": None, "one": torch.tensor([1.37]), "rows": (1 + torch.rand(n)).bfloat16()}[scaled]
     x, bias, residual = torch.randn(m, k).half(), torch.randn(n), torch.randn(m, n)
     scale = torch.rand(m) + 0.5 if unit else None
     w, w_scales = formats.quantize(torch.randn(n, k), "int8", "absmax")
@@ -136,14 +138,15 @@ for m, n, k, unit in SIZES:
         grid = (triton.cdiv(n, 8),)
         words = x.view(torch.int64), scale, w.view(torch.int32)
         int8.int8_gemv_kernel[grid](
-            *words, w_scales, bias, residual, out, n, k, tl.float16, unit, True, True, 8, 256, False
+            *words, w_scales, gw, bias, residual, out, n, k, tl.float16, unit, scaled != "", True, True, 8, 256, False
         )
     else:
         grid = (triton.cdiv(m, 16) * triton.cdiv(n, 64),)
-        args = x, scale, w.view(torch.int8), w_scales, bias, residual, out
-        int8.int8_gemm_kernel[grid](*args, m, n, k, unit, True, True, 64, 16, 128, 2, False)
+        args = x, scale, w.view(torch.int8), w_scales, gw, bias, residual, out
+        int8.int8_gemm_kernel[grid](*args, m, n, k, unit, scaled != "", True, True, 64, 16, 128, 2, False)
         weight = weight.half().float()
-    want = (x.float() @ weight.T) * (1 if scale is None else scale[:, None]) + bias + residual
+    want = (x.float() @ weight.T) * (1 if scale is None else scale[:, None]) / (1 if gw is None else gw.float())
+    want = want + bias + residual
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
     up = torch.zeros(n, k, dtype=torch.float16)
     int8.int8_upcast_kernel[(triton.cdiv(n, 16), triton.cdiv(k, 128))](w.view(torch.int8), w_scales, up, n, k, 16, 128)

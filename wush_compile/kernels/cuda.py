@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..formats import FORMATS
 from .libraries import libraries, load
-from .provider import FLOATS, FixableReason, Implementation
+from .provider import FLOATS, FixableReason, Implementation, has_row_factors
 
 TARGETS = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a", (12, 0): "sm_120a", (12, 1): "sm_121a"}
 
@@ -195,6 +195,8 @@ def refuses_fp4_linear(
         return "the FP4 instruction is emulated on Hopper, for tests only"
     if format not in ("mxfp4", "nvfp4"):
         return f"{format} has no CUDA kernel"
+    if has_row_factors(weight_global_scale):
+        return "the CUDA kernels take one global scale of the weight, not a factor of each row"
     if out_dtype not in (FLOATS[:1] if target in ("sm_100a", "sm_103a") else FLOATS):
         return f"output is {out_dtype}"
     for name, other in (("bias", bias), ("residual", residual)):

@@ -11,6 +11,11 @@ from ..ops import fused, schema  # noqa: F401  (fused: every op is defined)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def has_row_factors(weight_global_scale: torch.Tensor | None) -> bool:
+    """Whether `wush::fp4_linear` divides each column of the result by a number of its own (docs/spec.md §6)."""
+    return weight_global_scale is not None and weight_global_scale.dtype == torch.bfloat16
+
+
 class Implementation(NamedTuple):
     """One op of a provider. All three functions take the arguments of the op.
 

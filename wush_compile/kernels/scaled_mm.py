@@ -21,7 +21,7 @@ from ..ops.core import PRODUCT_ERROR
 from ..ops.layouts import swizzle_scales
 from . import cuda
 from .facts import remembered
-from .provider import Implementation
+from .provider import Implementation, has_row_factors
 
 logger = logging.getLogger("wush_compile")
 
@@ -149,6 +149,8 @@ def refuses_fp4_linear(
         return f"{format} is not an FP4 format"
     if activation_format != "same" or scale_layout == "lanes":
         return f"activations in {activation_format} and the layout {scale_layout} are not FP4"
+    if has_row_factors(weight_global_scale):
+        return "the library takes one global scale of the weight, not a factor of each row"
     n, k = weight_codes.shape[0], 2 * weight_codes.shape[1]
     if n % 16 or k % 32 or n * k == 0:
         return f"the weight is {n} x {k}: they must be multiples of 16 and of 32, and not 0"

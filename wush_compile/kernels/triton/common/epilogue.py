@@ -5,6 +5,15 @@ import triton.language as tl
 
 
 @triton.jit
+def weight_scale(gw, n, N):
+    """fp32: the weight's global scale, or, where gw is bf16, the factors of its rows n; 1 beyond the last."""
+    if gw.dtype.element_ty == tl.bfloat16:
+        return tl.load(gw + n, mask=n < N, other=1.0).to(tl.float32)
+    else:
+        return tl.load(gw)
+
+
+@triton.jit
 def finish(
     y,
     n,
@@ -24,13 +33,14 @@ def finish(
     """Stores y / (gx * gw) + bias, computed in fp32 and rounded once to out's dtype; the residual is then
     added in that dtype (docs/spec.md §6).
 
-    y: fp32 sums. n, m: columns and rows of `out` [M, N], int32, of shapes that broadcast to y's."""
+    y: fp32 sums. gw: as in `weight_scale`. n, m: columns and rows of `out` [M, N], int32, of shapes that broadcast to
+    y's."""
     if SCALED_X and SCALED_W:
-        y = y * tl.div_rn(1.0, tl.load(gx) * tl.load(gw))
+        y = y * tl.div_rn(1.0, tl.load(gx) * weight_scale(gw, n, N))
     elif SCALED_X:
         y = y * tl.div_rn(1.0, tl.load(gx))
     elif SCALED_W:
-        y = y * tl.div_rn(1.0, tl.load(gw))
+        y = y * tl.div_rn(1.0, weight_scale(gw, n, N))
     if BIAS:
         y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     offset = m.to(tl.int64) * N + n

@@ -64,8 +64,8 @@ def _is_power_of_two(g: Tensor) -> bool:
 
 def is_power_of_two(g: Tensor | None) -> bool:
     """Whether dividing by a global scale only changes exponents; remembered. False if a capture forbids reading the
-    scale."""
-    return g is None or remembered(g, "power", _is_power_of_two, lambda t: False)
+    scale, and of factors of rows (bf16), which are many."""
+    return g is None or (g.dtype == torch.float32 and remembered(g, "power", _is_power_of_two, lambda t: False))
 
 
 class Workspace:

@@ -17,7 +17,7 @@
 The host side uses the names of the op's schema (codes, scales, weight_codes, ...). Inside the kernels:
 
     x, x_scales, gx          codes, scale bytes and global scale of the activation; SCALED_X: gx is given
-    w, w_scales, gw          the same of the weight; SCALED_W
+    w, w_scales, gw          the same of the weight; SCALED_W. gw: fp32 [1], or bf16 [N], a factor of each row
     x_unit                   fp32 [M], what the values of an upcast row of x, or of an e4m3 row, are multiplied by
     w_top                    uint8 [N], the largest scale byte of each weight row (MXFP4)
     bias, residual, out      [N], [M, N], [M, N]; BIAS, RESIDUAL: the operand is given

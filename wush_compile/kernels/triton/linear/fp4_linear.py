@@ -180,7 +180,7 @@ def fp4_linear(
         global_scale,
         dense(weight_codes),
         dense(weight_scales),
-        weight_global_scale,
+        None if weight_global_scale is None else weight_global_scale.contiguous(),
         None if bias is None else bias.contiguous(),
         residual.reshape(-1, n).contiguous() if inside else None,
         format,

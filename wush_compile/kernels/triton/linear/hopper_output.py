@@ -73,9 +73,19 @@ def load_partial(partial, stored, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, ACC
 
 
 @gluon.jit
+def weight_scale(gw, first, N: gl.constexpr, ROWS: gl.constexpr, ACC: gl.constexpr):
+    """`common.epilogue.weight_scale` of a warpgroup's rows: a scalar, or fp32 [ROWS, 1]."""
+    if gw.dtype.element_ty == gl.bfloat16:
+        n = first + gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
+        return gl.load(gw + n, mask=n < N, other=1.0).to(gl.float32)[:, None]
+    else:
+        return gl.load(gw)
+
+
+@gluon.jit
 def finish(y, first, row_m, extras, out, M, N: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, expert=None):
     """`common.epilogue.finish` of a warpgroup's tile, one row of x at a time. extras: (gx, gw, bias, residual); with an
-    expert, gw is [E] and bias [E, N]."""
+    expert, gw is fp32 [E] and bias [E, N]."""
     gx, gw, bias, residual = extras
     if expert is not None:
         if gw is not None:
@@ -83,11 +93,11 @@ def finish(y, first, row_m, extras, out, M, N: gl.constexpr, ROWS: gl.constexpr,
         if bias is not None:
             bias += expert.to(gl.int64) * N
     if gx is not None and gw is not None:
-        y = y * gl.div_rn(1.0, gl.load(gx) * gl.load(gw))
+        y = y * gl.div_rn(1.0, gl.load(gx) * weight_scale(gw, first, N, ROWS, y.type.layout))
     elif gx is not None:
         y = y * gl.div_rn(1.0, gl.load(gx))
     elif gw is not None:
-        y = y * gl.div_rn(1.0, gl.load(gw))
+        y = y * gl.div_rn(1.0, weight_scale(gw, first, N, ROWS, y.type.layout))
     if bias is not None:
         n = first + gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))
         y += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]

@@ -78,6 +78,7 @@ def int8_gemv_kernel(
     unit,
     w,
     w_scales,
+    gw,
     bias,
     residual,
     out,
@@ -85,6 +86,7 @@ def int8_gemv_kernel(
     K: tl.constexpr,
     X: tl.constexpr,
     UNIT: tl.constexpr,
+    SCALED_W: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -109,7 +111,7 @@ def int8_gemv_kernel(
     y = tl.sum(acc, 1)
     if UNIT:
         y *= tl.load(unit)
-    finish(y, n, tl.zeros_like(n), N, None, None, bias, residual, out, False, False, BIAS, RESIDUAL, n < N)
+    finish(y, n, tl.zeros_like(n), N, None, gw, bias, residual, out, False, SCALED_W, BIAS, RESIDUAL, n < N)
 
 
 @triton.jit
@@ -136,6 +138,7 @@ def int8_gemm_kernel(
     unit,
     w,
     w_scales,
+    gw,
     bias,
     residual,
     out,
@@ -143,6 +146,7 @@ def int8_gemm_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     UNIT: tl.constexpr,
+    SCALED_W: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -173,7 +177,7 @@ def int8_gemm_kernel(
     if UNIT:
         acc *= tl.load(unit + row_m)[None, :]
     mask = (m < M)[None, :] & (n < N)[:, None]
-    finish(acc, n[:, None], m[None, :], N, None, None, bias, residual, out, False, False, BIAS, RESIDUAL, mask)
+    finish(acc, n[:, None], m[None, :], N, None, gw, bias, residual, out, False, SCALED_W, BIAS, RESIDUAL, mask)
 
 
 @triton.jit

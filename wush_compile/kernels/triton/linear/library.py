@@ -1,5 +1,8 @@
 """Products by the library: both operands upcast into memory that is reused, then cuBLASLt (fp8) or cuBLAS (bf16)."""
 
+import functools
+import operator
+
 import torch
 from torch import Tensor
 
@@ -28,11 +31,10 @@ def run_library(o: Operands) -> Tensor:
         x = o.codes.view(torch.float8_e4m3fn) if o.lanes else fp8_order(o.codes, lane_order=False)
         x_unit = o.scales.view(-1) if o.global_scale is None else o.scales.view(-1) / o.global_scale
     for rows in weight_slices(n, k):
-        weight = o.weight_codes[rows], o.weight_scales[rows], o.weight_global_scale
         if o.activation == "fp8":
-            w, w_unit = upcast_fp8(*weight, e4m3=True, lane_order=o.lanes)
+            w, w_unit = upcast_fp8(*o.weight(rows), e4m3=True, lane_order=o.lanes)
         else:
-            x, x_unit, w, w_unit = upcast_both(o.codes, o.scales, o.global_scale, *weight)
+            x, x_unit, w, w_unit = upcast_both(o.codes, o.scales, o.global_scale, *o.weight(rows))
         torch._scaled_mm(
             x,
             w.t(),
@@ -72,10 +74,9 @@ def run_bf16(o: Operands, out_dtype: torch.dtype) -> Tensor:
 def _finish(y: Tensor, o: Operands, direct: bool, out_dtype: torch.dtype) -> Tensor:
     """The epilogue of sums y [M, N]: fp32, or the rounded result but for the residual if `direct`."""
     if not direct:
-        gx, gw = o.global_scale, o.weight_global_scale
-        g = gx if gw is None else gw if gx is None else gx * gw
-        if g is not None:
-            y = y * (1.0 / g)
+        factors = [g.to(torch.float32) for g in (o.global_scale, o.weight_global_scale) if g is not None]
+        if factors:
+            y = y * (1.0 / functools.reduce(operator.mul, factors))
         if o.bias is not None:
             y = y + o.bias.to(torch.float32)
         y = y.to(out_dtype)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ....formats import get_format
 from ....ops.layouts import operand_of
+from ...provider import has_row_factors
 
 
 class Operands(NamedTuple):
@@ -17,7 +18,7 @@ class Operands(NamedTuple):
     global_scale: Tensor | None  # fp32 [1]
     weight_codes: Tensor  # uint8 [N, K/2]; int8: uint8 [N, K]
     weight_scales: Tensor  # [N, K/G], as scales
-    weight_global_scale: Tensor | None
+    weight_global_scale: Tensor | None  # fp32 [1], or bf16 [N], a factor of each row
     bias: Tensor | None  # [N]
     residual: Tensor | None  # [M, N]
     format: str
@@ -37,6 +38,16 @@ class Operands(NamedTuple):
     def kernel_format(self) -> str:
         """The format by its name in the kernels: the operands' own, or what the weight is decoded to."""
         return self.decoded or self.format
+
+    @property
+    def row_factors(self) -> bool:
+        """Whether the weight's global scale is a factor of each of its rows."""
+        return has_row_factors(self.weight_global_scale)
+
+    def weight(self, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scales and global scale of some of the weight's rows."""
+        g = self.weight_global_scale
+        return self.weight_codes[rows], self.weight_scales[rows], g[rows] if self.row_factors else g
 
     @property
     def given(self) -> tuple[bool, bool, bool, bool]:
@@ -61,7 +72,7 @@ def check(o: Operands, out_dtype: torch.dtype) -> None:
         "weight_codes": ((n, k // fmt.per_byte), torch.uint8),
         "weight_scales": ((n, k // fmt.group_size), fmt.scale_dtype),
         "global_scale": ((1,), torch.float32),
-        "weight_global_scale": ((1,), torch.float32),
+        "weight_global_scale": ((n,), torch.bfloat16) if o.row_factors else ((1,), torch.float32),
         "bias": ((n,), None),
         "residual": ((m, n), out_dtype),
     }

@@ -117,7 +117,10 @@ def _upcast_fp8(
     top = tl.max(tl.load(scales + every, mask=every < K // 32, other=0).to(tl.int32), axis=0)
     factor = e8m0_factor(top) * (E4M3_UNIT if E4M3 else E5M2_UNIT)
     if SCALED:
-        factor = factor * tl.div_rn(1.0, tl.load(g))
+        if g.dtype.element_ty == tl.bfloat16:
+            factor = factor * tl.div_rn(1.0, tl.load(g + source).to(tl.float32))
+        else:
+            factor = factor * tl.div_rn(1.0, tl.load(g))
     tl.store(unit + r, factor)
     word = tl.arange(0, 4)[None, :]
     for i in tl.range(first_step, tl.cdiv(K // 32, GROUPS), stride):
@@ -158,8 +161,8 @@ def upcast_fp8_kernel(
     """MXFP4 codes int32 [rows, K/8], scales uint8 [rows, K/32] -> out int32 (fp8 bytes) [rows, K/4] and unit fp32
     [rows]. With an index, int [rows], row r is made of row index[r] of T rows.
 
-    A row's bytes times its unit are its values, divided by g if SCALED. ROW_GROUPS is K/32 rounded up to a power of
-    two. A step takes GROUPS groups.
+    A row's bytes times its unit are its values, divided by g if SCALED: fp32 [1], or bf16 [rows], a factor of each row.
+    ROW_GROUPS is K/32 rounded up to a power of two. A step takes GROUPS groups.
 
     Every 128 channels are stored as two halves: the channels 0..3 of every 8, then the channels 4..7. A look-up gives
     them in this order. With LANE_ORDER, for the fused product, the first words of the four groups of a half come first,
@@ -280,7 +283,8 @@ def upcast_fp8(
     """MXFP4 codes uint8 [rows, K/2] and scales uint8 [rows, K/32] -> (e4m3 or e5m2 [rows, K], unit fp32 [rows]).
 
     The channels are in one of `upcast_fp8_kernel`'s orders, in lane order filled up to a multiple of 128. The unit
-    holds 1/g. index: int [rows], which row of codes and scales each row is made of."""
+    holds 1/g; g: fp32 [1], or bf16, a factor of each row of codes. index: int [rows], which row of codes and scales
+    each row is made of."""
     rows, k = (codes if index is None else index).shape[0], 2 * codes.shape[1]
     out = torch.empty(
         (rows, _padded(k, lane_order)), dtype=torch.float8_e4m3fn if e4m3 else torch.float8_e5m2, device=codes.device

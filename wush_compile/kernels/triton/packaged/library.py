@@ -1,5 +1,8 @@
 """The library's products in a graph: `linear.library`, without slices of the weight."""
 
+import functools
+import operator
+
 import torch
 from torch import Tensor
 
@@ -38,9 +41,9 @@ def _bf16(call) -> Tensor:
 
 def _finish(y: Tensor, call, direct: bool) -> Tensor:
     if not direct:
-        g = call.gx if call.gw is None else call.gw if call.gx is None else call.gx * call.gw
-        if g is not None:
-            y = y * (1.0 / g)
+        factors = [g.to(torch.float32) for g in (call.gx, call.gw) if g is not None]
+        if factors:
+            y = y * (1.0 / functools.reduce(operator.mul, factors))
         if call.bias is not None:
             y = y + call.bias.to(torch.float32)
         y = y.to(call.out_dtype)

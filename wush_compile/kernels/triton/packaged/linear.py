@@ -153,7 +153,7 @@ def fp4_linear(
         global_scale,
         dense(weight_codes),
         ws,
-        weight_global_scale,
+        None if weight_global_scale is None else weight_global_scale.contiguous(),
         None if bias is None else bias.contiguous(),
         None if residual is None or late is not None else residual.reshape(-1, n).contiguous(),
         ws.amax(-1) if fused and format == "mxfp4" else None,  # see `row_facts` in common/memory.py
@@ -285,8 +285,8 @@ def _int8_operands(call: Call) -> tuple[Tensor, dict]:
     _, n, k = call.sizes
     fp8 = call.activation == "fp8"
     given = dict(unit=call.x_scales.reshape(-1) if fp8 else None, w_scales=call.w_scales, N=n, K=k, UNIT=fp8)
-    given |= dict(bias=call.bias, residual=call.residual, BIAS=call.bias is not None)
-    given |= dict(RESIDUAL=call.residual is not None)
+    given |= dict(gw=call.gw, bias=call.bias, residual=call.residual, SCALED_W=call.gw is not None)
+    given |= dict(BIAS=call.bias is not None, RESIDUAL=call.residual is not None)
     return call.x.view(torch.float8_e4m3fn).to(torch.bfloat16) if fp8 else call.x, given
 
 
