@@ -119,7 +119,7 @@ def random_group(prefix: str, names: tuple[str, ...], width: int, config):
         elif name == "input_feedback":
             buffers[name] = (0.1 * torch.randn(layout[0], device=DEVICE)).bfloat16()
         else:
-            buffers[name] = torch.ones(layout[0], device=DEVICE)
+            buffers[name] = torch.ones(layout[0], dtype=layout[1], device=DEVICE)
     return WushGroup(members, config, block, buffers)
 
 

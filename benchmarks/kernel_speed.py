@@ -67,6 +67,14 @@ def random_feedback(k: int, format: str) -> torch.Tensor:
     return (torch.rand(feedback.shape(format, k), device="cuda") * 0.3).bfloat16()
 
 
+def factors(format: str, n: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(g of activations, g of a weight of n rows) as a model with the default settings has them."""
+    one = torch.ones(1, device="cuda")
+    if format == "mxfp4":
+        return None, (1 + torch.rand(n, device="cuda")).bfloat16()
+    return (one, one) if format == "nvfp4" else (None, None)
+
+
 # -- linear ----------------------------------------------------------------------------------------------------------
 
 
@@ -97,8 +105,8 @@ def linear_time(
     format: str, m: int, n: int, k: int, kernel=None, quantize: bool = True, sets=None, activation: str = "same"
 ) -> float:
     """One group: transform, quantization (unless left out), product."""
-    gw = torch.ones(1, device="cuda") if format == "nvfp4" else None
-    g = gw if activation == "same" else None
+    g, gw = factors(format, n)
+    g = g if activation == "same" else None
     sets = sets or weight_sets(format, n, k)
     x = torch.randn(m, k, device="cuda").bfloat16()
     ready = quantized(x, sets[0][2], g, format, activation)
@@ -355,8 +363,8 @@ def _compile(job) -> str | None:
     """Runs a candidate in a process of its own, which puts its kernel into Triton's cache. Returns why it failed."""
     try:
         format, m, n, k, kernel, activation = job
-        gw = torch.ones(1, device="cuda") if format == "nvfp4" else None
-        g = gw if activation == "same" else None
+        g, gw = factors(format, n)
+        g = g if activation == "same" else None
         x = torch.randn(m, k, device="cuda").bfloat16()
         q = quantized(x, random_transform(k, FORMATS[format].group_size), g, format, activation)
         w = random_weight(n, k, format)

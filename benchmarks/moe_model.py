@@ -76,5 +76,5 @@ def random_buffers(layout: dict, format: str) -> dict[str, torch.Tensor | None]:
         elif name == "input_feedback":
             buffers[name] = (0.1 * torch.randn(size, device=end_to_end.DEVICE)).bfloat16()
         else:
-            buffers[name] = torch.ones(size, device=end_to_end.DEVICE)
+            buffers[name] = torch.ones(size, dtype=dtype, device=end_to_end.DEVICE)
     return buffers
