@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from wush_compile import feedback
+from wush_compile.diagnostics.draw import factors_of_rows
 from wush_compile.formats import ACTIVATION_FORMATS, FORMATS, get_format, quantize
 from wush_compile.kernels import cuda
 from wush_compile.kernels.triton.calibration import gptq as triton_gptq
@@ -71,6 +72,11 @@ def rows(m: int, k: int, dtype: torch.dtype = torch.bfloat16, finite: bool = Tru
 
 def scalar(g: float | None) -> Tensor | None:
     return None if g is None else torch.tensor([g]).to(DEVICE)
+
+
+def factors(n: int) -> Tensor:
+    """Of a weight's rows."""
+    return factors_of_rows(n, GENERATOR).to(DEVICE)
 
 
 def packed(m: int, k: int, format: str) -> tuple[Tensor, Tensor]:
@@ -275,6 +281,7 @@ def product_cases() -> Iterator[Case]:
 
             def call(format=format, kernel=kernel, precise=precise, m=m, n=n, k=k, full=full):
                 gx, gw = (scalar(v if full and format == "nvfp4" else None) for v in (0.37, 4.0))
+                gw = factors(n) if full and format != "nvfp4" else gw
                 bias = normal(n) if full and kernel != "library" else None
                 residual = normal(m, n) if full else None
                 dtype = torch.bfloat16 if full or kernel == "library" else torch.float32
@@ -305,7 +312,7 @@ def wide_cases() -> Iterator[Case]:
                     *x,
                     None,
                     *packed(n, k, format),
-                    None,
+                    factors(n),
                     None,
                     None,
                     format,
@@ -349,9 +356,10 @@ def eight_bit_cases() -> Iterator[Case]:
             activation = "fp8" if full else "none"
             x = quantize_tokens(normal(m, k, dtype=dtype), None, activation)
             added = (normal(n, dtype=dtype), normal(m, n, dtype=dtype)) if full else (None, None)
+            gw = factors(n) if full else None
             run = [
                 triton_linear.fp4_linear(
-                    *x, None, codes, scales, None, *added, "int8", dtype, activation_format=activation
+                    *x, None, codes, scales, gw, *added, "int8", dtype, activation_format=activation
                 )
                 for _ in range(2)
             ]

@@ -148,7 +148,16 @@ def reads_padding(*args):
     return ops._fp4_linear(*call.values())
 
 
-@pytest.mark.parametrize("broken", [forgets_the_bias, loses_nan, rounds_twice, reads_padding])
+def takes_the_first_rows_factor(*args):
+    call = bind("fp4_linear", args)
+    g = call["weight_global_scale"]
+    return ops._fp4_linear(*(call | {"weight_global_scale": g if g is None else g[:1].float()}).values())
+
+
+WRONG_PRODUCTS = [forgets_the_bias, loses_nan, rounds_twice, reads_padding, takes_the_first_rows_factor]
+
+
+@pytest.mark.parametrize("broken", WRONG_PRODUCTS)
 def test_a_wrong_product_is_seen(broken):
     assert failures("fp4_linear", broken)
 

@@ -33,7 +33,9 @@ def solved(x, w, **settings):
 def test_candidates_are_powers_of_an_eighth_octave():
     found = candidates(torch.device("cpu"))
     assert found.dtype == torch.bfloat16 and found[0] == 1
-    torch.testing.assert_close(found.double().log2(), torch.arange(FACTORS).double() / FACTORS, atol=1.5 * 2**-8, rtol=0)
+    torch.testing.assert_close(
+        found.double().log2(), torch.arange(FACTORS).double() / FACTORS, atol=1.5 * 2**-8, rtol=0
+    )
 
 
 @pytest.mark.parametrize("n", [1, 3, 17])

@@ -21,7 +21,7 @@ from ..ops import core as ops
 from ..ops import fused as fused_ops
 from ..ops import layouts
 from ..ops.schema import bind
-from .draw import FEEDBACK_SHARE, feedback_limit, feedback_numbers, signed_permutations
+from .draw import FEEDBACK_SHARE, factors_of_rows, feedback_limit, feedback_numbers, signed_permutations
 
 # (rows, K): a single group, odd numbers of groups, sizes that are no multiple of a tile, sizes that fill a GPU.
 SHAPES = ((1, 32), (3, 96), (37, 576), (128, 1024), (257, 4096))
@@ -265,6 +265,11 @@ def product_cases(device: torch.device) -> Iterator[Case]:
             want = exact / (2.0 if scaled else 1.0) + bias.double()
             want = want.bfloat16().double() + residual.double()
             yield Case(format, f"{rows}x{n}x{k}, bias, residual", args, functools.partial(torch.clone, want))
+            g = factors_of_rows(n, generator).to(device)
+            args = (*x, gx, *w, g, bias, residual, format, torch.bfloat16)
+            want = exact / g.double() / (0.5 if scaled else 1.0) + bias.double()
+            want = want.bfloat16().double() + residual.double()
+            yield Case(format, f"{rows}x{n}x{k}, factors of rows", args, functools.partial(torch.clone, want))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -45,6 +45,11 @@ def feedback_numbers(kind: str, format: str, width: int, generator: torch.Genera
     return (torch.rand(shape, generator=generator) * 1.8 - 0.9).to(torch.bfloat16)
 
 
+def factors_of_rows(rows: int, generator: torch.Generator) -> Tensor:
+    """bf16 [rows] in [1, 2): every number there is as likely."""
+    return (torch.randint(128, 256, (rows,), generator=generator) / 128).to(torch.bfloat16)
+
+
 class Draw:
     """Random numbers and operands of one family."""
 

@@ -28,7 +28,7 @@ from ..ops import fused as fused_ops
 from ..ops import grouped as grouped_ops
 from ..ops.schema import bind
 from .conformance import NORM_SHARE, available, poison, relative_error, share_different, share_of_codes
-from .draw import Draw, feedback_limit
+from .draw import Draw, factors_of_rows, feedback_limit
 
 PROCESSES = 8  # that compile and run at a time on a GPU
 # A kernel may round a weight of 8 bits to the model's dtype, in front of a product.
@@ -217,17 +217,19 @@ def _product(d: Draw) -> Iterator[Case]:
     n = d.size(200 if d.small else 4096)
     gx = d.scalar(None, 0.5) if activation == "same" and format == "nvfp4" else None
     gw = d.scalar(None, 4.0) if format == "nvfp4" else None
+    by_rows = d.of(True, False)
+    if by_rows:
+        gw = factors_of_rows(n, d.generator).to(d.device)
     added, dtype = d.of(True, False), d.of(torch.bfloat16, torch.bfloat16, torch.float32)
     weight, w = _operand(d, n, k, format)
-    factor = 1.0
     for g in (gx, gw):
-        factor = factor if g is None else factor * g.item()
+        w = w if g is None else w / g.double()[:, None]
     for m in d.rows(max(k, n)):
         operand, x = _operand(d, m, k, format if activation == "same" else activation)
         bias = d.normal(n, dtype=dtype) if added else None
         residual = d.normal(m, n, dtype=dtype) if added else None
-        y = x @ w.T / factor
-        size = _magnitude(x, w) / factor
+        y = x @ w.T
+        size = _magnitude(x, w)
         if added:
             y = (y + bias.double()).to(dtype).double() + residual.double()
         args = (*operand, gx, *weight, gw, bias, residual, format, dtype, "rows", activation)
@@ -235,7 +237,7 @@ def _product(d: Draw) -> Iterator[Case]:
         if format in WEIGHT_FORMATS:
             limit += ROUNDED_WEIGHT
         yield Case(
-            *("fp4_linear", format, f"{m}x{n}x{k} {dtype} {activation} added={added}", args),
+            *("fp4_linear", format, f"{m}x{n}x{k} {dtype} {activation} added={added} {by_rows=}", args),
             *(lambda y=y: (y,), _relative(size), limit),
         )
 
