@@ -111,16 +111,18 @@ def hopper(monkeypatch):
 class Product(nn.Module):
     """A quantized linear of N x K."""
 
-    def __init__(self, format, rows=128, k=256):
+    def __init__(self, format, rows=128, k=256, factors=False):
         super().__init__()
         codes, scales = formats.quantize(x_like(rows, k, dtype=torch.float32, seed=3), format, "absmax")
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
+        self.register_buffer("factors", torch.ones(rows, dtype=torch.bfloat16) if factors else None)
         self.format = format
 
     def forward(self, x):
         xq, xs = wush.transform_quantize(x, None, None, self.format, "absmax")
-        return wush.fp4_linear(xq, xs, None, self.codes, self.scales, None, None, None, self.format, x.dtype)
+        weight = self.codes, self.scales, self.factors
+        return wush.fp4_linear(xq, xs, None, *weight, None, None, self.format, x.dtype)
 
 
 LIBRARY = ("_scaled_mm", "mm")
@@ -194,6 +196,26 @@ def test_packages_for_a_gpu_run_what_eager_chooses_for_any_number_of_rows(format
             assert grid == (-(-128 // chosen.block_n) * -(-m // chosen.block_m), chosen.split_k, 1), m
             assert len(prepared) == (not chosen.packed), m
     assert not launches(graph, 0)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_packages_divide_by_factors_of_rows_in_the_same_kernels(format, known, hopper):
+    """Each product of Triton's reads them; behind the library's in bf16 stands a division of fp32 sums."""
+    found = []
+    for factors in (False, True):
+        program = exported(Product(format, factors=factors), x_like(5, 256))
+        graph = on_gpu(program)
+        passes.run(graph, passes.packaging(functools.partial(weight_of, program)) if known else passes.PACKAGING)
+        assert not count_ops(graph)
+        found.append([[name for name, _ in launches(graph, m)] for m in ROWS])
+    assert found[0] == found[1]
+    inside = [node for graph in graphs(program.graph_module) for node in graph.nodes]
+    reading = [node for node in inside if "gw" in node.kwargs.get("kwargs", ())]
+    assert len(reading) > 5 and all(value(n.kwargs["kwargs"]["gw"]).dtype == torch.bfloat16 for n in reading)
+    assert all(n.kwargs["kwargs"]["SCALED_W"] is True for n in reading)
+    sums = [value(node).dtype for node in inside if op_name(node) == "mm"]
+    assert all(dtype == torch.float32 for dtype in sums) and len(sums) == (format == "nvfp4")
 
 
 def test_packages_for_a_gpu_leave_out_what_the_shapes_rule_out(hopper):
@@ -360,6 +382,7 @@ def test_equal_constants_of_a_package_are_made_once(hopper):
 
 SEEN = {
     ("mxfp4", None): 5,
+    ("mxfp4", "factors"): 5,
     ("nvfp4", None): 4,
     ("mxfp4", "fp8"): 4,
     ("nvfp4", "none"): 4,
@@ -380,8 +403,8 @@ def test_inductor_finds_in_the_kernels_what_the_launches_declare(format, activat
     monkeypatch.setattr(triton.runtime.driver, "_active", target)
     if format == "experts":
         program = experts_program("mxfp4", experts=8)
-    elif activation is None:
-        program = exported(Product(format), x_like(5, 256))
+    elif activation in (None, "factors"):
+        program = exported(Product(format, factors=activation is not None), x_like(5, 256))
     else:
         program = exported(WideProduct(format, activation), x_like(5, 256))
     graph = on_gpu(program)
