@@ -39,6 +39,7 @@ CASES = {
         kind="qwen3_moe", ignore=("*.mlp.gate",), overrides={"*.down_proj": {"format": "nvfp4"}}
     ),
     "phi3": dict(kind="phi3", format="nvfp4"),
+    "phi3 in mxfp4": dict(kind="phi3"),
 }
 
 

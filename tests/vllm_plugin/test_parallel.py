@@ -26,7 +26,9 @@ CASES = {
     "nvfp4, two recipes in a linear": dict(format="nvfp4", overrides={"*.k_proj": {"format": "mxfp4"}}, seed=1),
     "a transform a linear": dict(share_transform=False),
     "hadamard, a tied head in 8 bits": dict(kind="tied", transform="hadamard", head="int8"),
+    "a quantized head": dict(ignore=("!lm_head",)),
     "phi": dict(kind="phi"),
+    "phi3, fused on disk": dict(kind="phi3"),
     "experts, cut": dict(kind="qwen3_moe", ignore=("*.mlp.gate",)),
     "experts, spread": dict(kind="qwen3_moe", ignore=("*.mlp.gate",), **SPREAD),
     "experts in two formats, spread": dict(

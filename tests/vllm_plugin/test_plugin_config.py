@@ -7,11 +7,14 @@ import os
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="needs vLLM: `make test-vllm`")
 from served import checkpoint, greedy
+from vllm.model_executor import parameter
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -19,9 +22,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from wush_compile import WushConfig
 from wush_compile.checkpoint.record import Quantization
 from wush_compile.errors import CheckpointError
+from wush_compile.formats import dequantize, quantize
 from wush_compile.vllm.config import WushVllmConfig
 from wush_compile.vllm.linear import WushEmbeddingMethod, WushLinearMethod
-from wush_compile.vllm.parameters import check_cut
+from wush_compile.vllm.parameters import Factors, check_cut
 
 LAYER = "model.layers.0"
 
@@ -75,6 +79,44 @@ def test_an_embedding_of_a_tied_head():
     entry = {"members": ["lm_head"], "transform_block_size": 32, "recipe": {}, "embeddings": ["model.embed_tokens"]}
     tied = WushVllmConfig.from_config(Quantization(WushConfig(), [entry], {}).to_dict())
     assert isinstance(method(tied, VocabParallelEmbedding, "model.embed_tokens"), WushEmbeddingMethod)
+
+
+@pytest.mark.parametrize("g", [None, torch.tensor([3.0]), torch.tensor([1.0, 1.5, 0.75, 2.0, 3.0]).bfloat16()])
+def test_an_embedding_divides_rows_by_their_factors(g):
+    codes, scales = quantize(torch.randn(5, 64, generator=torch.Generator().manual_seed(0)), "mxfp4", "mse")
+    layer = SimpleNamespace(weight_packed=codes, weight_scale=scales, weight_global_scale=g)
+    layer.wush_format, layer.wush_dtype = "mxfp4", torch.float32
+    rows = dequantize(codes, scales, "mxfp4", g)
+    for ids in (torch.tensor([4]), torch.tensor([[0, 3], [2, 2]]), torch.zeros(0, dtype=torch.long)):
+        assert torch.equal(WushEmbeddingMethod(None, 0).embedding(layer, ids), rows[ids])
+
+
+def factors(monkeypatch, values: list[float], rank: int = 0, starts: dict[int, int] | None = None) -> Factors:
+    """The parameter on one of two ranks."""
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 2)
+    return Factors(data=torch.tensor(values).bfloat16(), output_dim=0, weight_loader=None, starts=starts)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_takes_the_factors_of_its_rows(rank, monkeypatch):
+    """In a linear whose q and v are of one group; and all of a linear whose channels are cut."""
+    q, v = torch.arange(1, 17).bfloat16(), torch.arange(17, 25).bfloat16()
+    param = factors(monkeypatch, [1.0] * 12, rank, {0: 0, 2: 8})
+    param.load_qkv_weight(loaded_weight=v, num_heads=1, shard_id="v", shard_offset=12, shard_size=4)
+    param.load_qkv_weight(loaded_weight=q, num_heads=1, shard_id="q", shard_offset=0, shard_size=8)
+    assert param.tolist() == [*q.chunk(2)[rank].tolist(), *v.chunk(2)[rank].tolist()]
+    param = factors(monkeypatch, [1.0] * 16, rank)
+    param.load_row_parallel_weight(loaded_weight=q)
+    assert torch.equal(param.data, q)
+
+
+def test_rows_that_pad_a_head_are_not_divided_by_zero(monkeypatch):
+    layer, of_head = torch.nn.Module(), method(config(["mlp.down_proj"]), RowParallelLinear, f"{LAYER}.mlp.down_proj")
+    of_head.missing = of_head.expected = {}
+    layer.register_parameter("weight_global_scale", factors(monkeypatch, [1.5, 0.75, 0.0, 0.0]))
+    of_head._finish(layer)
+    assert layer.weight_global_scale.tolist() == [1.5, 0.75, 1, 1]
 
 
 def test_a_cut_inside_a_block_says_which_size_fits():

@@ -14,6 +14,7 @@ CASES = {
     "two recipes in a linear": dict(
         overrides={"*.k_proj": {"format": "nvfp4"}, "*.up_proj": {"activation_format": "fp8"}}
     ),
+    "a quantized head": dict(ignore=("!lm_head",)),
     "a tied head in 8 bits": dict(kind="tied", head="int8"),
     "a transform a linear": dict(format="nvfp4", share_transform=False),
     "experts": dict(kind="qwen3_moe", ignore=("*.mlp.gate",)),

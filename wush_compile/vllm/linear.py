@@ -19,7 +19,7 @@ from ..formats import dequantize
 from ..kernels import facts
 from ..modules import buffer_layout, feedback_arguments
 from ..recipe import Recipe
-from .parameters import GlobalScales, Rows, check_cut, forwarded, load_whole, replace
+from .parameters import Factors, GlobalScales, Rows, check_cut, forwarded, load_whole, replace
 
 BY_ROWS = ("weight_packed", "weight_scale")
 OF_INPUT = ("input_transform", "input_global_scale", "input_feedback")
@@ -128,6 +128,10 @@ class WushLinearMethod(LinearMethodBase):
                 data = torch.zeros(shape, dtype=kind)
                 param = Rows(data=data, input_dim=1, output_dim=0, weight_loader=load, starts=starts)
                 self.expected[name + part.suffix] = len(rows)
+            elif name == "weight_global_scale" and kind == torch.bfloat16:
+                data = torch.ones(shape, dtype=kind)
+                param = Factors(data=data, output_dim=0, weight_loader=load, starts=starts)
+                self.expected[name + part.suffix] = len(rows)
             elif name == "weight_global_scale":
                 data = torch.ones(len(rows), dtype=kind)
                 param = GlobalScales(data=data, weight_loader=load, members=part.members)
@@ -204,6 +208,8 @@ class WushLinearMethod(LinearMethodBase):
             if param.numel() == 0:  # it handed its tensors on
                 continue
             data = param.data[:1] if isinstance(param, GlobalScales) else param.data  # members have copies
+            if isinstance(param, Factors):
+                data = data.masked_fill(data == 0, 1)  # vLLM pads a head with zeros, and rows are divided by these
             if again:
                 replace(f"{self.prefix}.{name}", self.kept[name].data, data)
             else:
@@ -269,12 +275,16 @@ class WushEmbeddingMethod(QuantizeMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         head = self.config.holder(self.group)
-        layer.wush_format = head.quant_method.lend(head, self.group, layer, "", BY_ROWS).recipe.format
+        names = (*BY_ROWS, "weight_global_scale")
+        layer.wush_format = head.quant_method.lend(head, self.group, layer, "", names).recipe.format
 
     def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
         """ids [..] -> [.., K] in the model's dtype."""
         codes, scales = F.embedding(input_, layer.weight_packed), F.embedding(input_, layer.weight_scale)
-        return dequantize(codes, scales, layer.wush_format).to(layer.wush_dtype)
+        rows, g = dequantize(codes, scales, layer.wush_format), layer.weight_global_scale
+        if g is not None:
+            rows = rows / (g[input_][..., None] if g.dtype == torch.bfloat16 else g)
+        return rows.to(layer.wush_dtype)
 
     def apply(self, layer: nn.Module, *args, **kwargs) -> Tensor:
         raise NotImplementedError("an embedding has no product")

@@ -9,7 +9,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter, PerTensorScaleParameter
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    ModelWeightParameter,
+    PerTensorScaleParameter,
+)
 
 from ..errors import CheckpointError
 
@@ -29,8 +34,8 @@ def check_cut(prefix: str, step: int, width: int, whole: int) -> None:
     )
 
 
-class Rows(ModelWeightParameter):
-    """Rows [N, ..] of some members of a linear, stacked. Column-parallel ranks cut N, row-parallel ranks the width.
+class _Stacked:
+    """Rows of some members of a linear, stacked.
 
     starts   number of a member in the linear -> its first row here; None if all members are here
     """
@@ -49,6 +54,14 @@ class Rows(ModelWeightParameter):
 
     def load_qkv_weight(self, loaded_weight: Tensor, **kwargs) -> None:
         super().load_qkv_weight(loaded_weight, **self._here(kwargs))
+
+
+class Rows(_Stacked, ModelWeightParameter):
+    """Rows [N, ..] of some members of a linear. Column-parallel ranks cut N, row-parallel ranks the width."""
+
+
+class Factors(_Stacked, ChannelQuantScaleParameter):
+    """Factors [N] of the rows of some members of a linear. Column-parallel ranks cut N, row-parallel ranks hold all."""
 
 
 class GlobalScales(PerTensorScaleParameter):
