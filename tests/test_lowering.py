@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from wush_compile.formats import FORMATS
+from wush_compile.kernels.triton.common.epilogue import finish_kernel
 from wush_compile.kernels.triton.linear import choose as triton_choose
 from wush_compile.kernels.triton.linear import older as triton_older
 from wush_compile.kernels.triton.linear.gemm import fused_gemm_kernel
@@ -430,6 +431,17 @@ def test_factors_of_weight_rows_are_read_behind_the_sums(cc, format, kernel):
         if cc == 90 and format != "int4":
             assert all(not overwritten_too_early(2 * loop) and nothing_runs_on(loop) for loop in loops), gw
     assert counts["*bf16"][0] > counts["*fp32"][0] and counts["*bf16"][1] == counts["*fp32"][1]
+
+
+@pytest.mark.parametrize("cc", [80, 90, 100])
+def test_sums_of_the_library_are_read_in_wide_loads(cc):
+    """Once, four in a load; a weight row's factor is inverted once for several rows of x."""
+    pointers = dict(y="*fp32", unit="*fp32", gw="*bf16", bias="*bf16", residual="*bf16", out="*bf16", M="i32")
+    constants = PLAIN | dict(N=4096, UNIT=True, SCALED_W=True, BIAS=True, RESIDUAL=True, ROWS=4, COLUMNS=512)
+    ptx = compile_kernel(finish_kernel, pointers, constants, cc, 4).asm["ptx"]
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 4 + 2  # a thread's 16 sums, and residuals
+    assert len(re.findall(r"div\.\S*f32", ptx)) == 4
+    assert not re.search(r"\.local\b", ptx)
 
 
 @pytest.mark.parametrize("rule", FORMATS["nvfp4"].scale_rules)

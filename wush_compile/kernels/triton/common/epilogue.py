@@ -49,3 +49,32 @@ def finish(
         added = tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
         r = (r.to(tl.float32) + added).to(out.dtype.element_ty)
     tl.store(out + offset, r, mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def finish_kernel(
+    y,
+    unit,
+    gx,
+    gw,
+    bias,
+    residual,
+    out,
+    M,
+    N: tl.constexpr,
+    UNIT: tl.constexpr,
+    SCALED_X: tl.constexpr,
+    SCALED_W: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """`finish` of sums fp32 [M, N] in memory, times unit fp32 [M] if UNIT. Grid (tiles of M, tiles of N)."""
+    m = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    n = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    mask = (m < M) & (n < N)
+    sums = tl.load(y + (m.to(tl.int64) * N + n), mask=mask, other=0.0)
+    if UNIT:
+        sums *= tl.load(unit + m, mask=m < M, other=0.0)
+    finish(sums, n, m, N, gx, gw, bias, residual, out, SCALED_X, SCALED_W, BIAS, RESIDUAL, mask)

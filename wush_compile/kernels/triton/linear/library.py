@@ -1,13 +1,12 @@
 """Products by the library: both operands upcast into memory that is reused, then cuBLASLt (fp8) or cuBLAS (bf16)."""
 
-import functools
-import operator
-
 import torch
+import triton
 from torch import Tensor
 
 from ....formats import dequantize
 from ....ops.layouts import from_lanes
+from ..common.epilogue import finish_kernel
 from ..common.memory import is_power_of_two
 from .lane_order import fp8_order
 from .operands import Operands
@@ -67,20 +66,30 @@ def run_bf16(o: Operands, out_dtype: torch.dtype) -> Tensor:
         if direct:
             torch.mm(x, w.t(), out=y[:, rows])
         else:
-            y[:, rows] = torch.mm(x, w.t(), out_dtype=torch.float32)
-    return _finish(y, o, direct, out_dtype)
-
-
-def _finish(y: Tensor, o: Operands, direct: bool, out_dtype: torch.dtype) -> Tensor:
-    """The epilogue of sums y [M, N]: fp32, or the rounded result but for the residual if `direct`."""
+            y = _store(torch.mm(x, w.t(), out_dtype=torch.float32), y, rows)
     if not direct:
-        factors = [g.to(torch.float32) for g in (o.global_scale, o.weight_global_scale) if g is not None]
-        if factors:
-            y = y * (1.0 / functools.reduce(operator.mul, factors))
-        if o.bias is not None:
-            y = y + o.bias.to(torch.float32)
-        y = y.to(out_dtype)
+        return finish_sums(y, None, o, out_dtype)
     return y if o.residual is None else y + o.residual
+
+
+def _store(part: Tensor, y: Tensor, rows: slice) -> Tensor:
+    """y [M, N] with `part` in the columns `rows`; `part` itself, not copied, if these are all."""
+    if part.shape == y.shape:
+        return part
+    y[:, rows] = part
+    return y
+
+
+def finish_sums(y: Tensor, unit: Tensor | None, o: Operands, out_dtype: torch.dtype) -> Tensor:
+    """The epilogue of fp32 sums y [M, N], times unit fp32 [M, 1]: it reads them once."""
+    (m, n), rows, columns = y.shape, 4, 512
+    out = torch.empty((m, n), dtype=out_dtype, device=y.device)
+    optional = unit, o.global_scale, o.weight_global_scale, o.bias, o.residual
+    given = [t is not None for t in optional]
+    finish_kernel[(triton.cdiv(m, rows), triton.cdiv(n, columns))](
+        y, *optional, out, m, n, *given, rows, columns, num_warps=4
+    )
+    return out
 
 
 def _terms(t: Tensor) -> list[Tensor]:
@@ -113,7 +122,7 @@ def _run_bf16_activation(o: Operands, out_dtype: torch.dtype) -> Tensor:
         if direct:
             torch.mm(xs[0], ws[0].t(), out=y[:, rows])
         else:
-            y[:, rows] = sum(torch.mm(x, w.t(), out_dtype=torch.float32) for x in xs for w in ws)
-    if fp8:
-        y = y * o.scales
-    return _finish(y, o, direct, out_dtype)
+            y = _store(sum(torch.mm(x, w.t(), out_dtype=torch.float32) for x in xs for w in ws), y, rows)
+    if not direct:
+        return finish_sums(y, o.scales if fp8 else None, o, out_dtype)
+    return y if o.residual is None else y + o.residual
