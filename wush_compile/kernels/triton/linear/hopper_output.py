@@ -73,10 +73,10 @@ def load_partial(partial, stored, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, ACC
 
 
 @gluon.jit
-def weight_scale(gw, first, N: gl.constexpr, ROWS: gl.constexpr, ACC: gl.constexpr):
-    """`common.epilogue.weight_scale` of a warpgroup's rows: a scalar, or fp32 [ROWS, 1]."""
+def weight_scale(gw, y, first, N: gl.constexpr, ROWS: gl.constexpr):
+    """`common.epilogue.weight_scale` of the rows of a warpgroup's tile y: a scalar, or fp32 [ROWS, 1]."""
     if gw.dtype.element_ty == gl.bfloat16:
-        n = first + gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
+        n = first + gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))
         return gl.load(gw + n, mask=n < N, other=1.0).to(gl.float32)[:, None]
     else:
         return gl.load(gw)
@@ -93,11 +93,11 @@ def finish(y, first, row_m, extras, out, M, N: gl.constexpr, ROWS: gl.constexpr,
         if bias is not None:
             bias += expert.to(gl.int64) * N
     if gx is not None and gw is not None:
-        y = y * gl.div_rn(1.0, gl.load(gx) * weight_scale(gw, first, N, ROWS, y.type.layout))
+        y = y * gl.div_rn(1.0, gl.load(gx) * weight_scale(gw, y, first, N, ROWS))
     elif gx is not None:
         y = y * gl.div_rn(1.0, gl.load(gx))
     elif gw is not None:
-        y = y * gl.div_rn(1.0, weight_scale(gw, first, N, ROWS, y.type.layout))
+        y = y * gl.div_rn(1.0, weight_scale(gw, y, first, N, ROWS))
     if bias is not None:
         n = first + gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))
         y += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
