@@ -4,9 +4,10 @@ solve.py        one group, step by step
 solution.py     what the solver returns, and the shapes that follow from a recipe
 transforms.py   T_b in float64, and its rounding to the model's dtype
 choose.py       the transform that each block gets, and the moments it follows from
-feedback.py     the numbers of rounding with feedback, and the order of T's singular values for it
+feedback.py     the numbers of rounding with feedback, and the rotation of T for it
 scales.py       the global scales of weights and activations
 order.py        which blocks GPTQ rounds first
+row_factors.py  the factor of each row of an MXFP4 weight
 gptq.py         rounding with error propagation
 experts.py      a product of all experts of a layer: one transform, GPTQ an expert
 side_by_side.py weights with a given transform, several at once

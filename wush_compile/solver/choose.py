@@ -27,7 +27,7 @@ POWER = {"same": 0.5, "fp8": 0.875, None: 0.875}
 # The same where activations are rounded with feedback. It takes up errors in directions where they are cheap, so that
 # their size follows the geometric mean of what they cost: activations may be closer to white, and weights less so. On
 # SmolLM2, three calibration sets each (benchmarks/trial_rotation.py), NVFP4 has the KL .1391 with 1/2, .1371 with 7/16,
-# .1362 with 3/8, and MXFP4 .2298 with 7/16, .2315 with 3/8.
+# .1362 with 3/8; MXFP4 has .2230, .2216 and .2213.
 FEEDBACK_POWER = {"mxfp4": 0.4375, "nvfp4": 0.375}
 
 

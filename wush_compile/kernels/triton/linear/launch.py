@@ -45,6 +45,8 @@ def run_gemv(o: Operands, tile: Gemv, out: Tensor) -> None:
         block_k,
         pdl,
         num_warps=tile.warps,
+        # With factors of rows ptxas takes 133 registers for two rows of x: one program a multiprocessor, not two.
+        maxnreg=128 if tile.warps == 8 else None,
         launch_pdl=pdl,
     )
 
