@@ -84,7 +84,7 @@ def test_one_screen():
         wc.explain(model).replace("─", "-"),
         """\
 settings: format=mxfp4, transform=hadamard, solver=rtn, ignore=(lm_head *.o_proj), overrides=(*.down_proj:format=nvfp4)
-quantized: 36 linears in 18 groups, 0.1 MiB, 5.44 bits a weight (4 codes, 0.314 scales, 1.12 transforms)
+quantized: 36 linears in 18 groups, 0.1 MiB, 5.63 bits a weight (4 codes, 0.502 scales, 1.12 transforms)
 model: 0.4 MiB before, 0.2 MiB now
 calibration: 32 tokens in 2 windows, groups solved in 4.5 s
 not quantized:
@@ -97,14 +97,14 @@ not quantized:
  group                                          rows x width  tokens      loss  relative  seconds   KiB  notes
  --------------------------------------------------------------------------------------------------------------------
  model.layers.5.mlp.down_proj                       64 x 128      32  7.63e-06  1.80e-01     0.25   5.0  format=nvfp4
- model.layers.5.mlp.gate_proj+up_proj               256 x 64      32  1.53e-05  1.70e-01     0.25  10.5
- model.layers.5.self_attn.q_proj+k_proj+v_proj      128 x 64      32  3.05e-05  1.60e-01     0.25   6.2
+ model.layers.5.mlp.gate_proj+up_proj               256 x 64      32  1.53e-05  1.70e-01     0.25  11.0
+ model.layers.5.self_attn.q_proj+k_proj+v_proj      128 x 64      32  3.05e-05  1.60e-01     0.25   6.5
  model.layers.4.mlp.down_proj                       64 x 128      32  6.10e-05  1.50e-01     0.25   5.0  format=nvfp4
- model.layers.4.mlp.gate_proj+up_proj               256 x 64      32  1.22e-04  1.40e-01     0.25  10.5
- model.layers.4.self_attn.q_proj+k_proj+v_proj      128 x 64      32  2.44e-04  1.30e-01     0.25   6.2
+ model.layers.4.mlp.gate_proj+up_proj               256 x 64      32  1.22e-04  1.40e-01     0.25  11.0
+ model.layers.4.self_attn.q_proj+k_proj+v_proj      128 x 64      32  2.44e-04  1.30e-01     0.25   6.5
  model.layers.3.mlp.down_proj                       64 x 128      32  4.88e-04  1.20e-01     0.25   5.0  format=nvfp4
- model.layers.3.mlp.gate_proj+up_proj               256 x 64      32  9.77e-04  1.10e-01     0.25  10.5
- model.layers.3.self_attn.q_proj+k_proj+v_proj      128 x 64      32  1.95e-03  1.00e-01     0.25   6.2
+ model.layers.3.mlp.gate_proj+up_proj               256 x 64      32  9.77e-04  1.10e-01     0.25  11.0
+ model.layers.3.self_attn.q_proj+k_proj+v_proj      128 x 64      32  1.95e-03  1.00e-01     0.25   6.5
  model.layers.2.mlp.down_proj                       64 x 128      32  3.91e-03  9.00e-02     0.25   5.0  format=nvfp4
 
 all=True (--all) shows every group, every name and the graph of a layer; view="compiled" (--graph layer.0) shows
@@ -151,10 +151,11 @@ def test_bits_and_bytes_are_what_is_stored():
     before, after = model_bytes(model)
     weights = 2 * 32 * 64
     assert before == sum(p.numel() for p in Several().parameters()) * 4
-    packed, scales, transform, bias = weights // 2, weights // 32, 2 * 32 * 32 * 4, 64 * 4
+    # A scale a group of 32 and a factor a row.
+    packed, scales, transform, bias = weights // 2, weights // 32 + 2 * (32 + 64), 2 * 32 * 32 * 4, 64 * 4
     assert after == 10 * 64 * 4 + packed + scales + transform + bias
     bits = 8 * (packed + scales + transform + bias) / weights
-    assert f"{bits:.2f} bits a weight (4 codes, 0.25 scales, 16 transforms, 0.5 biases)" in wc.explain(model)
+    assert f"{bits:.2f} bits a weight (4 codes, 0.625 scales, 16 transforms, 0.5 biases)" in wc.explain(model)
 
 
 def test_what_cannot_be_explained():

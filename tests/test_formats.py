@@ -345,7 +345,7 @@ def test_mse_is_the_candidate_of_least_error(format, g):
 def sums(x, scales, g):
     """The fp32 sums that `mse` and `search` compare."""
     s = formats.e4m3_decode(scales)
-    return formats._squared_error(x, (1 if g is None else g) / s, s)
+    return formats.squared_error(x, (1 if g is None else g) / s, s)
 
 
 @given(groups=wide_groups(16), factor=st.integers(-12, 12), g=st.sampled_from([None, 0.37, 17.0]))

@@ -148,7 +148,7 @@ def test_names_on_disk(models, tmp_path):
     layer, attention, mlp = "model.layers.0", "model.layers.0.self_attn", "model.layers.0.mlp"
     linears = [*(f"{attention}.{n}_proj" for n in "qkvo"), *(f"{mlp}.{n}_proj" for n in ("gate", "up", "down"))]
     assert names == {
-        *(f"{m}.{t}" for m in linears for t in ("weight_packed", "weight_scale")),
+        *(f"{m}.{t}" for m in linears for t in ("weight_packed", "weight_scale", "weight_global_scale")),
         *(f"{attention}.{n}_proj.bias" for n in "qkv"),
         *(f"{linears[i]}.{name}" for i in (0, 3, 4, 6) for name in ("input_transform", "input_feedback")),
         f"{layer}.input_layernorm.weight",

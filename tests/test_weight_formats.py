@@ -245,7 +245,13 @@ def test_saved_loaded_compiled_exported(activation, tmp_path):
         program = torch.export.export(Logits(), (ids,), dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},))
         wc.fuse(program, inline=inline)
         assert count_ops(program.graph).get("fp4_linear", 0) == (0 if inline else 9)
-        assert torch.equal(program.module()(ids), expected)
+        found = program.module()(ids)
+        if inline and activation == "fp8":
+            # Sums of fp8 products are not exact, and here are added up in another order: a logit may round otherwise.
+            assert (found != expected).sum() <= 2
+            torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(found, expected)
 
 
 @torch.no_grad()

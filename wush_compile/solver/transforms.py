@@ -115,7 +115,10 @@ def wush_transform(
         # A rank-deficient moment has s of 0 without damping: the mean must stay finite.
         logs = s.clamp(min=1e-12 * s[..., :1]).clamp(min=1e-300).log()
         stretch = s.pow(power) * (logs.mean(-1, keepdim=True) * (0.5 - power)).exp()
-    left = had if rotation is None else rotation(square.flip(-1).clamp(min=0) / stretch.square())
+    left = had
+    if rotation is not None:
+        d = square.flip(-1).clamp(min=0) / stretch.square()
+        left = rotation(torch.where(stretch > 0, d, 0.0))
     t = left @ (stretch[..., None] * rows)
     dead = gram.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
     return torch.where(dead[:, None, None], had, t)
