@@ -444,6 +444,23 @@ def test_sums_of_the_library_are_read_in_wide_loads(cc):
     assert not re.search(r"\.local\b", ptx)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_two_programs_of_a_few_rows_fit_a_multiprocessor(rows):
+    """8 warps with 128 registers a thread take half of its registers. The launch asks for that; no loop spills."""
+    kernel = triton_choose.choose("mxfp4", rows, 4096, 14336)
+    assert isinstance(kernel, triton_choose.Gemv) and kernel.warps == 8
+    pointers = dict(x="*i32", x_scales="*u8", w="*i32", w_scales="*u8", gw="*bf16", out="*bf16")
+    tile = dict(N=4096, K=14336, M=rows, FORMAT="mxfp4", BLOCK_N=kernel.block_n, BLOCK_K=kernel.block_k, PDL=True)
+    compiled = compile_kernel(gemv_kernel, pointers, PLAIN | tile | dict(SCALED_W=True), 90, 8, maxnreg=128)
+    code = sass(compiled)
+    lines = code.splitlines()
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith(".L_x")}
+    jumps = [(i, re.search(r"BRA `\((\.L_x_\d+)\)", line)) for i, line in enumerate(lines)]
+    start, stop = max(((labels[to[1]], i) for i, to in jumps if to), key=lambda span: span[1] - span[0])
+    assert stop - start > 300  # the loop over K
+    assert not re.search(r"\b(STL|LDL)\b", "\n".join(lines[start:stop]))
+
+
 @pytest.mark.parametrize("rule", FORMATS["nvfp4"].scale_rules)
 @pytest.mark.parametrize("block, tile", [(0, (16, 256, 1, 1, 4)), (16, (64, 64, 4, 3, 4))])
 def test_no_fp8_conversion_in_the_nvfp4_quantizer(rule, block, tile):
