@@ -41,6 +41,7 @@ WEIGHT_SHARE = 0.6
 OWN = {"share_transform": False}
 # The rows put their own quantizers in place of the library's.
 NEAREST = {"activation_rounding": "nearest"}
+RULE = {"mxfp4": "mse", "nvfp4": "loss"}  # of weights' scales; with `best` MXFP4 has factors of rows besides
 ROWS = {
     "default": Row(),
     "own": Row(changes=OWN),
@@ -100,15 +101,16 @@ def measure(model, data, ids, window: int, format: str, name: str) -> dict:
     patches.ROW = row = ROWS[name]
     choose.POWER["same"] = trial.POWER["same"] + row.power
     start = time.perf_counter()
+    settings = NEAREST | {"weight_scale_rule": RULE[format]} | row.changes
     patches.GIVEN.clear()
-    changed = wc.quantize(copy.deepcopy(model), data, format=format, progress=False, **NEAREST, **row.changes)
+    changed = wc.quantize(copy.deepcopy(model), data, format=format, progress=False, **settings)
     learning = 0.0
     if row.learned:
         begin = time.perf_counter()
         found = learn(model, copy.deepcopy(model), changed, data, row.learned, row.rate, WEIGHT_SHARE)
         learning = time.perf_counter() - begin
         patches.GIVEN.update(found)
-        changed = wc.quantize(copy.deepcopy(model), data, format=format, progress=False, **NEAREST, **row.changes)
+        changed = wc.quantize(copy.deepcopy(model), data, format=format, progress=False, **settings)
     middle = time.perf_counter()
     measured = compare(model, changed, ids, window, progress=False)
     return {
