@@ -279,6 +279,17 @@ def test_blocks_without_a_cost_have_no_feedback(group, size):
     assert not feedback_of(same, group).any()
 
 
+def test_what_no_cost_can_be_has_no_feedback():
+    """Rounding makes S̃ of a transform near to singular indefinite."""
+    cost = blocks(32)[1]
+    cost[1] -= 0.5 * torch.linalg.eigvalsh(cost[1])[-1] * torch.eye(32)
+    found = feedback_of(cost, 32)
+    assert found.isfinite().all() and torch.equal(found[[0, 2]], feedback_of(cost[[0, 2]], 32))
+    x, w = problem(n=1, k=64)
+    for settings in ({"damping": 0.0}, {"damping": 1e-8}):
+        assert solved(x, w, **settings)[0].input_feedback.isfinite().all()
+
+
 def problem(n=24, k=96, count=400, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(k, k, generator=generator) * torch.exp(torch.randn(k, generator=generator))

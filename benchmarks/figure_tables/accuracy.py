@@ -142,6 +142,19 @@ def frontier_sets(name: str) -> str:
 
 
 @figure
+def qronos(name: str) -> str:
+    """KL by how weights make up for the layers in front."""
+    found: dict[str, dict[str, float]] = {}
+    for r in result(name)["rows"]:
+        found.setdefault(r["row"], {})[r["format"]] = r["kl"]
+    lines = [
+        [f"`{row}`", *("" if format not in kls else shown(kls[format], 4) for format in ("mxfp4", "nvfp4"))]
+        for row, kls in found.items()
+    ]
+    return table(["setting", "MXFP4", "NVFP4"], lines)
+
+
+@figure
 def encoder(name: str) -> str:
     """Errors of an encoder's embeddings and hidden states by setting."""
     rows = result(name)["rows"]

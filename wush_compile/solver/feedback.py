@@ -66,8 +66,11 @@ def feedback_of(cost: Tensor, group: int) -> Tensor:
     blocks = blocks[:, channels[:, :, None, None], channels]  # [K/G, 4, n, 4, n]
     matrix = torch.einsum("wk,bswtv,vk->bkst", had, blocks, had)  # [K/G, n, 4, 4]
     mean = matrix.diagonal(dim1=-2, dim2=-1).mean((-1, -2))[:, None, None, None]
-    matrix = torch.where(mean > 0, matrix / mean, 0.0) + DAMPING * torch.eye(STEPS).to(cost)
-    root = torch.linalg.cholesky(matrix).mT  # upper R, matrix = Rᵀ R
+    eye = torch.eye(STEPS).to(cost)
+    matrix = torch.where(mean > 0, matrix / mean, 0.0) + DAMPING * eye
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    # Without damping T may be so near to singular that S̃ is rounded to a matrix that costs cannot have: no feedback.
+    root = torch.where(failed[..., None, None] == 0, lower, eye).mT  # upper R, matrix = Rᵀ R
     ratio = root / root.diagonal(dim1=-2, dim2=-1)[..., None]  # F_su of each frequency
     f = torch.stack([ratio[..., s, u] for u in range(1, STEPS) for s in range(u)], 1)  # [K/G, 6, n]
     # The first row of Had_n diag(f) Had_n.
