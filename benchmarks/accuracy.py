@@ -47,13 +47,13 @@ class Row(NamedTuple):
 
 
 RTN, HADAMARD = {"solver": "rtn"}, {"transform": "hadamard"}
-EQUAL = {"token_weights": "uniform", "sweeps": 0, "activation_rounding": "nearest"}
+EQUAL = {"token_weights": "uniform", "sweeps": 0, "correction": 0.0, "activation_rounding": "nearest"}
 ABSMAX = EQUAL | {"weight_scale_rule": "absmax", "activation_scale_rule": "absmax"}
 MSE_WEIGHTS = EQUAL | {"weight_scale_rule": "mse", "activation_scale_rule": "absmax"}
 MSE = EQUAL | {"weight_scale_rule": "mse"}
 PAPER_RULES = EQUAL | {"weight_scale_rule": "paper", "activation_scale_rule": "paper"}
-# In the order of the tables. Rows that name no rule use absmax on both sides; only the default weighs tokens and
-# rounds activations with feedback.
+# In the order of the tables. Rows that name no rule use absmax on both sides; only the default weighs tokens,
+# corrects weights and rounds activations with feedback.
 ROWS = {
     "rtn-identity-paper": Row(
         "RTN, no transform, the authors' scale rule", 23, RTN | PAPER_RULES | {"transform": "identity"}
@@ -76,7 +76,10 @@ ROWS = {
     "gptq-wush-mse-blocks": Row("… with transform blocks of two groups", 55, MSE),
     "gptq-wush-mse-not-shared": Row("… with a transform for each linear", 70, MSE | {"share_transform": False}),
     "paper": Row("`WushConfig.paper`: the authors' schedule and rules, a transform for each linear", 60, {}),
-    "default": Row("tokens weighed by gradients, activations rounded with feedback (the default)", 62, {}),
+    "default": Row(
+        "tokens weighed by gradients, weights corrected, activations rounded with feedback (the default)", 62, {}
+    ),
+    "default-not-corrected": Row("… with weights that are not corrected", 62, {"correction": 0.0}),
     "default-not-shared": Row("… with a transform for each linear", 70, {"share_transform": False}),
 }
 

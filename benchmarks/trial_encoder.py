@@ -43,6 +43,28 @@ def outputs(model: torch.nn.Module, ids: list[torch.Tensor]) -> tuple[torch.Tens
     return torch.nn.functional.normalize(states.mean(1), dim=-1), states
 
 
+def errors(before: tuple[torch.Tensor, torch.Tensor], after: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
+    """Of what `outputs` has given before and after."""
+    (embeddings, states), (found, other) = before, after
+    return {
+        "embedding_error": round(float((found - embeddings).square().sum(-1).mean()), 6),
+        "state_error": round(float((other - states).square().sum() / states.square().sum()), 6),
+    }
+
+
+def load(
+    directory: Path, data: Path, count: int, device: torch.device
+) -> tuple[torch.nn.Module, list[torch.Tensor], list[torch.Tensor]]:
+    """(bf16 model, batches of calibration, batches of the test), `count` windows of 128 tokens each."""
+    model = AutoModel.from_pretrained(directory, dtype=torch.bfloat16).eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    calibration, test = (
+        torch.cat(windows(common.wikitext(data, split), tokenizer, 128, count)).to(device).split(32)
+        for split in ("valid", "test")
+    )
+    return model, list(calibration), list(test)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with valid.txt and test.txt")
@@ -54,24 +76,12 @@ def main() -> None:
     parser.add_argument("--activations", nargs="+", default=list(trial.ACTIVATIONS), choices=list(trial.ACTIVATIONS))
     args = parser.parse_args()
     device = common.device("auto")
-    model = AutoModel.from_pretrained(args.model, dtype=torch.bfloat16).eval().to(device)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data, ids = (
-        torch.cat(windows(common.wikitext(args.data, split), tokenizer, 128, args.windows)).to(device).split(32)
-        for split in ("valid", "test")
-    )
-    embeddings, states = outputs(model, ids)
+    model, data, ids = load(args.model, args.data, args.windows, device)
+    before = outputs(model, ids)
     result = {**common.environment(device), "rows": []}
     for format, activations, name in itertools.product(args.formats, args.activations, args.rows):
-        quantized = trial.quantize(model, list(data), format, activations, name)
-        found, other = outputs(quantized, ids)
-        report = {
-            "format": format,
-            "activations": activations,
-            "row": name,
-            "embedding_error": round(float((found - embeddings).square().sum(-1).mean()), 6),
-            "state_error": round(float((other - states).square().sum() / states.square().sum()), 6),
-        }
+        quantized = trial.quantize(model, data, format, activations, name)
+        report = {"format": format, "activations": activations, "row": name, **errors(before, outputs(quantized, ids))}
         result["rows"].append(report)
         print(report, flush=True)
         common.write_json(args.out, result)

@@ -38,6 +38,7 @@ class Row(NamedTuple):
 
     sensitivity   whether gradients stand for S_b; factors: among how many factors of T they choose
     text          windows of the model's own, in place of WikiText-2
+    correction    how far weights make up for the groups in front
     """
 
     weights: str
@@ -50,10 +51,11 @@ class Row(NamedTuple):
     factors: int = FACTORS
     text: int = 0
     rounding: str = "nearest"
+    correction: float = 0.0
     changes: dict = {}
 
 
-DEFAULT = Row("gradient", "best", exponent=1.5, sweeps=2, sensitivity=True, rounding="feedback")
+DEFAULT = Row("gradient", "best", exponent=1.5, sweeps=2, sensitivity=True, rounding="feedback", correction=0.25)
 
 
 ROWS = {
@@ -74,10 +76,13 @@ ROWS = {
     "gradient-loss^2+1/8": Row("gradient", "loss", 0.125, exponent=2.0),
     "gradient^1.5+1/8": Row("gradient", "mse", 0.125, exponent=1.5),
     "before": Row("gradient", "best", exponent=1.5),
-    "sweeps": DEFAULT._replace(sensitivity=False),
-    "sensitivity": DEFAULT._replace(sweeps=0),
-    "nearest": DEFAULT._replace(rounding="nearest"),
+    "sweeps": DEFAULT._replace(sensitivity=False, correction=0.0),
+    "sensitivity": DEFAULT._replace(sweeps=0, correction=0.0),
+    "nearest": DEFAULT._replace(rounding="nearest", correction=0.0),
     "default": DEFAULT,
+    "default-not-corrected": DEFAULT._replace(correction=0.0),
+    "correction-1/8": DEFAULT._replace(correction=0.125),
+    "correction-1/2": DEFAULT._replace(correction=0.5),
     "default-one-factor": DEFAULT._replace(factors=1),
     "sweeps-4": DEFAULT._replace(sweeps=4),
     "default-3/16": DEFAULT._replace(power=-0.1875),
@@ -127,6 +132,7 @@ def quantize(model, data, format: str, activations: str, name: str):
         weight_scale_rule=row.rule,
         sweeps=row.sweeps,
         activation_rounding=row.rounding,
+        correction=row.correction,
         progress=False,
         **row.changes,
     )

@@ -90,7 +90,7 @@ def test_names_on_disk(saved):
     assert names == each | groups | {"k.bias", "out.bias", "norm.weight", "norm.bias", "steps"}
     settings = json.loads((directory / "config.json").read_text())["quantization_config"]
     assert set(settings) == {"quant_method", "format_version", "config", "groups", "ignored"}
-    assert settings["quant_method"] == "wush" and settings["format_version"] == 4
+    assert settings["quant_method"] == "wush" and settings["format_version"] == 5
     assert settings["groups"] == [
         {"members": ["q", "k"], "transform_block_size": 16, "recipe": {}},
         {"members": ["out"], "transform_block_size": 16, "recipe": {}},
@@ -217,16 +217,18 @@ def settings(**changes):
 
 
 def downgrade(directory: Path, version: int) -> None:
-    """Makes the checkpoint one of an earlier format_version: both knew no rounding but to nearest, and version 1 had
-    one recipe for all groups."""
+    """Makes the checkpoint one of an earlier format_version: 1 and 2 knew no rounding but to nearest, and version 1
+    had one recipe for all groups."""
 
     def change(config: dict) -> None:
         settings = config["quantization_config"]
         settings["format_version"] = version
+        del settings["config"]["correction"]
         assert settings["config"]["weight_scale_rule"] == "loss"
-        settings["config"]["weight_scale_rule"] = "best"
-        for group in settings["groups"]:
-            group["recipe"].pop("weight_scale_rule", None)
+        if version < 4:
+            settings["config"]["weight_scale_rule"] = "best"
+            for group in settings["groups"]:
+                group["recipe"].pop("weight_scale_rule", None)
         if version < 3:
             del settings["config"]["activation_rounding"]
         if version == 1:
@@ -242,11 +244,12 @@ def downgrade(directory: Path, version: int) -> None:
 OTHER_FORMAT = {"overrides": {"out": {"format": "mxfp4", "weight_scale_rule": "mse"}}}
 
 
-@pytest.mark.parametrize("version,settings", [(1, {}), (2, OTHER_FORMAT), (3, OTHER_FORMAT)])
+@pytest.mark.parametrize("version,settings", [(1, {}), (2, OTHER_FORMAT), (3, OTHER_FORMAT), (4, OTHER_FORMAT)])
 def test_earlier_versions_still_load_and_are_saved_as_the_newest(tmp_path, version, settings):
-    """`best` stood for the rule `loss` of nvfp4, `mse` of mxfp4, without factors of rows."""
+    """Up to 4 no weights are corrected; up to 3 `best` stood for `loss` of nvfp4, `mse` of mxfp4, without factors."""
     rounding = "nearest" if version < 3 else "feedback"
-    model, x = branches(format="nvfp4", weight_scale_rule="loss", activation_rounding=rounding, **settings)
+    settings = settings | {"activation_rounding": rounding, "correction": 0.0}
+    model, x = branches(format="nvfp4", weight_scale_rule="loss", **settings)
     directory = tmp_path / "saved"
     wc.save(model, directory)
     before = files(directory)
@@ -257,13 +260,13 @@ def test_earlier_versions_still_load_and_are_saved_as_the_newest(tmp_path, versi
     record, again = getattr(model, ATTRIBUTE), getattr(loaded, ATTRIBUTE)
     assert (record.config, record.groups, record.ignored) == (again.config, again.groups, again.ignored)
     recipes = [again.recipe_of(entry) for entry in again.groups]
-    assert all(recipe.rounds_with_feedback == (version == 3) and not recipe.factors_rows for recipe in recipes)
+    assert all(recipe.rounds_with_feedback == (version > 2) and not recipe.factors_rows for recipe in recipes)
     wc.save(loaded, tmp_path / "again")
     assert files(tmp_path / "again") == before
 
 
 def test_version_1_that_quantized_the_head_says_so(tmp_path):
-    model, _ = branches(format="nvfp4", weight_scale_rule="loss", activation_rounding="nearest")
+    model, _ = branches(format="nvfp4", weight_scale_rule="loss", activation_rounding="nearest", correction=0.0)
     wc.save(model, directory := tmp_path / "saved")
     edit_config(directory, lambda c: c["quantization_config"]["config"].update(ignore=[]))
     downgrade(directory, 1)
@@ -334,7 +337,7 @@ DAMAGE = {
     "config not JSON": (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
     "another config": (lambda d: (d / "config.json").write_text("[1]"), "is not a wush checkpoint"),
     "another method": (settings(quant_method="gptq"), "is not a wush checkpoint"),
-    "newer": (settings(format_version=5), "format_version 5.*upgrade"),
+    "newer": (settings(format_version=6), "format_version 6.*upgrade"),
     "unknown key": (settings(color="red"), "unknown keys color"),
     "missing key": (lambda d: edit_config(d, lambda c: c["quantization_config"].pop("ignored")), "lacks ignored"),
     "unknown setting": (

@@ -156,6 +156,7 @@ def test_paper(format):
         activation_rounding="nearest",
         sweeps=0,
         share_transform=False,
+        correction=0.0,
         token_weights="uniform",
     )
     assert WushConfig.paper(format, solver="rtn", share_transform=True).solver == "rtn"

@@ -17,11 +17,13 @@ import wush_compile as wc
 from wush_compile.calibration import loop as calibrate
 from wush_compile.calibration.ranks import Ranks, SingleProcess, assign, join, merge_samples
 from wush_compile.calibration.solve_experts import shares
+from wush_compile.calibration.variants import Variant
 from wush_compile.errors import NonFiniteError, WushError
 from wush_compile.solver.solution import solve_cost
 
 WINDOWS, LENGTH = 10, 48
-SETTINGS = {"solver": "gptq", "activation_format": "fp8", "progress": False}
+# Groups of one linear: in a step are then q, k and v, or gate and up, which the processes share.
+SETTINGS = {"solver": "gptq", "activation_format": "fp8", "share_transform": False, "progress": False}
 
 
 def data():
@@ -34,26 +36,29 @@ class Watch:
     """Counts the tokens that this process forwards, keeps groups' moments, and puts `given` ones in their place."""
 
     def __init__(self, monkeypatch, given=None):
-        self.forwarded, self.moments, self.given = 0, {}, given
+        self.forwarded, self.moments, self.crosses, self.given = 0, {}, {}, given
         for team in (SingleProcess, Ranks):
             monkeypatch.setattr(team, "reduce", self.reduce(team.reduce))
-        forwards = calibrate.Calibration._forwards
+        for name in ("observe", "propagate"):
+            monkeypatch.setattr(Variant, name, self.counted(getattr(Variant, name)))
 
-        def counted(run, number, **options):
-            for index, step in enumerate(forwards(run, number, **options)):
-                self.forwarded += run.batches[index].tokens()
+    def counted(self, forwards):
+        def run(variant, *args):
+            for index, step in enumerate(forwards(variant, *args)):
+                self.forwarded += variant.batches[index].tokens()
                 yield step
 
-        monkeypatch.setattr(calibrate.Calibration, "_forwards", counted)
+        return run
 
     def reduce(self, original):
         def reduced(team, seen, costs):
             original(team, seen, costs)
             for i, observation in seen.items():
                 if observation.moment is not None:
-                    self.moments[i] = observation.moment.clone()
+                    self.moments[i], self.crosses[i] = observation.moment.clone(), observation.cross.clone()
                     if self.given is not None:
-                        observation.moment.copy_(self.given[i])
+                        observation.moment.copy_(self.given[0][i])
+                        observation.cross.copy_(self.given[1][i])
 
         return reduced
 
@@ -102,7 +107,7 @@ def worker(mode: str, out: str) -> None:
         watch = Watch(monkeypatch)
         journal = None if mode == "work" else f"{out}/checkpoint"
         model = wc.quantize(plain("llama", torch.float32), data(), out=journal, **SETTINGS)
-    result = {"state": model.state_dict(), "moments": watch.moments}
+    result = {"state": model.state_dict(), "moments": watch.moments, "crosses": watch.crosses}
     if mode == "work":
         mixture = wc.quantize(moe("qwen3_moe", torch.float32), data(), **SETTINGS)
         result |= {"mixture": mixture.state_dict(), "report": mixture.wush_quantization.report}
@@ -179,21 +184,24 @@ def test_two_processes_are_one(two, one_thread, monkeypatch):
     watch = Watch(monkeypatch)
     alone = wc.quantize(plain("llama", torch.float32), data(), **SETTINGS)
     forwarded = [report["forwarded"] for report in reports]
-    # The embedding once, the first layer twice, the last layer once, since nothing reads its output.
-    assert sum(forwarded) == watch.forwarded == 4 * WINDOWS * LENGTH
+    # The embedding once, the first layer in four steps and once more, the last layer in four steps, since nothing reads
+    # its output.
+    assert sum(forwarded) == watch.forwarded == 10 * WINDOWS * LENGTH
     assert forwarded[0] == forwarded[1]
 
     first, second = (r["moments"] for r in results)
     assert first and second and not set(first) & set(second)  # each group's moments are on one rank
     both = first | second
-    assert list(range(8)) == sorted(both) == sorted(watch.moments)
-    for i in range(4):  # of the first layer, whose input no code has changed
+    assert list(range(14)) == sorted(both) == sorted(watch.moments)
+    for i in range(3):  # q, k and v of the first layer, whose input no code has changed
         assert (both[i] - watch.moments[i]).norm() <= 1e-5 * watch.moments[i].norm()
 
     # Sums in another order flip codes at ties. With the moments of the two, one process finds their codes.
-    watch = Watch(monkeypatch, both)
+    crosses = results[0]["crosses"] | results[1]["crosses"]
+    watch = Watch(monkeypatch, (both, crosses))
     alone = wc.quantize(plain("llama", torch.float32), data(), **SETTINGS)
-    for i in range(8):
+    for i in range(14):
+        assert (crosses[i] - watch.crosses[i]).norm() <= 1e-3 * watch.crosses[i].norm()
         assert (both[i] - watch.moments[i]).norm() <= 1e-5 * watch.moments[i].norm()
     states = [r["state"] for r in results]
     assert_same_state(*states)

@@ -302,14 +302,14 @@ def test_sampled_text_is_kept(tmp_path):
 def test_out_of_memory_halves_the_micro_batch_and_a_resumed_run_takes_that(tmp_path, failing):
     one, two = tmp_path / "one", tmp_path / "two"
     plain = wc.quantize(net(Words), IDS, progress=False, batch_size=4, token_weights="uniform")
-    failing(variants, "functional_call", 14, torch.OutOfMemoryError("simulated"))
+    failing(variants, "functional_call", 29, torch.OutOfMemoryError("simulated"))
     model = quantize(net(Words), one, IDS)
     manifest = json.loads((one / ".wush" / "manifest.json").read_text())
     assert manifest["micro_batch"] == 2 and manifest["events"] == [
         {"stage": "net.layers.1", "micro_batch": 2, "reason": "out of memory"}
     ]
     assert not same_tensors(model, plain)
-    failing(variants, "functional_call", 14, torch.OutOfMemoryError("simulated"))
+    failing(variants, "functional_call", 29, torch.OutOfMemoryError("simulated"))
     calls = failing(solving, "solve", 6, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         quantize(net(Words), two, IDS)

@@ -25,7 +25,7 @@ def test_the_bar_says_where_the_run_is(capsys, monkeypatch):
     monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True)
     wc.quantize(net(), DATA)
     shown = capsys.readouterr().err
-    for part in ("layers.2, out, loss ", "solving a", "tokens/s", "GiB", "39/39"):  # 30 forwards, 9 groups
+    for part in ("layers.2, out, loss ", "solving a", "tokens/s", "GiB", "51/51"):  # 42 forwards, 9 groups
         assert part in shown, part
     assert shown.count("quantizing:") == shown.count("\r")  # one bar
 
@@ -39,11 +39,11 @@ def test_without_data_the_bar_counts_groups(capsys, monkeypatch):
 def test_where_there_is_no_terminal_there_are_lines(capsys, monkeypatch):
     wc.quantize(net(), DATA)
     shown = capsys.readouterr().err
-    assert shown.count("quantizing: 39/39, ") == 1 and "\r" not in shown and "quantizing: 38/" not in shown
+    assert shown.count("quantizing: 51/51, ") == 1 and "\r" not in shown and "quantizing: 50/" not in shown
     monkeypatch.setattr(_Lines, "INTERVAL", 0.0)
     wc.quantize(net(), DATA)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "/39," in line]
-    assert [line.split("/39,")[0] for line in lines] == [f"quantizing: {n}" for n in range(1, 40)]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "/51," in line]
+    assert [line.split("/51,")[0] for line in lines] == [f"quantizing: {n}" for n in range(1, 52)]
     assert "loss " in lines[-1] and "so far" in lines[-1] and lines[-1].endswith("00:00 left")
 
 

@@ -123,8 +123,8 @@ class WushConfig(Recipe):
 
     @classmethod
     def paper(cls, format: str = "mxfp4", **changes) -> "WushConfig":
-        """The authors' setting: GPTQ, conditional moments, their scale rules, rounding to nearest, equal tokens, and a
-        transform a linear."""
+        """The authors' setting: GPTQ, conditional moments, their scale rules, rounding to nearest, equal tokens, a
+        transform a linear, and weights that make up for no others."""
         settings = dict(
             moments="conditional",
             weight_scale_rule="paper",
@@ -132,6 +132,7 @@ class WushConfig(Recipe):
             activation_rounding="nearest",
             sweeps=0,
             share_transform=False,
+            correction=0.0,
             token_weights="uniform",
         )
         return cls.from_dict({"format": format, **settings, **changes})

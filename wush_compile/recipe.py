@@ -58,6 +58,11 @@ class Recipe:
     damping
         The share of the mean diagonal that is added to second moments. The same share of the mean is added to singular
         values.
+    correction
+        How far the weights to be rounded make up for what the groups in front have done to their input, from 0 to 1, a
+        share of the least-squares correction (GPTAQ, Qronos; docs/spec.md §3). The groups of a layer are then solved
+        one after the other, and each layer of the unquantized model runs beside. 0 solves the groups of a layer
+        together. Without `gptq`, and for experts, the setting has no effect.
     token_weights
         What a token counts in second moments. `uniform`: all alike. `gradient`: by how much the model's log-likelihood
         depends on the linear's output for this token (docs/spec.md §3), which takes one more pass, forward and
@@ -79,6 +84,7 @@ class Recipe:
     transform_block_size: int | None = None
     share_transform: bool = True
     damping: float = 0.01
+    correction: float = 0.25
     token_weights: str = "gradient"
     seed: int = 0
 
@@ -108,6 +114,8 @@ class Recipe:
             raise ConfigError(f"sweeps is how often GPTQ goes over the weights again, 0 or more, not {self.sweeps!r}")
         if not 0 <= self.damping < 1:
             raise ConfigError(f"damping is a share of the mean diagonal, at least 0 and below 1, not {self.damping!r}")
+        if not 0 <= self.correction <= 1:
+            raise ConfigError(f"correction is a share of the whole correction, from 0 to 1, not {self.correction!r}")
 
     @property
     def group_size(self) -> int:
@@ -131,6 +139,7 @@ class Recipe:
             activation_scale_rule=rule,
             sweeps=0,
             transform_block_size=None,
+            correction=0.0,
             token_weights="uniform",
         )
 
@@ -163,6 +172,11 @@ class Recipe:
         """
         on_the_way = self.moments == "conditional" and self.transform in ("wus", "wush")
         return self.format == "mxfp4" and self.weight_scale_rule == "best" and not on_the_way
+
+    @property
+    def corrects_weights(self) -> bool:
+        """Whether the weights of a linear make up for the groups in front of it: GPTQ keeps the moment for that."""
+        return self.correction > 0 and self.solver == "gptq"
 
     @property
     def needs_data(self) -> bool:

@@ -43,7 +43,7 @@ class Method:
         return WushConfig(format=format, seed=seed, **self.settings)
 
 
-_EQUAL = {"token_weights": "uniform", "sweeps": 0}
+_EQUAL = {"token_weights": "uniform", "sweeps": 0, "correction": 0.0}
 _ABSMAX = {"weight_scale_rule": "absmax", "activation_scale_rule": "absmax"}
 _MSE = {"weight_scale_rule": "mse", "activation_scale_rule": "mse"}
 # Conditional moments leave channels in the model's order, as published.

@@ -3,9 +3,12 @@
 0. Weigh the tokens, where a recipe asks for it: one pass of the unquantized model (`token_weights.py`).
 1. Observe: run every batch through the stage with observers in its graph. They collect the second moment and a sample
    of each group's input.
-2. Solve each group, and rewrite its linears in the stage's graph into quantized ones.
+2. Solve each group, and rewrite its linears in the stage's graph into quantized ones. Where weights are corrected, 1
+   and 2 are done for one step of the stage after the other: the groups of a step do not depend on one another. The
+   unquantized stage runs beside, and the observers compare the two inputs of a group.
 3. Commit the solved groups to the journal, if there is one. It writes them during step 4.
-4. Propagate: run every batch through the rewritten stage. The next stage sees what the *quantized* model produces.
+4. Propagate: run every batch through the rewritten stage. The next stage sees what the *quantized* model produces. The
+   unquantized stage passes its own values on.
 
 The loop installs nothing in the model. It loads a stage's weights to the compute device when it reaches the stage, and
 frees them after the stage. `Activations` holds the live values of every batch. Only one stage's moments are in memory
@@ -14,7 +17,7 @@ repeats step 4 alone, with the solved groups.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -24,8 +27,9 @@ from ..capture.export import Captured
 from ..data import Batch
 from ..errors import DataError, NonFiniteError
 from ..passes.calibration.group import LinearGroup
-from ..passes.calibration.observe import Observation, allocate, observed
+from ..passes.calibration.observe import Observation, allocate, corrects_weights, observed
 from ..passes.calibration.partition import Stage
+from ..passes.calibration.reference import in_turn
 from ..phases import phase
 from ..solver.experts import SHRINKAGE_ROWS, first_bad_expert, pooled_moment, starved_experts
 from ..solver.solution import solve_cost
@@ -36,7 +40,7 @@ from .solve_experts import join_shares, shares, solve_common, solve_experts_of
 from .solve_group import Solved, solve_group
 from .tensors import Loader, ResultMover
 from .token_weights import TokenWeights, token_weights
-from .variants import Variant, Variants, used
+from .variants import Variants, used
 
 T = TypeVar("T")
 log = logging.getLogger("wush_compile")
@@ -82,6 +86,7 @@ class Calibration:
         self.stages = self.variants.first.stages
         self.groups_in = _groups_by_stage(self.stages, groups)
         self.last = max(number for number, own in enumerate(self.groups_in) if own)
+        self.steps_in = self._all_steps(batches is not None and any(map(corrects_weights, groups)))
         self.short: dict[int, int] = {}
         self._loaded: tuple[int, dict[str, Tensor]] | None = None
         self.loader = Loader(run.tensors, run.device)
@@ -92,9 +97,17 @@ class Calibration:
         )
         if run.journal is not None:
             groups_by_stage = [[groups[i] for i in own] for own in self.groups_in]
-            run.journal.lay_out([used(stage) for stage in self.stages], groups_by_stage, run.tensors)
+            uses = [used(stage.graph_module) for stage in self.stages]
+            run.journal.lay_out(uses, groups_by_stage, run.tensors)
         self.weights = TokenWeights({})
         self._start()
+
+    def _all_steps(self, corrects: bool) -> list[list[list[int]]]:
+        """Returns, for each stage, its groups in the steps in which they are solved."""
+        if not corrects:
+            return [[own] if own else [] for own in self.groups_in]
+        numbered = ([(i, self.groups[i]) for i in own] for own in self.groups_in)
+        return [in_turn(stage, own) for stage, own in zip(self.stages, numbered, strict=True)]
 
     # -- batches -----------------------------------------------------------------------------------------------------
 
@@ -183,26 +196,19 @@ class Calibration:
             self._loaded = (number, loaded)
         return self._loaded[1]
 
-    def _forwards(self, number: int, observes: bool = False) -> Iterator[tuple[Variant, int, tuple]]:
-        """Runs every batch through a stage. Yields (variant, index among its batches, outputs)."""
-        loaded, batches = self._load(number), iter(self.batches)
-        for variant in self.variants:
-            for index, outputs in enumerate(variant.forwards(number, loaded, observes)):
-                yield variant, index, outputs
-                self.progress.advance(next(batches).tokens())
-
-    def _observe(self, number: int) -> dict[int, Observation]:
-        """Runs every batch through a stage. Returns what its observers saw, by group number."""
+    def _observe(self, number: int, step: list[int]) -> dict[int, Observation]:
+        """Runs every batch through what leads to these groups of a stage. Returns what their observers saw."""
         graph_module = self.stages[number].graph_module
         with phase("forwards"):
-            self._load(number)
-            seen = {i: allocate(graph_module, i, self.device) for i in observed(graph_module)}
+            loaded, batches, finite = self._load(number), iter(self.batches), []
+            seen = {i: allocate(graph_module, i, self.device) for i in observed(graph_module) if i in step}
             self.variants.observe_into(number, seen)
-            finite = [
-                # A NaN or Inf in an input reaches the diagonal of its moment, so checking K values is enough.
-                torch.stack([s.moment.diagonal(dim1=-2, dim2=-1).isfinite().all() for s in seen.values()])
-                for _ in self._forwards(number, observes=True)
-            ]
+            for variant in self.variants:
+                for _ in variant.observe(number, loaded, step):
+                    # A NaN or Inf in an input reaches the diagonal of its moment, so checking K values is enough.
+                    moments = [s.moment.diagonal(dim1=-2, dim2=-1) for s in seen.values()]
+                    finite.append(torch.stack([diagonal.isfinite().all() for diagonal in moments]))
+                    self.progress.advance(next(batches).tokens())
             self._check_finite(seen, torch.stack(finite).cpu())
         return seen
 
@@ -253,12 +259,11 @@ class Calibration:
         cost = solve_cost(group.recipe, sum(linear.rows for linear in group.linears), group.width)
         return cost * (group.experts or 1) / len(self._units(unit[0]))
 
-    def _solve_stage(self, number: int) -> None:
-        """Observes a stage, solves its groups and rewrites its graph."""
-        stage, own = self.stages[number], self.groups_in[number]
-        seen = {}
+    def _solve(self, number: int, own: list[int]) -> None:
+        """Observes groups of a stage, solves them and rewrites its graph."""
+        stage, seen = self.stages[number], {}
         if self.windows is not None:
-            seen = self._retry_smaller(number, lambda: self._observe(number))
+            seen = self._retry_smaller(number, lambda: self._observe(number, own))
             with phase("reduce"):
                 self.ranks.reduce(seen, {unit: self._cost(unit) for i in seen for unit in self._units(i)})
                 for i, observation in seen.items():
@@ -267,7 +272,7 @@ class Calibration:
                         name = self.groups[i].name
                         observation.pooled = pooled_moment(observation.moment, observation.count, name)
             self._warn_if_short(seen)
-            self.variants.remove_observers(number)
+            self.variants.remove_observers(number, own)
         loaded = self._load(number)
 
         left = len(own)  # to be solved, here or by other processes
@@ -312,18 +317,17 @@ class Calibration:
                     self.groups[i].name,
                     report["damping_tries"],
                 )
-        self._rewrite(number)
+        self.variants.rewrite(number, solutions)
         for name in set(loaded) - self.variants.used(number):  # frees the original weights on the device
             del loaded[name]
-
-    def _rewrite(self, number: int) -> None:
-        self.variants.rewrite(number, {i: self.solved[i] for i in self.groups_in[number]})
 
     def _propagate(self, number: int) -> None:
         """Runs every batch through a stage and keeps the outputs."""
         with phase("forwards"):
-            for variant, index, outputs in self._forwards(number):
-                variant.keep(number, index, outputs)
+            loaded, batches = self._load(number), iter(self.batches)
+            for variant in self.variants:
+                for _ in variant.propagate(number, loaded):
+                    self.progress.advance(next(batches).tokens())
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -334,7 +338,7 @@ class Calibration:
             self.variants.remove_observers(k)
             for i in self.groups_in[k]:
                 self.solved[i] = Solved(*self.journal.restore(self.groups[i], k, self.run.tensors.home))
-            self._rewrite(k)
+            self.variants.rewrite(k, {i: self.solved[i] for i in self.groups_in[k]})
         if number:
             self.progress.event("resumed", stages=number)
             self.progress.note(
@@ -349,7 +353,7 @@ class Calibration:
         if self.windows is None:
             return groups
         replayed = first if first <= self.last else 0
-        todo = sum(bool(self.groups_in[k]) + (k < self.last) for k in range(first, self.last + 1))
+        todo = sum(len(self.steps_in[k]) + (k < self.last) for k in range(first, self.last + 1))
         return groups + (replayed + todo) * len(self.batches)
 
     def calibrate(self) -> tuple[list[Solved], list[Stage]]:
@@ -363,8 +367,8 @@ class Calibration:
         for number in range(first, len(self.stages) if self.journal is not None else self.last + 1):
             stage, own = self.stages[number], self.groups_in[number]
             self.progress.at(stage.name)
-            if own:
-                self._solve_stage(number)
+            for step in self.steps_in[number]:
+                self._solve(number, step)
             if self.journal is not None:
                 with phase("journal"):
                     self.journal.commit(number, {self.groups[i].name: self.solved[i] for i in own})

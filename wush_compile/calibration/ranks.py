@@ -231,12 +231,14 @@ class Ranks(SingleProcess):
 
     def _reduce_linears(self, observation: Observation, rows: list[int], owner: int) -> None:
         dist.reduce(observation.moment, owner)
+        if observation.cross is not None:
+            dist.reduce(observation.cross, owner)
         samples = [torch.empty_like(observation.sample) for _ in range(self.size if owner == self.rank else 0)]
         dist.gather(_as_bytes(observation.sample), list(map(_as_bytes, samples)) or None, owner)
         if samples:
             observation.sample = merge_samples(samples, rows)
         else:
-            observation.moment = observation.sample = None  # frees memory for the solver
+            observation.moment = observation.sample = observation.cross = None  # frees memory for the solver
 
     def _reduce_experts(self, observation: Observation, rows: list[int], owners: list[int]) -> None:
         pooled = observation.moment.sum(0, dtype=torch.float64)

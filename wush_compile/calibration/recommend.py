@@ -8,6 +8,7 @@ cheapest rung everywhere, and take the step with the most accuracy for its cost 
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from rich import box
@@ -225,7 +226,10 @@ def survey(
         groups, _ = find_groups(captured.graph_module, model, config)
         if not groups:
             raise WushError(f"nothing to recommend for {type(model).__name__}: it has no linear to quantize")
-        return Survey(captured, groups, batches, run).survey(rungs(config.format), config.recipe.resolved())
+        # Rungs are compared on the same weights and inputs.
+        groups = [replace(group, recipe=replace(group.recipe, correction=0.0)) for group in groups]
+        recipe = replace(config.recipe.resolved(), correction=0.0)
+        return Survey(captured, groups, batches, run).survey(rungs(config.format), recipe)
     finally:
         if shown is not progress:
             shown.close()

@@ -13,8 +13,9 @@ from ..modules import Member, WushGroup
 from ..passes.calibration.group import LinearGroup
 from ..passes.calibration.observe import Observation
 from ..phases import phase
+from ..solver.correction import corrected
 from ..solver.loss import layer_loss
-from ..solver.solve import solve
+from ..solver.solve import check_weight, solve
 
 LOSS_ROWS = 512
 
@@ -60,6 +61,10 @@ def solve_group(group: LinearGroup, tensors: Mapping[str, Tensor], seen: Observa
     """
     start = time.perf_counter()
     weight = group.stacked_weight(tensors)  # [N, K]
+    if seen is not None and seen.cross is not None:
+        check_weight(weight, group.name)
+        with phase("correction"):
+            weight = corrected(weight, seen.moment, seen.cross, group.recipe, group.name)
     solution = solve(
         weight,
         group.recipe,

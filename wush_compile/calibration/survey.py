@@ -98,7 +98,8 @@ class Survey(Calibration):
         for number in range(self.last + 1):
             self.progress.at(self.stages[number].name)
             if self.groups_in[number]:
-                seen = self._retry_smaller(number, lambda number=number: self._observe(number))
+                own = self.groups_in[number]
+                seen = self._retry_smaller(number, lambda number=number, own=own: self._observe(number, own))
                 self.variants.remove_observers(number)
                 loaded = self._load(number)
                 for i in sorted(reached & set(self.groups_in[number])):

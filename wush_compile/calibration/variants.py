@@ -5,10 +5,10 @@ another number of chunks. All graphs of a run have the same stages and the same 
 each in its own graph, before its groups are solved.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, fx
 from torch.func import functional_call
 
 from ..capture.export import Captured, capture
@@ -16,16 +16,19 @@ from ..errors import CaptureError, DataError
 from ..passes.calibration.group import LinearGroup, find_again
 from ..passes.calibration.observe import (
     Observation,
+    corrects_weights,
     insert_observers,
     observed,
     only_observers,
+    reference_name,
     remove_observers,
     share,
     weigh_observers,
     weight_name,
 )
-from ..passes.calibration.partition import Stage, partition
+from ..passes.calibration.partition import partition
 from ..passes.calibration.place import place
+from ..passes.calibration.reference import sources, unobserved
 from ..passes.calibration.rewrite import rewrite
 from .activations import Activations
 from .context import Run
@@ -39,15 +42,16 @@ if TYPE_CHECKING:
 MAX_GRAPHS = 8
 
 
-def used(stage: Stage) -> set[str]:
-    """Returns the names of the tensors in a stage's graph."""
-    return {n.target for n in stage.graph_module.graph.nodes if n.op == "get_attr"}
+def used(graph_module: fx.GraphModule) -> set[str]:
+    """Returns the names of the tensors in a graph."""
+    return {n.target for n in graph_module.graph.nodes if n.op == "get_attr"}
 
 
 class Variant:
     """A graph in stages, and the batches that go through it.
 
-    groups   the run's groups in this graph; None for a group that it does not reach
+    groups       the run's groups in this graph; None for a group that it does not reach
+    references   the unquantized stages, if the weights of any group are corrected; else empty
     """
 
     def __init__(self, captured: Captured, groups: list[LinearGroup | None], run: Run, observes: bool):
@@ -58,8 +62,11 @@ class Variant:
         if observes:
             insert_observers(graph_module, groups)
         self.stages = partition(graph_module)
+        self._corrected = {i for i, group in enumerate(groups) if observes and group and corrects_weights(group)}
+        self.references = [unobserved(stage.graph_module) for stage in self.stages] if self._corrected else []
         self.last_use = {name: number for number, stage in enumerate(self.stages) for name in stage.inputs}
         self.activations: Activations | None = None
+        self.reference_activations: Activations | None = None
         self.batches: list[MicroBatch] = []
         self._weights: TokenWeights | None = None
 
@@ -68,34 +75,66 @@ class Variant:
         values = [self.captured.flatten(first + i, batch.inputs) for i, batch in enumerate(batches)]
         run, self.batches = self._run, batches
         self.activations = Activations(values, run.device, run.offloads, run.activations_dir)
+        if self.references:
+            values = [dict(own) for own in values]
+            self.reference_activations = Activations(values, run.device, run.offloads, run.activations_dir)
 
-    def forwards(self, number: int, loaded: dict[str, Tensor], observes: bool = False) -> Iterator[tuple]:
-        """Runs every batch through a stage with these tensors. Yields the outputs; none of a pass that observes."""
+    def _runs(
+        self, module: fx.GraphModule, number: int, loaded: dict[str, Tensor], activations: Activations
+    ) -> Iterator[tuple]:
+        """Runs every batch through a graph with the inputs of a stage. Yields what it returns."""
+        read = used(module)
+        loaded = {name: tensor for name, tensor in loaded.items() if name in read}
+        if len(activations):
+            for batch, inputs in zip(self.batches, activations.read(self.stages[number].inputs), strict=True):
+                yield self._call(module, loaded, inputs, batch)
+
+    def _call(self, module: fx.GraphModule, tensors: dict[str, Tensor], inputs: list, batch: MicroBatch) -> tuple:
+        try:
+            return functional_call(module, tensors, tuple(inputs))
+        except RuntimeError as error:  # an assertion of a graph that was traced with the values of a batch
+            if not str(error).startswith("Runtime assertion failed"):
+                raise
+            raise DataError(
+                f"{batch} makes {type(self.captured.model).__name__} run other code than the traced batch: "
+                "calibrate on batches that are alike (padding, empty parts), or quantize a submodule"
+            ) from error
+
+    def observe(self, number: int, loaded: dict[str, Tensor], groups: Collection[int]) -> Iterator[None]:
+        """Runs every batch through what the observers of these groups of a stage read. Yields after each batch."""
         stage = self.stages[number]
-        module = only_observers(stage.graph_module) if observes else stage.graph_module
-        if observes:  # without the weights behind the observers
-            read = {node.target for node in module.graph.nodes if node.op == "get_attr"}
-            loaded = {name: tensor for name, tensor in loaded.items() if name in read}
-        weighted = [] if self._weights is None else [i for i in observed(stage.graph_module) if i in self._weights]
+        module, reached = only_observers(stage.graph_module, groups), observed(stage.graph_module)
+        read = used(module)  # without the weights behind the observers
+        loaded_here = {name: tensor for name, tensor in loaded.items() if name in read}
+        weighted = [] if self._weights is None else [i for i in reached if i in groups and i in self._weights]
+        corrected = [i for i in reached if i in groups and i in self._corrected]
+        theirs = None
+        if corrected:
+            reference = sources(self.references[number], [self.groups[i] for i in corrected])
+            theirs = self._runs(reference, number, loaded, self.reference_activations)
         if len(self.activations):
             for batch, inputs in zip(self.batches, self.activations.read(stage.inputs), strict=True):
-                weights = {weight_name(i): self._weights.of(i, batch, self._run.device) for i in weighted}
-                try:
-                    outputs = functional_call(module, loaded | weights, tuple(inputs))
-                except RuntimeError as error:  # an assertion of a graph that was traced with the values of a batch
-                    if not str(error).startswith("Runtime assertion failed"):
-                        raise
-                    raise DataError(
-                        f"{batch} makes {type(self.captured.model).__name__} run other code than the traced batch: "
-                        "calibrate on batches that are alike (padding, empty parts), or quantize a submodule"
-                    ) from error
-                yield outputs
+                given = {weight_name(i): self._weights.of(i, batch, self._run.device) for i in weighted}
+                if theirs is not None:
+                    given |= dict(zip(map(reference_name, corrected), next(theirs), strict=True))
+                self._call(module, loaded_here | given, inputs, batch)
+                yield
 
-    def keep(self, number: int, index: int, outputs: tuple) -> None:
+    def propagate(self, number: int, loaded: dict[str, Tensor]) -> Iterator[None]:
+        """Runs every batch through a stage with these tensors, and keeps the outputs. Yields after each batch."""
+        graph_module = self.stages[number].graph_module
+        for index, outputs in enumerate(self._runs(graph_module, number, loaded, self.activations)):
+            self._keep(self.activations, number, index, outputs)
+            yield
+        if self.references:
+            reference, activations = self.references[number], self.reference_activations
+            for index, outputs in enumerate(self._runs(reference, number, loaded, activations)):
+                self._keep(activations, number, index, outputs)
+
+    def _keep(self, activations: Activations, number: int, index: int, outputs: tuple) -> None:
         """Keeps a stage's outputs for its batch `index`, and drops the values that no later stage reads."""
-        self.activations.write(index, dict(zip(self.stages[number].outputs, outputs, strict=True)))
-        dead = [n for n in self.activations.names(index) if self.last_use.get(n, -1) <= number]
-        self.activations.drop(index, dead)
+        activations.write(index, dict(zip(self.stages[number].outputs, outputs, strict=True)))
+        activations.drop(index, [n for n in activations.names(index) if self.last_use.get(n, -1) <= number])
 
     def weigh(self, weights: "TokenWeights") -> None:
         """Makes the observers of all stages weigh their rows."""
@@ -107,11 +146,17 @@ class Variant:
         """Makes the observers of a stage add to these buffers."""
         graph_module = self.stages[number].graph_module
         for i in observed(graph_module):
-            share(graph_module, i, seen[i])
+            if i in seen:
+                share(graph_module, i, seen[i])
 
-    def remove_observers(self, number: int) -> None:
-        """Removes the observers of a stage."""
-        remove_observers(self.stages[number].graph_module)
+    def remove_observers(self, number: int, groups: Collection[int] | None = None) -> None:
+        """Removes the observers of these groups of a stage, or of all."""
+        remove_observers(self.stages[number].graph_module, groups)
+
+    def used(self, number: int) -> set[str]:
+        """Returns the names of the tensors in the graphs of a stage."""
+        reference = used(self.references[number]) if self.references else set()
+        return used(self.stages[number].graph_module) | reference
 
     def rewrite(self, number: int, solved: dict[int, Solved]) -> None:
         """Rewrites the solved groups, by number, of a stage."""
@@ -181,7 +226,7 @@ class Variants:
         if self._weights is not None:
             variant.weigh(self._weights)
         for number, solved in self._solved:  # traced late, for a smaller micro-batch
-            variant.remove_observers(number)
+            variant.remove_observers(number, solved)
             variant.rewrite(number, solved)
         return variant
 
@@ -196,10 +241,10 @@ class Variants:
         for variant in self._all:
             variant.observe_into(number, seen)
 
-    def remove_observers(self, number: int) -> None:
-        """Removes the observers of a stage from all graphs."""
+    def remove_observers(self, number: int, groups: Collection[int] | None = None) -> None:
+        """Removes the observers of these groups of a stage, or of all, from all graphs."""
         for variant in self._all:
-            variant.remove_observers(number)
+            variant.remove_observers(number, groups)
 
     def rewrite(self, number: int, solved: dict[int, Solved]) -> None:
         """Rewrites the solved groups, by number, of a stage in all graphs."""
@@ -209,4 +254,4 @@ class Variants:
 
     def used(self, number: int) -> set[str]:
         """Returns the names of the tensors in the graphs of a stage."""
-        return set().union(*(used(variant.stages[number]) for variant in self._all))
+        return set().union(*(variant.used(number) for variant in self._all))

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, WushError
 from ..recipe import Recipe
 
 log = logging.getLogger("wush_compile")
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 ATTRIBUTE = "wush_quantization"
 REPORT = "wush_report.json"
 
@@ -73,8 +73,8 @@ class Quantization:
     def from_dict(cls, data: dict) -> "Quantization":
         """Reads what `to_dict` wrote, in this version or an earlier one.
 
-        Up to version 3 rows have no factors, up to version 2 activations are rounded to nearest. In version 1 all
-        groups have the recipe of `config`.
+        Up to version 4 no weights are corrected, up to version 3 rows have no factors, up to version 2 activations are
+        rounded to nearest. In version 1 all groups have the recipe of `config`.
         Raises `CheckpointError` for a newer version, for unknown or missing keys, and for the layout of the authors.
         """
         if "format_version" not in data and "groups" not in data:
@@ -110,6 +110,8 @@ class Quantization:
             groups = [{**group, "recipe": {}} for group in groups]
             if "lm_head" not in config.get("ignore", ()):  # in version 1 `ignore` replaced its default
                 config = {**config, "ignore": [*config.get("ignore", ()), "!lm_head"]}
+        if version < 5:
+            config = {**config, "correction": 0.0}
         if version < 4:
             config, groups = _without_factors(config, groups)
         try:

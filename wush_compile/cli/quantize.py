@@ -69,6 +69,9 @@ def quantize(
     token_weights: Annotated[
         str, typer.Option(help="What a token counts in second moments: gradient (one more pass) or uniform.")
     ] = "gradient",
+    correction: Annotated[
+        float, typer.Option(help="How far weights make up for the layers in front: 0 (not at all, faster) to 1.")
+    ] = 0.25,
     damping: Annotated[float, typer.Option(help="Share of the mean diagonal added to second moments.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     max_kl: Annotated[
@@ -133,6 +136,7 @@ def quantize(
             head=head,
             ignore=tuple(ignore or ()),
             overrides=dict(map(_override, override or ())),
+            correction=correction,
             damping=damping,
             token_weights=token_weights,
             seed=seed,

@@ -1,12 +1,13 @@
 """Inserts and removes the calibration observers: one `wush::observe` node for each group of linears."""
 
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from ...ops import observe_cross as _observe_cross  # noqa: F401  (registers wush::observe_cross)
 from ...ops import observe_experts as _observe_experts  # noqa: F401  (registers wush::observe_experts)
 from ...solver.sensitivity import Sensitivity
 from ...solver.solution import moment_shape
@@ -29,6 +30,7 @@ class Observation:
     expert   fp32 [R, 1], the expert of each row of the sample's uniform part; None without experts
     pooled   float64, the mean moment of all experts' rows, once all of them are seen; None without experts
     sensitivity   what errors of the rows cost; None without gradients
+    cross    fp32 [K, K], Σ x (x of the unquantized model − x)ᵀ; None where no weights are corrected
     """
 
     moment: Tensor
@@ -37,14 +39,19 @@ class Observation:
     expert: Tensor | None = None
     pooled: Tensor | None = None
     sensitivity: Sensitivity | None = None
+    cross: Tensor | None = None
 
 
-OBSERVERS = (torch.ops.wush.observe.default, torch.ops.wush.observe_experts.default)
+wush = torch.ops.wush
+# Each has the mask behind the rows.
+LINEAR_OBSERVERS = (wush.observe.default, wush.observe_cross.default)
+OBSERVERS = (*LINEAR_OBSERVERS, wush.observe_experts.default)
+FIELDS = ("moment", "count", "sample", "expert", "cross")
 
 
 def _buffers(graph_module: fx.GraphModule, index: int) -> dict[str, str]:
     """The names of an observer's buffers in a graph, by the fields of `Observation`."""
-    names = {field: f"wush_observer_{index}_{field}" for field in ("moment", "count", "sample", "expert")}
+    names = {field: f"wush_observer_{index}_{field}" for field in FIELDS}
     return {field: name for field, name in names.items() if hasattr(graph_module, name)}
 
 
@@ -96,6 +103,10 @@ def insert_observers(graph_module: fx.GraphModule, groups: list[LinearGroup | No
             "sample": ((GROUP_SAMPLE_ROWS, group.width), group.source.meta["val"].dtype),
             **({"expert": ((GROUP_SAMPLE_ROWS, 1), torch.float32)} if each else {}),
         }
+        corrects = corrects_weights(group)
+        own = list(state)
+        if corrects:
+            state["cross"] = ((group.width, group.width), torch.float32)
         for field, (shape, dtype) in state.items():
             name = f"wush_observer_{index}_{field}"
             graph_module.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
@@ -103,22 +114,27 @@ def insert_observers(graph_module: fx.GraphModule, groups: list[LinearGroup | No
             offs = found[node].offs
             tokens = copied.get(offs)
             mask = None if tokens is None else mask_of(tokens.source)
-            target = torch.ops.wush.observe_experts.default
+            target = wush.observe_experts.default
             args = (group.source, offs, mask, None if mask is None else tokens.token)
         else:
-            target, args = torch.ops.wush.observe.default, (group.source, mask_of(group.source))
+            target, args = wush.observe.default, (group.source, mask_of(group.source))
         with graph.inserting_before(node):
-            buffers = [graph.get_attr(name) for name in _buffers(graph_module, index).values()]
-            observer = graph.call_function(target, (*args, *buffers, group.recipe.seed))
-        observer.meta["wush_group"] = index
-        observer.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+            buffers = {field: graph.get_attr(name) for field, name in _buffers(graph_module, index).items()}
+            observers = [graph.call_function(target, (*args, *(buffers[f] for f in own), group.recipe.seed))]
+            if corrects:
+                graph_module.register_buffer(reference_name(index), torch.empty(0, device="meta"))
+                reference = graph.get_attr(reference_name(index))
+                observers.append(graph.call_function(wush.observe_cross.default, (*args, reference, buffers["cross"])))
+        for observer in observers:
+            observer.meta["wush_group"] = index
+            observer.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
     graph.lint()
     graph_module.recompile()
 
 
 def observed(graph_module: fx.GraphModule) -> list[int]:
     """Returns the numbers of the groups that this graph observes, in graph order."""
-    return [n.meta["wush_group"] for n in graph_module.graph.nodes if n.target in OBSERVERS]
+    return list(dict.fromkeys(n.meta["wush_group"] for n in graph_module.graph.nodes if n.target in OBSERVERS))
 
 
 def _stays(node: fx.Node) -> bool:
@@ -126,32 +142,38 @@ def _stays(node: fx.Node) -> bool:
     return getattr(node.target, "_opname", "").startswith(("_assert", "sym_constrain")) or has_effect(node)
 
 
-def only_observers(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Returns a graph of the same tensors that computes what observers and assertions read, and nothing else: no
-    logits."""
-    graph = fx.Graph()
+def pruned(graph_module: fx.GraphModule, wanted: Iterable[fx.Node], returns: bool = False) -> fx.GraphModule:
+    """Returns a graph of the same tensors that computes these nodes, which it may return, and assertions in front."""
+    graph, wanted = fx.Graph(), list(wanted)
     kept: set[fx.Node] = set()
     nodes = graph_module.graph.nodes
-    wanted = [n for n in nodes if n.op == "call_function" and (n.target in OBSERVERS or _stays(n))]
-    while wanted:
-        node = wanted.pop()
+    left = wanted + [n for n in nodes if n.op == "call_function" and n.target not in OBSERVERS and _stays(n)]
+    while left:
+        node = left.pop()
         if node not in kept:
             kept.add(node)
-            wanted += node.all_input_nodes
+            left += node.all_input_nodes
     copied: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         if node in kept or node.op == "placeholder":
             copied[node] = graph.node_copy(node, copied.__getitem__)
-    graph.output(())
+    graph.output(tuple(copied[node] for node in wanted) if returns else ())
     return fx.GraphModule(graph_module, graph)
+
+
+def only_observers(graph_module: fx.GraphModule, groups: Container[int]) -> fx.GraphModule:
+    """Returns a graph of the same tensors that computes what the observers of these groups read: no logits."""
+    nodes = graph_module.graph.nodes
+    return pruned(graph_module, [n for n in nodes if n.target in OBSERVERS and n.meta["wush_group"] in groups])
 
 
 def weigh_observers(graph_module: fx.GraphModule, weighted: Container[int]) -> None:
     """Gives the observers of these groups a weight for each row. `weight_name` names what the caller must provide."""
     for node in list(graph_module.graph.nodes):
-        if node.target is torch.ops.wush.observe.default and (index := node.meta["wush_group"]) in weighted:
+        if node.target in LINEAR_OBSERVERS and (index := node.meta["wush_group"]) in weighted:
             name = weight_name(index)
-            graph_module.register_buffer(name, torch.empty(0, device="meta"))
+            if not hasattr(graph_module, name):
+                graph_module.register_buffer(name, torch.empty(0, device="meta"))
             with graph_module.graph.inserting_before(node):
                 node.args = (*node.args, graph_module.graph.get_attr(name))
     graph_module.recompile()
@@ -160,6 +182,17 @@ def weigh_observers(graph_module: fx.GraphModule, weighted: Container[int]) -> N
 def weight_name(index: int) -> str:
     """Returns the name of the tensor that weighs the rows of group `index`."""
     return f"wush_observer_{index}_weight"
+
+
+def reference_name(index: int) -> str:
+    """Returns the name of the tensor that is the input of group `index` in the unquantized model."""
+    return f"wush_observer_{index}_reference"
+
+
+def corrects_weights(group: LinearGroup) -> bool:
+    """Whether the weights of this group make up for the groups in front of it. Rows of experts have no counterpart in
+    the unquantized model, which may route their tokens to others."""
+    return group.recipe.corrects_weights and group.experts is None
 
 
 def allocate(graph_module: fx.GraphModule, index: int, device: torch.device) -> Observation:
@@ -177,16 +210,17 @@ def share(graph_module: fx.GraphModule, index: int, observation: Observation) ->
         setattr(graph_module, name, getattr(observation, field))
 
 
-def remove_observers(graph_module: fx.GraphModule) -> None:
-    """Removes every observer and its buffers from the graph."""
+def remove_observers(graph_module: fx.GraphModule, groups: Container[int] | None = None) -> None:
+    """Removes the observers of these groups, or all, and their buffers from the graph."""
     graph = graph_module.graph
     for node in list(graph.nodes):
-        if node.target in OBSERVERS:
+        if node.target in OBSERVERS and (groups is None or node.meta["wush_group"] in groups):
             state = [a for a in node.all_input_nodes if a.op == "get_attr"]
             graph.erase_node(node)
             for attribute in state:
                 if not attribute.users:
                     graph.erase_node(attribute)
-                    delattr(graph_module, attribute.target)
+                    if hasattr(graph_module, attribute.target):  # both observers of a group have its weights
+                        delattr(graph_module, attribute.target)
     graph.lint()
     graph_module.recompile()
