@@ -284,8 +284,10 @@ def show(result: dict) -> None:
 
 def alike(run: dict, result: dict) -> bool:
     """Whether a recorded run did the same work in one process."""
-    return run["processes"] == 1 and all(
-        run[key] == result[key] for key in ("model", "solver", "format", "layers", "tokens")
+    return (
+        run["processes"] == 1
+        and all(run[key] == result[key] for key in ("model", "solver", "format", "layers", "tokens"))
+        and run.get("correction", 0.0) == result["correction"]
     )
 
 
@@ -295,6 +297,7 @@ def main() -> None:
     parser.add_argument("--solver", nargs="+", choices=("rtn", "gptq"), default=["gptq"])
     parser.add_argument("--format", default="mxfp4")
     parser.add_argument("--moments", default="marginal")
+    parser.add_argument("--correction", type=float, default=wc.WushConfig().correction)
     parser.add_argument("--layers", type=int, help="quantize only so many layers, after a warm-up with one")
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
@@ -312,7 +315,8 @@ def main() -> None:
     shape = SHAPES[args.model]
     generator = torch.Generator().manual_seed(1)
     windows = list(torch.randint(3, shape["vocab_size"], (args.windows, args.length), generator=generator).split(1))
-    options = {"format": args.format, "moments": args.moments, "batch_size": args.batch_size}
+    options = {"format": args.format, "moments": args.moments, "correction": args.correction}
+    options["batch_size"] = args.batch_size
     rates = ceilings(device)
     torch.cuda.empty_cache()
     if rank == 0:
@@ -331,6 +335,7 @@ def main() -> None:
             "model": args.model,
             "solver": solver,
             "format": args.format,
+            "correction": args.correction,
             "layers": layers,
             "tokens": tokens * processes,
             "all_layers": shape["num_hidden_layers"],

@@ -1,4 +1,4 @@
-"""Trial: weights that make up for the layers in front of them (GPTAQ, Qronos).
+"""Trial: weights that make up for the layers in front of them (GPTAQ, Qronos): the library's `correction` is group-.25.
 
     python benchmarks/trial_qronos.py --formats mxfp4 --out trial.json        the text of `make demo`, on a CPU
     python benchmarks/trial_qronos.py --data FOLDER --out trial.json          the full protocol, on a GPU
@@ -8,10 +8,11 @@ X are a group's inputs in the unquantized model, X̂ those in the model whose gr
 weights of the tokens. The loss of all tokens, weighted, ‖X Wᵀ − X̂ Ŵᵀ‖², has the moment H = X̂ᵀ D X̂ and the target
 W' = W + W (X − X̂)ᵀ D X̂ (H + λ)⁻¹. A row is named
 
-    library      what `wush_compile.quantize` does
+    library      `wush_compile.quantize` without a correction
     layer-a      X̂ of groups whose layers in front are quantized, the weights W + a (W' − W)
     group-a      X̂ of groups whose groups in front are quantized, in their own layer too
     noise-a      as group-a, and X̂ are rounded as the group will round them
+    iv-a         as group-a, by A = (XᵀDX + λ)⁻¹ XᵀD(X − X̂), which noise in X̂ does not shrink
     ..-a-d       with λ = d of the mean of H's diagonal, in place of .01
     cv-a         as group-a, and a times the share for which W', of one half of the sequences, errs least on the other
                  half; λ is the one of `LAMBDAS` that errs least
@@ -181,7 +182,6 @@ def corrected(weights: dict, group, x: Tensor, rows: Tensor, weight: Tensor | No
     """The weights of a group's linears by name, W + share · (W' − W). length: tokens of a sequence."""
     mode, *numbers = row.split("-")
     share, damping = [*map(float, numbers), DAMPING][:2]
-    numbers_ = [*map(float, numbers), DAMPING]
     w = {one.weight: weights[one.weight].double() for one in group.linears}
     if mode in ("cv", "rows"):
         half = torch.arange(len(rows), device=rows.device) // length % 2 == 0
@@ -195,10 +195,7 @@ def corrected(weights: dict, group, x: Tensor, rows: Tensor, weight: Tensor | No
         moments = Moments.of(rows, x, weight, by=x)
     else:
         moments = Moments.of(rows, x, weight)
-    a = moments.change(damping) * share
-    if mode == "mix":  # iv-a plus b of what the least squares add to it
-        a = share * Moments.of(rows, x, weight, by=x).change(numbers_[2]) + numbers_[1] * moments.change(numbers_[2])
-        a -= numbers_[1] * Moments.of(rows, x, weight, by=x).change(numbers_[2])
+    a = share * moments.change(damping)
     change = torch.cat(list(w.values())) @ a.T
     parts = change.split([len(v) for v in w.values()])
     return weights | {name: (v + c).to(weights[name].dtype) for (name, v), c in zip(w.items(), parts, strict=True)}
@@ -263,7 +260,7 @@ def main() -> None:
         for row in args.rows:
             start = time.perf_counter()
             if row == "library":
-                quantized = wc.quantize(copy.deepcopy(model), data, format=format, progress=False)
+                quantized = wc.quantize(copy.deepcopy(model), data, format=format, correction=0.0, progress=False)
             else:
                 quantized = quantize(model, data, row, known)
             found = {"format": format, "row": row, "quantize_seconds": round(time.perf_counter() - start, 1)}

@@ -1,7 +1,5 @@
 """Weights that make up for the groups in front of them: the algebra, the observer, the steps, and what it gains."""
 
-import dataclasses
-
 import pytest
 import torch
 from models import plain, tokens
@@ -97,7 +95,11 @@ def test_observe_cross(rows, masked, weighed):
     mask = torch.arange(rows) % 3 if masked else None
     weight = torch.rand(rows) if weighed else None
     cross = torch.ones(32, 32)
+    if masked:  # what padding holds is nobody's business
+        x[mask == 0], reference[mask == 0] = torch.nan, torch.inf
     wush.observe_cross(x, mask, reference, cross, weight)
+    if masked:
+        x[mask == 0], reference[mask == 0] = 0, 0
     scale = (weight if weighed else torch.ones(rows)).double() * ((mask != 0) if masked else 1)
     expected = 1 + (x.double() * scale[:, None]).T @ (reference.double() - x.double())
     torch.testing.assert_close(cross.double(), expected, rtol=1e-5, atol=1e-5)
@@ -116,7 +118,7 @@ def test_observe_cross_on_a_gpu(rows):
     weight, cross = torch.rand(rows, device="cuda"), torch.zeros(64, 64, device="cuda")
     wush.observe_cross(x, None, reference, cross, weight)
     expected = (x.double() * weight.double()[:, None]).T @ (reference.double() - x.double())
-    torch.testing.assert_close(cross.double(), expected, rtol=1e-4, atol=1e-4)
+    assert (cross.double() - expected).norm() <= 2.0**-8 * expected.norm()  # two operands rounded to bf16
 
 
 # -- the steps -------------------------------------------------------------------------------------------------------
@@ -273,9 +275,22 @@ def test_errors_of_weights_are_undone(format):
     assert errors[0.25] < 0.85 * errors[0.0] and errors[1.0] < 0.6 * errors[0.0]
 
 
-def test_memory_that_runs_out_between_two_steps(monkeypatch):
-    """The inputs of the layer are computed again, with what its earlier steps have solved."""
-    ids, calls, fails = tokens(8, 32, seed=4), [], [0]
+class Looped(nn.Module):
+    """Loops over its batch: another size is another graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(64, 64)
+        self.f, self.g = (nn.Linear(64, 64) for _ in range(2))
+
+    def forward(self, input_ids):
+        return self.g(torch.tanh(self.f(torch.stack(list(self.embed(input_ids))))))
+
+
+@pytest.mark.parametrize("make, groups", [(lambda: plain("llama", torch.float32), 8), (Looped, 2)])
+def test_memory_that_runs_out_between_two_steps(monkeypatch, make, groups):
+    """The inputs of the layer are computed again with what its earlier steps have solved, in a new graph too."""
+    data, calls, fails = [{"input_ids": tokens(8, 32, seed=4) % 64}], [], [0]
     settings = dict(token_weights="uniform", batch_size=8, progress=False)
     call = variants.functional_call
 
@@ -286,13 +301,12 @@ def test_memory_that_runs_out_between_two_steps(monkeypatch):
         return call(*args)
 
     monkeypatch.setattr(variants, "functional_call", failing)
-    wc.quantize(plain("llama", torch.float32), [ids], **settings)
+    wc.quantize(make(), data, **settings)
     whole, sizes = len(calls), []
     choose = loop.Calibration._halved
     monkeypatch.setattr(loop.Calibration, "_halved", lambda run: sizes.append(choose(run)) or sizes[-1])
     for fails[0] in range(1, whole + 1):
         calls.clear()
-        model = wc.quantize(plain("llama", torch.float32), [ids], **settings)
-        record = model.wush_quantization
-        assert sizes.pop() == 4 and len(record.groups) == 8 and not sizes
-        assert all(dataclasses.asdict(record.recipe_of(group))["correction"] == 0.25 for group in record.groups)
+        record = wc.quantize(make(), data, **settings).wush_quantization
+        assert sizes.pop() == 4 and not sizes
+        assert [report["tokens"] for report in record.report.values()] == groups * [8 * 32]

@@ -6,6 +6,22 @@ from torch import Tensor
 from ..phases import phase
 from .schema import define
 
+# Rows that are added at a time: their fp32 values are temporary.
+ROWS = 4096
+
+
+def _add(rows: Tensor, change: Tensor, cross: Tensor, dtype: torch.dtype) -> None:
+    """cross fp32 [K, K] += rowsᵀ·change, fp32 [n, K] each, of a model in this dtype.
+
+    A GPU adds up products of bf16 in fp32, 16 times as fast as of fp32, where the model has 16 bits: what a rounded
+    model changes is known to no more digits.
+    """
+    if rows.is_cuda and dtype != torch.float32:
+        rows, change = rows.to(torch.bfloat16), change.to(torch.bfloat16)
+        torch.addmm(cross, rows.T, change, out_dtype=torch.float32, out=cross)
+    else:
+        cross.addmm_(rows.T, change)
+
 
 def _observe_cross(
     x: Tensor,
@@ -19,14 +35,15 @@ def _observe_cross(
     x, reference [.., K]: the group's input in the quantized and in the unquantized model. mask: 0 where a row does not
     count. weight: w of each row.
     """
-    rows, others = (t.reshape(-1, t.shape[-1]).to(torch.float32) for t in (x, reference))  # [n, K]
-    weight = None if weight is None else weight.reshape(-1).to(torch.float32)
+    rows, others = (t.reshape(-1, t.shape[-1]) for t in (x, reference))  # [n, K]
+    weight = torch.ones_like(rows[:, 0], dtype=torch.float32) if weight is None else weight.reshape(-1)
     if mask is not None:
         kept = mask.reshape(-1) != 0
-        rows, others, weight = rows[kept], others[kept], None if weight is None else weight[kept]
+        rows, others, weight = rows[kept], others[kept], weight[kept]
     with phase("moments"):
-        scaled = rows if weight is None else rows * weight[:, None]
-        cross.addmm_(scaled.T, others - rows)
+        for own, other, w in zip(*(t.split(ROWS) for t in (rows, others, weight)), strict=True):
+            own, other = own.to(torch.float32), other.to(torch.float32)
+            _add(own * w.to(torch.float32)[:, None], other - own, cross, x.dtype)
 
 
 def _observe_cross_fake(x, mask, reference, cross, weight=None):

@@ -2,6 +2,7 @@
 
 solve.py        one group, step by step
 solution.py     what the solver returns, and the shapes that follow from a recipe
+correction.py   weights that make up for the groups in front of them
 transforms.py   T_b in float64, and its rounding to the model's dtype
 choose.py       the transform that each block gets, and the moments it follows from
 feedback.py     the numbers of rounding with feedback, and the rotation of T for it
