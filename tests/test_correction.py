@@ -11,6 +11,7 @@ from wush_compile.calibration import loop, solve_group, variants
 from wush_compile.capture.export import capture
 from wush_compile.data import normalize
 from wush_compile.errors import ConfigError, NonFiniteError
+from wush_compile.passes.calibration.cut import cut, resumable
 from wush_compile.passes.calibration.group import find_groups
 from wush_compile.passes.calibration.partition import partition
 from wush_compile.passes.calibration.reference import in_turn
@@ -215,6 +216,59 @@ def test_the_two_inputs_are_those_of_the_two_models(monkeypatch):
         assert (cross - expected).norm() <= 1e-4 * expected.norm(), name
     first, *others = crosses.values()
     assert first.norm() == 0 and all(cross.norm() > 0 for cross in others)
+
+
+def parts_of(model: nn.Module, monkeypatch, resumable: bool = True) -> tuple[dict, list[int]]:
+    """(the quantized model's tensors, the quantized linears in each part of a stage that was run)."""
+    linears = []
+
+    def watched(*args, **options):
+        part = cut(*args, **options)
+        nodes = part.graph_module.graph.nodes
+        linears.append(sum(node.target is wush.fp4_linear.default for node in nodes))
+        return part
+
+    with monkeypatch.context() as patch:
+        patch.setattr(variants, "cut", watched)
+        if not resumable:
+            patch.setattr(variants, "resumable", lambda graph_module: False)
+        return wc.quantize(model, DATA, progress=False).state_dict(), linears
+
+
+def test_a_step_goes_on_from_the_one_before(monkeypatch):
+    """No linear runs twice but gate and up, whose product is too wide to be kept: the same bytes as from the start."""
+    state, linears = parts_of(plain("llama"), monkeypatch)
+    # The parts: of the model, and of the unquantized one where there is a 0 in each pair.
+    assert linears == [0, 0] + [0, 0, 0, 3, 0, 1, 0, 2, 3, 0] + [0, 0, 0, 3, 0, 1, 0, 2]
+    whole, linears = parts_of(plain("llama"), monkeypatch, resumable=False)
+    assert linears == [0, 0] + [0, 0, 0, 3, 0, 4, 0, 6, 7, 0] + [0, 0, 0, 3, 0, 4, 0, 6]
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in state.items())
+
+
+class Overwrites(nn.Module):
+    """Adds in place to a value that is read before."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        y = self.a(x)
+        z = torch.tanh(y)
+        y += self.b(z)
+        return self.c(torch.sigmoid(y)) + y
+
+
+def test_a_graph_that_overwrites_values_starts_anew_in_each_step(monkeypatch):
+    captured = capture(Overwrites(), normalize([torch.randn(2, 8, 64)]))
+    groups, _ = find_groups(captured.graph_module, captured.model, wc.WushConfig())
+    *_, stage = partition(captured.graph_module)
+    assert not resumable(stage.graph_module) and len(in_turn(stage, list(enumerate(groups)))) == 3
+    assert all(resumable(s.graph_module) for s in partition(capture(plain("llama"), normalize(DATA)).graph_module))
+    model, x = Overwrites(), torch.randn(96, 64)
+    exact = model(x).detach()
+    wc.quantize(model, [x], progress=False, token_weights="uniform", activation_format=None)
+    assert (model(x) - exact).norm() < 0.15 * exact.norm()
 
 
 def test_without_correction_a_stage_is_observed_once(monkeypatch):

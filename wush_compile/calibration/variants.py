@@ -13,13 +13,14 @@ from torch.func import functional_call
 
 from ..capture.export import Captured, capture
 from ..errors import CaptureError, DataError
+from ..passes.calibration.cut import Part, cut, leading_to, resumable
 from ..passes.calibration.group import LinearGroup, find_again
 from ..passes.calibration.observe import (
     Observation,
     corrects_weights,
     insert_observers,
     observed,
-    only_observers,
+    observers,
     reference_name,
     remove_observers,
     share,
@@ -40,11 +41,30 @@ if TYPE_CHECKING:
 
 # More graphs than this take longer to trace than a user expects, and hint at data that nobody wants to mix.
 MAX_GRAPHS = 8
+# In front of the name of a value inside of a stage: a rewritten graph may call a value as another stage calls one.
+INSIDE = "inside."
 
 
 def used(graph_module: fx.GraphModule) -> set[str]:
     """Returns the names of the tensors in a graph."""
     return {n.target for n in graph_module.graph.nodes if n.op == "get_attr"}
+
+
+def _stored(activations: Activations) -> set[str]:
+    """Returns the names of the values inside of a stage that are kept."""
+    return {n.removeprefix(INSIDE) for n in activations.names(0) if n.startswith(INSIDE)}
+
+
+def _next(
+    graph_module: fx.GraphModule,
+    activations: Activations,
+    wanted: list[fx.Node],
+    more_to_come: bool,
+    returns: bool = True,
+) -> Part:
+    """Cuts out what leads from the values of a stage that are there to the wanted ones."""
+    border = more_to_come and resumable(graph_module)
+    return cut(graph_module, wanted, _stored(activations), returns=returns, border=border)
 
 
 class Variant:
@@ -79,16 +99,6 @@ class Variant:
             values = [dict(own) for own in values]
             self.reference_activations = Activations(values, run.device, run.offloads, run.activations_dir)
 
-    def _runs(
-        self, module: fx.GraphModule, number: int, loaded: dict[str, Tensor], activations: Activations
-    ) -> Iterator[tuple]:
-        """Runs every batch through a graph with the inputs of a stage. Yields what it returns."""
-        read = used(module)
-        loaded = {name: tensor for name, tensor in loaded.items() if name in read}
-        if len(activations):
-            for batch, inputs in zip(self.batches, activations.read(self.stages[number].inputs), strict=True):
-                yield self._call(module, loaded, inputs, batch)
-
     def _call(self, module: fx.GraphModule, tensors: dict[str, Tensor], inputs: list, batch: MicroBatch) -> tuple:
         try:
             return functional_call(module, tensors, tuple(inputs))
@@ -100,36 +110,97 @@ class Variant:
                 "calibrate on batches that are alike (padding, empty parts), or quantize a submodule"
             ) from error
 
+    def _forwards(
+        self,
+        part: Part,
+        loaded: dict[str, Tensor],
+        activations: Activations,
+        more: Iterator[dict[str, Tensor]] | None = None,
+    ) -> Iterator[tuple]:
+        """Runs every batch through a part of a stage. Keeps its border, and yields what else it returns.
+
+        more   tensors of each batch, beside those that are loaded
+        """
+        read = used(part.graph_module)  # without the weights behind the observers
+        tensors = {name: tensor for name, tensor in loaded.items() if name in read}
+        inside = _stored(activations)
+        names = [INSIDE + name if name in inside else name for name in part.inputs]
+        for index, (batch, inputs) in enumerate(zip(self.batches, activations.read(names), strict=True)):
+            own = tensors if more is None else tensors | next(more)
+            outputs = self._call(part.graph_module, own, inputs, batch)
+            first = len(outputs) - len(part.border)
+            kept = zip(part.border, outputs[first:], strict=True)
+            activations.write(index, {INSIDE + name: value for name, value in kept})
+            yield outputs[:first]
+
     def observe(self, number: int, loaded: dict[str, Tensor], groups: Collection[int]) -> Iterator[None]:
-        """Runs every batch through what the observers of these groups of a stage read. Yields after each batch."""
-        stage = self.stages[number]
-        module, reached = only_observers(stage.graph_module, groups), observed(stage.graph_module)
-        read = used(module)  # without the weights behind the observers
-        loaded_here = {name: tensor for name, tensor in loaded.items() if name in read}
+        """Runs every batch to the observers of these groups of a stage. Yields after each batch.
+
+        It goes on from where the last call for the stage ended, and keeps the values that the next one needs.
+        """
+        if not self.batches:
+            return
+        graph_module, reached = self.stages[number].graph_module, observed(self.stages[number].graph_module)
+        more_to_come = any(i not in groups for i in reached)
         weighted = [] if self._weights is None else [i for i in reached if i in groups and i in self._weights]
         corrected = [i for i in reached if i in groups and i in self._corrected]
         theirs = None
         if corrected:
-            reference = sources(self.references[number], [self.groups[i] for i in corrected])
-            theirs = self._runs(reference, number, loaded, self.reference_activations)
-        if len(self.activations):
-            for batch, inputs in zip(self.batches, self.activations.read(stage.inputs), strict=True):
-                given = {weight_name(i): self._weights.of(i, batch, self._run.device) for i in weighted}
+            wanted = sources(self.references[number], [self.groups[i] for i in corrected])
+            part = _next(self.references[number], self.reference_activations, wanted, more_to_come)
+            theirs = self._forwards(part, loaded, self.reference_activations)
+
+        def given() -> Iterator[dict[str, Tensor]]:
+            for batch in self.batches:
+                tensors = {weight_name(i): self._weights.of(i, batch, self._run.device) for i in weighted}
                 if theirs is not None:
-                    given |= dict(zip(map(reference_name, corrected), next(theirs), strict=True))
-                self._call(module, loaded_here | given, inputs, batch)
-                yield
+                    tensors |= dict(zip(map(reference_name, corrected), next(theirs), strict=True))
+                yield tensors
+
+        part = _next(graph_module, self.activations, observers(graph_module, groups), more_to_come, returns=False)
+        for _ in self._forwards(part, loaded, self.activations, given()):
+            yield
+        for _ in theirs or ():  # what stands behind its last batch
+            pass
+        self._forget(number, groups)
+
+    def _forget(self, number: int, groups: Collection[int]) -> None:
+        """Drops the values that the rest of a stage, without the observers of these groups, and later stages do not
+        read."""
+        graph_module = self.stages[number].graph_module
+        left = [i for i in observed(graph_module) if i not in groups]
+        both = [(graph_module, self.activations, observers(graph_module, left))]
+        if self.references:
+            graph_module = self.references[number]
+            wanted = sources(graph_module, [self.groups[i] for i in left if i in self._corrected])
+            both.append((graph_module, self.reference_activations, wanted))
+        for graph_module, activations, wanted in both:
+            ends = next(n for n in graph_module.graph.nodes if n.op == "output").all_input_nodes
+            stored = _stored(activations)
+            needed = {node.name for node in leading_to(graph_module, [*wanted, *ends], stored)}
+            dead = [INSIDE + name for name in stored if name not in needed]
+            dead += [n for n in self.stages[number].inputs if n not in needed and self.last_use[n] == number]
+            for index in range(len(activations)):
+                activations.drop(index, dead)
 
     def propagate(self, number: int, loaded: dict[str, Tensor]) -> Iterator[None]:
-        """Runs every batch through a stage with these tensors, and keeps the outputs. Yields after each batch."""
-        graph_module = self.stages[number].graph_module
-        for index, outputs in enumerate(self._runs(graph_module, number, loaded, self.activations)):
+        """Runs every batch to the end of a stage with these tensors, and keeps the outputs. Yields after each batch."""
+        if not self.batches:
+            return
+        for index, outputs in enumerate(self._ends(self.stages[number].graph_module, loaded, self.activations)):
             self._keep(self.activations, number, index, outputs)
             yield
         if self.references:
             reference, activations = self.references[number], self.reference_activations
-            for index, outputs in enumerate(self._runs(reference, number, loaded, activations)):
+            for index, outputs in enumerate(self._ends(reference, loaded, activations)):
                 self._keep(activations, number, index, outputs)
+
+    def _ends(
+        self, graph_module: fx.GraphModule, loaded: dict[str, Tensor], activations: Activations
+    ) -> Iterator[tuple]:
+        """Runs every batch to the end of a stage. Yields the stage's outputs."""
+        [results] = next(node for node in graph_module.graph.nodes if node.op == "output").args
+        return self._forwards(_next(graph_module, activations, results, False), loaded, activations)
 
     def _keep(self, activations: Activations, number: int, index: int, outputs: tuple) -> None:
         """Keeps a stage's outputs for its batch `index`, and drops the values that no later stage reads."""

@@ -1,7 +1,7 @@
 """Inserts and removes the calibration observers: one `wush::observe` node for each group of linears."""
 
 import math
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,6 @@ from ...ops import observe_cross as _observe_cross  # noqa: F401  (registers wus
 from ...ops import observe_experts as _observe_experts  # noqa: F401  (registers wush::observe_experts)
 from ...solver.sensitivity import Sensitivity
 from ...solver.solution import moment_shape
-from ..pattern import has_effect
 from .dataflow import depend_on
 from .experts import products
 from .group import LinearGroup
@@ -120,12 +119,12 @@ def insert_observers(graph_module: fx.GraphModule, groups: list[LinearGroup | No
             target, args = wush.observe.default, (group.source, mask_of(group.source))
         with graph.inserting_before(node):
             buffers = {field: graph.get_attr(name) for field, name in _buffers(graph_module, index).items()}
-            observers = [graph.call_function(target, (*args, *(buffers[f] for f in own), group.recipe.seed))]
+            made = [graph.call_function(target, (*args, *(buffers[f] for f in own), group.recipe.seed))]
             if corrects:
                 graph_module.register_buffer(reference_name(index), torch.empty(0, device="meta"))
                 reference = graph.get_attr(reference_name(index))
-                observers.append(graph.call_function(wush.observe_cross.default, (*args, reference, buffers["cross"])))
-        for observer in observers:
+                made.append(graph.call_function(wush.observe_cross.default, (*args, reference, buffers["cross"])))
+        for observer in made:
             observer.meta["wush_group"] = index
             observer.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
     graph.lint()
@@ -137,34 +136,10 @@ def observed(graph_module: fx.GraphModule) -> list[int]:
     return list(dict.fromkeys(n.meta["wush_group"] for n in graph_module.graph.nodes if n.target in OBSERVERS))
 
 
-def _stays(node: fx.Node) -> bool:
-    """Whether a node does something besides its result: an assertion, or a level of `vmap`."""
-    return getattr(node.target, "_opname", "").startswith(("_assert", "sym_constrain")) or has_effect(node)
-
-
-def pruned(graph_module: fx.GraphModule, wanted: Iterable[fx.Node], returns: bool = False) -> fx.GraphModule:
-    """Returns a graph of the same tensors that computes these nodes, which it may return, and assertions in front."""
-    graph, wanted = fx.Graph(), list(wanted)
-    kept: set[fx.Node] = set()
+def observers(graph_module: fx.GraphModule, groups: Container[int]) -> list[fx.Node]:
+    """Returns the observers of these groups."""
     nodes = graph_module.graph.nodes
-    left = wanted + [n for n in nodes if n.op == "call_function" and n.target not in OBSERVERS and _stays(n)]
-    while left:
-        node = left.pop()
-        if node not in kept:
-            kept.add(node)
-            left += node.all_input_nodes
-    copied: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        if node in kept or node.op == "placeholder":
-            copied[node] = graph.node_copy(node, copied.__getitem__)
-    graph.output(tuple(copied[node] for node in wanted) if returns else ())
-    return fx.GraphModule(graph_module, graph)
-
-
-def only_observers(graph_module: fx.GraphModule, groups: Container[int]) -> fx.GraphModule:
-    """Returns a graph of the same tensors that computes what the observers of these groups read: no logits."""
-    nodes = graph_module.graph.nodes
-    return pruned(graph_module, [n for n in nodes if n.target in OBSERVERS and n.meta["wush_group"] in groups])
+    return [node for node in nodes if node.target in OBSERVERS and node.meta["wush_group"] in groups]
 
 
 def weigh_observers(graph_module: fx.GraphModule, weighted: Container[int]) -> None:

@@ -6,7 +6,7 @@ from torch import fx
 
 from .dataflow import depend_on
 from .group import LinearGroup
-from .observe import OBSERVERS, pruned
+from .observe import OBSERVERS
 from .partition import Stage
 
 
@@ -22,10 +22,10 @@ def unobserved(graph_module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph_module, graph)
 
 
-def sources(graph_module: fx.GraphModule, groups: Iterable[LinearGroup]) -> fx.GraphModule:
-    """Returns a graph that computes these groups' inputs from the inputs of an unobserved stage, and nothing else."""
+def sources(graph_module: fx.GraphModule, groups: Iterable[LinearGroup]) -> list[fx.Node]:
+    """Returns the nodes of a graph, as they were before it was rewritten, that are the inputs of these groups."""
     by_name = {node.name: node for node in graph_module.graph.nodes}
-    return pruned(graph_module, [by_name[group.source.name] for group in groups], returns=True)
+    return [by_name[group.source.name] for group in groups]
 
 
 def in_turn(stage: Stage, groups: Iterable[tuple[int, LinearGroup]]) -> list[list[int]]:
