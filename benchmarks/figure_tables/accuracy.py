@@ -146,9 +146,10 @@ def qronos(name: str) -> str:
     """KL by how weights make up for the layers in front."""
     found: dict[str, dict[str, float]] = {}
     for r in result(name)["rows"]:
-        found.setdefault(r["row"], {})[r["format"]] = r["kl"]
+        text = f", {r['calibration_windows']} windows" if "calibration_windows" in r else ""
+        found.setdefault(f"`{r['row']}`{text}", {})[r["format"]] = r["kl"]
     lines = [
-        [f"`{row}`", *("" if format not in kls else shown(kls[format], 4) for format in ("mxfp4", "nvfp4"))]
+        [row, *("" if format not in kls else shown(kls[format], 4) for format in ("mxfp4", "nvfp4"))]
         for row, kls in found.items()
     ]
     return table(["setting", "MXFP4", "NVFP4"], lines)

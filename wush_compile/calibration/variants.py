@@ -160,8 +160,6 @@ class Variant:
         part = _next(graph_module, self.activations, observers(graph_module, groups), more_to_come, returns=False)
         for _ in self._forwards(part, loaded, self.activations, given()):
             yield
-        for _ in theirs or ():  # what stands behind its last batch
-            pass
         self._forget(number, groups)
 
     def _forget(self, number: int, groups: Collection[int]) -> None:

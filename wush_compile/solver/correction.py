@@ -14,19 +14,26 @@ from ..errors import NonFiniteError
 from ..recipe import Recipe
 from .transforms import damped_cholesky
 
+# Rows of a moment that are widened to float64 at a time.
+ROWS = 1024
+
 
 def corrected(weight: Tensor, moment: Tensor, cross: Tensor, recipe: Recipe, name: str) -> Tensor:
     """W' [N, K] in the dtype and on the device of `weight` [N, K].
 
     moment, cross: sums over rows, X̂ᵀDX̂ and X̂ᵀD(X − X̂), fp32 [K, K]. Raises NonFiniteError for NaN or Inf in them.
     """
-    h, c = (m.to(weight.device, torch.float64) for m in (moment, cross))
-    if not (torch.isfinite(c).all() and torch.isfinite(h).all()):
+    if not (torch.isfinite(cross).all() and torch.isfinite(moment).all()):
         raise NonFiniteError(
             f"{name}: its calibration inputs, here or in the unquantized model, hold NaN or Inf, or overflow fp32 when "
             "squared; repair the data or the model, or put the layer in ignore"
         )
-    factor, _ = damped_cholesky(h, recipe.damping, name)
-    w = weight.T.to(torch.float64)  # Wᵀ [K, N]
-    w = w + recipe.correction * torch.cholesky_solve(c @ w, factor)
+
+    def wide(m: Tensor) -> Tensor:
+        return m.to(weight.device, torch.float64, copy=True)
+
+    w = wide(weight.T)  # Wᵀ [K, N]
+    right = torch.cat([wide(rows) @ w for rows in cross.split(ROWS)])  # X̂ᵀD(X − X̂) Wᵀ [K, N]
+    factor, _ = damped_cholesky(wide(moment), recipe.damping, name, again=lambda: wide(moment))
+    w += recipe.correction * torch.cholesky_solve(right, factor)
     return w.T.to(weight.dtype).contiguous()
