@@ -34,21 +34,31 @@ def _only_draws(node: fx.Node) -> bool:
     return seeded and not target._schema.is_mutable
 
 
-def _stays(node: fx.Node) -> bool:
+def _checks_metadata(node: fx.Node) -> bool:
+    """Whether a node asserts what a traced graph knows anyway: dtypes, devices."""
+    return getattr(node.target, "_opname", "") == "_assert_tensor_metadata"
+
+
+def _acts(node: fx.Node) -> bool:
     """Whether a node does something besides its result: it writes into an argument, or opens a level of `vmap`."""
     if node.op != "call_function" or node.target in OBSERVERS or _asserts(node):
         return False
     return has_effect(node) and not _only_draws(node)
 
 
+def _stays(node: fx.Node) -> bool:
+    """Whether each part of a graph has this node: one that acts, or that asserts something about the data."""
+    return _acts(node) or (_asserts(node) and not _checks_metadata(node))
+
+
 def resumable(graph_module: fx.GraphModule) -> bool:
     """Whether a graph may be run in parts: no op but observers writes into its arguments or opens a level of `vmap`."""
-    return not any(map(_stays, graph_module.graph.nodes))
+    return not any(map(_acts, graph_module.graph.nodes))
 
 
 def leading_to(graph_module: fx.GraphModule, wanted: Iterable[fx.Node], given: Container[str]) -> set[fx.Node]:
-    """Returns the nodes that lead from the given values and the graph's inputs to these nodes, all included, and the
-    assertions about them."""
+    """Returns the nodes that lead from the given values and the graph's inputs to these nodes, all included, and
+    assertions."""
     found: set[fx.Node] = set()
     left = [*wanted, *filter(_stays, graph_module.graph.nodes)]
     while left:
@@ -56,8 +66,8 @@ def leading_to(graph_module: fx.GraphModule, wanted: Iterable[fx.Node], given: C
         if node not in found:
             found.add(node)
             left += () if node.name in given else node.all_input_nodes
-    asserted = {n for n in graph_module.graph.nodes if _asserts(n) and found.issuperset(n.all_input_nodes)}
-    return found | asserted
+    nodes = graph_module.graph.nodes
+    return found | {node for node in nodes if _checks_metadata(node) and found.issuperset(node.all_input_nodes)}
 
 
 def cut(
