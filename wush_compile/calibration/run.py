@@ -76,8 +76,8 @@ def quantize(
         Sequences in one forward. Default: the batches as they are; on a GPU that does not hold the model, as many as
         fit.
     activations_dir
-        Directory for the values between layers (2 bytes × tokens × width of a layer, twice that with a `correction`).
-        Default: in memory.
+        Directory for the values between layers (2 bytes × tokens × width of a layer, up to five times that with a
+        `correction`). Default: in memory.
     out, restart
         Directory of the checkpoint, written layer by layer, with the tokenizer's files. After a kill or an error, the
         same call continues where it stopped. A call with other data, settings or weights raises `ConfigError`;

@@ -115,10 +115,12 @@ class Variant:
         part: Part,
         loaded: dict[str, Tensor],
         activations: Activations,
+        dead: Collection[str] = (),
         more: Iterator[dict[str, Tensor]] | None = None,
     ) -> Iterator[tuple]:
         """Runs every batch through a part of a stage. Keeps its border, and yields what else it returns.
 
+        dead   the names of the values that nothing reads after it
         more   tensors of each batch, beside those that are loaded
         """
         read = used(part.graph_module)  # without the weights behind the observers
@@ -131,6 +133,7 @@ class Variant:
             first = len(outputs) - len(part.border)
             kept = zip(part.border, outputs[first:], strict=True)
             activations.write(index, {INSIDE + name: value for name, value in kept})
+            activations.drop(index, dead)
             yield outputs[:first]
 
     def observe(self, number: int, loaded: dict[str, Tensor], groups: Collection[int]) -> Iterator[None]:
@@ -141,14 +144,17 @@ class Variant:
         if not self.batches:
             return
         graph_module, reached = self.stages[number].graph_module, observed(self.stages[number].graph_module)
-        more_to_come = any(i not in groups for i in reached)
+        later = [i for i in reached if i not in groups]
         weighted = [] if self._weights is None else [i for i in reached if i in groups and i in self._weights]
         corrected = [i for i in reached if i in groups and i in self._corrected]
         theirs = None
         if corrected:
-            wanted = sources(self.references[number], [self.groups[i] for i in corrected])
-            part = _next(self.references[number], self.reference_activations, wanted, more_to_come)
-            theirs = self._forwards(part, loaded, self.reference_activations)
+            reference, activations = self.references[number], self.reference_activations
+            wanted = sources(reference, [self.groups[i] for i in corrected])
+            part = _next(reference, activations, wanted, bool(later))
+            wanted = sources(reference, [self.groups[i] for i in later if i in self._corrected])
+            dead = self._dead(number, reference, activations, part, wanted)
+            theirs = self._forwards(part, loaded, activations, dead)
 
         def given() -> Iterator[dict[str, Tensor]]:
             for batch in self.batches:
@@ -157,29 +163,21 @@ class Variant:
                     tensors |= dict(zip(map(reference_name, corrected), next(theirs), strict=True))
                 yield tensors
 
-        part = _next(graph_module, self.activations, observers(graph_module, groups), more_to_come, returns=False)
-        for _ in self._forwards(part, loaded, self.activations, given()):
+        part = _next(graph_module, self.activations, observers(graph_module, groups), bool(later), returns=False)
+        dead = self._dead(number, graph_module, self.activations, part, observers(graph_module, later))
+        for _ in self._forwards(part, loaded, self.activations, dead, given()):
             yield
-        self._forget(number, groups)
 
-    def _forget(self, number: int, groups: Collection[int]) -> None:
-        """Drops the values that the rest of a stage, without the observers of these groups, and later stages do not
-        read."""
-        graph_module = self.stages[number].graph_module
-        left = [i for i in observed(graph_module) if i not in groups]
-        both = [(graph_module, self.activations, observers(graph_module, left))]
-        if self.references:
-            graph_module = self.references[number]
-            wanted = sources(graph_module, [self.groups[i] for i in left if i in self._corrected])
-            both.append((graph_module, self.reference_activations, wanted))
-        for graph_module, activations, wanted in both:
-            ends = next(n for n in graph_module.graph.nodes if n.op == "output").all_input_nodes
-            stored = _stored(activations)
-            needed = {node.name for node in leading_to(graph_module, [*wanted, *ends], stored)}
-            dead = [INSIDE + name for name in stored if name not in needed]
-            dead += [n for n in self.stages[number].inputs if n not in needed and self.last_use[n] == number]
-            for index in range(len(activations)):
-                activations.drop(index, dead)
+    def _dead(
+        self, number: int, graph_module: fx.GraphModule, activations: Activations, part: Part, wanted: list[fx.Node]
+    ) -> list[str]:
+        """Returns the names of the values that, once a part of a stage has run, nobody reads: neither what leads to
+        the wanted nodes and to the end of the stage, nor later stages."""
+        ends = next(n for n in graph_module.graph.nodes if n.op == "output").all_input_nodes
+        stored = _stored(activations) | set(part.border)
+        needed = {node.name for node in leading_to(graph_module, [*wanted, *ends], stored)}
+        inputs = [n for n in self.stages[number].inputs if n not in needed and self.last_use[n] == number]
+        return inputs + [INSIDE + name for name in stored if name not in needed]
 
     def propagate(self, number: int, loaded: dict[str, Tensor]) -> Iterator[None]:
         """Runs every batch to the end of a stage with these tensors, and keeps the outputs. Yields after each batch."""
