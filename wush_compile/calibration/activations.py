@@ -7,7 +7,7 @@ process dies. While a GPU computes one batch, the values of the next batch are c
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,13 @@ class _Stored(NamedTuple):
 
     tensor: Tensor
     shape: torch.Size
+
+
+def _laid_out_as(value: Tensor, make: Callable[[torch.Size, torch.dtype], Tensor]) -> Tensor:
+    """Returns a tensor of the same shape whose dimensions lie in memory in the same order (for `as_strided`)."""
+    order = sorted(range(value.dim()), key=lambda d: -value.stride(d))
+    made = make(value.permute(order).shape, value.dtype)
+    return made.permute([order.index(d) for d in range(value.dim())])
 
 
 class Activations:
@@ -104,10 +111,10 @@ class Activations:
         repeats = [stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)]
         once = value[tuple(slice(0, 1) if r else slice(None) for r in repeats)] if any(repeats) else value
         if self.directory is not None:
-            return _Stored(self._mapped(once.shape, once.dtype).copy_(once), value.shape)
+            return _Stored(_laid_out_as(once, self._mapped).copy_(once), value.shape)
         if self._stream is None:
             return _Stored(once.to("cpu"), value.shape)
-        home = torch.empty(once.shape, dtype=once.dtype, pin_memory=True)
+        home = _laid_out_as(once, lambda shape, dtype: torch.empty(shape, dtype=dtype, pin_memory=True))
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             home.copy_(once, non_blocking=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 
 from ..capture.export import Captured, capture
 from ..errors import CaptureError, DataError
@@ -59,11 +60,11 @@ def _next(
     graph_module: fx.GraphModule,
     activations: Activations,
     wanted: list[fx.Node],
-    more_to_come: bool,
+    border: bool,
     returns: bool = True,
 ) -> Part:
-    """Cuts out what leads from the values of a stage that are there to the wanted ones."""
-    border = more_to_come and resumable(graph_module)
+    """Cuts out what leads from the values of a stage that are there to the wanted ones, if it can with its border."""
+    border = border and resumable(graph_module)
     return cut(graph_module, wanted, _stored(activations), returns=returns, border=border)
 
 
@@ -93,6 +94,8 @@ class Variant:
     def start(self, batches: list[MicroBatch], first: int) -> None:
         """Resets the activations to the inputs of these batches, of which the first has the number `first`."""
         values = [self.captured.flatten(first + i, batch.inputs) for i, batch in enumerate(batches)]
+        if not resumable(self.captured.graph_module):  # the data stay the caller's
+            values = [tree_map_only(Tensor, Tensor.clone, own) for own in values]
         run, self.batches = self._run, batches
         self.activations = Activations(values, run.device, run.offloads, run.activations_dir)
         if self.references:
@@ -127,7 +130,10 @@ class Variant:
         tensors = {name: tensor for name, tensor in loaded.items() if name in read}
         inside = _stored(activations)
         names = [INSIDE + name if name in inside else name for name in part.inputs]
+        overwrites = not resumable(part.graph_module)
         for index, (batch, inputs) in enumerate(zip(self.batches, activations.read(names), strict=True)):
+            if overwrites:  # maybe what is kept
+                inputs = tree_map_only(Tensor, Tensor.clone, inputs)
             own = tensors if more is None else tensors | next(more)
             outputs = self._call(part.graph_module, own, inputs, batch)
             first = len(outputs) - len(part.border)
@@ -150,9 +156,9 @@ class Variant:
         theirs = None
         if corrected:
             reference, activations = self.references[number], self.reference_activations
-            wanted = sources(reference, [self.groups[i] for i in corrected])
-            part = _next(reference, activations, wanted, bool(later))
-            wanted = sources(reference, [self.groups[i] for i in later if i in self._corrected])
+            wanted = sources(reference, [(i, self.groups[i]) for i in corrected])
+            part = _next(reference, activations, wanted, border=bool(later))
+            wanted = sources(reference, [(i, self.groups[i]) for i in later if i in self._corrected])
             dead = self._dead(number, reference, activations, part, wanted)
             theirs = self._forwards(part, loaded, activations, dead)
 
@@ -163,7 +169,13 @@ class Variant:
                     tensors |= dict(zip(map(reference_name, corrected), next(theirs), strict=True))
                 yield tensors
 
-        part = _next(graph_module, self.activations, observers(graph_module, groups), bool(later), returns=False)
+        # Values behind a linear that will be rewritten cannot be kept. Experts read other values once rewritten.
+        unsolved = [self.groups[i] for i in reached]
+        names = {linear.node.name for group in unsolved for linear in group.linears}
+        inside = leading_to(graph_module, observers(graph_module, groups), _stored(self.activations))
+        border = bool(later) and not any(node.name in names for node in inside)
+        border &= all(group.experts is None for group in unsolved)
+        part = _next(graph_module, self.activations, observers(graph_module, groups), border, returns=False)
         dead = self._dead(number, graph_module, self.activations, part, observers(graph_module, later))
         for _ in self._forwards(part, loaded, self.activations, dead, given()):
             yield

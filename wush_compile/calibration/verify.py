@@ -69,8 +69,13 @@ class _Check:
     model: nn.Module
     captured: Captured
     stages: list[Stage]
-    batch: Batch
+    given: Batch
     device: torch.device
+
+    @property
+    def batch(self) -> Batch:
+        """A copy: a model may write into its inputs."""
+        return pytree.tree_map_only(Tensor, Tensor.clone, self.given)
 
     def _seeded(self, function: Callable[[], object]) -> list[Tensor]:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
@@ -79,8 +84,9 @@ class _Check:
 
     def run_model(self) -> list[Tensor]:
         """The model's results, with the linears that it has now."""
-        args, kwargs = ((), self.batch) if isinstance(self.batch, dict) else (self.batch, {})
-        with traceable(self.model, self.batch):  # the forward that was traced: no cache, tensors alone
+        batch = self.batch
+        args, kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
+        with traceable(self.model, batch):  # the forward that was traced: no cache, tensors alone
             return self._seeded(lambda: self.model(*args, **kwargs))
 
     def run_original_graph(self) -> list[Tensor]:

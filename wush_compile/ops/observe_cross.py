@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from ..phases import phase
 from .schema import define
 
@@ -16,7 +17,7 @@ def _add(rows: Tensor, change: Tensor, cross: Tensor, dtype: torch.dtype) -> Non
     A GPU adds up products of bf16 in fp32, 16 times as fast as of fp32, where the model has 16 bits: what a rounded
     model changes is known to no more digits.
     """
-    if rows.is_cuda and dtype != torch.float32:
+    if rows.is_cuda and dtype in (torch.bfloat16, torch.float16):
         rows, change = rows.to(torch.bfloat16), change.to(torch.bfloat16)
         torch.addmm(cross, rows.T, change, out_dtype=torch.float32, out=cross)
     else:
@@ -35,6 +36,11 @@ def _observe_cross(
     x, reference [.., K]: the group's input in the quantized and in the unquantized model. mask: 0 where a row does not
     count. weight: w of each row.
     """
+    if reference.shape != x.shape:
+        raise DataError(
+            f"a group's input has the shape {list(x.shape)} in the quantized model and {list(reference.shape)} in the "
+            "unquantized one: give correction=0"
+        )
     rows, others = (t.reshape(-1, t.shape[-1]) for t in (x, reference))  # [n, K]
     weight = torch.ones_like(rows[:, 0], dtype=torch.float32) if weight is None else weight.reshape(-1)
     if mask is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ...ops import observe_cross as _observe_cross  # noqa: F401  (registers wush::observe_cross)
 from ...ops import observe_experts as _observe_experts  # noqa: F401  (registers wush::observe_experts)
@@ -165,9 +166,13 @@ def reference_name(index: int) -> str:
 
 
 def corrects_weights(group: LinearGroup) -> bool:
-    """Whether the weights of this group make up for the groups in front of it. Rows of experts have no counterpart in
-    the unquantized model, which may route their tokens to others."""
-    return group.recipe.corrects_weights and group.experts is None
+    """Whether the weights of this group make up for the groups in front of it.
+
+    Not if its rows are chosen by the data: experts', and those that a mask selects. The unquantized model may choose
+    others.
+    """
+    chosen = group.experts is not None or free_unbacked_symbols(group.source.meta["val"])
+    return group.recipe.corrects_weights and not chosen
 
 
 def allocate(graph_module: fx.GraphModule, index: int, device: torch.device) -> Observation:

@@ -2,30 +2,43 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import fx
 
-from .dataflow import depend_on
+from .cut import resumable
+from .dataflow import change_with
 from .group import LinearGroup
 from .observe import OBSERVERS
 from .partition import Stage
 
 
+def _copied(number: int) -> str:
+    """Returns the name of the copy of a group's input."""
+    return f"wush_source_{number}"
+
+
 def unobserved(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Returns a copy of a graph without observers, with the names of all nodes. It shares the tensors."""
-    graph, copies = fx.Graph(), {}
+    """Returns a copy of a graph without observers, with the names of all nodes. It shares the tensors.
+
+    Where ops overwrite values, a copy of its input stands in the place of a group's observer.
+    """
+    graph, copies, overwrites = fx.Graph(), {}, not resumable(graph_module)
     for node in graph_module.graph.nodes:
         if node.target not in OBSERVERS:
             copies[node] = graph.node_copy(node, copies.__getitem__)
+        elif overwrites and node.target is torch.ops.wush.observe_cross.default:
+            name = _copied(node.meta["wush_group"])
+            graph.create_node("call_function", torch.ops.aten.clone.default, (copies[node.args[0]],), name=name)
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     return fx.GraphModule(graph_module, graph)
 
 
-def sources(graph_module: fx.GraphModule, groups: Iterable[LinearGroup]) -> list[fx.Node]:
-    """Returns the nodes of a graph, as they were before it was rewritten, that are the inputs of these groups."""
+def sources(graph_module: fx.GraphModule, groups: Iterable[tuple[int, LinearGroup]]) -> list[fx.Node]:
+    """Returns the nodes of an `unobserved` graph that are the inputs of these groups, (number, group)."""
     by_name = {node.name: node for node in graph_module.graph.nodes}
-    return [by_name[group.source.name] for group in groups]
+    return [by_name.get(_copied(number)) or by_name[group.source.name] for number, group in groups]
 
 
 def in_turn(stage: Stage, groups: Iterable[tuple[int, LinearGroup]]) -> list[list[int]]:
@@ -44,5 +57,5 @@ def in_turn(stage: Stage, groups: Iterable[tuple[int, LinearGroup]]) -> list[lis
             steps.append([])
             behind.append(set())
         steps[step].append(number)
-        behind[step] |= depend_on(graph, [by_name[linear.node.name] for linear in group.linears])
+        behind[step] |= change_with(graph, [by_name[linear.node.name] for linear in group.linears])
     return steps
