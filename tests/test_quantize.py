@@ -475,6 +475,7 @@ BAD = {
         CaptureError,
         "nothing to quantize.*width 10",
     ),
+    "a linear": (lambda: nn.Linear(64, 64), [torch.randn(4, 64)], {}, CaptureError, r"nn.Sequential\(linear\)"),
     "no linear": (lambda: nn.Conv1d(4, 4, 1), [torch.randn(2, 4, 8)], {}, CaptureError, "nothing to quantize"),
     "mixed batches": (
         lambda: plain("llama"),

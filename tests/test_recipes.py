@@ -60,6 +60,22 @@ def test_siblings_that_disagree_form_groups_of_their_own(quantized):
     assert groups["model.layers.0.self_attn.q_proj"] == {}
 
 
+@pytest.mark.parametrize(
+    "settings, override",
+    [
+        ({"solver": "rtn"}, {"correction": 1.0}),
+        ({"transform": "hadamard"}, {"activation_rounding": "nearest"}),
+        ({"activation_format": "fp8"}, {"activation_rounding": "nearest"}),
+    ],
+)
+def test_a_setting_without_effect_parts_no_siblings(settings, override):
+    plainly = quantize(plain("llama"), tokens(2, 16), **settings)
+    model = quantize(plain("llama"), tokens(2, 16), overrides={"*.q_proj": override}, **settings)
+    assert described(model) == described(plainly)
+    states = plainly.state_dict(), model.state_dict()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
 def test_a_group_is_what_it_would_be_alone():
     """With rounding to nearest, a linear's tensors depend on its own recipe and on the layers before it."""
     mixed = quantize(plain("llama", layers=1), tokens(2, 16), overrides={"*.down_proj": {"format": "nvfp4"}})

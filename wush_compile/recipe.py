@@ -179,6 +179,15 @@ class Recipe:
         return self.correction > 0 and self.solver == "gptq"
 
     @property
+    def effective(self) -> "Recipe":
+        """The recipe without what has no effect: linears of equal effect share a group, whatever else they have."""
+        return dataclasses.replace(
+            self,
+            activation_rounding=self.activation_rounding if self.rounds_with_feedback else "nearest",
+            correction=self.correction if self.corrects_weights else 0.0,
+        )
+
+    @property
     def needs_data(self) -> bool:
         """Whether the solution depends on activations. RTN without calibrated transform and global scale needs none."""
         if self.format in WEIGHT_FORMATS:

@@ -94,6 +94,8 @@ def quantize(
     given, model = model, unwrapped(model)
     if is_quantized(model):
         raise WushError(f"this {type(model).__name__} is already quantized: start again from the original model")
+    if isinstance(model, nn.Linear):
+        raise CaptureError("a linear is replaced in the module that holds it: quantize nn.Sequential(linear)")
     if next(model.parameters(), None) is None:
         raise CaptureError(f"nothing to quantize in {type(model).__name__}: it has no parameters")
     tensors = tensors_of(model)

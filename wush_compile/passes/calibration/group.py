@@ -228,7 +228,8 @@ def find_groups(
     plans = _products(graph_module.graph, model, config, expert_products, used)
     expert_modules = {product.weight.target.rpartition(".")[0] for product in expert_products.values()}
     skipped: dict[str, str] = {}
-    by_source: dict[tuple, list[Linear]] = {}  # (.., recipe) -> linears
+    by_source: dict[tuple, list[Linear]] = {}
+    recipe_of: dict[tuple, Recipe] = {}  # by the same keys
     done: set[int] = set()
     for node in graph_module.graph.nodes:
         if node in plans:
@@ -237,7 +238,7 @@ def find_groups(
             if isinstance(plan := plans[node], str):
                 skipped[weight] = plan
             else:
-                by_source[node, config.recipe_of(plan.names)] = [plan]
+                by_source[node,], recipe_of[node,] = [plan], config.recipe_of(plan.names)
                 done.add(id(parameters.get(plan.bias)))
             continue
         found = operands(node)
@@ -285,7 +286,8 @@ def find_groups(
             reason = f"width {width} is not a multiple of {recipe.format}'s group of {recipe.group_size}"
         else:
             tied = len(aliases) > 1
-            key = (source, stage_of[node], recipe) if recipe.share_transform and not tied else (node, recipe)
+            key = (source, stage_of[node], recipe.effective) if recipe.share_transform and not tied else (node,)
+            recipe_of.setdefault(key, recipe)
             rows = parameter.shape[1 if transposed else 0]
             # The graph may fetch a tied weight by its other name.
             own = weight.target if tied else owned
@@ -310,10 +312,10 @@ def find_groups(
         skipped[owner if leaf == "weight" and owner else parameter_name] = reason
 
     groups = []
-    for (*_, recipe), linears in by_source.items():
+    for key, linears in by_source.items():
         first = linears[0]
         source = operands(first.node)[0] if first.experts is None else expert_products[first.node].rows
         width = parameters[first.weight].shape[-2 if first.transposed else -1]
-        groups.append(LinearGroup(source, tuple(linears), width, recipe))
+        groups.append(LinearGroup(source, tuple(linears), width, recipe_of[key]))
     _check_overrides(config, (linear for group in groups for linear in group.linears), skipped)
     return groups, skipped
