@@ -62,7 +62,7 @@ class Recipe:
         How far the weights to be rounded make up for what the groups in front have done to their input, from 0 to 1, a
         share of the least-squares correction (GPTAQ, Qronos; docs/spec.md §3). The groups of a layer are then solved
         one after the other, and each layer of the unquantized model runs beside. 0 solves the groups of a layer
-        together. Without `gptq`, and for experts, the setting has no effect.
+        together. Without `gptq`, and for experts and other rows that the data choose, the setting has no effect.
     token_weights
         What a token counts in second moments. `uniform`: all alike. `gradient`: by how much the model's log-likelihood
         depends on the linear's output for this token (docs/spec.md §3), which takes one more pass, forward and

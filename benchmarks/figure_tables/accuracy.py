@@ -253,8 +253,8 @@ def head_kl(name: str) -> dict[tuple[str, str], dict[str, float]]:
 def ladder_head(name: str) -> str:
     lines = []
     for (format, activations), kl in head_kl(name).items():
-        change = percent(kl["int8"] / kl["16 bits"] - 1, 1)
-        lines.append([format, activations, shown(kl["16 bits"], 4), shown(kl["int8"], 4), f"+{change}"])
+        change = f"{100 * (kl['int8'] / kl['16 bits'] - 1):+.1f} %"
+        lines.append([format, activations, shown(kl["16 bits"], 4), shown(kl["int8"], 4), change])
     return table(["weights", "activations", "head in 16 bits", "int8 head", "change"], lines)
 
 
