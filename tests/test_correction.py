@@ -309,6 +309,13 @@ def test_values_that_are_overwritten(make, monkeypatch):
         assert (crosses[name] - expected).norm() <= 1e-4 * expected.norm(), name
 
 
+def test_the_pass_that_weighs_tokens_leaves_the_data_alone():
+    data = [torch.randn(4, 24, 64) for _ in range(2)]
+    given = [x.clone() for x in data]
+    wc.quantize(OverwritesInput(), data, progress=False)
+    assert all(map(torch.equal, data, given))
+
+
 def test_which_graphs_overwrite_values():
     *_, stage = partition(capture(Overwrites(), normalize([torch.randn(2, 8, 64)])).graph_module)
     assert not resumable(stage.graph_module)
