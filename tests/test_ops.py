@@ -5,6 +5,7 @@ so that codes can be compared with the float64 oracle bit for bit.
 """
 
 import itertools
+import re
 
 import oracle
 import pytest
@@ -491,6 +492,32 @@ def test_shapes_that_do_not_fit_raise(device):
         state = [torch.zeros(moment), torch.zeros((), dtype=torch.int64), torch.zeros(8, 64)]
         with pytest.raises(RuntimeError):
             wush.observe(torch.randn(3, 64).to(device), None, *(a.to(device) for a in state))
+
+
+@pytest.mark.parametrize(
+    "device,op", [("cpu", wush.fp4_linear), ("cpu", ops.REFERENCE["fp4_linear"]), ("meta", wush.fp4_linear)]
+)
+def test_what_a_weight_has_by_row_must_fit_its_rows(device, op):
+    x, w = ([a.to(device) for a in quantized((rows,), 64, "mxfp4")] for rows in (3, 5))
+
+    def linear(g, bias=None):
+        op(*x, None, *w, g, bias, None, "mxfp4", torch.float32)
+
+    linear(torch.ones(5, dtype=torch.bfloat16, device=device), torch.ones(5, device=device))
+    for shape, dtype in [
+        ((4,), torch.bfloat16),
+        ((1,), torch.bfloat16),
+        ((5, 1), torch.bfloat16),
+        ((5,), torch.float32),
+    ]:
+        with pytest.raises(RuntimeError, match=rf"{re.escape(str(shape))}; of a weight with 5 rows it is .*\(5,\)"):
+            linear(torch.ones(shape, dtype=dtype, device=device))
+    with pytest.raises(RuntimeError, match=r"the bias is \(1,\), the weight has 5 rows"):
+        linear(None, torch.ones(1, device=device))
+    experts = [a[None].expand(2, *a.shape) for a in w]
+    offs = torch.tensor([1, 3], dtype=torch.int32, device=device)
+    with pytest.raises(RuntimeError, match="weight_global_scale is of 5 experts, the weight of 2"):
+        wush.fp4_grouped_linear(*x, None, *experts, torch.ones(5, device=device), offs, None, "mxfp4", torch.float32)
 
 
 def test_a_mask_of_another_length_raises():

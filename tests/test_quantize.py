@@ -392,6 +392,36 @@ def test_hooks_and_training_mode_survive():
     assert seen == [1] and model.training and model.layers[0].training
 
 
+class Wide(MLP):
+    """Its last layer computes in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers[1].double()
+
+    def forward(self, x):
+        return self.layers[1](self.layers[0](x).double())
+
+
+def test_a_linear_in_float64_stays_and_says_why():
+    model, x = Wide(), torch.randn(200, 64)
+    assert quantize(model, [x])(x).dtype == torch.float64
+    assert isinstance(model.layers[0], WushLinear) and type(model.layers[1]) is nn.Linear
+    assert quantization_of(model).ignored["layers.1"].startswith("its weight is float64: convert")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("settings", [{}, dict(solver="rtn", transform="hadamard")], ids=["gptq", "rtn"])
+def test_autocast_around_quantize_changes_nothing(settings, dtype):
+    data = [torch.randn(200, 64)]
+    expected = state_bytes(quantize(mlp(), data, **settings))
+    with torch.autocast("cpu", dtype):
+        model = quantize(mlp(), data, **settings)
+        assert torch.is_autocast_enabled("cpu")
+        assert model(data[0]).isfinite().all()
+    assert state_bytes(model) == expected and model.wush_quantization.run["verified"] == "equal"
+
+
 # -- without data ----------------------------------------------------------------------------------------------------
 
 
@@ -475,6 +505,13 @@ BAD = {
         CaptureError,
         "nothing to quantize.*width 10",
     ),
+    "float64": (
+        lambda: mlp().double(),
+        [torch.randn(64, 64).double()],
+        {},
+        CaptureError,
+        "layers.0: its weight is float64: convert it to float32",
+    ),
     "a linear": (lambda: nn.Linear(64, 64), [torch.randn(4, 64)], {}, CaptureError, r"nn.Sequential\(linear\)"),
     "no linear": (lambda: nn.Conv1d(4, 4, 1), [torch.randn(2, 4, 8)], {}, CaptureError, "nothing to quantize"),
     "mixed batches": (
@@ -485,6 +522,19 @@ BAD = {
         "different inputs",
     ),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_huge_weights_are_refused_for_what_they_are(format, dtype):
+    """No remedy that does not help: bfloat16 reaches no farther than float32."""
+    model, x = mlp().to(dtype), torch.randn(64, 64).to(dtype)
+    with torch.no_grad():
+        model.layers[0].weight.mul_(1e35)
+    with pytest.raises(NonFiniteError, match=r"layers\.1: .*overflow fp32 when squared"):  # gradients overflow before
+        quantize(model, [x], format=format)
+    with pytest.raises(NonFiniteError, match=r"layers\.0: its outputs .* overflow fp32.*: scale its weights"):
+        quantize(model, [1e10 * x], format=format)
 
 
 @pytest.mark.parametrize("case", BAD)

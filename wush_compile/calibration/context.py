@@ -1,6 +1,8 @@
-"""`Run`: the devices, processes and directories of one quantization run."""
+"""`Run`: the devices, processes and directories of one quantization run; and what surrounds it."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +12,18 @@ from .journal import Journal
 from .progress import Progress
 from .ranks import SINGLE_PROCESS, SingleProcess
 from .tensors import ModelTensors
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Turns `torch.autocast` off in the block: a model is traced and calibrated in its own dtype, which it keeps.
+
+    A graph traced under autocast has casts of its own, which the model with quantized linears lacks.
+    """
+    with contextlib.ExitStack() as stack:
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @dataclass

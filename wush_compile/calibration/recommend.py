@@ -22,7 +22,7 @@ from ..config import WushConfig
 from ..errors import ConfigError, WushError, one_of
 from ..formats import FORMATS
 from ..passes.calibration.group import find_groups
-from .context import Run
+from .context import Run, without_autocast
 from .costs import KEPT, Cost, machine, rungs
 from .inputs import prepare_batches
 from .progress import Progress
@@ -205,6 +205,7 @@ def recommend(
     return Recommendation(groups, choose(groups, cost, max_kl, max_share), cost, config, target)
 
 
+@without_autocast()
 def survey(
     model: nn.Module,
     data: Iterable,

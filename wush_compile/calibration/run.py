@@ -24,7 +24,7 @@ from ..errors import CaptureError, ConfigError, WushError, one_of
 from ..modules import install_group, is_quantized
 from ..passes.calibration.group import LinearGroup, find_groups
 from ..phases import phase, timing
-from .context import Run
+from .context import Run, without_autocast
 from .fingerprint import fingerprint_of_data, fingerprint_of_model
 from .inputs import moved, prepare_batches
 from .journal import Journal
@@ -40,6 +40,7 @@ from .warm_up import run_during, warm_up_tasks
 log = logging.getLogger("wush_compile")
 
 
+@without_autocast()
 def quantize(
     model: nn.Module | str | os.PathLike,
     data: Iterable | None = None,
@@ -85,7 +86,8 @@ def quantize(
 
     The model does not change until every layer has been solved, and until one batch has shown that it computes with
     quantized linears what its graph computes: an error or Ctrl-C leaves it as it was. Raises a `WushError` that names
-    the layer and the remedy. `wush_compile.explain(model)` shows the result.
+    the layer and the remedy. `wush_compile.explain(model)` shows the result. Everything is computed in the model's own
+    dtype, float32, bfloat16 or float16: `torch.autocast` around the call has no effect.
     """
     config = _resolve(config, settings)
     if isinstance(model, str | os.PathLike):
@@ -107,6 +109,7 @@ def quantize(
     return given
 
 
+@without_autocast()
 def quantize_checkpoint(
     source: str | os.PathLike,
     data: Iterable | None = None,

@@ -45,11 +45,16 @@ def loss_rows(seen: Observation) -> tuple[Tensor, Tensor | None]:
 
 
 def check_losses(losses: tuple[float, float], name: str, dtype: torch.dtype) -> None:
-    """Raises `NonFiniteError` unless losses are finite: weights and rows are, so only a rounding can overflow."""
+    """Raises `NonFiniteError` unless losses are finite: weights and rows are, so a rounding or a sum overflowed."""
     if not all(map(math.isfinite, losses)):
+        if dtype == torch.float16:
+            raise NonFiniteError(
+                f"{name}: its transformed activations overflow float16: convert the model to bfloat16, or give "
+                "activation_format 'fp8'"
+            )
         raise NonFiniteError(
-            f"{name}: its transformed activations overflow {str(dtype).removeprefix('torch.')}: "
-            "convert the model to bfloat16, or give activation_format 'fp8'"
+            f"{name}: its outputs for calibration inputs overflow fp32, in which products add up: "
+            "scale its weights or its inputs"
         )
 
 

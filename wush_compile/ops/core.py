@@ -290,6 +290,22 @@ def _product(x: Tensor, codes: Tensor, scales: Tensor, format: str) -> Tensor:
     return torch.cat([torch.nn.functional.linear(x, _operand(c, s, format)) for c, s in pairs], -1)
 
 
+def _check_by_row(weight_codes: Tensor, weight_global_scale: Tensor | None, bias: Tensor | None) -> None:
+    """Raises a RuntimeError with the shapes unless what the weight has for each of its N rows fits."""
+    rows = weight_codes.shape[0]
+    if weight_global_scale is not None:
+        of_rows = weight_global_scale.dtype == torch.bfloat16
+        torch._check(
+            weight_global_scale.shape == ((rows,) if of_rows else (1,)),
+            lambda: (
+                f"weight_global_scale is {weight_global_scale.dtype} {tuple(weight_global_scale.shape)}; of a weight "
+                f"with {rows} rows it is torch.float32 (1,), or torch.bfloat16 ({rows},), a factor of each row"
+            ),
+        )
+    if bias is not None:
+        torch._check(bias.shape == (rows,), lambda: f"the bias is {tuple(bias.shape)}, the weight has {rows} rows")
+
+
 def _fp4_linear_by(
     decode: Callable[[Tensor, Tensor, str], Tensor], product: Callable[[Tensor, Tensor, Tensor, str], Tensor]
 ) -> Callable[..., Tensor]:
@@ -309,6 +325,7 @@ def _fp4_linear_by(
         scale_layout: str = "rows",
         activation_format: str = "same",
     ) -> Tensor:
+        _check_by_row(weight_codes, weight_global_scale, bias)  # a call on real tensors does not pass the fake kernel
         if scale_layout == "lanes":
             codes = from_lanes(codes, "fp8" if codes.dtype == torch.uint8 else "none")
         if scale_layout == "lanes" and activation_format == "same":
@@ -378,13 +395,7 @@ def _fp4_linear_fake(
     packed = activation_format == "same" and scale_layout != "lanes"
     width, wanted = codes.shape[-1] * (2 if packed else 1), channels(weight_codes, format)
     torch._check(width == wanted, lambda: f"activation has {width} channels, weight {wanted}")
-    if weight_global_scale is not None and weight_global_scale.dtype == torch.bfloat16:
-        torch._check(
-            weight_global_scale.shape == weight_codes.shape[:1],
-            lambda: (
-                f"factors of rows are {tuple(weight_global_scale.shape)}, the weight has {weight_codes.shape[0]} rows"
-            ),
-        )
+    _check_by_row(weight_codes, weight_global_scale, bias)
     for other in (scales, global_scale, weight_codes, weight_scales, weight_global_scale, bias, residual):
         if other is not None:
             torch._check(

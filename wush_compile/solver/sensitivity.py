@@ -66,11 +66,12 @@ class Sensitivity:
         return Sensitivity(self.moment + other.moment, self.tokens + other.tokens, x[largest], gradient[largest])
 
     def instead_of(self, gram: Tensor, blocks: slice = slice(None)) -> Tensor:
-        """What stands for `gram`, S_b of the weights [b, B, B], and has its traces. No gradient reaches some blocks."""
+        """What stands for `gram`, S_b of the weights [b, B, B], and has its traces. No gradient reaches some blocks,
+        and gradients by huge weights overflow when squared: there it is `gram`."""
         own = self.moment[blocks].to(gram.device)
         ratio = _trace(gram) / _trace(own)
         share = self.tokens / (self.tokens + SHRINKAGE_TOKENS)
-        return torch.where(ratio.isfinite(), gram.lerp(own * ratio, share), gram)
+        return torch.where(ratio.isfinite() & (ratio > 0), gram.lerp(own * ratio, share), gram)
 
     def factored(
         self, t: Tensor, gram: Tensor, recipe: Recipe, dtype: torch.dtype, blocks: slice = slice(None)

@@ -17,7 +17,16 @@ from .encoders import asked_for, encoders_beside_tokens, encodes
 from .experts import ROUTER, Product, cannot_replace, left_in_16_bits, product_of, products, routers
 from .linears import nodes_by_module, operands, parametrized_weights, restore_linears
 from .partition import assign_stages
-from .skipped import belongs_to, called_by, is_linear_layer, own_product, read_by, readers_of, reason_to_skip
+from .skipped import (
+    belongs_to,
+    called_by,
+    is_linear_layer,
+    other_dtype,
+    own_product,
+    read_by,
+    readers_of,
+    reason_to_skip,
+)
 from .tied import embeddings_of, lookups
 
 aten = torch.ops.aten
@@ -188,7 +197,9 @@ def _products(
             plans[last] = f"ignored by the configuration ({pattern!r})"
         elif last in encoders and not asked_for(linear.names, config.ignore):
             plans[last] = encodes(name, encoders[last])
-        elif reason := cannot_replace(name, called_by(last)[0], product, model, uses):
+        elif reason := cannot_replace(name, called_by(last)[0], product, model, uses) or other_dtype(
+            product.weight.meta["val"]
+        ):
             plans[last] = reason
         elif width % recipe.group_size:
             plans[last] = f"width {width} is not a multiple of {recipe.format}'s group of {recipe.group_size}"
@@ -282,6 +293,8 @@ def find_groups(
             reason = f"applied {applied} times in one forward"
         elif bias is not None and bias_name is None:
             reason = "its bias is computed in the graph"
+        elif reason := other_dtype(parameter):
+            pass
         elif width % (recipe := config.recipe_of(name)).group_size:
             reason = f"width {width} is not a multiple of {recipe.format}'s group of {recipe.group_size}"
         else:

@@ -1,7 +1,10 @@
 """Why a weight is not quantized: what kind of module holds it, and which nodes of the graph compute with it."""
 
+import torch
 from torch import Tensor, fx, nn
 
+# What kernels, formats and observers take. None computes in float64.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Ops that hand a weight on to others: copies, and a choice of rows. Views are known by their schema.
 HANDS_ON = ("_to_copy", "clone", "contiguous", "index", "index_select", "type_as")
 PRODUCTS = ("addmm", "baddbmm", "bmm", "einsum", "linear", "matmul", "mm", "mv")
@@ -45,6 +48,13 @@ def readers_of(weight: fx.Node) -> list[fx.Node]:
         elif not _op_name(user).startswith(("_assert", "sym_")):
             found.append(user)
     return found
+
+
+def other_dtype(weight: Tensor) -> str | None:
+    """The reason for a weight of a dtype that no quantized linear has, such as float64; None for the others."""
+    if weight.dtype in DTYPES:
+        return None
+    return f"its weight is {str(weight.dtype).removeprefix('torch.')}: convert it to float32, bfloat16 or float16 first"
 
 
 def belongs_to(owner: nn.Module) -> str:
