@@ -479,6 +479,19 @@ class Overflowing(nn.Module):
         return self.second(self.first(x) / 0.0)
 
 
+class Rescaling(MLP):
+    """Halves a weight in its first forward in eval mode, as RWKV does."""
+
+    rescaled = False
+
+    def forward(self, x):
+        if not self.rescaled:
+            with torch.no_grad():
+                self.layers[1].weight.view(-1).div_(2)
+        self.rescaled = True
+        return super().forward(x)
+
+
 BAD = {
     "format": (lambda: plain("llama"), DATA, dict(format="mxpf4"), ConfigError, "did you mean 'mxfp4'"),
     "transform": (lambda: plain("llama"), DATA, dict(transform="hadamar"), ConfigError, "did you mean 'hadamard'"),
@@ -511,6 +524,13 @@ BAD = {
         {},
         CaptureError,
         "layers.0: its weight is float64: convert it to float32",
+    ),
+    "rescaling": (
+        Rescaling,
+        [torch.randn(64, 64)],
+        {},
+        CaptureError,
+        r"changes its own weight layers\.1\.weight \(aten.div_",
     ),
     "a linear": (lambda: nn.Linear(64, 64), [torch.randn(4, 64)], {}, CaptureError, r"nn.Sequential\(linear\)"),
     "no linear": (lambda: nn.Conv1d(4, 4, 1), [torch.randn(2, 4, 8)], {}, CaptureError, "nothing to quantize"),

@@ -238,7 +238,10 @@ class WushGroup(nn.Module):
         return f"{self.format}{activations}, in_features={width}, rows={rows}, members={[m.name for m in self.members]}"
 
 
-READ_ONLY = "the weight and the bias of a quantized linear are read-only: change them, then quantize"
+READ_ONLY = (
+    "the weight and the bias of a quantized linear are read-only: change them, then quantize; if the model's own "
+    "forward changes them, switch that off in its configuration and quantize again (RWKV: config.rescale_every = 0)"
+)
 
 
 class ComputedTensor(torch.Tensor):

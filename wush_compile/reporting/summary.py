@@ -14,7 +14,7 @@ from ..modules import WushGroup, named_groups
 
 # Settings that a summary always names; of the others only those that are not the default.
 ALWAYS = ("format", "transform", "solver")
-PARTS = {  # all others are scales
+PARTS = {  # all others are scales, but for factors of rows
     "weight_packed": "codes",
     "input_transform": "transforms",
     "input_feedback": "feedback",
@@ -64,7 +64,10 @@ def bits_per_weight(model: nn.Module) -> str:
     for _, group in named_groups(model):
         weights += group.weight_packed.shape[0] * group.width
         for name, buffer in group.named_buffers():
-            bits[PARTS.get(name, "scales")] += 8 * buffer.numel() * buffer.element_size()
+            by_row = name == "weight_global_scale" and buffer.dtype == torch.bfloat16
+            bits["factors of rows" if by_row else PARTS.get(name, "scales")] += (
+                8 * buffer.numel() * buffer.element_size()
+            )
     parts = ", ".join(f"{count / weights:.3g} {part}" for part, count in bits.items())
     return f"{bits.total() / weights:.2f} bits a weight ({parts})"
 

@@ -15,7 +15,7 @@ def depend_on(graph: fx.Graph, inputs: Iterable[fx.Node]) -> set[fx.Node]:
     return reached
 
 
-def _written(node: fx.Node) -> Iterator[fx.Node]:
+def written_by(node: fx.Node) -> Iterator[fx.Node]:
     """Yields what an op writes into: arguments, and what they are views of."""
     if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
         return
@@ -39,6 +39,6 @@ def _viewed(node: fx.Node) -> fx.Node | None:
 def change_with(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Returns the nodes that depend on these nodes, or whose memory what depends on them is written to."""
     reached = depend_on(graph, nodes)
-    while written := {w for node in reached for w in _written(node)} - reached:
+    while written := {w for node in reached for w in written_by(node)} - reached:
         reached |= depend_on(graph, written)
     return reached

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from ...config import DEFAULT_IGNORE, HEAD, Names, WushConfig, matches
 from ...errors import CaptureError, ConfigError, one_of
 from ...recipe import Recipe
+from .dataflow import written_by
 from .encoders import asked_for, encoders_beside_tokens, encodes
 from .experts import ROUTER, Product, cannot_replace, left_in_16_bits, product_of, products, routers
 from .linears import nodes_by_module, operands, parametrized_weights, restore_linears
@@ -214,11 +215,28 @@ def _products(
     return plans
 
 
+def _check_writes(graph: fx.Graph, model: nn.Module) -> None:
+    """Raises `CaptureError` if the forward writes into a parameter, which every run of a batch would change again."""
+    names = dict(model.named_parameters(remove_duplicate=False))
+    for node in graph.nodes:
+        for into in written_by(node):
+            if into.op == "get_attr" and into.target in names:
+                raise CaptureError(
+                    f"the forward of {type(model).__name__} changes its own weight {into.target} ({node.target}), so "
+                    "calibration would change it with every batch: switch that off in the model's configuration before "
+                    "its first forward (RWKV: config.rescale_every = 0)"
+                )
+
+
 def find_groups(
     graph_module: fx.GraphModule, model: nn.Module, config: WushConfig
 ) -> tuple[list[LinearGroup], dict[str, str]]:
-    """Returns the groups to quantize, in graph order, and `{name: reason}` of every other matrix of the model."""
+    """Returns the groups to quantize, in graph order, and `{name: reason}` of every other matrix of the model.
+
+    Raises `CaptureError` for a model whose forward writes into its parameters.
+    """
     _check_patterns(model, config)
+    _check_writes(graph_module.graph, model)
     restore_linears(graph_module, model, lambda name: not config.ignores(name))
     parameters = dict(model.named_parameters(remove_duplicate=False)) | parametrized_weights(model)
     names_of: dict[int, list[str]] = {}
