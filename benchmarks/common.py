@@ -1,5 +1,6 @@
 """What the benchmarks share: WikiText-2 in its usual form, a tuning run, and what a result was measured on."""
 
+import argparse
 import datetime
 import importlib.metadata
 import importlib.util
@@ -29,6 +30,16 @@ def wikitext(folder: Path, split: str) -> str:
 def device(name: str) -> torch.device:
     """`auto` is the first CUDA device, or else the CPU."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def trial_parser(description: str, file: str, needs_data: bool = False) -> argparse.ArgumentParser:
+    """Arguments of the trial in the script `file`: data and model for the functions below, and out."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    without = "" if needs_data else "; the text of `make demo` without"
+    parser.add_argument("--data", type=Path, required=needs_data, help=f"folder with valid.txt and test.txt{without}")
+    parser.add_argument("--model", type=Path, help="the SmolLM2 GGUF file or a model directory; fetched when left out")
+    parser.add_argument("--out", type=Path, default=Path(f"{Path(file).stem}.json"))
+    return parser
 
 
 def load_smollm2(path: Path | None, where: torch.device) -> tuple[torch.nn.Module, object]:

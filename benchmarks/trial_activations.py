@@ -7,11 +7,9 @@ The model, the calibration and the test are those of `accuracy.py`: SmolLM2-135M
 WikiText-2 valid, 64 windows of 2048 of test. Each row quantizes the model anew. `--out` is written after each row.
 """
 
-import argparse
 import copy
 import itertools
 import time
-from pathlib import Path
 
 import common
 import torch
@@ -48,10 +46,7 @@ def measure(model, data, ids, format: str, activations: str, transform: str, pow
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with valid.txt and test.txt")
-    parser.add_argument("--model", type=Path, help="the SmolLM2 GGUF file; fetched when left out")
-    parser.add_argument("--out", type=Path, default=Path("trial_activations.json"))
+    parser = common.trial_parser(__doc__, __file__, needs_data=True)
     parser.add_argument("--formats", nargs="+", default=["mxfp4", "nvfp4"], choices=["mxfp4", "nvfp4"])
     parser.add_argument("--activations", nargs="+", default=list(ACTIVATIONS), choices=list(ACTIVATIONS))
     parser.add_argument("--powers", nargs="+", type=float, default=POWERS)

@@ -20,11 +20,9 @@ references in fp32, in calibration and in the test, so that a row may change the
     learned-N     N gradient steps on all transforms by the whole model's KL (learn_transforms.py), then solved anew
 """
 
-import argparse
 import copy
 import itertools
 import time
-from pathlib import Path
 
 import common
 import frontier_patches as patches
@@ -126,10 +124,7 @@ def measure(model, data, ids, window: int, format: str, name: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with valid.txt and test.txt; the text of `make demo` without")
-    parser.add_argument("--model", type=Path, help="the SmolLM2 GGUF file or a model directory; fetched when left out")
-    parser.add_argument("--out", type=Path, default=Path("trial_frontier.json"))
+    parser = common.trial_parser(__doc__, __file__)
     parser.add_argument("--formats", nargs="+", default=["mxfp4", "nvfp4"], choices=["mxfp4", "nvfp4"])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--calibration-windows", type=int, default=128)

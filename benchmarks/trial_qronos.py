@@ -19,7 +19,6 @@ W' = W + W (X − X̂)ᵀ D X̂ (H + λ)⁻¹. A row is named
     rows-a       as cv-a, with a share of each row of W
 """
 
-import argparse
 import contextlib
 import copy
 import re
@@ -237,13 +236,10 @@ def quantize(model: nn.Module, data: list[Tensor], row: str, known: tuple) -> nn
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with valid.txt and test.txt; the text of `make demo` without")
-    parser.add_argument("--model", type=Path, help="the SmolLM2 GGUF file or a model directory; fetched when left out")
+    parser = common.trial_parser(__doc__, __file__)
     parser.add_argument("--encoder", type=Path, help="the directory of an encoder, in place of SmolLM2")
     parser.add_argument("--calibration-windows", type=int, default=128, help="of the language model, with --data")
     parser.add_argument("--windows", type=int, default=256, help="windows of 128 tokens of the encoder")
-    parser.add_argument("--out", type=Path, default=Path("trial_qronos.json"))
     parser.add_argument("--formats", nargs="+", default=["mxfp4", "nvfp4"], choices=["mxfp4", "nvfp4"])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help="names as above")
     args = parser.parse_args()

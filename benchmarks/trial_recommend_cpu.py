@@ -11,7 +11,6 @@ The random assignments are the same in every trial. So the predictions are also 
 measured for them, quantized as `wc.quantize` does (`rank_correlation_measured`).
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -92,11 +91,8 @@ def with_measured(rows: dict[str, dict]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with valid.txt and test.txt")
-    parser.add_argument("--model", type=Path, help="the SmolLM2 GGUF file or a model directory; fetched when left out")
+    parser = common.trial_parser(__doc__, __file__, needs_data=True)
     parser.add_argument("--windows", type=int, default=4, help="of test")
-    parser.add_argument("--out", type=Path, default=Path("trial_recommend_cpu.json"))
     args = parser.parse_args()
     model, tokenizer = common.load_smollm2(args.model, torch.device("cpu"))
     model = model.float()

@@ -9,9 +9,7 @@ diagonal that falls from step to step, and the mean of the squares is what round
 order in which the four values differ most.
 """
 
-import argparse
 import itertools
-from pathlib import Path
 
 import common
 import torch
@@ -42,10 +40,7 @@ def hadamard(d: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with valid.txt and test.txt; the text of `make demo` without")
-    parser.add_argument("--model", type=Path, help="the SmolLM2 GGUF file or a model directory; fetched when left out")
-    parser.add_argument("--out", type=Path, default=Path("trial_rotation.json"))
+    parser = common.trial_parser(__doc__, __file__)
     parser.add_argument("--formats", nargs="+", default=["mxfp4", "nvfp4"], choices=["mxfp4", "nvfp4"])
     parser.add_argument("--rotations", nargs="+", default=["hadamard", "rotation"], choices=["hadamard", "rotation"])
     parser.add_argument("--powers", nargs="+", default=["same"], choices=POWERS, help="beside the library's power of s")

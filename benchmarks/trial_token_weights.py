@@ -11,11 +11,9 @@ row. Each row quantizes the model anew; KL is to the model in bf16. `--out` is w
 activation format take their own process well: several share a GPU.
 """
 
-import argparse
 import copy
 import itertools
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import common
@@ -160,10 +158,7 @@ def measure(model, data, ids, window: int, format: str, activations: str, name: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with valid.txt and test.txt")
-    parser.add_argument("--model", type=Path, help="the SmolLM2 GGUF file or a model directory; fetched when left out")
-    parser.add_argument("--out", type=Path, default=Path("trial_token_weights.json"))
+    parser = common.trial_parser(__doc__, __file__)
     parser.add_argument("--formats", nargs="+", default=["mxfp4", "nvfp4"], choices=["mxfp4", "nvfp4"])
     parser.add_argument("--activations", nargs="+", default=list(ACTIVATIONS), choices=list(ACTIVATIONS))
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)

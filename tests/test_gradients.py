@@ -10,8 +10,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import wush_compile as wc
+from wush_compile import formats
 from wush_compile.errors import GradientError
 from wush_compile.modules import WushLinear, named_groups
+from wush_compile.ops.straight_through import ExpertsStraightThrough, StraightThrough
 
 SETTINGS = {
     "mxfp4, one transform": {"transform": "hadamard"},
@@ -51,6 +53,28 @@ def test_gradients_are_those_of_the_dequantized_weight(settings, dtype):
         expected = given.double() @ linear.dequantize().double()
         assert rows.grad.dtype == dtype
         assert (rows.grad.double() - expected).norm() <= bound * expected.norm()
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["linear", "experts"])
+def test_gradients_in_fp16_where_the_transformed_weight_overflows(experts):
+    """W T⁻¹ is about 2e6 and T about 1e-5: neither W T⁻¹ nor grad W T⁻¹ fits fp16, and the gradient does."""
+    torch.manual_seed(0)
+    rows = torch.randn(4, 64)
+    codes, scales = (t[None] if experts else t for t in formats.quantize(2e6 * torch.randn(32, 64), "mxfp4", "mse"))
+    transform = (1e-5 * torch.linalg.qr(torch.randn(2, 32, 32))[0]).half()
+    x = rows.half().requires_grad_()
+    quantized = torch.ops.wush.transform_quantize(x.detach(), transform, None, "mxfp4", "mse")
+    weight = (codes, scales, None)
+    if experts:
+        offs = torch.tensor([4], dtype=torch.int32)
+        y = ExpertsStraightThrough.apply(x, *quantized, transform, None, *weight, offs, None, "mxfp4", (), None)
+    else:
+        y = StraightThrough.apply(x, *quantized, transform, None, *weight, None, "mxfp4")
+    given = torch.randn(4, 32).half()
+    y.backward(given)
+    wide = formats.dequantize(codes, scales, "mxfp4").reshape(32, 2, 32).double()
+    expected = given.double() @ torch.einsum("nkb,kbc->nkc", wide, transform.double()).flatten(1)
+    assert (x.grad.double() - expected).norm() <= 1e-3 * expected.norm()
 
 
 def test_whole_model_has_straight_through_gradients():

@@ -128,12 +128,12 @@ HOWS = {
     ),
     "the weight": (
         lambda fc, h: F.linear(h, fc.weight, fc.bias),
-        r"layers\.0\.fc is not called, because module 'layers\.0' \(ReadsMore\)",
+        r"layers\.0\.fc, in module 'layers\.0' \(ReadsMore\), is not called in the model; give ignore=",
         ("layers.*.fc",),
     ),
     "another result": (
         lambda fc, h: fc(h + 0.25 * isinstance(fc, WushLinear)),
-        r"layers\.0\.fc returns something else",
+        r"layers\.0\.fc, in module .*, returns something else in the model; give ignore=",
         ("layers.*.fc",),
     ),
 }

@@ -157,7 +157,7 @@ def _pattern(name: str) -> str:
 
 def _remedy(names: list[str]) -> str:
     patterns = ", ".join(map(repr, sorted({_pattern(name) for name in names})))
-    return f"leave out what is read, ignore=({patterns},); the model is as it was"
+    return f"give ignore=({patterns},); the model is as it was"
 
 
 def _where(error: Exception, model: nn.Module) -> str:
@@ -248,10 +248,10 @@ def _compare(check: _Check, groups: list[WushGroup], linears: list[str]) -> str 
         return NOISE
     name, what, _ = found
     owner = name.rpartition(".")[0]
-    reader = f"module {owner!r} ({type(check.model.get_submodule(owner)).__name__})" if owner else "its forward"
+    where = f", in module {owner!r} ({type(check.model.get_submodule(owner)).__name__})," if owner else ""
     raise WushError(
-        f"{type(check.model).__name__} does not compute with quantized linears what its graph computes: {name} {what}, "
-        f"because {reader} reads more of it than its result, or does not do what it did in the trace; {_remedy([name])}"
+        f"{type(check.model).__name__} does not compute with quantized linears what its graph computes: {name}{where} "
+        f"{what} in the model; {_remedy([name])}"
     )
 
 

@@ -15,6 +15,12 @@ from ..formats import channels, dequantize
 from .core import block_transform
 
 
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What grad W is computed in. W is a transformed weight: it, and the product, may be too large for fp16 although
+    the gradient, behind T, is not."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 class StraightThrough(torch.autograd.Function):
     """`wush::fp4_linear` of a quantized x, with gradients for x and for the bias.
 
@@ -67,7 +73,8 @@ class StraightThrough(torch.autograd.Function):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             weight = dequantize(weight_codes, weight_scales, ctx.format, weight_global_scale)  # [N, K]
-            grad_x = grad @ weight.to(grad.dtype)  # [.., K]
+            dtype = _product_dtype(grad.dtype)
+            grad_x = grad.to(dtype) @ weight.to(dtype)  # [.., K]
             if transform is not None:
                 grad_x = block_transform(grad_x, transform.transpose(1, 2))
             grad_x = grad_x.to(ctx.dtype)
@@ -126,6 +133,7 @@ class ExpertsStraightThrough(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """grad [S, N] -> the gradient of x [T, K]. Reads the offsets back, and decodes one weight after the other."""
         transform, codes, scales, weight_global_scale, offs, index = ctx.saved_tensors
+        grad = grad.to(_product_dtype(grad.dtype))
         grad_x = grad.new_zeros((grad.shape[0], channels(codes, ctx.format)))
         ends = offs.tolist()
         for e, (start, end) in enumerate(zip([0, *ends], ends)):

@@ -260,7 +260,9 @@ def find_groups(
     by_source: dict[tuple, list[Linear]] = {}
     recipe_of: dict[tuple, Recipe] = {}  # by the same keys
     done: set[int] = set()
+    writes: Counter[fx.Node] = Counter()  # so far: what is overwritten in between is another tensor
     for node in graph_module.graph.nodes:
+        writes.update(written_by(node))
         if node in plans:
             weight = expert_products[node].weight.target
             done.add(id(parameters[weight]))
@@ -317,7 +319,8 @@ def find_groups(
             reason = f"width {width} is not a multiple of {recipe.format}'s group of {recipe.group_size}"
         else:
             tied = len(aliases) > 1
-            key = (source, stage_of[node], recipe.effective) if recipe.share_transform and not tied else (node,)
+            shared = recipe.share_transform and not tied
+            key = (source, writes[source], stage_of[node], recipe.effective) if shared else (node,)
             recipe_of.setdefault(key, recipe)
             rows = parameter.shape[1 if transposed else 0]
             # The graph may fetch a tied weight by its other name.
