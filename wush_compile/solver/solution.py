@@ -9,7 +9,7 @@ from ..recipe import Recipe
 from .choose import CLOSED_FORM, uses_conditional_moments
 
 # Rises when the same weights, data and settings get other codes: no run goes on with the stages of another revision.
-REVISION = 4
+REVISION = 5
 
 
 @dataclass
