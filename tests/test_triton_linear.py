@@ -452,6 +452,26 @@ def test_global_scales_of_the_library(g):
 
 @gpu
 @both
+@pytest.mark.parametrize("m, n, k", [(1024, 282, 3008), (3111, 78, 1952), (16, 282, 3008)])
+@pytest.mark.parametrize("activation", ["same", "none"])
+def test_the_library_rounds_once_where_it_splits_sums(format, m, n, k, activation):
+    """cuBLAS would round the parts of a sum to bf16. Its settings stay those of the process."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    c, s, wc, ws = operands(format, m, n, k)
+    if activation == "none":
+        c, s = formats.dequantize(c, s, format).bfloat16(), s.new_empty((m, 0), dtype=torch.float32)
+        want = c.double() @ formats.dequantize(wc, ws, format).double().T
+    else:
+        want = exact(c, s, wc, ws, format)
+    call = c, s, None, wc, ws, None, None, None, format, torch.bfloat16, "bf16"
+    got = triton_linear.fp4_linear(*call, activation_format=activation)
+    assert error(got, want) < 1.01 * error(want.bfloat16(), want)
+    assert before == (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction)
+
+
+@gpu
+@both
 def test_strides_do_not_matter(format):
     c, s, wc, ws = operands(format, 6, 128, 512)
     want = triton_linear.fp4_linear(c, s, None, wc, ws, None, None, None, format, torch.bfloat16)

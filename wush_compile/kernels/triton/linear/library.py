@@ -1,5 +1,9 @@
 """Products by the library: both operands upcast into memory that is reused, then cuBLASLt (fp8) or cuBLAS (bf16)."""
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import torch
 import triton
 from torch import Tensor
@@ -14,12 +18,29 @@ from .upcast import upcast_bf16, upcast_both, upcast_fp8, upcast_int8
 
 # Memory that one call may take for an upcast weight. A larger weight goes to the library in slices.
 SCRATCH_BYTES = 2**28
+# Held while cuBLAS's settings, which all threads share, are not those of the process.
+_SETTINGS = threading.Lock()
 
 
 def weight_slices(n: int, row_bytes: int) -> list[slice]:
     """Slices of a weight's rows whose upcast fits the scratch memory."""
     step = max(SCRATCH_BYTES // row_bytes // 256 * 256, 256)
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+@contextlib.contextmanager
+def sums_in_fp32(dtype: torch.dtype) -> Iterator[None]:
+    """cuBLAS adds up the parts of a sum in fp32, in products of this dtype, bf16 or fp16. By PyTorch's default it may
+    round each part to the dtype: it splits the sums of few results, and then errs 1.4 times as much."""
+    matmul, kind = torch.backends.cuda.matmul, "bf16" if dtype == torch.bfloat16 else "fp16"
+    name = f"allow_{kind}_reduced_precision_reduction"
+    with _SETTINGS:
+        kept = getattr(matmul, name), getattr(matmul, f"{name}_split_k")
+        try:
+            setattr(matmul, name, (False, kept[1]))
+            yield
+        finally:
+            setattr(matmul, name, kept)
 
 
 def run_library(o: Operands) -> Tensor:
@@ -64,7 +85,8 @@ def run_bf16(o: Operands, out_dtype: torch.dtype) -> Tensor:
         weight = o.weight_codes[rows], o.weight_scales[rows]
         w = upcast_bf16(*weight, gw if direct else None, o.format, lane_order=o.lanes)
         if direct:
-            torch.mm(x, w.t(), out=y[:, rows])
+            with sums_in_fp32(x.dtype):
+                torch.mm(x, w.t(), out=y[:, rows])
         else:
             y = _store(torch.mm(x, w.t(), out_dtype=torch.float32), y, rows)
     if not direct:
@@ -120,7 +142,8 @@ def _run_bf16_activation(o: Operands, out_dtype: torch.dtype) -> Tensor:
         else:
             ws = [upcast_bf16(codes, scales, None, o.format, lane_order=o.lanes and not fp8)]
         if direct:
-            torch.mm(xs[0], ws[0].t(), out=y[:, rows])
+            with sums_in_fp32(xs[0].dtype):
+                torch.mm(xs[0], ws[0].t(), out=y[:, rows])
         else:
             y = _store(sum(torch.mm(x, w.t(), out_dtype=torch.float32) for x in xs for w in ws), y, rows)
     if not direct:
