@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from helpers import measured, same_tensors
 from models import plain, tokens
 from torch import nn
@@ -242,3 +243,28 @@ def test_without_gradients_tokens_count_alike(caplog):
     assert [r for r in caplog.records if "count alike" in r.message and "no gradient" in r.message]
     assert {entry["token_weights"] for entry in measured(model).values()} == {"uniform"}
     assert same_tensors(model, quantize(other, x, token_weights="uniform"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_run_on_a_gpu_has_the_same_weights(found, padded):
+    """The gradients of flash attention and of cuDNN differ from run to run."""
+    config = transformers.LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=256,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    ids = tokens(2, 1024, seed=1).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, 900:] = 0
+    data = [{"input_ids": ids, "attention_mask": mask}] if padded else [ids]
+    runs = [quantize(copy.deepcopy(model), data) for _ in range(3)]
+    assert all(same_tensors(run, runs[0]) for run in runs)
+    assert all(torch.equal(weights, found[0][name]) for other in found for name, weights in other.items())

@@ -9,6 +9,7 @@ gradients. So a GPU holds the weights of one stage, and the values inside of one
 have room for the values between stages: only one if the weights stay on the device.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from ..data import Batch
@@ -44,6 +46,9 @@ POWER = 1.5
 PASS_TOKENS = 4096
 # The share of the host's memory for the values between stages, where the weights are loaded stage by stage.
 HELD_SHARE = 0.25
+# The kernels for attention of a GPU whose gradients are the same in every run. Those of flash attention and cuDNN add
+# up in an order that changes, whatever `torch.use_deterministic_algorithms` says: two runs then had other codes.
+SAME_IN_EVERY_RUN = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -157,7 +162,7 @@ class _Pass:
         anchor = torch.zeros((), device=self.run.device, requires_grad=True)
         for tap in taps.values():
             tap.anchor, tap.tensors = anchor, loaded
-        with torch.enable_grad():
+        with torch.enable_grad(), self._attention():
             arguments = [leaves.get(name, value) for name, value in zip(stage.inputs, inputs, strict=True)]
             outputs = dict(zip(stage.outputs, functional_call(module, loaded, tuple(arguments)), strict=True))
         mask = self._mask(batch)
@@ -176,6 +181,10 @@ class _Pass:
             allow_unused=True,
         )
         return {name: g for name, g in zip(leaves, found) if g is not None}
+
+    def _attention(self) -> contextlib.AbstractContextManager:
+        """Attention whose gradients are the same in every run. The kernels of a CPU are."""
+        return sdpa_kernel(SAME_IN_EVERY_RUN) if self.run.device.type == "cuda" else contextlib.nullcontext()
 
     def _mask(self, batch: MicroBatch) -> Tensor | None:
         """Returns the mask of the rows that the model predicts."""
