@@ -143,10 +143,11 @@ def frontier_sets(name: str) -> str:
 
 @figure
 def qronos(name: str) -> str:
-    """KL by how weights make up for the layers in front."""
+    """KL by how weights make up for the layers in front, or rows of a weight for each other."""
     found: dict[str, dict[str, float]] = {}
     for r in result(name)["rows"]:
         text = f", {r['calibration_windows']} windows" if "calibration_windows" in r else ""
+        text += ", 16-bit activations" if r.get("activations") == "16" else ""
         found.setdefault(f"`{r['row']}`{text}", {})[r["format"]] = r["kl"]
     lines = [
         [row, *("" if format not in kls else shown(kls[format], 4) for format in ("mxfp4", "nvfp4"))]
